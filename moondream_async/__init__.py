@@ -1,0 +1,1 @@
+"""Asyncio-first streaming client for the Moondream vision API."""

@@ -1,0 +1,205 @@
+"""Frozen values: what goes into a call and what comes out.
+
+Results are read by attribute or by item, with the keys of the official SDK:
+``result.caption == result["caption"]``. Each carries `raw`, the decoded body,
+so that nothing the server sent is lost.
+
+Coordinates are 0-1 of the picture's width and height, from the top left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, TypedDict
+
+import msgspec
+
+from .errors import RequestError
+
+Length = Literal["short", "normal", "long"]
+
+
+class Settings(TypedDict, total=False):
+    """Sampling settings, for type checkers; any mapping will do.
+
+    Keys that are not listed here are passed on to the server as they are.
+    """
+
+    temperature: float  # >= 0
+    top_p: float  # > 0, <= 1
+    max_tokens: int  # >= 1
+    max_objects: int  # >= 1; detect and point
+
+
+class Timeout(msgspec.Struct, frozen=True):
+    """How long to wait for what, in seconds; None is for ever.
+
+    The clock of `first_event` and `idle` runs only while somebody waits for the
+    server. Heartbeat comments and half events are not progress.
+
+    Raises:
+        RequestError: A limit is not a positive number.
+
+    >>> Timeout(idle=15)
+    Timeout(pool=30.0, connect=10.0, first_event=120.0, idle=15, total=None)
+    """
+
+    pool: float | None = 30.0
+    """Until one of the client's `max_connections` places is free."""
+    connect: float | None = 10.0
+    """Until a new connection stands: name look-up, TCP and TLS."""
+    first_event: float | None = 120.0
+    """From the connection to the first event, or to the whole of a plain answer."""
+    idle: float | None = 60.0
+    """Between two events."""
+    total: float | None = None
+    """From the call to the end of the answer, waiting and retries included."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise RequestError(
+                    f"Timeout.{name} must be a positive number of seconds or None, not {value!r}"
+                )
+
+
+class EncodedImage(msgspec.Struct, frozen=True, eq=False):
+    """A picture as it will be sent: prepared once, used in any number of calls."""
+
+    data: bytes
+    """The encoded picture, before base64."""
+    media_type: str
+    """As ``image/jpeg``."""
+    width: int
+    """Pixels, as the server will see it."""
+    height: int
+    """Pixels."""
+
+    def __repr__(self) -> str:
+        return (
+            f"EncodedImage({self.media_type}, {self.width}x{self.height}, {len(self.data)} bytes)"
+        )
+
+
+class _Value(msgspec.Struct, frozen=True):
+    """Attribute and item access to the same fields."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self.__struct_fields__:
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.__struct_fields__
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__struct_fields__)
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the fields, so that ``dict(value)`` works."""
+        return self.__struct_fields__
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the field `key`, or `default` where there is none or it is None."""
+        value = getattr(self, key, None) if key in self.__struct_fields__ else None
+        return default if value is None else value
+
+
+class Point(_Value, frozen=True):
+    """A place in the picture."""
+
+    x: float
+    y: float
+
+
+class Region(_Value, frozen=True):
+    """A box in the picture."""
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+
+
+class Grounding(_Value, frozen=True):
+    """A span of the reasoning's text and the places in the picture that it speaks of."""
+
+    start_idx: int
+    """Characters into the reasoning's text."""
+    end_idx: int
+    points: tuple[tuple[float, ...], ...] = ()
+
+
+class Reasoning(_Value, frozen=True):
+    """What the model thought before it answered."""
+
+    text: str
+    grounding: tuple[Grounding, ...] = ()
+
+
+class Result(_Value, frozen=True, kw_only=True):
+    """What every answer has."""
+
+    request_id: str | None = None
+    """The server's id for the request; Station gives none."""
+    finish_reason: str | None = None
+    """``stop``, or ``length`` when the answer was cut at `max_tokens`."""
+    metrics: dict[str, Any] | None = None
+    """Tokens and times, under the server's own names."""
+    raw: dict[str, Any] = {}
+    """The decoded body, whole."""
+
+    def __repr__(self) -> str:
+        fields = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in self.__struct_fields__
+            if name != "raw" and getattr(self, name) is not None
+        )
+        return f"{type(self).__name__}({fields})"
+
+
+class CaptionResult(Result, frozen=True, kw_only=True):
+    """A description of a picture."""
+
+    caption: str
+
+
+class QueryResult(Result, frozen=True, kw_only=True):
+    """An answer about a picture."""
+
+    answer: str
+    reasoning: Reasoning | None = None
+    """Present when the call asked for it and the server gave it."""
+
+
+class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of a stream; the base of all of them."""
+
+    raw: dict[str, Any]
+    """The decoded event, whole."""
+    chunk: str = ""
+    """The piece of text that this event adds to the answer, mostly "" but in a `ChunkEvent`."""
+
+
+class ChunkEvent(StreamEvent, frozen=True, kw_only=True):
+    """The next piece of the answer."""
+
+
+class MetricsEvent(StreamEvent, frozen=True, kw_only=True):
+    """Counts and times, sent beside the answer (Station's ``stats``)."""
+
+    metrics: dict[str, Any]
+
+
+class FinalEvent(StreamEvent, frozen=True, kw_only=True):
+    """The answer is complete. `chunk` is its last piece, where the server sends it here."""
+
+
+class UnknownEvent(StreamEvent, frozen=True, kw_only=True):
+    """An event of a kind that this version does not know."""
+
+    event: str
+    """The name that the server gave it: its ``type``, its SSE event name, or ``message``."""
