@@ -74,7 +74,7 @@ class APITimeoutError(MoondreamError, TimeoutError):
             events) or ``total``.
     """
 
-    _fields = ("phase",)
+    _fields: ClassVar[tuple[str, ...]] = ("phase",)
 
     def __init__(self, message: str, *, phase: Phase) -> None:
         super().__init__(message)
@@ -97,7 +97,15 @@ class APIStatusError(MoondreamError):
         body: The decoded JSON body, or the beginning of any other body as text.
     """
 
-    _fields = ("status", "type", "code", "param", "request_id", "retry_after", "body")
+    _fields: ClassVar[tuple[str, ...]] = (
+        "status",
+        "type",
+        "code",
+        "param",
+        "request_id",
+        "retry_after",
+        "body",
+    )
 
     def __init__(
         self,
@@ -173,7 +181,7 @@ class StreamStalledError(StreamError, APITimeoutError):
     `phase` is ``idle`` (too long between two events) or ``total``.
     """
 
-    _fields = ("phase", "partial")
+    _fields: ClassVar[tuple[str, ...]] = ("phase", "partial")
 
     def __init__(self, message: str, *, phase: Phase = "idle", partial: str = "") -> None:
         MoondreamError.__init__(self, message)
@@ -194,7 +202,7 @@ class StreamServerError(StreamError):
         body: The decoded event.
     """
 
-    _fields = ("partial", "type", "code", "body")
+    _fields: ClassVar[tuple[str, ...]] = ("partial", "type", "code", "body")
 
     def __init__(
         self,
