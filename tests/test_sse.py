@@ -1,0 +1,648 @@
+"""The event-stream parser: the standard's rules, however the bytes are cut.
+
+Each case of the table is fed whole, byte by byte and cut at random, and random
+streams are compared with a naive reading of the standard. `wire/*.sse` holds what
+the servers send.
+"""
+
+import json
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from moondream_async._sse import ServerSentEvent, SSEParser
+from moondream_async.errors import StreamProtocolError
+
+Event = ServerSentEvent
+BOM = b"\xef\xbb\xbf"
+WIRE = sorted((Path(__file__).parent / "wire").glob("*.sse"))
+
+thorough = settings(max_examples=300, deadline=None)  # a busy machine is no failure
+
+
+def drain(parser, packets):
+    """Feed `packets`; return the events, and whether the parser refused to go on."""
+    events = []
+    try:
+        for packet in (*packets, b""):
+            events += parser.feed(packet)
+    except StreamProtocolError:
+        return events, True
+    return events, False
+
+
+def parse(*packets, **options):
+    events, failed = drain(SSEParser(**options), packets)
+    assert not failed
+    return events
+
+
+def byte_by_byte(stream):
+    return [stream[i : i + 1] for i in range(len(stream))]
+
+
+def in_packets(stream, size):
+    return (stream[i : i + size] for i in range(0, len(stream), size))
+
+
+def cut(draw, stream):
+    """Let Hypothesis cut `stream` into packets, some of them empty."""
+    places = draw(st.lists(st.integers(0, len(stream)), max_size=12))
+    return [stream[i:j] for i, j in pairwise((0, *sorted(places), len(stream)))]
+
+
+def is_json_object(text):
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+# The examples of the WHATWG HTML standard, section 9.2.6, in words of our own.
+STANDARD = [
+    pytest.param(
+        b"data: heron\ndata: +2\ndata: 10\n\n",
+        [Event("heron\n+2\n10")],
+        id="several data lines are joined by line feeds",
+    ),
+    pytest.param(
+        b": a stream of three\n\ndata: one\nid: 1\n\ndata:two\nid\n\ndata:  three\n\n",
+        [Event("one", id="1"), Event("two"), Event(" three")],
+        id="an id line without a value resets the id, one space is taken off",
+    ),
+    pytest.param(
+        b"data\n\ndata\ndata\n\ndata:",
+        [Event(""), Event("\n")],
+        id="empty data lines count, an unfinished event does not",
+    ),
+    pytest.param(
+        b"data:same\n\ndata: same\n\n",
+        [Event("same"), Event("same")],
+        id="the space after the colon is optional",
+    ),
+    pytest.param(b"data\n\n", [Event("")], id="data without a colon is an empty value"),
+    pytest.param(b"data:\n\n", [Event("")], id="data with an empty value is an event"),
+    pytest.param(b"data: \n\n", [Event("")], id="the one space is not data"),
+    pytest.param(b"data: a:b: c\n\n", [Event("a:b: c")], id="only the first colon splits"),
+    pytest.param(b"data:\ta \n\n", [Event("\ta ")], id="no other white space is stripped"),
+    pytest.param(b"data: x\n", [], id="an event without its blank line is dropped"),
+    pytest.param(b"data: x\n\ndata: y\n", [Event("x")], id="so is the last one of several"),
+    pytest.param(b"data: x", [], id="so is a line without an end"),
+    pytest.param(b"", [], id="an empty stream has no events"),
+    pytest.param(b"\n\n\r\n\r\n", [], id="blank lines are no events"),
+    pytest.param(
+        b"event: ping\n\ndata: x\n\n",
+        [Event("x")],
+        id="an event without data is dropped, and its type with it",
+    ),
+    pytest.param(
+        b"event: add\nevent: remove\ndata: x\n\ndata: y\n\n",
+        [Event("x", event="remove"), Event("y")],
+        id="the last type wins and holds for one event",
+    ),
+    pytest.param(
+        b"event: add\nevent\ndata: x\n\n", [Event("x")], id="an empty type is the default one"
+    ),
+    pytest.param(
+        b"data: x\nevent: late\n\n",
+        [Event("x", event="late")],
+        id="the type may come after the data",
+    ),
+    pytest.param(
+        b"id: 7\ndata: x\n\ndata: y\n\nid: 8\n\ndata: z\n\n",
+        [Event("x", id="7"), Event("y", id="7"), Event("z", id="8")],
+        id="the id stays, and is taken from events without data too",
+    ),
+    pytest.param(
+        b"id: 7\nid: 8\0\ndata: x\n\n", [Event("x", id="7")], id="an id with a NUL is ignored"
+    ),
+    pytest.param(
+        b"retry: 2500\ndata: x\n\ndata: y\n\n",
+        [Event("x", retry=2500), Event("y")],
+        id="retry belongs to its own event",
+    ),
+    pytest.param(
+        b"retry: 5\n\ndata: x\n\n", [Event("x")], id="retry of an event without data is no other's"
+    ),
+    pytest.param(
+        b"retry: 0\ndata: x\n\n", [Event("x", retry=0)], id="retry may be zero milliseconds"
+    ),
+    pytest.param(
+        b"retry: 5\nretry: soon\ndata: x\n\n",
+        [Event("x", retry=5)],
+        id="a bad retry does not undo a good one",
+    ),
+    pytest.param(
+        b"retry: 00000000000000000000060\ndata: x\n\n",
+        [Event("x", retry=60)],
+        id="leading zeros say nothing",
+    ),
+    pytest.param(
+        b"retry: " + b"9" * 5000 + b"\ndata: x\n\n",
+        [Event("x", retry=10**15 - 1)],
+        id="a huge retry is bounded",
+    ),
+    pytest.param(
+        b"Data: a\n data: b\ndata : c\ndatas: d\ndat: e\n\n",
+        [],
+        id="names are exact: case, spaces and all",
+    ),
+    pytest.param(
+        b"colour: grey\ndata: x\nunknown\n\n", [Event("x")], id="unknown fields are ignored"
+    ),
+]
+# Some values of retry that are not made of ASCII digits only.
+STANDARD += [
+    pytest.param(
+        b"retry:" + value + b"\ndata: x\n\n",
+        [Event("x")],
+        id=f"{name} is no number of milliseconds",
+    )
+    for name, value in {
+        "nothing": b"",
+        "a sign": b" +5",
+        "a unit": b" 5ms",
+        "a second space": b"  5",
+        "a space behind": b" 5 ",
+        "an underscore": b" 5_000",
+        "a point": b" 5.0",
+        "an Arabic digit": " \u0665".encode(),
+        "a superscript": " 5²".encode(),
+    }.items()
+]
+
+# What the web-platform-tests look into (eventsource/format-*), with streams of our own.
+FORMAT = [
+    pytest.param(BOM + b"data: x\n\n", [Event("x")], id="a byte order mark is dropped"),
+    pytest.param(
+        BOM + BOM + b"data: x\n\ndata: y\n\n",
+        [Event("y")],
+        id="a second byte order mark belongs to the name",
+    ),
+    pytest.param(
+        b"data: x\n\n" + BOM + b"data: y\n\n",
+        [Event("x")],
+        id="a byte order mark counts at the start only",
+    ),
+    pytest.param(b"\n" + BOM + b"data: x\n\n", [], id="not even after a blank line at the start"),
+    pytest.param(BOM + b"\ndata: x\n\n", [Event("x")], id="a byte order mark and a blank line"),
+    pytest.param(BOM[:2] + b"\n\ndata: x\n\n", [Event("x")], id="half a byte order mark is a name"),
+    pytest.param(BOM[:1], [], id="a stream of a third of a byte order mark"),
+    pytest.param(
+        b"data: a\r\ndata: b\rdata: c\ndata: d\r\n\r\ndata: e\r\rdata: f\n\n",
+        [Event("a\nb\nc\nd"), Event("e"), Event("f")],
+        id="CRLF, CR and LF all end a line",
+    ),
+    pytest.param(b"data: x\n\r", [Event("x")], id="LF CR are two line ends"),
+    pytest.param(b"data: x\n\r\ndata: y\r\r\n", [Event("x"), Event("y")], id="CR CRLF are two"),
+    pytest.param(b"data: x\r\n\n", [Event("x")], id="CRLF LF are two"),
+    pytest.param(
+        b"data: 1\r:\0\n:  data: 2\r\n:" + b"x" * 2100 + b"\n:data: 3\r\ndata: 4\n:\n\n",
+        [Event("1\n4")],
+        id="comments are ignored",
+    ),
+    pytest.param(b": \n\n:\n\n: ping\n\n", [], id="heartbeats are no events"),
+    pytest.param(
+        b"data: \0\n\nda\0ta: x\n\n", [Event("\0")], id="NUL is a character like any other"
+    ),
+    pytest.param(
+        "data: ok…\n\ndata: 茶 🍵\n\n".encode(),
+        [Event("ok…"), Event("茶 🍵")],
+        id="the stream is UTF-8",
+    ),
+    pytest.param(
+        "event: größe\nid: ①\ndata: x\n\n".encode(),
+        [Event("x", event="größe", id="①")],
+        id="so are types and ids",
+    ),
+    pytest.param(
+        b"data: a\xffb\xe2\x82\n\ndata: \xf0\x9f\x8d\xf0\x9f\x8d\xb5\xed\xa0\x80\n\n",
+        [Event("a\ufffdb\ufffd"), Event("\ufffd🍵\ufffd\ufffd\ufffd")],
+        id="what is not UTF-8 is replaced, a subpart at a time",
+    ),
+    pytest.param(
+        b"data: a\xe2\x82\r\ndata: \xac\n\n",
+        [Event("a\ufffd\n\ufffd")],
+        id="a character does not reach over a line end",
+    ),
+    pytest.param(
+        "data: a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\n\n".encode(),
+        [Event("a\u2028b\u2029c\x85d\x0be\x0cf\x1cg")],
+        id="no other character ends a line",
+    ),
+]
+
+# Streams of JSON events without blank lines, read with `complete`.
+GLUED = [
+    pytest.param(
+        b'data: {"a": 1}\ndata: {"b": 2}\n',
+        [Event('{"a": 1}'), Event('{"b": 2}')],
+        id="each line is an event",
+    ),
+    pytest.param(
+        b'data: {"a": 1}\n\ndata:{"b": 2}\r\n\r\n\n',
+        [Event('{"a": 1}'), Event('{"b": 2}')],
+        id="blank lines change nothing",
+    ),
+    pytest.param(b'data: {"a": 1}', [], id="a line is complete when it has ended"),
+    pytest.param(
+        b'data: {"a":\ndata: 1}\n\ndata: {"b": 2}\n',
+        [Event('{"a":\n1}'), Event('{"b": 2}')],
+        id="an event of several lines ends as the standard says",
+    ),
+    pytest.param(
+        b'data: [DONE]\ndata: {"a": 1}\n\n',
+        [Event('[DONE]\n{"a": 1}')],
+        id="only the first line is asked about",
+    ),
+    pytest.param(
+        b'event: error\nid: 3\nretry: 9\ndata: {"a": 1}\ndata: {"b": 2}\n',
+        [Event('{"a": 1}', event="error", id="3", retry=9), Event('{"b": 2}', id="3")],
+        id="fields before the line are the event's",
+    ),
+    pytest.param(
+        b'data: {"a": 1}\nid: 3\nevent: error\ndata: {"b": 2}\n',
+        [Event('{"a": 1}'), Event('{"b": 2}', event="error", id="3")],
+        id="fields after the line are the next event's",
+    ),
+    pytest.param(
+        b': x\ndata: {"a": 1}\n: y\nunknown\ndata: {"b": 2}\n',
+        [Event('{"a": 1}'), Event('{"b": 2}')],
+        id="comments may stand between",
+    ),
+]
+CASES = [
+    *(pytest.param(*case.values, {}, id=case.id) for case in STANDARD + FORMAT),
+    *(pytest.param(*case.values, {"complete": is_json_object}, id=case.id) for case in GLUED),
+]
+
+
+@pytest.mark.parametrize(("stream", "events", "options"), CASES)
+def test_stream_gives_its_events(stream, events, options):
+    assert parse(stream, **options) == events
+
+
+@pytest.mark.parametrize(("stream", "events", "options"), CASES)
+def test_stream_byte_by_byte_gives_the_same_events(stream, events, options):
+    assert parse(*byte_by_byte(stream), **options) == events
+
+
+@pytest.mark.parametrize(("stream", "events", "options"), CASES)
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_stream_cut_anywhere_gives_the_same_events(stream, events, options, data):
+    assert parse(*cut(data.draw, stream), **options) == events
+
+
+def test_event_is_returned_by_the_packet_that_ends_it():
+    parser = SSEParser()
+    assert parser.feed(b"data: x\n") == []
+    assert parser.feed(b"\n") == [Event("x")]
+
+
+def test_lone_cr_ends_its_line_at_once():
+    parser = SSEParser()
+    assert parser.feed(b"data: x\r\r") == [Event("x")]
+    assert parser.feed(b"\ndata: y\n\n") == [Event("y")]
+
+
+def test_line_feed_is_swallowed_only_right_after_its_cr():
+    parser = SSEParser()
+    assert parser.feed(b"data: x\r") == []
+    assert parser.feed(b"") == []
+    assert parser.feed(b"\n") == []
+    assert parser.feed(b"\n") == [Event("x")]
+
+
+def test_complete_event_is_returned_without_its_blank_line():
+    parser = SSEParser(complete=is_json_object)
+    assert parser.feed(b'data: {"a": 1}\n') == [Event('{"a": 1}')]
+
+
+def test_last_event_id_changes_when_the_event_ends():
+    parser = SSEParser()
+    parser.feed(b"id: 7\n")
+    assert parser.last_event_id == ""
+    parser.feed(b"\n")
+    assert parser.last_event_id == "7"
+    parser.feed(b"data: x\nid\n\n")
+    assert parser.last_event_id == ""
+
+
+def test_retry_of_the_parser_is_the_last_one_said():
+    parser = SSEParser()
+    assert parser.retry is None
+    parser.feed(b"retry: 100\nretry: 200\n\n")
+    assert parser.retry == 200
+    parser.feed(b"retry: never\ndata: x\n\n")
+    assert parser.retry == 200
+
+
+def test_event_shows_what_is_not_at_its_default():
+    assert repr(Event("a cat")) == "ServerSentEvent(data='a cat')"
+    assert repr(Event("", event="error", retry=5)) == (
+        "ServerSentEvent(data='', event='error', retry=5)"
+    )
+
+
+# Against the standard's text, line by line, as slowly as it likes.
+
+
+def lines_of(stream):
+    """Sections 9.2.5 and 9.2.6: decode, drop one mark, take CRLF, LF and CR as line ends."""
+    text = stream.decode("utf-8", "replace")
+    if text[:1] == "\ufeff":
+        text = text[1:]
+    line = ""
+    while text:
+        if text[0] in "\r\n":
+            yield line
+            line = ""
+            text = text[2:] if text[:2] == "\r\n" else text[1:]
+        else:
+            line += text[0]
+            text = text[1:]
+
+
+def field_of(line):
+    if ":" not in line:
+        return line, ""
+    colon = line.index(":")
+    name, value = line[:colon], line[colon + 1 :]
+    return name, value[1:] if value[:1] == " " else value
+
+
+def by_the_book(stream, complete=None):
+    """Section 9.2.6; also the id and the reconnection time that the stream leaves behind."""
+    events = []
+    data = event_type = id_buffer = last_id = ""
+    reconnection_time = retry = None
+    for line in lines_of(stream):
+        if line[:1] == ":":
+            continue
+        name, value = field_of(line)
+        whole = False
+        if name == "event":
+            event_type = value
+        elif name == "data":
+            whole = complete is not None and not data and complete(value)
+            data += value + "\n"
+        elif name == "id" and "\0" not in value:
+            id_buffer = value
+        elif name == "retry" and value and all(char in "0123456789" for char in value):
+            reconnection_time = retry = int(value)
+        if whole or not line:
+            last_id = id_buffer
+            if data:
+                events.append(Event(data[:-1], event_type or "message", last_id, retry))
+            data = event_type = ""
+            retry = None
+    return events, last_id, reconnection_time
+
+
+pieces = st.sampled_from(
+    [
+        *(b"data", b"data:", b"data: ", b"event: ", b"id: ", b"retry: ", b":", b" ", b": ping"),
+        *(b"\n", b"\n\n", b"\r", b"\r\n", b"\r\n\r\n", BOM, b"\0", b"\xff", b"\xe2\x82", b"\xac"),
+        *(b'{"a": 1}', b'{"a":', b"1}", b"7", b"25", b"x", "é".encode(), "\u2028".encode()),
+        b'data: {"b": 2}\n\n',
+    ]
+)
+streams = st.lists(pieces, max_size=40).map(b"".join) | st.binary(max_size=60)
+completes = st.sampled_from([None, is_json_object])
+
+
+@thorough
+@given(stream=streams, complete=completes, data=st.data())
+@example(stream=BOM + b"\r", complete=None, data=None)
+def test_any_stream_is_read_by_the_book(stream, complete, data):
+    packets = [stream] if data is None else cut(data.draw, stream)
+    parser = SSEParser(complete=complete)
+    events, failed = drain(parser, packets)
+    assert (events, parser.last_event_id, parser.retry) == by_the_book(stream, complete)
+    assert not failed
+
+
+@thorough
+@given(stream=streams, complete=completes, limit=st.integers(3, 40), data=st.data())
+def test_where_the_limit_strikes_does_not_depend_on_the_cuts(stream, complete, limit, data):
+    def outcome(packets):
+        return drain(SSEParser(max_event_bytes=limit, complete=complete), packets)
+
+    assert outcome(cut(data.draw, stream)) == outcome([stream]) == outcome(byte_by_byte(stream))
+
+
+# The limit.
+
+
+@pytest.mark.parametrize(
+    ("before", "room"),
+    [
+        pytest.param(b"", 16, id="a line alone"),
+        pytest.param(BOM, 16, id="without the byte order mark"),
+        pytest.param(b"data: 123\n", 13, id="after data"),
+        pytest.param("data: é\n".encode(), 14, id="in bytes, not characters"),
+        pytest.param(b"data: 123\r\ndata: 45\r\n", 10, id="with the line feeds between data lines"),
+        pytest.param(b"data\ndata\ndata\n", 14, id="be they empty"),
+        pytest.param(b"data: 123\n\n", 16, id="data of the event before does not count"),
+        pytest.param(b": 123\n", 16, id="nor do comments that have ended"),
+        pytest.param(b"unknown: 123\n", 16, id="nor unknown fields"),
+        pytest.param(b"event: 1\nid: 2\nretry: 3\n", 16, id="nor the other fields"),
+    ],
+)
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["without end", "ended"])
+@pytest.mark.parametrize("start", [b"data:", b":", b"x"], ids=["data", "comment", "unknown"])
+def test_limit_is_on_the_data_and_the_line_under_way(before, room, start, end):
+    fits = before + start.ljust(room, b".") + end
+    too_long = before + start.ljust(room + 1, b".") + end
+    for cut_up in (lambda stream: [stream], byte_by_byte):
+        assert not drain(SSEParser(max_event_bytes=16), cut_up(fits))[1]
+        assert drain(SSEParser(max_event_bytes=16), cut_up(too_long))[1]
+
+
+def test_fault_is_raised_at_once_where_it_delays_no_event():
+    with pytest.raises(StreamProtocolError, match="16 bytes"):
+        SSEParser(max_event_bytes=16).feed(b"data: 01234567890123456789\n\n")
+
+
+@pytest.mark.parametrize("end", [b"", b"\n\n"], ids=["without end", "ended"])
+def test_events_before_a_fault_are_returned_first(end):
+    parser = SSEParser(max_event_bytes=16)
+    fault = b"data: 01234567890123456789" + end
+    assert parser.feed(b"data: x\n\ndata: y\n\n" + fault) == [Event("x"), Event("y")]
+    for packet in (b"", b"data: z\n\n", b"\n"):
+        with pytest.raises(StreamProtocolError, match="16 bytes"):
+            parser.feed(packet)
+
+
+def test_heartbeats_and_unknown_fields_never_come_to_the_limit():
+    parser = SSEParser(max_event_bytes=16)
+    assert parser.feed(b"data: x\n") == []
+    for _ in range(100):
+        assert parser.feed(b": ping\nunknown: y\nevent: z\nid: 1\n") == []
+    assert parser.feed(b"\n") == [Event("x", event="z", id="1")]
+
+
+# Memory.
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "times"),
+    [
+        # Copying the line at every packet would take a terabyte, and never end.
+        pytest.param(b"data: ", b"x" * 100, 160_000, id="a data line near the limit"),
+        pytest.param(b"data: ", b"xy", 50_000, id="a data line in tiny packets"),
+        pytest.param(b"", b"data:xy\n", 50_000, id="very many data lines"),
+        pytest.param(b":", b"x" * 100, 40_000, id="a long comment"),
+    ],
+)
+def test_memory_stays_within_a_few_times_the_event(start, piece, times):
+    tracemalloc.start()
+    try:
+        parser = SSEParser()
+        parser.feed(start)
+        for _ in range(times):
+            parser.feed(piece)
+        parser.feed(b"\n\n")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # At the end: the line, its value and the text of it.
+    assert peak < 3.2 * times * len(piece)
+
+
+def test_heartbeats_are_not_kept():
+    tracemalloc.start()
+    try:
+        parser = SSEParser()
+        for _ in range(20_000):
+            parser.feed(b": ping\n")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000
+
+
+# Going round the parser.
+
+
+@pytest.mark.parametrize(
+    ("stream", "idle"),
+    [
+        pytest.param(b"", False, id="a byte order mark may come"),
+        pytest.param(BOM[:2], False, id="half of one has"),
+        pytest.param(BOM, True, id="all of it has"),
+        pytest.param(b"\n", True, id="a blank line"),
+        pytest.param(b"d", False, id="a line has begun"),
+        pytest.param(b"data: x\n", False, id="data waits"),
+        pytest.param(b"data\n", False, id="empty data waits"),
+        pytest.param(b"event: x\n", False, id="a type waits"),
+        pytest.param(b"id: x\n", False, id="an id waits"),
+        pytest.param(b"id: x\n\n", True, id="the id has become the last one"),
+        pytest.param(b"retry: 0\n", False, id="a retry waits"),
+        pytest.param(b"data: x\n\n", True, id="the event has ended"),
+        pytest.param(b"data: x\r\r", True, id="ended by CR"),
+        pytest.param(b"data: x\n\n:", False, id="a comment has begun"),
+        pytest.param(b": ping\nunknown\n", True, id="comments leave nothing behind"),
+        pytest.param(b"data: x\n\n" + b"y" * 17, False, id="the parser has failed"),
+    ],
+)
+def test_idle_means_that_nothing_is_pending(stream, idle):
+    parser = SSEParser(max_event_bytes=16)
+    parser.feed(stream)
+    assert parser.idle is idle
+
+
+def test_parser_is_idle_after_a_complete_event():
+    parser = SSEParser(complete=is_json_object)
+    parser.feed(b'data: {"a": 1}\n')
+    assert parser.idle
+
+
+def test_no_byte_order_mark_is_dropped_after_the_start_was_skipped():
+    parser = SSEParser()
+    parser.skip_start()
+    assert parser.idle
+    assert parser.feed(BOM + b"data: x\n\ndata: y\n\n") == [Event("y")]
+
+
+plain = b'data: {"b": 2}\n\n'
+
+
+@thorough
+@given(
+    packets=st.lists(streams | st.just(plain) | st.just(2 * plain), max_size=12),
+    complete=completes,
+)
+@example(packets=[b"\r", plain, b"\n", plain], complete=None)
+def test_plain_events_may_go_round_an_idle_parser(packets, complete):
+    parser = SSEParser(complete=complete)
+    events = []
+    for packet in packets:
+        if parser.idle and packet == packet.count(plain) * plain:
+            events += packet.count(plain) * [Event('{"b": 2}', id=parser.last_event_id)]
+        else:
+            events += parser.feed(packet)
+    assert events == parse(*packets, complete=complete)
+
+
+# What the servers send.
+
+
+def text_of(event):
+    """The piece of the answer in an event of any server."""
+    if "choices" in event:
+        return "".join(choice["delta"].get("content", "") for choice in event["choices"])
+    return event.get("chunk", "")
+
+
+HERON = "A grey heron stands in shallow water, one leg raised."
+SIGNS = "Two signs: “Boîte à thé” and 茶 🍵."
+ANSWERS = {
+    "chat": SIGNS,
+    "cloud_caption": HERON,
+    "cloud_caption_glued": HERON,
+    "cloud_query": SIGNS,
+    "cloud_query_glued": SIGNS,
+    "kestrel_caption": HERON,
+    "kestrel_query": "There are three boats, two of them red.",
+    "segment": "M 0 0.5 L 1 1 Z",
+    "segment_no_bbox": "M 0 0.5 L 1 1 Z",
+    "serve_caption": HERON,
+    "serve_caption_failed": "A grey An error occurred during caption generation.",
+    "serve_query": SIGNS,
+    "station_caption": HERON,
+    "station_query": SIGNS,
+}
+
+
+def test_every_wire_file_has_its_answer_here():
+    assert [path.stem for path in WIRE] == sorted(ANSWERS)
+
+
+@pytest.mark.parametrize("path", WIRE, ids=lambda path: path.stem)
+def test_wire_file_names_its_source(path):
+    assert path.read_bytes().startswith(b": source: ")
+
+
+@pytest.mark.parametrize("size", [None, 1, 7, 1460], ids=lambda size: f"{size or 'all'} bytes")
+@pytest.mark.parametrize("path", WIRE, ids=lambda path: path.stem)
+def test_wire_file_gives_its_answer_however_it_is_cut(path, size):
+    stream = path.read_bytes()
+    events = parse(*in_packets(stream, size or len(stream)), complete=is_json_object)
+    assert len(events) == stream.count(b"data: ")
+    decoded = [json.loads(event.data) for event in events if event.data != "[DONE]"]
+    assert "".join(map(text_of, decoded)) == ANSWERS[path.stem]
+
+
+@pytest.mark.parametrize("path", WIRE, ids=lambda path: path.stem)
+def test_wire_file_with_blank_lines_needs_no_more_than_the_standard(path):
+    stream = path.read_bytes()
+    glued = path.stem.endswith("_glued")
+    events = parse(stream)
+    assert (events == []) is glued  # no blank line, so one unfinished event
+    assert glued or events == parse(stream, complete=is_json_object)
