@@ -1,0 +1,34 @@
+"""A server that speaks the Moondream API, for demos and tests. It runs no model.
+
+It describes what can be measured in the picture that it was sent: its format,
+size, brightness and main colours, and where they lie. So every answer depends
+on the pixels that arrived, and the same picture and question give the same
+answer, streamed or not::
+
+    async with Simulator() as simulator:
+        async with MoondreamClient(endpoint=simulator.endpoint) as client:
+            result = await client.caption(SAMPLE_IMAGE)
+
+What a server can do wrong, this one does on request: see `Fault`.
+"""
+
+from __future__ import annotations
+
+from .dialects import DIALECTS
+from .faults import Fault, FaultQueue, describe_faults
+from .received import Connections, ReceivedRequest
+from .sample import SAMPLE_IMAGE, draw_sample
+from .server import Simulator, serve
+
+__all__ = [
+    "DIALECTS",
+    "SAMPLE_IMAGE",
+    "Connections",
+    "Fault",
+    "FaultQueue",
+    "ReceivedRequest",
+    "Simulator",
+    "describe_faults",
+    "draw_sample",
+    "serve",
+]

@@ -1,0 +1,227 @@
+"""Measurements in, words out.
+
+No model runs here, and the answers say so. They are made of what was measured
+and of nothing else: the same picture and the same question give the same words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from moondream_async.types import Length
+
+from .pixels import COLOURS, Area, Picture
+
+_TIMES = "\N{MULTIPLICATION SIGN}"  # a character of two bytes in every answer is a good test
+_DISCLAIMER = "These are measurements by a simulator; no model has looked at the picture."
+_SYNONYMS = {"gray": "grey", "violet": "purple", "turquoise": "cyan"}
+_ABILITIES = (
+    "size and format, brightness, the main colours, how many areas of a colour there are, "
+    "and where a colour or the brightest part lies"
+)
+
+
+def split_words(text: str) -> list[str]:
+    """Cut a text into the pieces that a model would write: a word with the space before it.
+
+    >>> split_words("A red circle.")
+    ['A', ' red', ' circle.']
+    """
+    return re.findall(r"\s*\S+", text)
+
+
+def name_colour(text: str) -> str | None:
+    """Return the first colour that the text names, if any.
+
+    >>> name_colour("the gray cat")
+    'grey'
+    """
+    for word in re.findall(r"[a-z]+", text.lower()):
+        colour: str = _SYNONYMS.get(word, word)
+        if colour in COLOURS:
+            return colour
+    return None
+
+
+def caption(picture: Picture, length: Length) -> str:
+    """Describe a picture in one sentence, a few, or many."""
+    others = [colour for colour in picture.shares if colour != picture.background][:4]
+    summary = f"A {_tell_brightness(picture)} {_tell_size(picture)} picture, " + (
+        f"mostly {picture.background}, with {_join(others)}."
+        if others
+        else f"{picture.background} all over."
+    )
+    if length == "short":
+        return summary
+    sentences = [summary, _tell_brightest(picture)]
+    if length == "long":
+        sentences.append(_tell_colours(picture))
+        sentences += [_tell_area(area) for area in picture.areas[:8]]
+        sentences.append(
+            f"It arrived as {picture.file_bytes:,} bytes, "
+            f"and its mean brightness is {picture.brightness:.2f} of 1."
+        )
+    return " ".join([*sentences, _DISCLAIMER])
+
+
+def answer(picture: Picture | None, question: str, spatial_refs: list[list[float]]) -> str:
+    """Answer a question as far as measuring goes, and say so where it goes no further."""
+    if picture is None:
+        return (
+            f"No picture came with this question, and a simulator can only measure: {_ABILITIES}."
+        )
+    there = [_tell_reference(picture, reference) for reference in spatial_refs]
+    return " ".join([*there, _answer_question(picture, question)])
+
+
+def think(picture: Picture | None, question: str) -> dict[str, Any]:
+    """Return the reasoning that leads to the answer, as the API sends it.
+
+    That is its text, and for each span of it that speaks of a place, the place.
+    """
+    if picture is None:
+        return {"text": "There is no picture to measure.", "grounding": []}
+    text = f"The question has {len(question.split())} words. I measure {_tell_size(picture)}."
+    grounding = []
+    for area in picture.areas[:4]:
+        span = f"a {area.colour} area"
+        start = len(text) + len(" I see ")
+        grounding.append(
+            {
+                "start_idx": start,
+                "end_idx": start + len(span),
+                "points": [[round(place, 3) for place in area.centre]],
+            }
+        )
+        text += f" I see {span} at the {_tell_place(*area.centre)}."
+    return {"text": text, "grounding": grounding}
+
+
+def find_areas(picture: Picture, object: str) -> list[Area]:
+    """Return the areas that an object's description fits: those of the colour it names.
+
+    A description without a colour fits nothing, unless it is as general as
+    "shape" or "object": then it fits every area.
+    """
+    colour = name_colour(object)
+    if colour is not None:
+        return [area for area in picture.areas if area.colour == colour]
+    general = re.search(r"\b(shape|object|thing|area|region|everything)", object.lower())
+    return list(picture.areas) if general else []
+
+
+def _answer_question(picture: Picture, question: str) -> str:
+    asked = question.lower()
+    colour = name_colour(asked)
+    for pattern, answer_topic in _TOPICS:
+        if re.search(pattern, asked):
+            return answer_topic(picture, asked, colour)
+    if colour is not None:
+        return _answer_presence(picture, asked, colour)
+    return f"{caption(picture, 'normal')} You can ask for {_ABILITIES}."
+
+
+def _answer_count(picture: Picture, _: str, colour: str | None) -> str:
+    count = sum(colour in (None, area.colour) for area in picture.areas)
+    kind = "coloured" if colour is None else colour
+    if count == 1:
+        return f"There is 1 {kind} area."
+    return f"There are {count} {kind} areas."
+
+
+def _answer_where(picture: Picture, asked: str, colour: str | None) -> str:
+    if colour is not None:
+        found = [area for area in picture.areas if area.colour == colour]
+        if found:
+            return " ".join(_tell_area(area) for area in found[:4])
+        return _answer_presence(picture, asked, colour)
+    if "dark" in asked:
+        return f"The darkest part is at the {_tell_place(*picture.darkest)}."
+    if "bright" in asked or "light" in asked:
+        return _tell_brightest(picture)
+    return "I can only say where a colour, or the brightest or the darkest part, lies."
+
+
+def _answer_colours(picture: Picture, _: str, _colour: str | None) -> str:
+    return _tell_colours(picture)
+
+
+def _answer_brightness(picture: Picture, _: str, _colour: str | None) -> str:
+    return (
+        f"The picture is {_tell_brightness(picture)}: its mean brightness is "
+        f"{picture.brightness:.2f} of 1. {_tell_brightest(picture)}"
+    )
+
+
+def _answer_size(picture: Picture, _: str, _colour: str | None) -> str:
+    return (
+        f"It is a {_tell_size(picture)} picture of {picture.file_bytes:,} bytes: "
+        f"{picture.width} pixels wide and {picture.height} high."
+    )
+
+
+def _answer_presence(picture: Picture, _: str, colour: str) -> str:
+    if colour == picture.background:
+        return f"Yes, {colour} covers most of the picture."
+    for area in picture.areas:
+        if area.colour == colour:
+            return f"Yes. {_tell_area(area)}"
+    return f"No, I measure no {colour} area."
+
+
+# What a question may be about, and who answers it; the first that fits.
+_TOPICS: tuple[tuple[str, Callable[[Picture, str, str | None], str]], ...] = (
+    (r"\bhow many\b", _answer_count),
+    (r"\bwhere\b", _answer_where),
+    (r"\bcolou?r", _answer_colours),
+    (r"\b(bright|dark|light)", _answer_brightness),
+    (r"\b(size|large|big|dimension|resolution|wide|width|tall|height)", _answer_size),
+    (r"\b(format|file|pixel|byte)", _answer_size),
+)
+
+
+def _tell_colours(picture: Picture) -> str:
+    shares = [f"{colour} ({share:.0%})" for colour, share in picture.shares.items()]
+    return f"By area, the main colours are {_join(shares[:5])}."
+
+
+def _tell_brightest(picture: Picture) -> str:
+    if picture.evenly_lit:
+        return "It is equally bright everywhere."
+    return f"The brightest part is at the {_tell_place(*picture.brightest)}."
+
+
+def _tell_size(picture: Picture) -> str:
+    return f"{picture.width}{_TIMES}{picture.height} {picture.format}"
+
+
+def _tell_brightness(picture: Picture) -> str:
+    if picture.brightness < 0.3:
+        return "dark"
+    return "bright" if picture.brightness > 0.7 else "medium-bright"
+
+
+def _tell_area(area: Area) -> str:
+    x, y = area.centre
+    return (
+        f"A {area.colour} area lies at the {_tell_place(x, y)}, around ({x:.2f}, {y:.2f}), "
+        f"and covers {area.share:.1%} of the picture."
+    )
+
+
+def _tell_reference(picture: Picture, reference: list[float]) -> str:
+    left, top, right, bottom = (reference * 2)[:4]  # a point is a box without extent
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return f"At ({x:.2f}, {y:.2f}) it is {picture.colour_at(x, y)}."
+
+
+def _tell_place(x: float, y: float) -> str:
+    vertical = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
+    horizontal = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    return " ".join(filter(None, (vertical, horizontal))) or "centre"
+
+
+def _join(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -1,0 +1,295 @@
+"""How each server words an answer, streamed or not, and an error.
+
+==========  ==============================================================
+`cloud`     Moondream Cloud, as its documentation prints it
+`kestrel`   the HTTP server of the engine behind it: several tokens an event,
+            and a final event with text, the whole answer and metrics
+`station`   Moondream Station: lenient, without request ids, errors with
+            status 200
+`old`       ``moondream serve`` of version 0.0.6: paths without ``/v1``, and
+            bodies that end with the connection
+==========  ==============================================================
+
+All of it is decided without I/O: an answer goes in, bodies and events come out.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+import msgspec
+
+from .steps import Event
+
+MODELS = ("moondream3.1-9B-A2B", "moondream3-preview", "moondream-2B")
+
+Body = dict[str, Any]
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """A whole answer, before any server's wording of it."""
+
+    skill: str
+    number: int
+    """How many answers there were before this one, and this one."""
+    key: str
+    """The field that the text goes into, as ``caption``."""
+    words: list[str]
+    finish_reason: str = "stop"
+    reasoning: Body | None = None
+    question_words: int = 0
+    has_image: bool = True
+    received: float = msgspec.field(default_factory=time.perf_counter)
+    """When its request came in, by `time.perf_counter`."""
+    ready: float = msgspec.field(default_factory=time.perf_counter)
+    """When the picture had been measured."""
+
+    @property
+    def text(self) -> str:
+        """The whole answer."""
+        return "".join(self.words)
+
+    def metrics(self) -> Body:
+        """Return counts, and the times up to now, in the words of the API.
+
+        A picture counts as 729 tokens, as many as the model's vision part makes of one.
+        """
+        prefill = (self.ready - self.received) * 1000
+        return {
+            "input_tokens": 6 + self.question_words + 729 * self.has_image,
+            "output_tokens": len(self.words),
+            "prefill_time_ms": round(prefill, 3),
+            "decode_time_ms": round((time.perf_counter() - self.ready) * 1000, 3),
+            "ttft_ms": round(prefill, 3),
+        }
+
+
+class Dialect:
+    """What is the same everywhere; each server's own words override it."""
+
+    name: ClassVar[str]
+    prefix: ClassVar[str] = "/v1"
+    skills: ClassVar[tuple[str, ...]]
+    lenient: ClassVar[bool] = False
+    """Takes what it can from a request and overlooks the rest."""
+    text_only: ClassVar[bool] = False
+    """Answers a question without a picture."""
+    lists_models: ClassVar[bool] = False
+    streams_reasoning: ClassVar[bool] = True
+    closes_connections: ClassVar[bool] = False
+    """The end of the connection is the end of a streamed body."""
+    checks_content_type: ClassVar[bool] = False
+    """Takes ``application/json`` and nothing else, not even with a charset."""
+    behind_gateway: ClassVar[bool] = False
+    """Checks keys, after a gateway that turns Python's own urllib away."""
+    health: ClassVar[dict[str, Any]] = {"status": "ok"}
+
+    def __init__(self, *, blank_lines: bool = True) -> None:
+        self._event_end = "\n\n" if blank_lines else "\n"
+
+    def body(self, answer: Answer) -> Body:
+        """Return the answer as one JSON body."""
+        raise NotImplementedError
+
+    def events(self, answer: Answer) -> Iterator[Event]:
+        """Yield the answer as events, each made when it is asked for."""
+        raise NotImplementedError
+
+    def error(self, status: int, message: str, param: str | None = None) -> tuple[int, Body]:
+        """Return the status and the body for an error."""
+        del param
+        return status, {"error": message}
+
+    def models(self) -> Body:
+        """Return the list of models."""
+        return {"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]}
+
+    def encode(self, body: Body, *, tokens: int = 0, last: bool = False) -> Event:
+        """Return one server-sent event."""
+        line = f"data: {self._dump(body)}{self._event_end}"
+        return Event(line.encode(), tokens=tokens, last=last)
+
+    def _dump(self, body: Body) -> str:
+        return json.dumps(body)  # the servers are Python: ASCII, a space after : and ,
+
+
+class Cloud(Dialect):
+    """Moondream Cloud.
+
+    What it does with `reasoning` in a stream is not known; here the final event
+    carries it.
+    """
+
+    name = "cloud"
+    skills = ("caption", "query")
+    text_only = True
+    lists_models = True
+    behind_gateway = True
+
+    def body(self, answer: Answer) -> Body:
+        """Return the answer as one JSON body."""
+        body: Body = {"request_id": self._request_id(answer), answer.key: answer.text}
+        if answer.reasoning is not None:
+            body["reasoning"] = answer.reasoning
+        return body | {"finish_reason": answer.finish_reason, "metrics": answer.metrics()}
+
+    def events(self, answer: Answer) -> Iterator[Event]:
+        """Yield the answer as events, each made when it is asked for."""
+        request_id = self._request_id(answer)
+        for word in answer.words:
+            chunk = {"chunk": word, "completed": False, "request_id": request_id}
+            yield self.encode(chunk, tokens=1)
+        final: Body = {"completed": True, "chunk": ""}
+        if answer.reasoning is not None:
+            final["reasoning"] = answer.reasoning
+        final |= {"org_id": "00000000-0000-4000-8000-000000000000", "request_id": request_id}
+        yield self.encode(final, last=True)
+
+    def error(self, status: int, message: str, param: str | None = None) -> tuple[int, Body]:
+        """Return the status and the body for an error."""
+        kind = {
+            401: "authentication_error",
+            413: "payload_too_large",
+            429: "rate_limit_exceeded",
+        }.get(status, "invalid_request" if status < 500 else "server_error")
+        return status, {
+            "error": {"message": message, "type": kind, "param": param, "code": kind},
+        }
+
+    def _dump(self, body: Body) -> str:
+        return json.dumps(body, ensure_ascii=False)
+
+    def _request_id(self, answer: Answer) -> str:
+        now = dt.datetime.now(dt.timezone.utc)
+        return (
+            f"{now:%Y-%m-%d}_{answer.skill}_{now:%Y-%m-%d-%H:%M:%S}-{answer.number & 0xFFFFFF:06x}"
+        )
+
+
+class Kestrel(Dialect):
+    """The HTTP server that the engine's own package carried."""
+
+    name = "kestrel"
+    skills = ("caption", "query")
+    text_only = True
+    streams_reasoning = False
+    tokens_per_event: ClassVar[int] = 3
+
+    def body(self, answer: Answer) -> Body:
+        """Return the answer as one JSON body."""
+        body: Body = {
+            "request_id": str(answer.number),
+            "finish_reason": answer.finish_reason,
+            answer.key: answer.text,
+            "metrics": answer.metrics(),
+        }
+        if answer.reasoning is not None:
+            body["reasoning"] = answer.reasoning
+        return body
+
+    def events(self, answer: Answer) -> Iterator[Event]:
+        """Yield the answer as events, each made when it is asked for.
+
+        The final one carries the tokens that filled no event.
+        """
+        size = self.tokens_per_event
+        whole = len(answer.words) // size * size
+        for start in range(0, whole, size):
+            chunk = "".join(answer.words[start : start + size])
+            body = {"chunk": chunk, "completed": False, "token_index": start + size - 1}
+            yield self.encode(body, tokens=size)
+        rest = answer.words[whole:]
+        final = {
+            "chunk": "".join(rest),
+            "completed": True,
+            "request_id": str(answer.number),
+            "finish_reason": answer.finish_reason,
+            answer.key: answer.text,
+            "metrics": answer.metrics(),
+        }
+        yield self.encode(final, tokens=len(rest), last=True)
+
+
+class Station(Dialect):
+    """Moondream Station."""
+
+    name = "station"
+    skills = ("caption", "query")
+    lenient = True
+    health: ClassVar[dict[str, Any]] = {"status": "ok", "server": "moondream-station"}
+
+    def body(self, answer: Answer) -> Body:
+        """Return the answer as one JSON body."""
+        body: Body = {answer.key: answer.text}
+        if answer.reasoning is not None:
+            body["reasoning"] = answer.reasoning
+        return body | {"_stats": self._stats(answer)}
+
+    def events(self, answer: Answer) -> Iterator[Event]:
+        """Yield the answer as events, each made when it is asked for.
+
+        Reasoning is lost on the way, as it is in Station.
+        """
+        for word in answer.words:
+            yield self.encode({"chunk": word}, tokens=1)
+        if answer.words:
+            yield self.encode({"stats": self._stats(answer)}, last=True)
+        yield self.encode({"completed": True}, last=True)
+
+    def error(self, status: int, message: str, param: str | None = None) -> tuple[int, Body]:
+        """Return the status and the body for an error; for most, Station's status is 200."""
+        del param
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            return status, {"detail": "Inference service not running"}
+        return (200 if status < 429 else status), {"error": message, "status": "error"}
+
+    def models(self) -> Body:
+        """Return the list of models, in Station's own shape."""
+        return {
+            "models": [
+                {"id": name, "name": name, "description": "simulated", "version": "1.0"}
+                for name in MODELS
+            ]
+        }
+
+    def _stats(self, answer: Answer) -> Body:
+        duration = time.perf_counter() - answer.received
+        return {
+            "tokens": len(answer.words),
+            "duration": round(duration, 2),
+            "tokens_per_sec": round(len(answer.words) / max(duration, 1e-6), 1),
+        }
+
+
+class Old(Dialect):
+    """``moondream serve`` of version 0.0.6.
+
+    The real one speaks HTTP/1.0; this one HTTP/1.1 with ``Connection: close``
+    and, for streams, neither a length nor chunks. That is the same to a client.
+    """
+
+    name = "old"
+    prefix = ""
+    skills = ("caption", "query")
+    closes_connections = True
+    checks_content_type = True
+
+    def body(self, answer: Answer) -> Body:
+        """Return the answer as one JSON body."""
+        return {answer.key: answer.text}
+
+    def events(self, answer: Answer) -> Iterator[Event]:
+        """Yield the answer as events, each made when it is asked for."""
+        for word in answer.words:
+            yield self.encode({"chunk": word, "completed": False}, tokens=1)
+        yield self.encode({"chunk": "", "completed": True}, last=True)
+
+
+DIALECTS: dict[str, type[Dialect]] = {
+    dialect.name: dialect for dialect in (Cloud, Kestrel, Station, Old)
+}

@@ -1,0 +1,106 @@
+"""What the server remembers of its connections and requests, for tests to look at."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .faults import Fault
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+
+class ReceivedRequest:
+    """One request, and what became of it.
+
+    Attributes:
+        method: As ``POST``.
+        path: As ``/v1/caption``.
+        params: The variable parts of the path, by name.
+        query: The query string, decoded.
+        headers: Found by name in any case.
+        body: The decoded JSON, or None where there was none; the bytes of an upload.
+        connection: The number of the TCP connection it came on, from 1; 0 where the
+            application runs in a runner other than the simulator's own.
+        fault: What went wrong on purpose, if anything.
+        status: The HTTP status of the answer, once it has begun.
+        stream: Whether a stream of events was asked for.
+        events_sent: How many writes were made for the stream.
+        bytes_sent: How many bytes of the answer's body were handed to the socket.
+        ended: Set when nothing more will be sent.
+        ended_at: When that was, by `time.monotonic`.
+        disconnected: Whether the client went away before the answer was whole.
+    """
+
+    def __init__(self, request: web.Request, connection: int) -> None:
+        self.method = request.method
+        self.path = request.path
+        self.params: Mapping[str, str] = request.match_info
+        self.query: Mapping[str, str] = request.query
+        self.headers: Mapping[str, str] = request.headers
+        self.body: Any = None
+        self.fault: Fault | None = None
+        self.connection = connection
+        self.status: int | None = None
+        self.stream = False
+        self.events_sent = 0
+        self.bytes_sent = 0
+        self.ended = asyncio.Event()
+        self.ended_at: float | None = None
+        self.disconnected = False
+
+    def __repr__(self) -> str:
+        state = "disconnected" if self.disconnected else "ended" if self.ended.is_set() else "open"
+        return f"<{self.method} {self.path}: {self.status}, {state}>"
+
+    def end(self) -> None:
+        """Mark that nothing more will be sent."""
+        self.ended_at = time.monotonic()
+        self.ended.set()
+
+
+class Connections:
+    """The TCP connections of a server.
+
+    Attributes:
+        accepted: How many there were in all.
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.accepted = 0
+        self._open: dict[object, int] = {}
+        self._on_change = on_change
+
+    @property
+    def open(self) -> int:
+        """How many are open now."""
+        return len(self._open)
+
+    def number(self, protocol: object) -> int:
+        """Return the number of an open connection, from 1, or 0 for one that is not known."""
+        return self._open.get(protocol, 0)
+
+    def watch(self, server: web.Server) -> None:
+        """Count the connections that `server` accepts and loses."""
+        accept, lose = server.connection_made, server.connection_lost
+
+        def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+            self.accepted += 1
+            self._open[handler] = self.accepted
+            self._on_change()
+            accept(handler, transport)
+
+        def connection_lost(handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+            lose(handler, exc)
+            self._open.pop(handler, None)
+            self._on_change()
+
+        # aiohttp has no signal for either, and a runner makes its server by itself.
+        server.connection_made = connection_made  # type: ignore[method-assign]
+        server.connection_lost = connection_lost  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"<connections: {self.accepted} accepted, {self.open} open>"

@@ -1,0 +1,418 @@
+"""The server: it alone knows sockets, and the time.
+
+It receives a request, lets the faults strike, asks the endpoint for an answer
+and writes that at the simulator's rate, until it is told or the client is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import struct
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from aiohttp import hdrs, web
+
+from .dialects import DIALECTS
+from .faults import Fault, FaultQueue
+from .received import Connections, ReceivedRequest
+from .skills import Gallery, Skills
+from .steps import Auth, Event, HangUp, Reply, Route, Step, Steps, Wait
+from .validation import RefusedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# A picture of 10 MB is 13.4 MB of base64. A longer body is refused.
+MAX_BODY_BYTES = 20 * 1024 * 1024
+
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class _CloseDelimitedResponse(web.StreamResponse):
+    """A body of unknown length that is not chunked: it ends with the connection."""
+
+    _length_check = False  # aiohttp's own switch; its WebSockets use it
+
+
+class _HungUpError(ConnectionError):
+    """We closed the connection on purpose."""
+
+
+class Simulator:
+    """A server that speaks the Moondream API and describes what it measures in pictures.
+
+    It listens while it is entered; leaving ends open answers at once::
+
+        async with Simulator(rate=0) as simulator:
+            client = MoondreamClient(endpoint=simulator.endpoint)
+
+    Or it is mounted elsewhere: `app` is an `aiohttp.web.Application`. A simulator
+    is entered, or its `app` run, once.
+
+    Args:
+        dialect: Which server it speaks like: ``cloud``, ``kestrel``, ``station``
+            or ``old``.
+        rate: Tokens a second; 0 is as fast as it goes.
+        api_key: The only key that the cloud dialect lets in. None lets in any, and none.
+        faults: What goes wrong, in this order; see `Fault`. More can be appended
+            to `faults` at any time.
+        host: Where to listen.
+        port: Where to listen; 0 is any free port.
+        ssl_context: Serves HTTPS with this.
+        blank_lines: Ends every event with a blank line, as SSE wants it. False leaves
+            them out, as the documentation of the cloud prints it.
+        keep: How many of the latest requests are remembered in `requests`.
+
+    Attributes:
+        app: The application.
+        requests: The requests received, the oldest first.
+        connections: Tells how many were `accepted` in all and are `open` now.
+        faults: What goes wrong next.
+
+    Raises:
+        ValueError: There is no such dialect or fault.
+    """
+
+    def __init__(
+        self,
+        dialect: str = "cloud",
+        rate: float = 0,
+        api_key: str | None = None,
+        faults: Iterable[Fault | str] = (),
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        ssl_context: ssl.SSLContext | None = None,
+        blank_lines: bool = True,
+        keep: int = 1000,
+    ) -> None:
+        if dialect not in DIALECTS:
+            raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(DIALECTS)}")
+        self.dialect = DIALECTS[dialect](blank_lines=blank_lines)
+        self.rate = rate
+        self.faults = FaultQueue(faults)
+        self.requests: list[ReceivedRequest] = []
+        self.connections = Connections(self._notify)
+        self.app = web.Application(
+            client_max_size=MAX_BODY_BYTES, middlewares=[self._answer_unrouted]
+        )
+        self._api_key = api_key
+        self._keep = keep
+        self._address = (host, port)
+        self._ssl_context = ssl_context
+        self._runner: web.AppRunner | None = None
+        self._closing = False
+        self._changed: asyncio.Event | None = None
+        self._answering: set[asyncio.Task[Any]] = set()
+        for route in Skills(self.dialect, Gallery()).routes():
+            self._add_route(route)
+
+    def __repr__(self) -> str:
+        state = self.endpoint if self._runner else "not listening"
+        return f"<Simulator {self.dialect.name}: {state}>"
+
+    @property
+    def endpoint(self) -> str:
+        """The base URL for a client, as ``http://127.0.0.1:2020/v1``.
+
+        Raises:
+            RuntimeError: The simulator isn't listening.
+        """
+        return self.origin + self.dialect.prefix
+
+    @property
+    def origin(self) -> str:
+        """The scheme, host and port it listens on.
+
+        Raises:
+            RuntimeError: The simulator isn't listening.
+        """
+        if self._runner is None:
+            raise RuntimeError("the simulator isn't listening; use `async with Simulator(...)`")
+        host, port = self._runner.addresses[0][:2]
+        if host in {"0.0.0.0", "::"}:  # noqa: S104 - it listens everywhere; name one place
+            host = "127.0.0.1"
+        if ":" in host:
+            host = f"[{host}]"
+        return f"{'https' if self._ssl_context else 'http'}://{host}:{port}"
+
+    async def __aenter__(self) -> Self:
+        # With handler_cancellation a client that goes away ends its answer at once.
+        runner = web.AppRunner(
+            self.app, handler_cancellation=True, access_log=None, shutdown_timeout=1
+        )
+        await runner.setup()
+        try:
+            if runner.server is not None:
+                self.connections.watch(runner.server)
+            await web.TCPSite(runner, *self._address, ssl_context=self._ssl_context).start()
+        except BaseException:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._closing = True
+        for task in self._answering:
+            task.cancel()
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` is true; it is asked again at every change.
+
+        A change is a connection made or lost, and a request received or ended::
+
+            await simulator.wait_until(lambda: simulator.connections.open == 0)
+        """
+        while not condition():
+            if self._changed is None:
+                self._changed = asyncio.Event()
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    def _add_route(self, route: Route) -> None:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await self._receive(request, route)
+
+        self.app.router.add_route(route.method, route.path, handle)
+
+    @web.middleware
+    async def _answer_unrouted(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        """Answer what no route answers in the plain text of the real servers."""
+        try:
+            return await handler(request)
+        except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
+            headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+            reply = Reply(error.status, error.reason, headers)
+
+        async def answer(_: ReceivedRequest) -> Reply:
+            return reply
+
+        return await self._receive(request, Route(request.method, request.path, answer, "none"))
+
+    async def _receive(self, request: web.Request, route: Route) -> web.StreamResponse:
+        """Remember a request, answer it, and notice when its client goes away."""
+        received = ReceivedRequest(request, self.connections.number(request.protocol))
+        self.requests.append(received)
+        del self.requests[: max(0, len(self.requests) - self._keep)]
+        self._notify()
+        task = asyncio.current_task()
+        if task is not None:
+            self._answering.add(task)
+        response: web.StreamResponse = web.Response()
+        try:
+            response = await self._respond(request, received, route)
+        except asyncio.CancelledError:
+            received.disconnected = not self._closing
+            raise
+        except ConnectionError as error:
+            # A write failed, or we hung up. aiohttp finds the connection closed and gives up.
+            received.disconnected = not isinstance(error, _HungUpError)
+        finally:
+            if task is not None:
+                self._answering.discard(task)
+            received.end()
+            self._notify()
+        return response
+
+    async def _respond(
+        self, request: web.Request, received: ReceivedRequest, route: Route
+    ) -> web.StreamResponse:
+        answer: Reply | Steps
+        try:
+            received.body = await self._read(request)
+            received.stream = self._wants_stream(received.body)
+            received.fault = self.faults.take(request.path, stream=received.stream)
+            for step in received.fault.before() if received.fault else ():
+                await self._carry_out(step, request)
+            reply = received.fault.reply() if received.fault else None
+            if received.fault and received.fault.has("json"):
+                received.stream = False
+            answer = reply or self._refuse(request, route.auth) or await route.endpoint(received)
+        except RefusedError as refused:
+            status, body = self.dialect.error(refused.status, refused.message, refused.param)
+            answer = Reply(status, body)
+        if isinstance(answer, Reply):
+            return await self._send(request, received, answer)
+        if received.fault is not None:
+            answer = received.fault.spoil(answer)
+        return await self._stream(request, received, answer)
+
+    async def _read(self, request: web.Request) -> Any:
+        """Return the decoded body, as the dialect reads bodies.
+
+        Raises:
+            RefusedError: It is too long, or no JSON.
+        """
+        try:
+            data = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise RefusedError("Request body is too large", status=413) from None
+        if self.dialect.lenient:
+            form = await request.post()
+            return self._merge(data, dict(request.query) | dict(form))
+        if not data:
+            return None
+        content_type = request.headers.get(hdrs.CONTENT_TYPE)
+        if self.dialect.checks_content_type and content_type != "application/json":
+            raise RefusedError("Content-Type must be application/json")
+        try:
+            return msgspec.json.decode(data)
+        except msgspec.DecodeError:
+            raise RefusedError("Request body must be valid JSON") from None
+
+    def _merge(self, data: bytes, fields: dict[str, Any]) -> Any:
+        """Add JSON to the query string and the form, as Station does; overlook what is not JSON."""
+        try:
+            decoded = msgspec.json.decode(data)
+        except msgspec.DecodeError:
+            decoded = {}
+        return fields | decoded if isinstance(decoded, dict) else decoded
+
+    def _wants_stream(self, body: Any) -> bool:
+        stream = body.get("stream") if isinstance(body, dict) else None
+        return bool(stream) if self.dialect.lenient else stream is True
+
+    def _refuse(self, request: web.Request, auth: Auth) -> Reply | None:
+        """Return the answer for a client that isn't let in, if it isn't."""
+        if auth == "none" or not self.dialect.behind_gateway:
+            return None
+        agent = request.headers.get(hdrs.USER_AGENT, "")
+        if not agent or agent.startswith("Python-urllib"):
+            return Reply(403, "error code: 1010")
+        if self._api_key is None:
+            return None
+        bearer = request.headers.get(hdrs.AUTHORIZATION)
+        if auth == "optional":
+            right = bearer in {None, f"Bearer {self._api_key}"}
+            return None if right else Reply(401, {"error": "Invalid API key"})
+        right = request.headers.get("X-Moondream-Auth") == self._api_key or (
+            auth == "bearer" and bearer == f"Bearer {self._api_key}"
+        )
+        return None if right else Reply(*self.dialect.error(401, "Invalid API key"))
+
+    async def _send(
+        self, request: web.Request, received: ReceivedRequest, reply: Reply
+    ) -> web.Response:
+        status, body, content_type = reply.status, reply.body, reply.content_type
+        if body is None:
+            status, body = self.dialect.error(status, f"Simulated error {status}")
+        if isinstance(body, dict):
+            body, content_type = msgspec.json.encode(body), "application/json"
+        elif isinstance(body, str):
+            body = body.encode()
+        response = web.Response(
+            status=status,
+            body=body,
+            headers={hdrs.CONTENT_TYPE: content_type} | reply.headers,
+        )
+        received.status = status
+        received.stream = False
+        await response.prepare(request)
+        await response.write_eof()
+        received.bytes_sent = len(body)
+        return response
+
+    async def _stream(
+        self, request: web.Request, received: ReceivedRequest, steps: Steps
+    ) -> web.StreamResponse:
+        """Write a stream's steps at the simulator's rate."""
+        response = web.StreamResponse(headers=_STREAM_HEADERS)
+        if self.dialect.closes_connections:
+            response = _CloseDelimitedResponse(headers=_STREAM_HEADERS)
+            response.force_close()
+        received.status = response.status
+        await response.prepare(request)
+        clock = asyncio.get_running_loop().time
+        due = clock()  # absolute, so that late wake-ups don't add up
+        for step in steps:
+            if not isinstance(step, Event):
+                await self._carry_out(step, request)
+                continue
+            if self.rate:
+                due += step.tokens / self.rate
+            await asyncio.sleep(max(0.0, due - clock()))
+            await response.write(step.data)
+            received.events_sent += 1
+            received.bytes_sent += len(step.data)
+        await response.write_eof()
+        return response
+
+    async def _carry_out(self, step: Step, request: web.Request) -> None:
+        if isinstance(step, Wait):
+            if step.seconds is None:
+                await asyncio.Event().wait()  # until the client goes away
+            else:
+                await asyncio.sleep(step.seconds)
+        elif isinstance(step, HangUp):
+            _hang_up(request.transport, reset=step.reset)
+            raise _HungUpError
+
+
+def _hang_up(transport: asyncio.Transport | None, *, reset: bool) -> None:
+    if transport is None:
+        return
+    if reset:
+        # Lingering for zero seconds makes the kernel send RST in place of FIN.
+        linger = struct.pack("ii", 1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        transport.abort()
+    else:
+        transport.close()
+
+
+async def serve(
+    host: str = "127.0.0.1",
+    port: int = 2020,
+    *,
+    dialect: str = "cloud",
+    rate: float = 30,
+    api_key: str | None = None,
+    faults: Iterable[Fault | str] = (),
+    ssl_context: ssl.SSLContext | None = None,
+    blank_lines: bool = True,
+    on_listening: Callable[[Simulator], object] | None = None,
+) -> None:
+    """Run a `Simulator` until cancelled; the arguments are its own.
+
+    `on_listening` is called once, when requests can come in: the simulator's
+    `endpoint` then has the real port. No requests are remembered.
+
+    Raises:
+        ValueError: There is no such dialect or fault.
+        OSError: It can't listen there.
+    """
+    simulator = Simulator(
+        dialect,
+        rate,
+        api_key,
+        faults,
+        host=host,
+        port=port,
+        ssl_context=ssl_context,
+        blank_lines=blank_lines,
+        keep=0,
+    )
+    async with simulator:
+        if on_listening is not None:
+            on_listening(simulator)
+        await asyncio.Event().wait()
