@@ -62,7 +62,17 @@ class ImageError(RequestError):
 
 
 class APIConnectionError(MoondreamError):
-    """The server could not be reached, or the connection was lost before it answered."""
+    """The server could not be reached, or the connection was lost before it answered.
+
+    Attributes:
+        permanent: Another try can't help, as with a certificate that doesn't verify.
+    """
+
+    _fields: ClassVar[tuple[str, ...]] = ("permanent",)
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 class APITimeoutError(MoondreamError, TimeoutError):

@@ -1,0 +1,77 @@
+"""What to retry and how long to wait first: arithmetic only.
+
+No clock and no randomness in here; the client brings both. A failure goes in,
+a number of seconds or a plain "no" comes out.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .errors import APIConnectionError, APIStatusError, APITimeoutError, MoondreamError
+
+STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
+"""Worth another try: all skills only read a picture, so a second POST changes nothing."""
+
+FIRST_DELAY = 0.5  # seconds; the official SDK's figure, as is the doubling
+LONGEST_DELAY = 30.0
+LONGEST_RETRY_AFTER = 60.0
+"""A server that asks for more is asked again after this many seconds."""
+
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+
+
+def is_worth_retrying(error: MoondreamError) -> bool:
+    """Say whether the same request can succeed when it is sent again.
+
+    A connection that could not be made or broke, the statuses above, and
+    Station's ``{"status": "rejected"}`` (its queue was full), which comes with
+    status 200. Not Station's ``timeout``: its worker is still busy with the job.
+    """
+    if isinstance(error, APITimeoutError):
+        return error.phase == "connect"
+    if isinstance(error, APIStatusError):
+        rejected = isinstance(error.body, dict) and error.body.get("status") == "rejected"
+        return rejected or error.status in STATUSES
+    return isinstance(error, APIConnectionError) and not error.permanent
+
+
+def backoff(attempt: int, jitter: float, retry_after: float | None = None) -> float:
+    """Return the seconds to wait before the try after failed try number `attempt` (from 0).
+
+    Exponential with full jitter: a random part, `jitter` in 0-1, of a doubling
+    delay, so that clients which failed together do not come back together.
+    What the server asked for wins, up to `LONGEST_RETRY_AFTER`.
+
+    >>> backoff(0, 1.0), backoff(2, 0.5), backoff(99, 1.0)
+    (0.5, 1.0, 30.0)
+    >>> backoff(0, 0.1, retry_after=7), backoff(0, 0.1, retry_after=86400)
+    (7, 60.0)
+    """
+    if retry_after is not None:
+        return min(retry_after, LONGEST_RETRY_AFTER)
+    return jitter * min(FIRST_DELAY * 2.0 ** min(attempt, 16), LONGEST_DELAY)
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Return the seconds that a ``Retry-After`` header asks for, or None if it makes no sense.
+
+    `now` is the time in seconds since the epoch, for headers that name a date
+    (RFC 9110, 10.2.3). A date in the past is 0.
+
+    >>> parse_retry_after("2.5", 0), parse_retry_after("-1", 0), parse_retry_after("soon", 0)
+    (2.5, None, None)
+    >>> parse_retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 50)
+    10.0
+    """
+    if value is None:
+        return None
+    value = value.strip()
+    if _SECONDS.fullmatch(value):
+        return float(value)
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - slow to load, seldom needed
+
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+    except (TypeError, ValueError, OverflowError, OSError):  # all seen for odd dates
+        return None
