@@ -9,12 +9,16 @@ Coordinates are 0-1 of the picture's width and height, from the top left.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import Any, Literal, TypedDict
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
 
 import msgspec
 
 from .errors import RequestError
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 Length = Literal["short", "normal", "long"]
 
@@ -82,6 +86,29 @@ class EncodedImage(msgspec.Struct, frozen=True, eq=False):
         return (
             f"EncodedImage({self.media_type}, {self.width}x{self.height}, {len(self.data)} bytes)"
         )
+
+
+class Array(Protocol):
+    """What a numpy array has; numpy itself is not needed."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """The buffer, its shape and its type of number."""
+
+
+ImageInput = Union[
+    str,
+    "os.PathLike[str]",
+    bytes,
+    bytearray,
+    memoryview,
+    IO[bytes],
+    "PIL.Image.Image",
+    Array,
+    EncodedImage,
+]
+"""Whatever a picture can be given as: a path, its bytes, an open file, a PIL image, a numpy
+array, or what ``encode_image`` returned."""
 
 
 class _Value(msgspec.Struct, frozen=True):
