@@ -1,0 +1,318 @@
+"""A streamed answer: bytes in, typed events out, whichever server sends them.
+
+=========  ========  ===============  =============  ======================
+server     text key  end marker       text in final  besides
+=========  ========  ===============  =============  ======================
+cloud      chunk     completed: true  no             request_id, org_id
+kestrel    chunk     completed: true  yes            the whole answer again
+Station    chunk     completed: true  no             a stats event
+old local  chunk     completed: true  error text     --
+=========  ========  ===============  =============  ======================
+
+There are two ways through. `SSEParser` and a look at each event know every
+case. Blocks of nothing but plain ``data: {"chunk": ...}`` lines, which is nearly
+all that is ever sent, go round both, in one call to the JSON decoder; whenever
+a block is not surely of that kind, it takes the other way. Both give the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from moondream_async._sse import ServerSentEvent, SSEParser
+from moondream_async.errors import (
+    StreamError,
+    StreamInterruptedError,
+    StreamProtocolError,
+    StreamServerError,
+)
+from moondream_async.types import (
+    ChunkEvent,
+    FinalEvent,
+    MetricsEvent,
+    Reasoning,
+    StreamEvent,
+    UnknownEvent,
+)
+
+from .answers import ANSWER_KEY, decode_body, decode_reasoning, describe, find_metrics, to_id
+from .requests import Skill
+
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+
+_DISGUISED_ERRORS = frozenset(
+    {
+        # The old local server says so in the answer's text, and nowhere else.
+        "An error occurred during caption generation.",
+        "An error occurred during query processing.",
+    }
+)
+
+_KNOWN_KEYS = frozenset({"chunk", "text", "completed", "error", "stats"})
+
+
+class PlainChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A chunk event with nothing in it but these; read straight off the wire."""
+
+    chunk: str
+    completed: bool | UnsetType = UNSET
+    request_id: str | UnsetType = UNSET
+    token_index: int | UnsetType = UNSET
+
+    def public(self) -> ChunkEvent:
+        """Return the same as the type that callers see."""
+        return ChunkEvent(chunk=self.chunk, raw=msgspec.to_builtins(self))
+
+
+Event = PlainChunk | StreamEvent
+"""What `AnswerDecoder` gives: `chunk` is "" where an event adds no text."""
+
+
+class AnswerDecoder:
+    r"""One streamed caption or answer.
+
+    `feed` it what arrives and call `end` at the end of the body. What is known
+    beside the text stands in the attributes. A fault does not take away the
+    events before it: these are returned, and `failure` says what came after.
+
+    >>> decoder = AnswerDecoder("caption")
+    >>> [event.chunk for event in decoder.feed(b'data: {"chunk": "a cat"}\\n\\n')]
+    ['a cat']
+    >>> [event.chunk for event in decoder.feed(b'data: {"completed": true}\\n\\n')]
+    ['']
+    >>> decoder.completed
+    True
+    """
+
+    def __init__(
+        self, skill: Skill, *, secret: str = "", max_event_bytes: int = MAX_EVENT_BYTES
+    ) -> None:
+        self.request_id: str | None = None
+        self.finish_reason: str | None = None
+        self.metrics: dict[str, Any] | None = None
+        self.reasoning: Reasoning | None = None
+        self.usage: dict[str, Any] | None = None
+        self.completed = False
+        self.failure: Callable[..., StreamError] | None = None
+        """Makes the error to raise once the events are used up; takes ``partial=``."""
+        self._skill: Skill = skill
+        self._secret = secret  # the API key; an error that quotes it is not to pass it on
+        self._max_event_bytes = max_event_bytes
+        self._parser = SSEParser(max_event_bytes=max_event_bytes, complete=_is_whole_event)
+        self._plain_lines = msgspec.json.Decoder(PlainChunk).decode_lines
+        self._tail: list[bytes] = []  # of a line whose end has not come, kept from the parser
+        self._tail_bytes = 0
+        self._has_text = False
+        self._untouched = True  # the parser has seen nothing, so it still expects the start
+
+    def fresh(self) -> AnswerDecoder:
+        """Return a decoder for another try at the same answer."""
+        return type(self)(self._skill, secret=self._secret, max_event_bytes=self._max_event_bytes)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing that still comes can matter."""
+        return self.completed or self.failure is not None
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take the next bytes of the body; return the events that they complete."""
+        if self.done:
+            return []
+        if self._untouched or self._parser.idle:
+            events = self._feed_plain(data)
+            if events is not None:
+                return events
+            data = b"".join([*self._tail, data])
+            self._tail = []
+            self._tail_bytes = 0
+        return self._feed_any(data)
+
+    def end(self) -> list[Event]:
+        """Take the end of the body; return the events that only it completes.
+
+        A last line without its line end counts if it is a whole event. If the end
+        marker has not come, `failure` is set.
+        """
+        if self.done:
+            return []
+        events = self._feed_any(b"".join([*self._tail, b"\n"]))
+        self._tail = []
+        if not self.done:
+            self.failure = functools.partial(
+                StreamInterruptedError, "The stream ended before the answer was complete"
+            )
+        return events
+
+    def body(self, data: bytes) -> list[Event]:
+        """Take a plain JSON answer that came where a stream was asked for, as one event.
+
+        Raises:
+            APIStatusError: It says that it is an error, or is no answer.
+        """
+        result = decode_body(self._skill, data)
+        self._note(result.raw)
+        self.completed = True
+        return [FinalEvent(chunk=result[ANSWER_KEY[self._skill]], raw=result.raw)]
+
+    # -- the short way ------------------------------------------------------------
+
+    def _feed_plain(self, data: bytes) -> list[Event] | None:
+        """Decode a block of plain chunk events; None if it has to take the other way."""
+        cut = data.rfind(b"\n") + 1
+        if not cut:
+            self._tail_bytes += len(data)
+            if b"\r" in data or self._tail_bytes > self._max_event_bytes:
+                return None
+            self._tail.append(data)
+            return []
+        block = data[:cut]
+        if self._tail:
+            block = b"".join([*self._tail, block])
+        events = self._decode_plain(block)
+        if events is None:
+            return None
+        self._parser.skip_start()
+        rest = data[cut:]
+        self._tail = [rest] if rest else []
+        self._tail_bytes = len(rest)
+        last_id = events[-1].request_id
+        if last_id is not UNSET:
+            self.request_id = last_id
+        self._has_text = True
+        return events  # type: ignore[return-value] # a list of one member of the union
+
+    def _decode_plain(self, block: bytes) -> list[PlainChunk] | None:
+        """Decode ``data: {...}`` lines, each followed by a blank line or none of them.
+
+        The lines are stripped down to newline-delimited JSON. That is sound only if
+        each JSON value is one line's whole data: so every line break must stand
+        between ``}`` and ``data: {``, where no JSON value can go on from one line to
+        the next, and there must be as many values as lines.
+        """
+        if not block.startswith(b"data: {") or b"true" in block or b"\r" in block:
+            return None
+        if block.endswith(b"}\n\n"):
+            lines = block[6:].replace(b"}\n\ndata: {", b"}\n{")
+            count = (len(block) - 6 - len(lines)) // 7 + 1
+            breaks = count + 1
+        elif block.endswith(b"}\n"):
+            lines = block[6:].replace(b"}\ndata: {", b"}\n{")
+            count = (len(block) - 6 - len(lines)) // 6 + 1
+            breaks = count
+        else:
+            return None
+        if lines.count(b"\n") != breaks:
+            return None
+        try:
+            events = self._plain_lines(lines)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None  # not plain, or not JSON; the long way knows which
+        return events if len(events) == count else None
+
+    # -- the long way -------------------------------------------------------------
+
+    def _feed_any(self, data: bytes) -> list[Event]:
+        self._untouched = False
+        try:
+            parsed = self._parser.feed(data)
+        except StreamProtocolError as error:
+            self.failure = functools.partial(StreamProtocolError, str(error))
+            return []
+        events: list[Event] = []
+        for event in parsed:
+            events += self._decode(event)
+            if self.done:
+                break
+        return events
+
+    def _decode(self, event: ServerSentEvent) -> list[Event]:
+        data = event.data
+        if data.strip() == "[DONE]":
+            return self._finish({}, "")
+        if self._secret and self._secret in data:
+            data = data.replace(self._secret, "***")
+        try:
+            raw = msgspec.json.decode(data)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            raw = data
+        if event.event == "error" or (isinstance(raw, dict) and raw.get("error")):
+            return self._fail_with(raw)
+        if not isinstance(raw, dict):
+            self.failure = functools.partial(
+                StreamProtocolError,
+                f"The server sent an event that is no JSON object: {raw!s:.200}",
+            )
+            return []
+        return self._decode_object(raw, event)
+
+    def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[Event]:
+        self._note(raw)
+        chunk = raw.get("chunk")
+        if chunk is None:
+            chunk = raw.get("text")
+        if chunk is not None and not isinstance(chunk, str):
+            self.failure = functools.partial(
+                StreamProtocolError, f"The server sent a chunk that is no text: {chunk!r:.200}"
+            )
+            return []
+        if raw.get("completed") is True:
+            return self._finish(raw, chunk or "")
+        if chunk is not None or "chunk" in raw:
+            self._has_text = self._has_text or bool(chunk)
+            return [ChunkEvent(chunk=chunk or "", raw=raw)]
+        if isinstance(raw.get("stats"), dict):
+            return [MetricsEvent(metrics=raw["stats"], raw=raw)]
+        kind = raw.get("type")
+        return [UnknownEvent(event=kind if isinstance(kind, str) else event.event, raw=raw)]
+
+    def _finish(self, raw: dict[str, Any], chunk: str) -> list[Event]:
+        if chunk in _DISGUISED_ERRORS:
+            return self._fail_with({**raw, "error": chunk})
+        if not chunk and not self._has_text:
+            # Nothing was streamed: then, and only then, the whole answer is news.
+            whole = raw.get(ANSWER_KEY[self._skill])
+            chunk = whole if isinstance(whole, str) else ""
+        self.completed = True
+        return [FinalEvent(chunk=chunk, raw=raw)]
+
+    def _fail_with(self, raw: Any) -> list[Event]:
+        message, fields = describe(raw)
+        self.failure = functools.partial(
+            StreamServerError,
+            message or "The server reported an error",
+            type=fields.get("type"),
+            code=fields.get("code"),
+            body=raw,
+        )
+        return []
+
+    def _note(self, raw: dict[str, Any]) -> None:
+        """Keep what an event says beside its text."""
+        self.request_id = to_id(raw.get("request_id")) or self.request_id
+        self.finish_reason = to_id(raw.get("finish_reason")) or self.finish_reason
+        self.metrics = find_metrics(raw) or self.metrics
+        self.reasoning = decode_reasoning(raw.get("reasoning")) or self.reasoning
+        if isinstance(raw.get("usage"), dict):
+            self.usage = raw["usage"]
+
+
+def _is_whole_event(line: str) -> bool:
+    """Say whether one data line is an event by itself, so that no blank line need follow.
+
+    The cloud's documentation prints its events without blank lines. A line that
+    is a JSON object of a known kind can't be the first of several.
+    """
+    if line == "[DONE]":
+        return True
+    if not (line.startswith("{") and line.rstrip().endswith("}")):
+        return False
+    try:
+        raw = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return False
+    return not _KNOWN_KEYS.isdisjoint(raw)
