@@ -1,0 +1,608 @@
+"""The stream types: an answer as it is written, over any source of bytes.
+
+A stream pulls. It asks its source for bytes only when somebody asks it for
+text and has nothing left to give, so it needs no task and no queue, and a slow
+reader slows the server. Each block of bytes is decoded at once; the events in
+it are then handed out one by one.
+
+Who holds whom: the caller holds the stream, the stream its source and its
+clock, and nobody holds the stream. So it is freed the moment it is dropped, and
+frees its connection with it. No exception is kept in it, since the frames of a
+traceback lead back here.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from ._protocol.events import AnswerDecoder, Event, PlainChunk
+from .errors import (
+    APIConnectionError,
+    APITimeoutError,
+    ClientClosedError,
+    MoondreamError,
+    Phase,
+    StreamInterruptedError,
+    StreamStalledError,
+)
+from .types import Reasoning, StreamEvent, Timeout
+
+if TYPE_CHECKING:
+    import asyncio
+    from types import TracebackType
+
+    import anyio
+    from typing_extensions import Self
+
+_NEVER = float("inf")
+
+
+class ByteSource(Protocol):
+    """Where the bytes of one stream come from."""
+
+    async def __anext__(self) -> bytes:
+        """Return the next bytes; StopAsyncIteration at the clean end.
+
+        Raises:
+            APIConnectionError: The connection broke. Whatever had arrived before
+                was returned first.
+            ClientClosedError: The client closed it.
+        """
+
+    def close(self) -> None:
+        """Drop the connection now, from any thread; a waiting reader is woken with an error.
+
+        Closing twice does nothing.
+        """
+
+    async def finish(self) -> None:
+        """Wait, shortly, for the end of a body whose events are complete.
+
+        So the connection can be used for the next request.
+        """
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection was given back or dropped."""
+
+
+class Opening(NamedTuple):
+    """What a stream starts from, and starts from again when a try fails before its first event."""
+
+    decoder: AnswerDecoder
+    source: ByteSource | None = None  # None: the whole answer is in `events`
+    events: list[Event] = []  # noqa: RUF012 - never changed
+    sent_at: float | None = None  # on the loop's clock
+    waited: float = 0.0  # seconds already spent on waiting for the first event
+
+
+Reopen = Callable[[MoondreamError], Awaitable[Opening]]
+"""Takes a failure before the first event; returns the next try, or raises it."""
+
+
+class Stream:
+    """An answer as it is written; iterate over it, or over `chunk`, which is the same.
+
+    One task reads at a time. A task that is cancelled while it waits leaves the
+    stream whole: another read goes on where it stopped. `aclose` it, leave its
+    ``async with``, or read it to the end; a stream that is dropped before that
+    closes its connection and warns.
+
+    Reading raises:
+        StreamInterruptedError: The connection ended before the answer did.
+        StreamStalledError: Nothing came for `Timeout.idle`, or `Timeout.total` is over.
+        StreamServerError: The server reported an error in the stream.
+        StreamProtocolError: What came are not events.
+        APITimeoutError: Nothing at all came for `Timeout.first_event`.
+        ClientClosedError: The stream or its client was closed before or meanwhile.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_block",
+        "_cause",
+        "_clock",
+        "_closed",
+        "_decoder",
+        "_opened_at",
+        "_reading",
+        "_ready",
+        "_reopen",
+        "_reopening",
+        "_sent_at",
+        "_source",
+        "_text",
+        "_timed_out",
+        "_timeout",
+        "_total_at",
+        "_ttft",
+    )
+
+    _key: ClassVar[str] = "chunk"
+
+    def __init__(
+        self,
+        opening: Opening,
+        *,
+        timeout: Timeout | None = None,
+        total_at: float | None = None,
+        reopen: Reopen | None = None,
+        opened_at: str | None = None,
+    ) -> None:
+        self._timeout = timeout or Timeout()
+        self._total_at = total_at
+        self._reopen = reopen
+        self._reopening: anyio.CancelScope | None = None
+        self._opened_at = opened_at
+        self._text: list[str] = []  # of the blocks before this one
+        self._ttft: float | None = None
+        self._cause: BaseException | None = None
+        self._timed_out: Phase | None = None
+        self._reading = False
+        self._closed = False
+        self._attach(opening)
+
+    def _attach(self, opening: Opening) -> None:
+        self._decoder = opening.decoder
+        self._source = opening.source
+        self._sent_at = opening.sent_at
+        self._clock: _Clock | None = None
+        if opening.source is not None:
+            self._clock = _Clock(opening.source, self._timeout, self._total_at, opening.waited)
+        self._block: list[Event] = []
+        self._ready: Iterator[Event] = iter(self._block)
+        if opening.events:
+            self._take(opening.events)
+
+    # -- reading ------------------------------------------------------------------
+
+    @property
+    def chunk(self) -> AsyncIterator[str]:
+        """The pieces of text, as they arrive. It keeps the stream alive by itself."""
+        return self
+
+    @property
+    def events(self) -> AsyncIterator[StreamEvent]:
+        """Typed events in place of text, those of unknown kinds included.
+
+        It reads on from where the text was read to, and the other way round.
+        """
+        return _Events(self)
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the pieces for ``chunk`` and the skill's own key; else the attribute."""
+        if key in ("chunk", self._key):
+            return self.chunk
+        if key in ("request_id", "finish_reason", "metrics", "reasoning", "usage"):
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        """Return the next piece of text."""
+        for event in self._ready:
+            if event.chunk:
+                return event.chunk
+        while True:
+            await self._fill()
+            for event in self._ready:
+                if event.chunk:
+                    return event.chunk
+
+    async def text(self) -> str:
+        """Read to the end; return all the text that had not been read yet.
+
+        When it raises or is cancelled, `text_so_far` has what had arrived.
+        """
+        return "".join([piece async for piece in self])
+
+    # -- what is known ------------------------------------------------------------
+
+    @property
+    def text_so_far(self) -> str:
+        """All the text that was handed out."""
+        given = len(self._block) - operator.length_hint(self._ready)
+        return "".join([*self._text, *[event.chunk for event in self._block[:given]]])
+
+    @property
+    def completed(self) -> bool:
+        """Whether the server's word that the answer is complete has arrived."""
+        return self._decoder.completed
+
+    @property
+    def request_id(self) -> str | None:
+        """The server's id for the request, once it has said it."""
+        return self._decoder.request_id
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``stop``, or ``length`` when the answer was cut at `max_tokens`; known at the end."""
+        return self._decoder.finish_reason
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """Tokens and times under the server's own names; known at the end."""
+        return self._decoder.metrics
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """What the model thought, once the server has said it."""
+        return self._decoder.reasoning
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """Token counts as chat gives them."""
+        return self._decoder.usage
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from the sending of the request to the first piece of text."""
+        return self._ttft
+
+    def __repr__(self) -> str:
+        state = "complete" if self.completed else "closed" if self._is_over() else "open"
+        name = type(self).__name__
+        return f"<{name} {state}, {len(self.text_so_far)} characters, request {self.request_id}>"
+
+    # -- the end ------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the stream; any task may, at any time, and again.
+
+        An unfinished one drops its connection at once, so that the server stops
+        working; a task that is waiting for text gets a `ClientClosedError`. A
+        finished one gives its connection back. Cancelling it drops the connection.
+        """
+        try:
+            if self.completed and self._source is not None and not self._reading:
+                await self._source.finish()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._keep_text(self.text_so_far)
+        self._drop_source()
+        if self._reopening is not None:
+            self._reopening.cancel()
+
+    def _drop_source(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def _is_over(self) -> bool:
+        return self._source is None or self._source.closed
+
+    def __del__(self) -> None:
+        try:
+            over = self._is_over() or self.completed
+            self._drop_source()
+        except AttributeError:  # its construction failed
+            return
+        if not over:
+            where = f", opened at {self._opened_at}" if self._opened_at else ""
+            warnings.warn(
+                f"{type(self).__name__} was dropped before its end{where}: its connection is "
+                "closed. Read it to the end, use 'async with', or aclose() it.",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    # -- filling ------------------------------------------------------------------
+
+    def _take(self, events: list[Event]) -> None:
+        """Make `events` the block to hand out; the one before is used up."""
+        self._text.append("".join([event.chunk for event in self._block]))
+        self._block = events
+        self._ready = iter(events)
+        if self._ttft is None and self._sent_at is not None and any(e.chunk for e in events):
+            self._ttft = _now() - self._sent_at
+
+    def _keep_text(self, text: str) -> None:
+        self._text = [text]
+        self._block = []
+        self._ready = iter(self._block)
+
+    async def _fill(self) -> None:
+        """Wait until there are events to hand out.
+
+        Raises:
+            StopAsyncIteration: There will be none; the answer is complete.
+        """
+        if self._reading:
+            raise MoondreamError("Another task is already reading this stream")
+        self._reading = True
+        try:
+            while True:
+                self._check()
+                if self._decoder.completed:
+                    await self._finish()
+                    raise StopAsyncIteration
+                events = await self._receive()
+                if events:
+                    self._reopen = None  # from here on, trying again would say things twice
+                    self._take(events)
+                    return
+        finally:
+            self._reading = False
+
+    def _check(self) -> None:
+        """Raise what there is to raise."""
+        decoder = self._decoder
+        if decoder.failure is not None:
+            self._drop_source()
+            raise decoder.failure(partial=self.text_so_far) from self._cause
+        if self._timed_out is not None:
+            raise self._timeout_error(self._timed_out)
+        if self._closed and not decoder.completed:
+            raise ClientClosedError("The stream was closed before its end")
+
+    async def _finish(self) -> None:
+        if self._source is not None:
+            if self._clock is not None:
+                self._clock.cancel()
+                self._clock = None
+            source, self._source = self._source, None
+            try:
+                await source.finish()
+            finally:
+                source.close()
+
+    async def _receive(self) -> list[Event]:
+        """Wait for the next bytes and decode them; mostly, that is one event or more."""
+        source, clock = self._source, self._clock
+        if source is None or clock is None:  # closed meanwhile
+            raise ClientClosedError("The stream was closed before its end")
+        events: list[Event] = []
+        clock.start()
+        try:
+            data = await source.__anext__()
+        except StopAsyncIteration:
+            events = self._decoder.end()
+        except (APIConnectionError, ClientClosedError) as error:
+            if self._closed:
+                raise ClientClosedError("The stream was closed while it was read") from error
+            if clock.expired is not None:
+                self._timed_out = clock.expired
+                self._drop_source()
+                raise self._timeout_error(clock.expired) from error
+            if isinstance(error, ClientClosedError):
+                self._drop_source()
+                raise
+            events = self._decoder.end()
+            self._cause = error.with_traceback(None)
+        else:
+            events = self._decoder.feed(data)
+        finally:
+            clock.stop(progress=bool(events))
+        failure = self._decoder.failure
+        if failure is not None and not events and self._reopen is not None:
+            await self._try_again(failure())
+        return events
+
+    async def _try_again(self, error: MoondreamError) -> None:
+        """Ask again, where the connection was lost before the first event."""
+        if not isinstance(error, StreamInterruptedError) or self._reopen is None:
+            return
+        from anyio import CancelScope  # noqa: PLC0415 - importing the package stays light
+
+        self._drop_source()
+        lost = APIConnectionError(str(error))
+        lost.__cause__ = self._cause
+        self._reopening = scope = CancelScope()
+        with scope:
+            try:
+                opening = await self._reopen(lost)
+            except APIConnectionError as again:
+                if again is lost:  # no try left
+                    return
+                raise
+            finally:
+                self._reopening = None
+            if self._closed:
+                if opening.source is not None:
+                    opening.source.close()
+            else:
+                self._cause = None
+                self._attach(opening)
+        if self._closed:
+            raise ClientClosedError("The stream was closed while it was read")
+
+    def _timeout_error(self, phase: Phase) -> MoondreamError:
+        seconds = getattr(self._timeout, phase)
+        if phase == "first_event":
+            return APITimeoutError(
+                f"The answer did not begin within {seconds:g} seconds (Timeout.first_event)",
+                phase=phase,
+            )
+        reason = "Nothing came for" if phase == "idle" else "The answer was not complete within"
+        return StreamStalledError(
+            f"{reason} {seconds:g} seconds (Timeout.{phase})",
+            phase=phase,
+            partial=self.text_so_far,
+        )
+
+
+class CaptionStream(Stream):
+    """A description, as it is written. ``stream["caption"]`` is the same as `chunk`."""
+
+    __slots__ = ()
+    _key = "caption"
+
+
+class QueryStream(Stream):
+    """An answer, as it is written. ``stream["answer"]`` is the same as `chunk`."""
+
+    __slots__ = ()
+    _key = "answer"
+
+
+AnyStream = TypeVar("AnyStream", bound=Stream)
+
+
+class StreamCall(Coroutine[Any, Any, AnyStream]):
+    """A call with ``stream=True``: await it for the stream, or enter it with ``async with``.
+
+    It is a coroutine, and goes wherever one can go, as into ``asyncio.create_task``.
+    """
+
+    __slots__ = ("_call", "_stream")
+
+    def __init__(self, call: Coroutine[Any, Any, AnyStream]) -> None:
+        self._call = call
+
+    def __await__(self) -> Generator[Any, None, AnyStream]:
+        return self._call.__await__()
+
+    async def __aenter__(self) -> AnyStream:
+        self._stream = await self._call
+        return self._stream
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stream.aclose()
+
+    def send(self, value: Any) -> Any:
+        """Run the call on; for event loops."""
+        return self._call.send(value)
+
+    def throw(self, *args: Any) -> Any:
+        """Raise in the call; for event loops."""
+        return self._call.throw(*args)
+
+    def close(self) -> None:
+        """End a call that was never awaited, without its warning."""
+        self._call.close()
+
+
+class _Events:
+    """A stream read as events."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        stream = self._stream
+        while True:
+            for event in stream._ready:  # noqa: SLF001 - a part of the stream
+                return event.public() if isinstance(event, PlainChunk) else event
+            await stream._fill()  # noqa: SLF001
+
+
+class _Clock:
+    """Watches one source: closes it when it has kept a reader waiting for too long.
+
+    The time counts only while somebody waits, and adds up until an event comes;
+    bytes that complete no event change nothing. There is one timer at most, and
+    it is not moved with every event: when it goes off too early, it is set anew.
+    """
+
+    __slots__ = (
+        "_deadline",
+        "_idle",
+        "_limit",
+        "_loop",
+        "_phase",
+        "_source",
+        "_started",
+        "_timer",
+        "_total_at",
+        "_waited",
+        "expired",
+    )
+
+    def __init__(
+        self, source: ByteSource, timeout: Timeout, total_at: float | None, waited: float
+    ) -> None:
+        self.expired: Phase | None = None
+        """The limit that ran out."""
+        self._source = source
+        self._loop = _running_loop()
+        self._phase: Phase = "first_event"
+        self._limit = _NEVER if timeout.first_event is None else timeout.first_event
+        self._idle = _NEVER if timeout.idle is None else timeout.idle
+        self._total_at = _NEVER if total_at is None else total_at
+        self._waited = waited
+        self._started = 0.0
+        self._deadline = _NEVER  # while nobody waits
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Somebody begins to wait."""
+        self._started = now = self._loop.time()
+        self._deadline = min(now + self._limit - self._waited, self._total_at)
+        timer = self._timer
+        if self._deadline < (_NEVER if timer is None else timer.when()):
+            self._set(self._deadline)
+
+    def stop(self, *, progress: bool) -> None:
+        """The wait is over, with an event or without."""
+        self._deadline = _NEVER
+        if progress:
+            self._waited = 0.0
+            if self._phase != "idle":
+                self._phase = "idle"
+                self._limit = self._idle
+        else:
+            self._waited += self._loop.time() - self._started
+
+    def cancel(self) -> None:
+        """Watch no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._deadline == _NEVER:
+            return
+        if self._loop.time() < self._deadline:
+            self._set(self._deadline)
+            return
+        self.expired = "total" if self._deadline == self._total_at else self._phase
+        self._source.close()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    from asyncio import get_running_loop  # noqa: PLC0415 - importing the package stays light
+
+    return get_running_loop()
+
+
+def _now() -> float:
+    return _running_loop().time()
