@@ -147,6 +147,11 @@ STANDARD = [
         id="a huge retry is bounded",
     ),
     pytest.param(
+        b"retry: 1" + b"0" * 15 + b"\ndata: x\n\n",
+        [Event("x", retry=10**15 - 1)],
+        id="so is one just over the bound",
+    ),
+    pytest.param(
         b"Data: a\n data: b\ndata : c\ndatas: d\ndat: e\n\n",
         [],
         id="names are exact: case, spaces and all",
@@ -255,8 +260,8 @@ GLUED = [
         id="an event of several lines ends as the standard says",
     ),
     pytest.param(
-        b'data: [DONE]\ndata: {"a": 1}\n\n',
-        [Event('[DONE]\n{"a": 1}')],
+        b'data: [DONE]\ndata: {"a": 1}\ndata: {"b": 2}\n\n',
+        [Event('[DONE]\n{"a": 1}\n{"b": 2}')],
         id="only the first line is asked about",
     ),
     pytest.param(
@@ -409,7 +414,7 @@ pieces = st.sampled_from(
         *(b"data", b"data:", b"data: ", b"event: ", b"id: ", b"retry: ", b":", b" ", b": ping"),
         *(b"\n", b"\n\n", b"\r", b"\r\n", b"\r\n\r\n", BOM, b"\0", b"\xff", b"\xe2\x82", b"\xac"),
         *(b'{"a": 1}', b'{"a":', b"1}", b"7", b"25", b"x", "é".encode(), "\u2028".encode()),
-        b'data: {"b": 2}\n\n',
+        *(b'data: {"b": 2}\n\n', b'data: {"a": 1}\n', b"data: x\n", b"data\n", b"event: y\n"),
     ]
 )
 streams = st.lists(pieces, max_size=40).map(b"".join) | st.binary(max_size=60)
@@ -525,6 +530,19 @@ def test_heartbeats_are_not_kept():
     finally:
         tracemalloc.stop()
     assert peak < 10_000
+
+
+def test_memory_is_given_up_when_the_parser_fails():
+    tracemalloc.start()
+    try:
+        parser = SSEParser(max_event_bytes=200_000)
+        parser.feed(b"data: " + b"x" * 100_000 + b"\n" + b"y" * 90_000)
+        with pytest.raises(StreamProtocolError):
+            parser.feed(b"y" * 20_000)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 20_000
 
 
 # Going round the parser.
