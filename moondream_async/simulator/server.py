@@ -251,6 +251,8 @@ class Simulator:
         except RefusedError as refused:
             status, body = self.dialect.error(refused.status, refused.message, refused.param)
             answer = Reply(status, body)
+        except web.HTTPException as error:
+            answer = Reply(error.status, error.text)
         if isinstance(answer, Reply):
             return await self._send(request, received, answer)
         if received.fault is not None:
@@ -286,7 +288,9 @@ class Simulator:
             decoded = msgspec.json.decode(data)
         except msgspec.DecodeError:
             decoded = {}
-        return fields | decoded if isinstance(decoded, dict) else decoded
+        if not isinstance(decoded, dict):
+            raise web.HTTPInternalServerError(text="Internal Server Error")
+        return fields | decoded
 
     def _wants_stream(self, body: Any) -> bool:
         stream = body.get("stream") if isinstance(body, dict) else None

@@ -1,0 +1,973 @@
+"""The simulator, spoken to over real sockets with plain aiohttp and with curl."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import functools
+import io
+import json
+import re
+import shutil
+import ssl
+
+import aiohttp
+import pytest
+from aiohttp import web
+from PIL import Image, ImageDraw
+
+from moondream_async.simulator import (
+    DIALECTS,
+    SAMPLE_IMAGE,
+    Fault,
+    FaultQueue,
+    Simulator,
+    describe_faults,
+    draw_sample,
+    serve,
+)
+from moondream_async.simulator.faults import EFFECTS
+
+
+def in_loop(test):
+    """Run an async test to its end, in a loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+def data_url(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def draw(*shapes, size=(320, 240), ground="white"):
+    """Draw rectangles, each a colour and a box in pixels."""
+    image = Image.new("RGB", size, ground)
+    for colour, box in shapes:
+        ImageDraw.Draw(image).rectangle(box, fill=colour)
+    return data_url(image)
+
+
+SAMPLE = f"data:image/jpeg;base64,{base64.b64encode(SAMPLE_IMAGE.read_bytes()).decode()}"
+CAPTION = {"image_url": SAMPLE}
+QUERY = {"image_url": SAMPLE, "question": "What is in this image?"}
+STREAM = {**QUERY, "stream": True, "settings": {"max_tokens": 5}}
+WORDS = ["A", " bright", " 640\N{MULTIPLICATION SIGN}480", " JPEG", " picture,"]
+
+
+async def post(simulator, path, body, **options):
+    """Send a request and return its status and decoded body."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(simulator.endpoint + path, json=body, **options) as response,
+    ):
+        return response.status, json.loads(await response.read())
+
+
+async def ask(simulator, question, **more):
+    return (await post(simulator, "/query", {**QUERY, "question": question, **more}))[1]["answer"]
+
+
+async def read_stream(simulator, path, body):
+    """Return the raw bytes of a stream's body, and whether it ended in good order."""
+    received = b""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(simulator.endpoint + path, json=body) as response,
+    ):
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+            async for data in response.content.iter_any():
+                received += data
+            return received, True
+    return received, False
+
+
+def decode(stream):
+    """Return the events of a stream that is whole: JSON in data lines with blank lines between."""
+    *events, rest = stream.decode().split("\n\n")
+    assert rest == ""
+    assert all(event.startswith("data: ") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def text_of(events):
+    return "".join(event.get("chunk", "") for event in events)
+
+
+# The wire
+
+
+@in_loop
+async def test_cloud_streams_words_and_an_empty_final_event():
+    async with Simulator("cloud") as simulator:
+        stream, whole = await read_stream(simulator, "/query", STREAM)
+    events = decode(stream)
+    request_id = events[0]["request_id"]
+    assert whole
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d_query_\d{4}-\d\d-\d\d-\d\d:\d\d:\d\d-[0-9a-f]{6}", request_id
+    )
+    assert events == [
+        *({"chunk": word, "completed": False, "request_id": request_id} for word in WORDS),
+        {
+            "completed": True,
+            "chunk": "",
+            "org_id": "00000000-0000-4000-8000-000000000000",
+            "request_id": request_id,
+        },
+    ]
+    assert "\N{MULTIPLICATION SIGN}".encode() in stream, "not escaped: a client must decode UTF-8"
+
+
+@in_loop
+async def test_kestrel_streams_three_tokens_an_event_and_ends_with_text_and_the_whole_answer():
+    async with Simulator("kestrel") as simulator:
+        stream, whole = await read_stream(simulator, "/query", STREAM)
+    first, final = decode(stream)
+    assert whole
+    assert first == {"chunk": "".join(WORDS[:3]), "completed": False, "token_index": 2}
+    metrics = final.pop("metrics")
+    assert final == {
+        "chunk": "".join(WORDS[3:]),
+        "completed": True,
+        "request_id": "1",
+        "finish_reason": "length",
+        "answer": "".join(WORDS),
+    }
+    assert metrics["output_tokens"] == 5
+    assert metrics.keys() == {
+        "input_tokens",
+        "output_tokens",
+        "prefill_time_ms",
+        "decode_time_ms",
+        "ttft_ms",
+    }
+
+
+@in_loop
+async def test_station_streams_bare_chunks_then_stats_then_the_marker():
+    async with Simulator("station") as simulator:
+        stream, whole = await read_stream(simulator, "/query", STREAM)
+    *chunks, stats, final = decode(stream)
+    assert whole
+    assert chunks == [{"chunk": word} for word in WORDS]
+    assert stats["stats"].keys() == {"tokens", "duration", "tokens_per_sec"}
+    assert final == {"completed": True}
+
+
+@in_loop
+async def test_old_server_streams_without_ids_and_closes_the_connection():
+    async with Simulator("old") as simulator, aiohttp.ClientSession() as session:
+        assert simulator.endpoint == simulator.origin
+        async with session.post(simulator.endpoint + "/query", json=STREAM) as response:
+            assert response.headers["Connection"] == "close"
+            assert "Transfer-Encoding" not in response.headers
+            assert "Content-Length" not in response.headers
+            events = decode(await response.read())
+    assert events == [
+        *({"chunk": word, "completed": False} for word in WORDS),
+        {"chunk": "", "completed": True},
+    ]
+
+
+@in_loop
+async def test_blank_lines_between_events_can_be_left_out():
+    async with Simulator(blank_lines=False) as simulator:
+        stream, _ = await read_stream(simulator, "/query", STREAM)
+    lines = stream.decode().splitlines()
+    assert len(lines) == 6
+    assert all(json.loads(line.removeprefix("data: ")) for line in lines)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("path", ["/caption", "/query"])
+@in_loop
+async def test_streamed_and_plain_answers_are_the_same(dialect, path):
+    async with Simulator(dialect) as simulator:
+        stream, _ = await read_stream(simulator, path, {**QUERY, "stream": True})
+        _, plain = await post(simulator, path, QUERY)
+        _, again = await post(simulator, path, QUERY)
+    key = {"/caption": "caption", "/query": "answer"}[path]
+    assert text_of(decode(stream)) == plain[key] == again[key]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "keys"),
+    [
+        ("cloud", {"answer", "request_id", "finish_reason", "metrics"}),
+        ("kestrel", {"answer", "request_id", "finish_reason", "metrics"}),
+        ("station", {"answer", "_stats"}),
+        ("old", {"answer"}),
+    ],
+)
+@in_loop
+async def test_plain_answer_has_the_keys_of_its_server(dialect, keys):
+    async with Simulator(dialect) as simulator:
+        status, body = await post(simulator, "/query", QUERY)
+    assert status == 200
+    assert body.keys() == keys
+
+
+@in_loop
+async def test_stream_headers_are_those_of_the_real_servers():
+    async with Simulator() as simulator, aiohttp.ClientSession() as session:
+        async with session.post(simulator.endpoint + "/query", json=STREAM) as response:
+            assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            assert response.headers["Cache-Control"] == "no-cache"
+            assert response.headers["X-Accel-Buffering"] == "no"
+        async with session.post(simulator.endpoint + "/query", json=QUERY) as response:
+            assert response.headers["Content-Type"] == "application/json"
+
+
+@in_loop
+async def test_max_tokens_cuts_the_answer_and_says_so():
+    async with Simulator() as simulator:
+        _, cut = await post(simulator, "/query", {**QUERY, "settings": {"max_tokens": 5}})
+        _, whole = await post(simulator, "/query", QUERY)
+    assert (cut["answer"], cut["finish_reason"]) == ("".join(WORDS), "length")
+    assert cut["metrics"]["output_tokens"] == 5
+    assert whole["answer"].startswith(cut["answer"])
+    assert whole["finish_reason"] == "stop"
+
+
+@in_loop
+async def test_reasoning_is_grounded_in_places_of_the_picture():
+    async with Simulator() as simulator:
+        _, body = await post(simulator, "/query", {**QUERY, "reasoning": True})
+        stream, _ = await read_stream(
+            simulator, "/query", {**QUERY, "reasoning": True, "stream": True}
+        )
+    reasoning = body["reasoning"]
+    spans = {
+        reasoning["text"][span["start_idx"] : span["end_idx"]]: span["points"]
+        for span in reasoning["grounding"]
+    }
+    ((x, y),) = spans["a red area"]
+    assert (x, y) == pytest.approx((140 / 640, 260 / 480), abs=0.01)
+    assert decode(stream)[-1]["reasoning"] == reasoning
+
+
+@in_loop
+async def test_kestrel_refuses_reasoning_in_a_stream():
+    async with Simulator("kestrel") as simulator:
+        status, body = await post(simulator, "/query", {**QUERY, "reasoning": True, "stream": True})
+    assert status == 400
+    assert body == {"error": "Streaming is not supported when reasoning is enabled"}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "body"),
+    [
+        ("cloud", {"status": "ok"}),
+        ("kestrel", {"status": "ok"}),
+        ("station", {"status": "ok", "server": "moondream-station"}),
+    ],
+)
+@in_loop
+async def test_health(dialect, body):
+    async with Simulator(dialect) as simulator, aiohttp.ClientSession() as session:
+        for path in ("/health", "/healthz"):
+            async with session.get(simulator.origin + path) as response:
+                assert await response.json() == body
+
+
+@in_loop
+async def test_models_have_the_shape_of_their_server():
+    async with (
+        Simulator() as cloud,
+        Simulator("station") as station,
+        aiohttp.ClientSession() as session,
+    ):
+        async with session.get(cloud.endpoint + "/models") as response:
+            listed = await response.json()
+        async with session.get(station.endpoint + "/models") as response:
+            stationed = await response.json()
+    assert listed["object"] == "list"
+    assert "moondream3-preview" in [model["id"] for model in listed["data"]]
+    assert stationed["models"][0].keys() == {"id", "name", "description", "version"}
+
+
+# Answers come from pixels
+
+RED_LEFT = draw(("red", (20, 80, 100, 160)))
+TWO_BLUE = draw(("blue", (20, 20, 80, 80)), ("blue", (200, 120, 300, 220)), ground="black")
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "answer"),
+    [
+        (RED_LEFT, "What colours are there?", r"white \(\d\d%\) and red \(\d%\)"),
+        (RED_LEFT, "Where is the red thing?", r"A red area lies at the left"),
+        (RED_LEFT, "Where is the blue thing?", r"No, I measure no blue area"),
+        (RED_LEFT, "Is there a red ball?", r"Yes\. A red area"),
+        (RED_LEFT, "Is it white?", r"Yes, white covers most"),
+        (RED_LEFT, "How many red balls?", r"There is 1 red area"),
+        (RED_LEFT, "How large is it?", "320\N{MULTIPLICATION SIGN}240 PNG"),
+        (RED_LEFT, "Where is the darkest part?", r"at the (bottom )?left"),
+        (RED_LEFT, "How bright is it?", r"bright: its mean brightness is 0\.9"),
+        (TWO_BLUE, "How many blue squares?", r"There are 2 blue areas"),
+        (TWO_BLUE, "How many things?", r"There are 2 coloured areas"),
+        (TWO_BLUE, "How bright is it?", r"dark: its mean brightness is 0\.0"),
+        (TWO_BLUE, "Where is the brightest part?", r"at the \w+"),
+        (TWO_BLUE, "What color is the background?", r"black \(\d\d%\) and blue"),
+        (TWO_BLUE, "Who painted this?", r"mostly black, with blue.*no model has looked"),
+    ],
+)
+@in_loop
+async def test_answers_are_measured_in_the_picture(image, question, answer):
+    async with Simulator() as simulator:
+        assert re.search(answer, await ask(simulator, question, image_url=image))
+
+
+@in_loop
+async def test_spatial_refs_are_looked_at():
+    async with Simulator() as simulator:
+        answer = await ask(
+            simulator,
+            "What colours?",
+            image_url=RED_LEFT,
+            spatial_refs=[[0.2, 0.5], [0.5, 0.4, 0.9, 0.6]],
+        )
+    assert answer.startswith("At (0.20, 0.50) it is red. At (0.70, 0.50) it is white.")
+
+
+@in_loop
+async def test_captions_grow_with_their_length():
+    async with Simulator() as simulator:
+        captions = [
+            (await post(simulator, "/caption", {**CAPTION, "length": length}))[1]["caption"]
+            for length in ("short", "normal", "long")
+        ]
+    short, normal, long = captions
+    assert len(short) < len(normal) < len(long)
+    assert normal.startswith(short)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 700), (2000, 1500)], ids=str)
+@in_loop
+async def test_any_format_and_size_is_measured(kind, size):
+    image = data_url(Image.new("RGB", size, (0, 0, 255)), kind)
+    async with Simulator() as simulator:
+        _, body = await post(simulator, "/caption", {"image_url": image, "length": "short"})
+    size_and_kind = f"{size[0]}\N{MULTIPLICATION SIGN}{size[1]} {kind}"
+    assert body["caption"] == f"A dark {size_and_kind} picture, blue all over."
+
+
+@in_loop
+async def test_bare_base64_is_a_picture_too():
+    async with Simulator() as simulator:
+        bare = {"image_url": SAMPLE.partition(",")[2]}
+        assert await post(simulator, "/caption", bare) != (400, None)
+        _, body = await post(simulator, "/caption", bare)
+        _, same = await post(simulator, "/caption", CAPTION)
+    assert body["caption"] == same["caption"]
+
+
+@pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
+@in_loop
+async def test_question_without_a_picture_is_answered(dialect):
+    async with Simulator(dialect) as simulator:
+        _, body = await post(simulator, "/query", {"question": "Why?"})
+    assert body["answer"].startswith("No picture came with this question")
+
+
+def test_sample_picture_is_what_its_function_draws():
+    drawn = draw_sample()
+    with Image.open(SAMPLE_IMAGE) as sample:
+        assert sample.size == drawn.size == (640, 480)
+        assert sample.getpixel((140, 260))[0] == pytest.approx(220, abs=4)
+    assert SAMPLE_IMAGE.stat().st_size < 30_000
+
+
+# Errors
+
+CUT_SAMPLE = SAMPLE.partition(",")[2][:8000]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message", "param"),
+    [
+        ("/query", [], "Request body must be a JSON object", None),
+        ("/query", {"image_url": SAMPLE}, "Field 'question' is required", "question"),
+        (
+            "/query",
+            {"question": "  "},
+            "Field 'question' must be a non-empty string",
+            "question",
+        ),
+        ("/query", {"question": 1}, "Field 'question' must be a string", "question"),
+        ("/query", {**QUERY, "stream": "true"}, "Field 'stream' must be a boolean", "stream"),
+        ("/query", {**QUERY, "reasoning": 1}, "Field 'reasoning' must be a boolean", "reasoning"),
+        ("/caption", {}, "Field 'image_url' is required", "image_url"),
+        ("/caption", {**CAPTION, "length": "huge"}, "Field 'length' is invalid", "length"),
+        ("/caption", {"image_url": "%%%"}, "Invalid base64 image data", "image_url"),
+        ("/caption", {"image_url": "Zm9v"}, "Invalid image data", "image_url"),
+        ("/caption", {"image_url": CUT_SAMPLE}, "Invalid image data", "image_url"),
+        ("/caption", {"image_url": "data:text/plain;base64,Zm9v"}, "must begin with", "image_url"),
+        ("/caption", {"image_url": "https://example.com/a.jpg"}, "remote URLs", "image_url"),
+        (
+            "/caption",
+            {**CAPTION, "settings": {"temperature": -1}},
+            "Field 'settings.temperature' is invalid",
+            "settings.temperature",
+        ),
+        (
+            "/caption",
+            {**CAPTION, "settings": {"max_tokens": 1.5}},
+            "Field 'settings.max_tokens' must be an integer",
+            "settings.max_tokens",
+        ),
+        ("/caption", {**CAPTION, "settings": 3}, "Field 'settings' must be an object", "settings"),
+        (
+            "/query",
+            {"question": "x", "spatial_refs": [[0, 0]]},
+            "requires an image",
+            "spatial_refs",
+        ),
+        ("/query", {**QUERY, "spatial_refs": [[0, 1, 1, 0]]}, "Each of", "spatial_refs"),
+        ("/query", {**QUERY, "spatial_refs": [[0, 1, 1]]}, "Each of", "spatial_refs"),
+        ("/query", {**QUERY, "spatial_refs": [[0, 2]]}, "is invalid", "spatial_refs[0][1]"),
+    ],
+)
+@in_loop
+async def test_wrong_requests_are_refused_in_the_words_of_the_server(path, body, message, param):
+    async with Simulator("cloud") as cloud, Simulator("kestrel") as kestrel:
+        status, answer = await post(cloud, path, body)
+        assert status == 400
+        assert message in answer["error"]["message"]
+        assert answer["error"]["param"] == param
+        assert answer["error"]["type"] == "invalid_request"
+        status, answer = await post(kestrel, path, body)
+        assert status == 400
+        assert message in answer["error"]
+
+
+@in_loop
+async def test_broken_json_is_refused():
+    async with (
+        Simulator() as simulator,
+        aiohttp.ClientSession() as session,
+        session.post(simulator.endpoint + "/query", data=b"{") as response,
+    ):
+        assert response.status == 400
+        assert "valid JSON" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("megabytes", [11, 20], ids=["picture", "body"])
+@in_loop
+async def test_too_large_is_refused_with_413(megabytes):
+    image = base64.b64encode(bytes(megabytes * 1024 * 1024)).decode()
+    body = io.BytesIO(json.dumps({"image_url": image}).encode())
+    async with (
+        Simulator() as simulator,
+        aiohttp.ClientSession() as session,
+        session.post(simulator.endpoint + "/caption", data=body) as response,
+    ):
+        assert response.status == 413
+        assert (await response.json())["error"]["type"] == "payload_too_large"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "text"),
+    [
+        ("POST", "/v1/nothing", 404, "Not Found"),
+        ("GET", "/v1/caption", 405, "Method Not Allowed"),
+    ],
+)
+@in_loop
+async def test_unknown_routes_are_plain_text_and_remembered(method, path, status, text):
+    async with Simulator() as simulator, aiohttp.ClientSession() as session:
+        async with session.request(method, simulator.origin + path) as response:
+            assert (response.status, await response.text()) == (status, text)
+            assert response.content_type == "text/plain"
+            assert response.headers.get("Allow") == ("POST" if status == 405 else None)
+        (received,) = simulator.requests
+        assert (received.path, received.status) == (path, status)
+
+
+@in_loop
+async def test_station_answers_errors_with_status_200():
+    async with Simulator("station") as simulator:
+        assert await post(simulator, "/query", {"question": "x"}) == (
+            200,
+            {"error": "Field 'image_url' is required", "status": "error"},
+        )
+        assert await post(simulator, "/segment", {}) == (
+            200,
+            {"error": "Function 'segment' not available"},
+        )
+
+
+@in_loop
+async def test_station_takes_what_it_can_from_a_request():
+    async with Simulator("station") as simulator, aiohttp.ClientSession() as session:
+        url = simulator.origin + "/query"  # without /v1
+        merged = {"image_url": SAMPLE, "stream": "false"}
+        async with session.put(url, params={"question": "What colours?"}, json=merged) as response:
+            assert response.content_type == "text/event-stream", "any text is true"
+            assert text_of(decode(await response.read())).startswith("By area")
+        async with session.post(url, data=b"{") as response:
+            assert "is required" in (await response.json())["error"]
+        async with session.post(url, json=[]) as response:
+            assert (response.status, await response.text()) == (500, "Internal Server Error")
+
+
+@in_loop
+async def test_old_server_wants_exactly_json():
+    async with Simulator("old") as simulator:
+        status, body = await post(
+            simulator,
+            "/query",
+            QUERY,
+            headers={"Content-Type": "application/json; charset=utf-8"},
+        )
+    assert (status, body) == (400, {"error": "Content-Type must be application/json"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/query", {"X-Moondream-Auth": "right"}, 200),
+        ("POST", "/query", {"X-Moondream-Auth": "wrong"}, 401),
+        ("POST", "/query", {"Authorization": "Bearer right"}, 401),
+        ("POST", "/query", {}, 401),
+        ("GET", "/models", {}, 200),
+        ("GET", "/models", {"Authorization": "Bearer right"}, 200),
+        ("GET", "/models", {"Authorization": "Bearer wrong"}, 401),
+    ],
+)
+@in_loop
+async def test_key_is_checked_where_the_cloud_looks_for_it(method, path, headers, status):
+    async with Simulator(api_key="right") as simulator, aiohttp.ClientSession() as session:
+        url = simulator.endpoint + path
+        async with session.request(method, url, json=QUERY, headers=headers) as response:
+            assert response.status == status
+            error = (await response.json()).get("error")
+    if status == 401 and path == "/models":
+        assert error == "Invalid API key"
+    elif status == 401:
+        assert error["type"] == "authentication_error"
+
+
+@in_loop
+async def test_any_key_or_none_is_right_by_default():
+    async with Simulator() as simulator:
+        for headers in ({}, {"X-Moondream-Auth": "anything"}):
+            status, _ = await post(simulator, "/query", QUERY, headers=headers)
+            assert status == 200
+
+
+@in_loop
+async def test_gateway_turns_urllib_away():
+    async with Simulator() as simulator, aiohttp.ClientSession() as session:
+        headers = {"User-Agent": "Python-urllib/3.12"}
+        async with session.get(simulator.endpoint + "/models", headers=headers) as response:
+            assert (response.status, await response.text()) == (403, "error code: 1010")
+
+
+# What is remembered
+
+
+@in_loop
+async def test_requests_and_connections_are_remembered():
+    async with Simulator() as simulator:
+        async with aiohttp.ClientSession() as session:
+            for _ in range(2):
+                async with session.post(
+                    simulator.endpoint + "/query", json=STREAM, headers={"X-Key": "1"}
+                ) as response:
+                    await response.read()
+            assert simulator.connections.open == 1
+        await post(simulator, "/caption", CAPTION)
+        await simulator.wait_until(lambda: simulator.connections.open == 0)
+        first, second, third = simulator.requests
+        assert (first.method, first.path, first.body) == ("POST", "/v1/query", STREAM)
+        assert first.headers["x-key"] == "1"
+        assert [first.connection, second.connection, third.connection] == [1, 1, 2]
+        assert simulator.connections.accepted == 2
+        assert (first.stream, first.events_sent, first.disconnected) == (True, 6, False)
+        assert first.bytes_sent == second.bytes_sent > 300
+        assert first.ended.is_set()
+        assert (third.stream, third.status) == (False, 200)
+        assert third.bytes_sent > 100
+
+
+@in_loop
+async def test_only_the_latest_requests_are_kept():
+    async with Simulator(keep=2) as simulator:
+        for question in ("a", "b", "c"):
+            await post(simulator, "/query", {"question": question})
+        assert [received.body["question"] for received in simulator.requests] == ["b", "c"]
+
+
+@pytest.mark.parametrize("rate", [0, 500])
+@in_loop
+async def test_client_that_goes_away_ends_its_answer(rate):
+    async with Simulator(rate=rate, faults=["endless"]) as simulator:
+        async with aiohttp.ClientSession() as session:
+            response = await session.post(simulator.endpoint + "/query", json=STREAM)
+            for _ in range(20):
+                await response.content.readline()
+            (received,) = simulator.requests
+            assert not received.ended.is_set()
+            response.close()
+            await received.ended.wait()
+        assert received.disconnected
+        assert received.ended_at is not None
+        assert received.events_sent >= 10
+
+
+@in_loop
+async def test_client_that_goes_away_while_the_server_is_silent_is_noticed():
+    async with Simulator(faults=["stall=1"]) as simulator, aiohttp.ClientSession() as session:
+        response = await session.post(simulator.endpoint + "/query", json=STREAM)
+        await response.content.readline()
+        response.close()
+        await simulator.requests[0].ended.wait()
+        assert simulator.requests[0].disconnected
+
+
+@in_loop
+async def test_endless_stream_leaves_room_for_others():
+    async with (
+        Simulator(rate=0, faults=["endless"]) as simulator,
+        aiohttp.ClientSession() as session,
+    ):
+        response = await session.post(simulator.endpoint + "/query", json=STREAM)
+
+        async def drain():
+            async for _ in response.content:
+                pass
+
+        reader = asyncio.create_task(drain())
+        status, _ = await post(simulator, "/query", QUERY)
+        assert status == 200
+        assert not simulator.requests[0].ended.is_set()
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+@in_loop
+async def test_rate_sets_how_long_an_answer_takes_at_least():
+    async with Simulator("kestrel", rate=100) as simulator:
+        stream, _ = await read_stream(
+            simulator, "/query", {**STREAM, "settings": {"max_tokens": 9}}
+        )
+    assert decode(stream)[-1]["metrics"]["decode_time_ms"] >= 85
+
+
+@in_loop
+async def test_leaving_the_simulator_ends_open_answers():
+    async with aiohttp.ClientSession() as session:
+        async with Simulator(faults=["stall=1"]) as simulator:
+            response = await session.post(simulator.endpoint + "/query", json=STREAM)
+            await response.content.readline()
+        (received,) = simulator.requests
+        assert received.ended.is_set()
+        assert not received.disconnected, "it was the server that left"
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+        with pytest.raises(RuntimeError, match="isn't listening"):
+            _ = simulator.endpoint
+
+
+# Other ways to run it
+
+
+@in_loop
+async def test_app_runs_in_a_runner_of_the_users_own():
+    simulator = Simulator(faults=["endless"])
+    runner = web.AppRunner(simulator.app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0]
+    try:
+        async with aiohttp.ClientSession() as session:
+            response = await session.post(f"http://{host}:{port}/v1/query", json=STREAM)
+            await response.content.readline()
+            response.close()
+            await simulator.requests[0].ended.wait()
+            assert simulator.requests[0].disconnected
+            assert simulator.requests[0].connection == 0
+    finally:
+        await runner.cleanup()
+
+
+@in_loop
+async def test_serve_tells_its_port_and_runs_until_cancelled():
+    listening = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve(port=0, rate=0, on_listening=listening.set_result))
+    simulator = await listening
+    status, _ = await post(simulator, "/caption", CAPTION)
+    assert status == 200
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises((aiohttp.ClientError, RuntimeError)):
+            await session.get(simulator.origin)
+
+
+@in_loop
+async def test_https():
+    trustme = pytest.importorskip("trustme", reason="trustme makes the certificate")
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    async with Simulator(ssl_context=context) as simulator:
+        assert simulator.endpoint.startswith("https://")
+        status, _ = await post(simulator, "/caption", CAPTION, ssl=trusting)
+    assert status == 200
+
+
+def test_unknown_dialect_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="known are cloud, kestrel, station, old"):
+        Simulator("klingon")
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "whole", "events"),
+    [("cut=3", True, 3), ("drop=3", False, 3), ("cut=0", True, 0), ("drop=0", False, 0)],
+)
+@in_loop
+async def test_stream_that_is_cut_lacks_its_end(fault, whole, events):
+    async with Simulator(faults=[fault]) as simulator:
+        stream, ended_well = await read_stream(simulator, "/query", STREAM)
+    assert ended_well is whole
+    assert text_of(decode(stream)) == "".join(WORDS[:events])
+
+
+@in_loop
+async def test_reset_is_a_tcp_reset():
+    async with Simulator(faults=["reset=2"]) as simulator:
+        _, _, address = simulator.origin.rpartition("/")
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        body = json.dumps(STREAM)
+        writer.write(
+            f"POST /v1/query HTTP/1.1\r\nHost: {address}\r\nUser-Agent: socket\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+        assert simulator.requests[0].events_sent == 2
+
+
+@in_loop
+async def test_stream_cut_inside_an_event_ends_with_half_of_it():
+    async with Simulator(faults=["cut_inside=2"]) as simulator:
+        stream, ended_well = await read_stream(simulator, "/query", STREAM)
+    whole, half = stream.decode().split("\n\n")
+    assert not ended_well
+    assert json.loads(whole.removeprefix("data: "))["chunk"] == "A"
+    assert half.startswith('data: {"chunk": " bright"')
+    assert not half.endswith("}")
+
+
+@pytest.mark.parametrize(
+    ("fault", "events"), [("stall=3", 3), ("stall_inside=3", 2), ("stall=2,heartbeats=0.01", 2)]
+)
+@in_loop
+async def test_stalled_stream_stays_open_and_says_nothing_new(fault, events):
+    async with Simulator(faults=[fault]) as simulator, aiohttp.ClientSession() as session:
+        response = await session.post(simulator.endpoint + "/query", json=STREAM)
+        (received,) = simulator.requests
+        lines = [await response.content.readline() for _ in range(2 * events)]
+        while "heartbeats" in fault and lines.count(b": ping\n") < 10:
+            lines.append(await response.content.readline())
+        assert sum(line.startswith(b"data: ") for line in lines) <= events
+        assert not received.ended.is_set()
+        response.close()
+        await received.ended.wait()
+        assert received.disconnected
+
+
+@in_loop
+async def test_error_event_ends_a_stream():
+    async with Simulator(faults=["error_event=2", "named_error=2"]) as simulator:
+        stream, _ = await read_stream(simulator, "/query", STREAM)
+        named, _ = await read_stream(simulator, "/query", STREAM)
+    assert decode(stream)[2:] == [
+        {"error": {"message": "Inference failed", "type": "server_error"}}
+    ]
+    assert named.endswith(b'\n\nevent: error\ndata: {"message": "Inference failed"}\n\n')
+
+
+@in_loop
+async def test_bad_json_and_big_events_are_sent():
+    async with Simulator(faults=["bad_json=1", "big_event=100000"]) as simulator:
+        bad, _ = await read_stream(simulator, "/query", STREAM)
+        big, _ = await read_stream(simulator, "/query", STREAM)
+    assert bad.split(b"\n\n")[1] == b'data: {"chunk": '
+    assert decode(big)[0]["chunk"] == "x" * 100_000
+
+
+@in_loop
+async def test_heartbeats_and_pieces_change_nothing_else():
+    async with Simulator(faults=["heartbeats", "split=3"]) as simulator:
+        beating, _ = await read_stream(simulator, "/query", STREAM)
+        split, _ = await read_stream(simulator, "/query", STREAM)
+    assert beating.count(b": ping\n\n") == 6
+    assert text_of(decode(beating.replace(b": ping\n\n", b""))) == "".join(WORDS)
+    assert text_of(decode(split)) == "".join(WORDS)
+
+
+@in_loop
+async def test_json_comes_where_a_stream_was_asked():
+    async with Simulator(faults=["json"]) as simulator:
+        status, body = await post(simulator, "/query", STREAM)
+    assert (status, body["answer"]) == (200, "".join(WORDS))
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "headers", "body"),
+    [
+        ("status=503", 503, {}, '"type":"server_error"'),
+        ("status=429,retry_after=1", 429, {"Retry-After": "1"}, '"type":"rate_limit_exceeded"'),
+        ("reject", 200, {}, '{"error":"Queue is full","status":"rejected"}'),
+        ("html", 502, {"Content-Type": "text/html"}, "<html>"),
+        ("html=200", 200, {"Content-Type": "text/html"}, "<html>"),
+        ("redirect=https://example.com/a", 307, {"Location": "https://example.com/a"}, ""),
+        ("redirect=302:/b", 302, {"Location": "/b"}, ""),
+        ("slow_start=0.01,status=500", 500, {}, '"type":"server_error"'),
+    ],
+)
+@pytest.mark.parametrize("request_body", [QUERY, STREAM], ids=["plain", "stream"])
+@in_loop
+async def test_other_answers_take_the_place_of_the_right_one(
+    fault, status, headers, body, request_body
+):
+    async with Simulator(faults=[fault]) as simulator, aiohttp.ClientSession() as session:
+        async with session.post(
+            simulator.endpoint + "/query", json=request_body, allow_redirects=False
+        ) as response:
+            assert response.status == status
+            assert headers.items() <= dict(response.headers).items()
+            assert body in await response.text()
+        assert (await post(simulator, "/query", QUERY))[0] == 200, "it strikes once"
+
+
+@pytest.mark.parametrize("fault", ["hang_up", "hang_up=reset"])
+@in_loop
+async def test_connection_is_closed_in_place_of_an_answer(fault):
+    async with Simulator(faults=[fault]) as simulator:
+        with pytest.raises((aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
+            await post(simulator, "/query", QUERY)
+        await simulator.requests[0].ended.wait()
+        assert not simulator.requests[0].disconnected, "it was the server that left"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "status", "body"),
+    [
+        ("kestrel", 503, {"error": "Simulated error 503"}),
+        ("station", 503, {"detail": "Inference service not running"}),
+        ("old", 400, {"error": "Simulated error 400"}),
+    ],
+)
+@in_loop
+async def test_error_status_comes_with_the_body_of_its_server(dialect, status, body):
+    async with Simulator(dialect, faults=[f"status={status}"]) as simulator:
+        assert await post(simulator, "/query", QUERY) == (status, body)
+
+
+@in_loop
+async def test_faults_strike_the_next_matching_requests_in_order():
+    async with Simulator(faults=["status=500,times=2"]) as simulator:
+        simulator.faults.append("status=418,path=caption")
+        simulator.faults.append("cut=0")
+        simulator.faults.append(Fault.parse("status=503"))
+        seen = [
+            (await post(simulator, path, QUERY))[0]
+            for path in ("/query", "/query", "/query", "/query", "/caption", "/caption")
+        ]
+        assert seen == [500, 500, 503, 200, 418, 200]
+        assert len(simulator.faults) == 1, "the cut waits for a stream"
+        assert simulator.requests[0].fault == Fault((("status", 500),), times=2)
+
+
+def test_fault_with_times_always_strikes_every_request():
+    queue = FaultQueue(["status=500,times=always"])
+    assert all(queue.take("/v1/query", stream=False) for _ in range(5))
+    queue.clear()
+    assert queue.take("/v1/query", stream=False) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("explode", "unknown fault 'explode'; known are status, html, reject, "),
+        ("", "no fault in ''; known are"),
+        ("times=2", "no fault in"),
+        ("cut", "fault 'cut' is written cut=N"),
+        ("cut=x", "fault cut takes cut=N, not cut=x"),
+        ("json=1", "fault 'json=1' is written json"),
+        ("cut=1,times=x", "fault times takes"),
+    ],
+)
+def test_text_that_is_no_fault_is_refused_clearly(text, message):
+    with pytest.raises(ValueError) as caught:
+        Fault.parse(text)
+    assert message in str(caught.value)
+
+
+def test_help_names_every_fault_and_option():
+    text = describe_faults()
+    for name in (*EFFECTS, "times", "path", "retry_after"):
+        assert re.search(rf"^{name}\b", text, re.MULTILINE)
+
+
+# curl
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+async def start_curl(url, body):
+    return await asyncio.create_subprocess_exec(
+        "curl",
+        "-sN",
+        "-X",
+        "POST",
+        url,
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        json.dumps(body),
+        stdout=asyncio.subprocess.PIPE,
+    )
+
+
+@needs_curl
+@in_loop
+async def test_curl_prints_a_whole_stream():
+    async with Simulator() as simulator:
+        curl = await start_curl(simulator.endpoint + "/query", STREAM)
+        printed, _ = await curl.communicate()
+    assert curl.returncode == 0
+    assert text_of(decode(printed)) == "".join(WORDS)
+
+
+@needs_curl
+@in_loop
+async def test_curl_prints_events_as_they_are_made():
+    async with Simulator(faults=["stall=2"]) as simulator:
+        curl = await start_curl(simulator.endpoint + "/query", STREAM)
+        printed = b"".join([await curl.stdout.readline() for _ in range(4)])
+        assert text_of(decode(printed)) == "".join(WORDS[:2])
+        assert not simulator.requests[0].ended.is_set()
+        curl.kill()
+        await curl.wait()
+        await simulator.requests[0].ended.wait()
+        assert simulator.requests[0].disconnected
