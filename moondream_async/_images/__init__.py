@@ -1,0 +1,116 @@
+"""Any picture -> the bytes to send. Pure and synchronous; the client runs it in a thread.
+
+In comes whatever a caller has; out comes an `EncodedImage`, or an `ImageError`
+that names the picture and the reason. Most files need no decoding: their
+structure is walked (`jpeg`, `png`, `gif`, `webp`), their metadata is cut out, and
+the picture itself goes bit for bit as it is. The others are decoded and encoded
+anew (`convert`), and only for them Pillow is loaded. `inputs` reads paths, files and
+data URIs.
+"""
+
+from __future__ import annotations
+
+from moondream_async.errors import ImageError, RequestError
+from moondream_async.types import EncodedImage
+
+from . import gif, inputs, jpeg, png, webp
+from .header import Header, check_size
+from .inputs import ImageSource
+
+__all__ = ["ImageSource", "encode_image"]
+
+
+def encode_image(
+    image: ImageSource | EncodedImage,
+    *,
+    max_pixels: int | None = None,
+    max_bytes: int = 10_000_000,
+) -> EncodedImage:
+    """Return a picture as it will be sent: upright, private, and within the server's limits.
+
+    `image` is a path, bytes, a binary file (read from where it stands, and left
+    open), a Pillow image (never changed), a numpy array of uint8 (height x width,
+    x 1, x 3 RGB or x 4 RGBA), a ``data:`` URI, or an `EncodedImage` (returned as
+    it is when it keeps the limits).
+
+    JPEG, PNG, GIF and WebP files are sent without being decoded. EXIF (with the
+    place and the thumbnail in it), XMP, IPTC, comments, text, all frames but the
+    first and whatever follows the picture are cut out; every pixel stays as it
+    was, and so do ICC profiles. Decoded and encoded anew are:
+
+    - all other formats that Pillow reads, and Pillow images and arrays;
+    - CMYK, palettes (but for GIF's), more than 8 bits, and anything that may be
+      transparent, which is laid on white: what servers do with these differs;
+    - a picture whose EXIF orientation says that it lies on its side: it is
+      turned upright, so that boxes and points fit what people see;
+    - what is over a limit.
+
+    Then ICC colours become sRGB. The result is PNG if that is smaller, as for
+    drawings and screenshots, else JPEG at quality 95 (4:4:4), lowered to 90
+    and then made smaller in pixels until it fits. 16-bit samples are scaled to 8
+    bits. Those of Pillow's modes I and F are taken as they are when all are
+    within 0-255, as 16 bits (I) when within 0-65535, as fractions (F) when within
+    0-1; any other range is stretched to black and white.
+
+    Args:
+        image: The picture.
+        max_pixels: Width times height at most, for who pays by upload. The
+            model looks at about 1.9 million pixels, of larger pictures too.
+        max_bytes: The size at most, before base64 (which adds a third).
+
+    Raises:
+        ImageError: The picture is missing, damaged, cut short, of an unknown
+            format, or too large to be opened. Only what can be told without
+            decoding is checked where nothing is decoded.
+        RequestError: A limit is not a positive number.
+    """
+    for name, limit in (("max_pixels", max_pixels), ("max_bytes", max_bytes)):
+        if limit is not None and (isinstance(limit, bool) or not limit >= 1):
+            raise RequestError(f"{name} must be a positive number, not {limit!r}")
+    if isinstance(image, EncodedImage):
+        few_pixels = max_pixels is None or image.width * image.height <= max_pixels
+        if few_pixels and len(image.data) <= max_bytes:
+            return image
+        image = image.data
+    try:
+        return _encode(image, max_pixels, max_bytes)
+    except ImageError as error:
+        raise ImageError(f"{inputs.describe(image)} {error}") from error.__cause__
+    except Exception as error:  # Pillow, fed with what anybody may have made, raises anything
+        raise ImageError(f"{inputs.describe(image)} can't be decoded: {error}") from error
+
+
+def _encode(image: ImageSource, max_pixels: int | None, max_bytes: int) -> EncodedImage:
+    header: Header | None = None
+    if not inputs.is_pillow(image) and not inputs.is_array(image):
+        data = inputs.read(image)
+        header = _parse(data)
+        if header is not None:
+            check_size(header.width, header.height)
+            data = header.cleaned(data)
+            few_pixels = max_pixels is None or header.width * header.height <= max_pixels
+            if header.plain and header.orientation == 1 and few_pixels and len(data) <= max_bytes:
+                return EncodedImage(data, header.media_type, header.width, header.height)
+        image = data
+    from . import convert  # noqa: PLC0415 - loads Pillow, which most pictures don't need
+
+    return convert.encode(
+        convert.decode(image, max_pixels),
+        orientation=None if header is None else header.orientation,
+        max_pixels=max_pixels,
+        max_bytes=max_bytes,
+        may_be_png=header is None or header.media_type != "image/jpeg",
+    )
+
+
+def _parse(data: bytes) -> Header | None:
+    """Walk the file if it is of a format that servers take; None if it is not."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return jpeg.parse(data)
+    if data.startswith(png.SIGNATURE):
+        return png.parse(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return gif.parse(data)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return webp.parse(data)
+    return None

@@ -1,0 +1,77 @@
+"""GIF: keep the first picture and nothing else. GIF89a specification."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from moondream_async.errors import ImageError
+
+from .header import Header
+
+_EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
+_GRAPHIC_CONTROL: Final = 0xF9
+_MAX_EXTENSIONS: Final = 10_000  # before the first picture; a GIF has two or three
+
+
+def parse(data: bytes) -> Header:
+    """Walk a GIF to the end of its first picture; what follows is not looked at.
+
+    Kept are the header, the palettes, the first picture and its graphic control.
+    Comments, application data (XMP and ICC among them) and the other frames go.
+
+    It is plain when the first picture covers the whole canvas and has no
+    transparent colour. A palette it has by nature: every server that takes GIF
+    knows how to read one.
+
+    Raises:
+        ImageError: It ends before its first picture does, or is no GIF throughout.
+    """
+    view = memoryview(data)
+    try:
+        width, height, packed = struct.unpack_from("<HHB", data, 6)
+        head = at = 13 + _palette_size(packed)
+        control: memoryview | None = None
+        for _ in range(_MAX_EXTENSIONS):
+            begun = at
+            if data[at] == _IMAGE:
+                break
+            if data[at] != _EXTENSION:
+                raise ImageError("is a GIF without a picture in it")
+            kind = data[at + 1]
+            at = _after_blocks(data, at + 2)
+            if kind == _GRAPHIC_CONTROL:
+                control = view[begun:at]
+        else:
+            raise ImageError(f"is no ordinary GIF: it has more than {_MAX_EXTENSIONS:,} extensions")
+        left, top, inner_width, inner_height, packed = struct.unpack_from("<HHHHB", data, at + 1)
+        at += 10 + _palette_size(packed)
+        at = _after_blocks(data, at + 1)  # after the one byte that says how the codes begin
+    except (IndexError, struct.error) as error:
+        raise ImageError("is cut short: a GIF that ends within its first picture") from error
+    if control is not None and len(control) != 8:
+        raise ImageError("is damaged: a GIF with a malformed graphic control")
+    whole = (left, top, inner_width, inner_height) == (0, 0, width, height)
+    transparent = control is not None and control[3] & 1
+    kept = [view[:head], control or b"", view[begun:at], bytes([_TRAILER])]
+    if at == head + len(control or b"") + len(view[begun:at]) and data[at:] == b"\x3b":
+        kept = [view]  # nothing to cut
+    return Header(
+        media_type="image/gif",
+        width=width,
+        height=height,
+        kept=kept,
+        plain=whole and not transparent,
+    )
+
+
+def _palette_size(packed: int) -> int:
+    """Return how many bytes the palette has that a descriptor's last byte announces."""
+    return 3 << ((packed & 7) + 1) if packed & 0x80 else 0
+
+
+def _after_blocks(data: bytes, at: int) -> int:
+    """Skip the data blocks at `at`, each after its size, up to and with the empty one."""
+    while size := data[at]:
+        at += 1 + size
+    return at + 1
