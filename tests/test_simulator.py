@@ -652,6 +652,7 @@ async def test_endless_stream_leaves_room_for_others():
         assert not simulator.requests[0].ended.is_set()
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
+        response.close()
 
 
 @in_loop
