@@ -136,7 +136,7 @@ class SSEParser:
                 self._fail()
         if self._failed and not events:
             raise StreamProtocolError(
-                f"one event of the stream is over the limit of {self._max_event_bytes} bytes"
+                f"One event of the stream is over the limit of {self._max_event_bytes} bytes"
             )
         return events
 
