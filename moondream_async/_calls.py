@@ -1,0 +1,324 @@
+"""One call, from its request to its answer, over all its tries.
+
+A try waits for one of the client's places, has its pictures prepared in a worker
+thread, is sent, and is read; where it fails and another can help, the next one
+follows. One cancel scope carries all deadlines of a try: as it moves from one
+phase to the next, so does the scope's deadline.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.to_thread
+from anyio import CancelScope, current_time
+from yarl import URL
+
+from ._images import encode_image
+from ._limits import Pace, Places
+from ._protocol import USER_AGENT
+from ._protocol.answers import decode_body, error_from_response
+from ._protocol.events import AnswerDecoder
+from ._retry import backoff, is_worth_retrying
+from ._streams import Opening
+from ._transport import Body, Pool, Transport
+from .errors import (
+    APIStatusError,
+    APITimeoutError,
+    ClientClosedError,
+    MoondreamError,
+    Phase,
+    StreamProtocolError,
+)
+from .types import EncodedImage, Result, Timeout
+
+if TYPE_CHECKING:
+    import ssl
+
+    import aiohttp
+
+    from ._protocol.requests import Request
+
+_NEVER = float("inf")
+_T = TypeVar("_T")
+
+
+class Secret(str):
+    """The API key: a string whose repr does not show it, in whatever it ends up."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+class Caller:
+    """What all calls of a client share, and the way to make one."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        key: Secret | None,
+        *,
+        timeout: Timeout,
+        max_retries: int,
+        max_connections: int,
+        rate_limit: float | None,
+        session: aiohttp.ClientSession | None,
+        ssl_context: ssl.SSLContext | None,
+        proxy: str | None,
+    ) -> None:
+        self.closed = False
+        self.endpoint = endpoint
+        self.key = key
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.places = Places(max_connections)
+        # Two, since one can't do both: the first keeps a long line of calls from running
+        # into `timeout.pool`, the second keeps the pace exactly, right before sending.
+        self.admission = None if rate_limit is None else Pace(rate_limit)
+        self.pace = None if rate_limit is None else Pace(rate_limit)
+        self.transport = Transport(session=session, ssl_context=ssl_context, proxy=proxy)
+
+    def call(self, request: Request) -> Call:
+        """Begin a call."""
+        self.check_open()
+        return Call(self, request)
+
+    def check_open(self) -> None:
+        """Raise `ClientClosedError` if there can be no more calls."""
+        if self.closed:
+            raise ClientClosedError("The client is closed")
+
+    async def encode(self, image: Any) -> EncodedImage:
+        """Prepare a picture in a worker thread."""
+        if isinstance(image, EncodedImage):
+            return image
+        return await anyio.to_thread.run_sync(
+            partial(encode_image, image),
+            limiter=self.transport.pool().image_limiter,
+            abandon_on_cancel=True,
+        )
+
+    def headers(self, accept: str) -> dict[str, str]:
+        """Return the headers of a request for a skill."""
+        headers = {
+            "User-Agent": USER_AGENT,
+            "Accept": accept,
+            # Answers are small, and a compressor on the way may hold back pieces of a stream.
+            "Accept-Encoding": "identity",
+        }
+        if self.key is not None:
+            headers["X-Moondream-Auth"] = self.key
+        return headers
+
+    def redact(self, data: bytes) -> bytes:
+        """Take out the key, where a server quotes it."""
+        return data if self.key is None else data.replace(self.key.encode(), b"***")
+
+    async def aclose(self, grace: float | None) -> None:
+        """Refuse further calls, and close what is open in every loop."""
+        self.closed = True
+        await self.transport.aclose(grace)
+
+
+class Call:
+    """One call, over all its tries."""
+
+    def __init__(self, caller: Caller, request: Request) -> None:
+        total = caller.timeout.total
+        self.total_at = None if total is None else current_time() + total
+        self._caller = caller
+        self._request = request
+        self._images: list[EncodedImage] | None = None
+        self._failures = 0
+
+    async def result(self) -> Result:
+        """Return the whole answer."""
+        return await self._try(self._read)
+
+    async def opening(self) -> Opening:
+        """Return what a stream starts from, once the server has accepted the request."""
+        return await self._try(self._open)
+
+    async def reopen(self, error: MoondreamError) -> Opening:
+        """Return what the stream goes on from after `error`, or raise that."""
+        if not await self._can_retry(error):
+            raise error
+        return await self.opening()
+
+    async def _try(self, attempt: Callable[[Pool, _Deadline], Awaitable[_T]]) -> _T:
+        while True:
+            try:
+                return await self._within_deadline(attempt)
+            except MoondreamError as error:
+                if self._is_refusal_to_stream(error):
+                    self._request = self._request.without_stream()
+                elif not await self._can_retry(error):
+                    raise
+
+    def _is_refusal_to_stream(self, error: MoondreamError) -> bool:
+        """Tell whether the server can't both think first and stream; kestrel says so with 400."""
+        return (
+            isinstance(error, APIStatusError)
+            and error.status in (400, 422)
+            and self._request.stream
+            and self._request.payload.get("reasoning") is True
+            and "stream" in error.message.lower()
+        )
+
+    async def _can_retry(self, error: MoondreamError) -> bool:
+        """Wait until the next try may start; False if there is to be none."""
+        if self._failures >= self._caller.max_retries or not is_worth_retrying(error):
+            return False
+        retry_after = error.retry_after if isinstance(error, APIStatusError) else None
+        delay = backoff(self._failures, random.random(), retry_after)  # noqa: S311 - no secret
+        self._failures += 1
+        if self.total_at is not None and current_time() + delay >= self.total_at:
+            return False
+
+        async def wait(_pool: Pool, _deadline: _Deadline) -> None:
+            await anyio.sleep(delay)
+
+        await self._within_deadline(wait)
+        return True
+
+    async def _within_deadline(self, step: Callable[[Pool, _Deadline], Awaitable[_T]]) -> _T:
+        """Run a step of the call until it is done, its time is up, or the client is closed."""
+        caller = self._caller
+        caller.check_open()
+        pool = caller.transport.pool()
+        deadline = _Deadline(caller.timeout, self.total_at)
+        pool.calls.add(deadline.scope)
+        try:
+            with deadline.scope:
+                return await step(pool, deadline)
+        finally:
+            pool.calls.discard(deadline.scope)
+        if caller.closed or pool.closed:
+            raise ClientClosedError("The client was closed during the call")
+        raise deadline.error(caller.places)
+
+    async def _read(self, pool: Pool, deadline: _Deadline) -> Result:
+        body = await self._send(pool, deadline, accept="application/json")
+        try:
+            data = self._caller.redact(await body.read())
+            return decode_body(self._request.skill, data, status=body.status)
+        finally:
+            body.close()
+
+    async def _open(self, pool: Pool, deadline: _Deadline) -> Opening:
+        accept = "text/event-stream" if self._request.stream else "application/json"
+        body = await self._send(pool, deadline, accept=accept)
+        secret = self._caller.key or ""
+        decoder = AnswerDecoder(self._request.skill, secret=secret)
+        try:
+            if await _is_json(body):
+                events = decoder.body(self._caller.redact(await body.read()))
+                return Opening(decoder, events=events, sent_at=deadline.sent_at)
+        except BaseException:
+            body.close()
+            raise
+        waited = current_time() - deadline.sent_at
+        return Opening(decoder, body, sent_at=deadline.sent_at, waited=waited)
+
+    async def _send(self, pool: Pool, deadline: _Deadline, *, accept: str) -> Body:
+        """Send the request; return the body of an answer that is no error."""
+        caller = self._caller
+        if caller.admission is not None:
+            await caller.admission.wait()
+        deadline.enter("pool")
+        await caller.places.take()
+        try:
+            deadline.enter(None)
+            if self._images is None:
+                self._images = [await caller.encode(each) for each in self._request.pictures]
+            if caller.pace is not None:
+                await caller.pace.wait()
+            deadline.enter("connect")
+            body = await pool.request(
+                "POST",
+                URL(caller.endpoint + self._request.path),
+                headers=caller.headers(accept),
+                body=self._request.body(self._images),
+                on_send=deadline.sent,
+                on_close=self._free_place,
+            )
+        except BaseException:
+            caller.places.give_back()
+            raise
+        if 200 <= body.status < 300:
+            return body
+        try:
+            data = caller.redact(await body.read_error())
+        finally:
+            body.close()
+        raise error_from_response(body.status, body.headers, data, now=time.time())
+
+    def _free_place(self) -> None:
+        # A method of the call, since the call keeps the client: a stream goes on when the
+        # client has been dropped.
+        self._caller.places.give_back()
+
+
+class _Deadline:
+    """The time limits of one try; `scope` is cancelled when one has run out."""
+
+    def __init__(self, timeout: Timeout, total_at: float | None) -> None:
+        self.scope = CancelScope(deadline=_NEVER if total_at is None else total_at)
+        self.sent_at = current_time()
+        self._timeout = timeout
+        self._total_at = _NEVER if total_at is None else total_at
+        self._phase: Phase = "total"
+
+    def enter(self, phase: Phase | None) -> None:
+        """Start the limit of a phase; None has none but the total."""
+        limit = None if phase is None else getattr(self._timeout, phase)
+        at = _NEVER if limit is None else current_time() + limit
+        self._phase = "total" if phase is None or at >= self._total_at else phase
+        self.scope.deadline = min(at, self._total_at)
+
+    def sent(self) -> None:
+        """A connection stands and the request is on its way."""
+        self.sent_at = current_time()
+        self.enter("first_event")
+
+    def error(self, places: Places) -> APITimeoutError:
+        """Return the error for the limit that ran out."""
+        phase = self._phase
+        limit = f"within {getattr(self._timeout, phase):g} seconds (Timeout.{phase})"
+        message = {
+            "pool": f"No connection became free {limit}: {places.taken} streams or calls are "
+            f"open, of max_connections={places.total}",
+            "connect": f"Could not connect {limit}",
+            "first_event": f"The answer did not begin {limit}",
+            "total": f"The call was not complete {limit}",
+        }
+        return APITimeoutError(message[phase], phase=phase)
+
+
+async def _is_json(body: Body) -> bool:
+    """Tell JSON from events, where the server has said which, or else by the first byte.
+
+    Raises:
+        StreamProtocolError: It is neither.
+    """
+    kind = body.content_type
+    if kind == "text/event-stream":
+        return False
+    if kind == "application/json" or kind.endswith("+json"):
+        return True
+    if kind not in ("", "text/plain", "application/octet-stream"):
+        excerpt = (await body.read_error())[:200].decode("utf-8", "replace")
+        raise StreamProtocolError(f"The server answered with {kind}, not with events: {excerpt}")
+    try:
+        data = await body.__anext__()
+    except StopAsyncIteration:
+        return False
+    body.unread(data)
+    return data.lstrip()[:1] == b"{"

@@ -1,0 +1,367 @@
+"""The client: one object that holds the connections, and a method for each call."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+from urllib.parse import urlsplit
+
+from ._protocol.requests import Request, caption_request, query_request
+from ._streams import AnyStream, CaptionStream, QueryStream, StreamCall
+from .errors import RequestError
+from .types import (
+    CaptionResult,
+    EncodedImage,
+    ImageInput,
+    Length,
+    QueryResult,
+    Result,
+    Settings,
+    Timeout,
+)
+
+if TYPE_CHECKING:
+    import ssl
+    from types import TracebackType
+
+    import aiohttp
+    from typing_extensions import Self
+
+CLOUD = "https://api.moondream.ai/v1"
+
+_DEFAULT_TIMEOUT = Timeout()
+
+
+class MoondreamClient:
+    """A session with a Moondream server: the cloud, Moondream Station, or one that speaks alike.
+
+    It may be made anywhere and used from several event loops, also at once, from
+    several threads. `aclose` it, or leave its ``async with``.
+
+    Args:
+        api_key: The key; else that of the environment variable MOONDREAM_API_KEY.
+            The cloud needs one, other servers don't.
+        endpoint: The server's address with its ``/v1``; else MOONDREAM_ENDPOINT,
+            else the cloud.
+        model: The model for all calls that name none; None leaves it to the server.
+        timeout: How long to wait for what, in seconds.
+        max_retries: How often a call that failed before its first event is sent again.
+        max_connections: How many answers may be on their way at once, streams included.
+        rate_limit: Requests a second, retries included; None is no limit. The cloud
+            allows 2, or 10 for funded accounts (docs.moondream.ai/rate-limits).
+        session: An aiohttp session of yours to send with. It is not closed. It
+            belongs to one event loop, and so then does the client.
+        ssl_context: For servers whose certificate the system doesn't know.
+        proxy: The address of an HTTP proxy.
+
+    Raises:
+        RequestError: The cloud without a key, or an argument that can't be right.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        *,
+        endpoint: str | None = None,
+        model: str | None = None,
+        timeout: Timeout = _DEFAULT_TIMEOUT,
+        max_retries: int = 3,
+        max_connections: int = 100,
+        rate_limit: float | None = None,
+        session: aiohttp.ClientSession | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        proxy: str | None = None,
+    ) -> None:
+        key = api_key if api_key is not None else os.environ.get("MOONDREAM_API_KEY") or None
+        address = endpoint or os.environ.get("MOONDREAM_ENDPOINT") or CLOUD
+        address = _checked_endpoint(address)
+        if key is None and address == CLOUD:
+            raise RequestError(
+                "Moondream Cloud needs an API key. Pass api_key= or set MOONDREAM_API_KEY; or "
+                "name a local server, as endpoint='http://127.0.0.1:2020/v1' or in "
+                "MOONDREAM_ENDPOINT; or try `moondream-async demo`, which needs neither."
+            )
+        if not isinstance(timeout, Timeout):
+            raise RequestError(f"timeout must be a Timeout, not {timeout!r}")
+        _check_count("max_retries", max_retries, least=0)
+        _check_count("max_connections", max_connections, least=1)
+        if rate_limit is not None and not rate_limit > 0:
+            raise RequestError(f"rate_limit must be over 0 requests a second, not {rate_limit!r}")
+        # Loads aiohttp, which takes a third of a second: now, and not in the first await,
+        # where it would hold up the event loop; and not with the package, which may be
+        # imported by programs that never get here.
+        from ._calls import Caller, Secret  # noqa: PLC0415
+
+        self._model = model
+        self._caller = Caller(
+            address,
+            None if key is None else Secret(_checked_key(key)),
+            timeout=timeout,
+            max_retries=max_retries,
+            max_connections=max_connections,
+            rate_limit=rate_limit,
+            session=session,
+            ssl_context=ssl_context,
+            proxy=proxy,
+        )
+
+    # -- calls --------------------------------------------------------------------
+
+    @overload
+    def caption(
+        self,
+        image: ImageInput,
+        *,
+        length: Length = "normal",
+        stream: Literal[False] = False,
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Coroutine[Any, Any, CaptionResult]: ...
+
+    @overload
+    def caption(
+        self,
+        image: ImageInput,
+        *,
+        length: Length = "normal",
+        stream: Literal[True],
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> StreamCall[CaptionStream]: ...
+
+    @overload
+    def caption(
+        self,
+        image: ImageInput,
+        *,
+        length: Length = "normal",
+        stream: bool,
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Coroutine[Any, Any, CaptionResult | CaptionStream]: ...
+
+    def caption(
+        self,
+        image: ImageInput,
+        *,
+        length: Length = "normal",
+        stream: bool = False,
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """Describe a picture.
+
+        Args:
+            image: A path, bytes, an open binary file, a PIL image, or what
+                `encode_image` returned.
+            length: ``short``, ``normal`` or ``long``.
+            stream: Whether to get the description as it is written.
+            settings: Sampling settings; see `Settings`.
+            model: A model other than the client's.
+
+        Returns:
+            A `CaptionResult`; with ``stream=True`` a `CaptionStream`, as soon as the
+            server has accepted the request. Cancelling the call drops its connection.
+
+        Raises:
+            RequestError: An argument can't be right; nothing was sent.
+            ImageError: The picture can't be; nothing was sent.
+            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
+            ClientClosedError: The client was closed before or meanwhile.
+        """
+
+        def request() -> Request:
+            return caption_request(
+                image,
+                length=length,
+                stream=stream,
+                settings=settings,
+                model=self._model if model is None else model,
+            )
+
+        if stream is True:
+            return StreamCall(self._stream(CaptionStream, request, _caller_line()))
+        return self._result(request)
+
+    @overload
+    def query(
+        self,
+        image: ImageInput | None = None,
+        question: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        reasoning: bool | None = None,
+        spatial_refs: Sequence[Sequence[float]] | None = None,
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Coroutine[Any, Any, QueryResult]: ...
+
+    @overload
+    def query(
+        self,
+        image: ImageInput | None = None,
+        question: str | None = None,
+        *,
+        stream: Literal[True],
+        reasoning: bool | None = None,
+        spatial_refs: Sequence[Sequence[float]] | None = None,
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> StreamCall[QueryStream]: ...
+
+    @overload
+    def query(
+        self,
+        image: ImageInput | None = None,
+        question: str | None = None,
+        *,
+        stream: bool,
+        reasoning: bool | None = None,
+        spatial_refs: Sequence[Sequence[float]] | None = None,
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Coroutine[Any, Any, QueryResult | QueryStream]: ...
+
+    def query(
+        self,
+        image: ImageInput | None = None,
+        question: str | None = None,
+        *,
+        stream: bool = False,
+        reasoning: bool | None = None,
+        spatial_refs: Sequence[Sequence[float]] | None = None,
+        settings: Settings | Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """Answer a question about a picture, or, on servers that do so, about none.
+
+        Args:
+            image: As for `caption`.
+            question: The question.
+            stream: Whether to get the answer as it is written.
+            reasoning: Whether the model is to think first; None leaves it to the
+                server. Where a server can't do that and stream, the answer comes
+                in one piece.
+            spatial_refs: Places that the question speaks of: points ``[x, y]`` and
+                boxes ``[x_min, y_min, x_max, y_max]``, in 0-1 of the picture.
+            settings: Sampling settings; see `Settings`.
+            model: A model other than the client's.
+
+        Returns:
+            A `QueryResult`; with ``stream=True`` a `QueryStream`, as soon as the server
+            has accepted the request. Cancelling the call drops its connection.
+
+        Raises:
+            RequestError: An argument can't be right; nothing was sent.
+            ImageError: The picture can't be; nothing was sent.
+            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
+            ClientClosedError: The client was closed before or meanwhile.
+        """
+
+        def request() -> Request:
+            return query_request(
+                image,
+                question,
+                stream=stream,
+                reasoning=reasoning,
+                spatial_refs=spatial_refs,
+                settings=settings,
+                model=self._model if model is None else model,
+            )
+
+        if stream is True:
+            return StreamCall(self._stream(QueryStream, request, _caller_line()))
+        return self._result(request)
+
+    async def encode_image(self, image: ImageInput) -> EncodedImage:
+        """Prepare a picture once, to use it in many calls.
+
+        The work is done in a worker thread. Cancelling returns at once and lets the
+        thread finish by itself.
+
+        Raises:
+            ImageError: It can't be read, or is no picture.
+        """
+        self._caller.check_open()
+        return await self._caller.encode(image)
+
+    async def _result(self, request: Callable[[], Request]) -> Result:
+        return await self._caller.call(request()).result()
+
+    async def _stream(
+        self, stream: type[AnyStream], request: Callable[[], Request], opened_at: str
+    ) -> AnyStream:
+        call = self._caller.call(request())
+        return stream(
+            await call.opening(),
+            timeout=self._caller.timeout,
+            total_at=call.total_at,
+            reopen=call.reopen,
+            opened_at=opened_at,
+        )
+
+    # -- state --------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address."""
+        return self._caller.endpoint
+
+    def __repr__(self) -> str:
+        state = "closed" if self._caller.closed else f"{self._caller.places.taken} open"
+        return f"<MoondreamClient {self.endpoint}, {state}>"
+
+    async def __aenter__(self) -> Self:
+        self._caller.check_open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self, grace: float | None = None) -> None:
+        """Close all connections in all event loops; from any loop, and again.
+
+        What still waits or reads gets a `ClientClosedError`. With `grace`, answers
+        that are on their way get so many seconds to finish first; new calls are
+        refused at once.
+        """
+        await self._caller.aclose(grace)
+
+
+def vl(api_key: str | None = None, **options: Any) -> MoondreamClient:
+    """Return a `MoondreamClient`; named as in the official SDK."""
+    return MoondreamClient(api_key, **options)
+
+
+def _checked_key(key: Any) -> str:
+    if not isinstance(key, str) or not key or not (key.isascii() and key.isprintable()):
+        # Not shown: it may be the right key with a line break behind it.
+        raise RequestError("api_key must be a string of printable ASCII characters, not empty")
+    return key
+
+
+def _checked_endpoint(endpoint: str) -> str:
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise RequestError(f"endpoint must be an http or https address, not {endpoint!r}")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise RequestError("endpoint must be an address without a user, a query or a fragment")
+    return endpoint.rstrip("/")
+
+
+def _check_count(name: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RequestError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _caller_line() -> str:
+    """Return the file and line that called into this module."""
+    frame = sys._getframe(2)  # noqa: SLF001 - the documented way there, and a fast one
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
