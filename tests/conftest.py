@@ -1,0 +1,61 @@
+"""What tests share: a simulator, a client of it, a picture, and a look at what is left behind."""
+
+import gc
+from pathlib import Path
+
+import pytest
+
+import moondream_async as md
+from moondream_async.simulator import SAMPLE_IMAGE, Simulator
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"  # what aiohttp runs on
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in ("MOONDREAM_API_KEY", "MOONDREAM_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def open_sockets() -> set[str]:
+    """The sockets of this process, where the system can tell."""
+    found = set()
+    for entry in Path("/proc/self/fd").glob("*"):
+        try:
+            target = str(entry.readlink())
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            found.add(target)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_open(_clean_environment):
+    """Fail a test that leaves a socket behind; warnings, being errors, find the rest."""
+    before = open_sockets()
+    yield
+    left = open_sockets() - before
+    if left:
+        gc.collect()  # only to say, by its warnings, what it was
+    assert not left, f"{len(left)} sockets left open"
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator(rate=0) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator):
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        yield client
+
+
+@pytest.fixture
+def photo():
+    return SAMPLE_IMAGE
