@@ -1,0 +1,35 @@
+"""All checks, in the order in which they fail fastest: ``python -m tests [--fast]``.
+
+``--fast`` leaves out the linters, which say the same on every Python version, and
+the tests marked slow. Anything else is handed to pytest.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+LINTERS = [
+    ["ruff", "check"],
+    ["ruff", "format", "--check"],
+    ["mypy"],
+]
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    fast = "--fast" in arguments
+    commands = [] if fast else LINTERS
+    chosen = ["-m", "not slow"] if fast else []
+    rest = [argument for argument in arguments if argument != "--fast"]
+    for command in [*commands, ["pytest", *chosen, *rest]]:
+        print("$", *command, flush=True)  # noqa: T201 - a program
+        status = subprocess.call([sys.executable, "-m", *command], cwd=ROOT)
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
