@@ -81,9 +81,9 @@ class AnswerDecoder:
     events before it: these are returned, and `failure` says what came after.
 
     >>> decoder = AnswerDecoder("caption")
-    >>> [event.chunk for event in decoder.feed(b'data: {"chunk": "a cat"}\\n\\n')]
+    >>> [event.chunk for event in decoder.feed(b'data: {"chunk": "a cat"}\n\n')]
     ['a cat']
-    >>> [event.chunk for event in decoder.feed(b'data: {"completed": true}\\n\\n')]
+    >>> [event.chunk for event in decoder.feed(b'data: {"completed": true}\n\n')]
     ['']
     >>> decoder.completed
     True
