@@ -1,0 +1,152 @@
+"""The errors: where they stand in the tree, what they carry, and that they travel."""
+
+import copy
+import pickle
+
+import pytest
+
+from moondream_async import errors
+from moondream_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    ClientClosedError,
+    ImageError,
+    MoondreamError,
+    RateLimitError,
+    RequestError,
+    StreamError,
+    StreamInterruptedError,
+    StreamProtocolError,
+    StreamServerError,
+    StreamStalledError,
+)
+
+STATUS = {
+    "status": 429,
+    "type": "rate_limit_exceeded",
+    "code": "slow_down",
+    "param": "image_url",
+    "request_id": "2026-01-15_caption_000417",
+    "retry_after": 2.5,
+    "body": {"error": {"message": "too fast"}},
+}
+SERVER = {"partial": "a grey", "type": "overloaded", "code": "busy", "body": {"error": "busy"}}
+
+# One of every kind, with everything that it can carry.
+EXAMPLES = [
+    (MoondreamError, {}),
+    (RequestError, {}),
+    (ImageError, {}),
+    (APIConnectionError, {"permanent": True}),
+    (APITimeoutError, {"phase": "first_event"}),
+    *[
+        (each, STATUS)
+        for each in (
+            errors.APIStatusError,
+            errors.BadRequestError,
+            errors.AuthenticationError,
+            errors.PermissionDeniedError,
+            errors.NotFoundError,
+            errors.PayloadTooLargeError,
+            errors.RateLimitError,
+            errors.ServerError,
+        )
+    ],
+    (StreamError, {"partial": "a grey"}),
+    (StreamInterruptedError, {"partial": "a grey"}),
+    (StreamStalledError, {"partial": "a grey", "phase": "total"}),
+    (StreamProtocolError, {"partial": "a grey"}),
+    (StreamServerError, SERVER),
+    (ClientClosedError, {}),
+]
+every_error = pytest.mark.parametrize(
+    ("cls", "fields"), EXAMPLES, ids=[cls.__name__ for cls, _ in EXAMPLES]
+)
+
+
+def all_errors():
+    return {
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
+
+
+def same(error, other):
+    assert type(error) is type(other)
+    assert error.message == other.message
+    assert str(error) == str(other)
+    assert vars(error) == vars(other)
+
+
+def test_every_error_is_among_the_examples_here():
+    assert {cls for cls, _ in EXAMPLES} == all_errors()
+
+
+@every_error
+def test_every_error_is_a_moondream_error_with_a_message(cls, fields):
+    error = cls("what happened", **fields)
+
+    assert isinstance(error, MoondreamError)
+    assert error.message == str(error) == "what happened"
+    for name, value in fields.items():
+        assert getattr(error, name) == value
+
+
+@every_error
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_error_survives_pickling_whole(cls, fields, protocol):
+    error = cls("what happened", **fields)
+
+    same(pickle.loads(pickle.dumps(error, protocol)), error)
+
+
+@every_error
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_every_error_can_be_copied(cls, fields, duplicate):
+    error = cls("what happened", **fields)
+
+    same(duplicate(error), error)
+
+
+@every_error
+def test_every_error_names_itself_in_its_repr(cls, fields):
+    assert repr(cls("what happened", **fields)) == f"{cls.__name__}('what happened')"
+
+
+@pytest.mark.parametrize(
+    ("cls", "builtin"),
+    [(RequestError, ValueError), (ImageError, ValueError), (APITimeoutError, TimeoutError)],
+)
+def test_errors_are_caught_by_the_builtin_of_their_kind(cls, builtin):
+    assert issubclass(cls, builtin)
+
+
+@pytest.mark.parametrize("base", [StreamError, APITimeoutError, TimeoutError])
+def test_a_stall_is_caught_as_a_failed_stream_and_as_a_timeout(base):
+    error = StreamStalledError("nothing came", partial="a grey")
+
+    assert isinstance(error, base)
+    assert (error.phase, error.partial) == ("idle", "a grey")
+
+
+def test_what_a_server_did_not_say_is_none():
+    error = APIStatusError("no", status=418)
+
+    assert error.status == 418
+    said = (error.type, error.code, error.param, error.request_id, error.retry_after, error.body)
+    assert said == (None,) * 6
+
+
+def test_nothing_had_arrived_unless_it_says_so():
+    assert StreamInterruptedError("ended").partial == ""
+
+
+def test_the_cause_stays_chained():
+    cause = OSError("reset")
+
+    with pytest.raises(RateLimitError) as caught:
+        raise RateLimitError("too fast", status=429) from cause
+
+    assert caught.value.__cause__ is cause
