@@ -69,9 +69,13 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     value = value.strip()
     if _SECONDS.fullmatch(value):
         return float(value)
+    from datetime import timezone  # noqa: PLC0415 - seldom needed
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 - slow to load, seldom needed
 
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+        date = parsedate_to_datetime(value)
+        if date.tzinfo is None:  # all of HTTP's dates are UTC, also those that don't say so
+            date = date.replace(tzinfo=timezone.utc)
+        return max(0.0, date.timestamp() - now)
     except (TypeError, ValueError, OverflowError, OSError):  # all seen for odd dates
         return None

@@ -1,0 +1,262 @@
+"""What is tried again and when: arithmetic, with the clock and the dice brought by the test."""
+
+import datetime as dt
+import math
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from moondream_async._protocol.answers import decode_body
+from moondream_async._retry import (
+    FIRST_DELAY,
+    LONGEST_DELAY,
+    LONGEST_RETRY_AFTER,
+    backoff,
+    is_worth_retrying,
+    parse_retry_after,
+)
+from moondream_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    ClientClosedError,
+    ImageError,
+    MoondreamError,
+    RateLimitError,
+    RequestError,
+    ServerError,
+    StreamInterruptedError,
+    StreamProtocolError,
+    StreamServerError,
+    StreamStalledError,
+)
+
+# -- what ----------------------------------------------------------------------------------
+
+# DESIGN.md, "Retries". The official SDK tries the same ones again, where it does at all.
+RETRIED = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
+
+
+@pytest.mark.parametrize("status", range(100, 600))
+def test_the_statuses_that_pass_by_themselves_are_tried_again_and_no_others(status):
+    assert is_worth_retrying(APIStatusError("no", status=status)) is (status in RETRIED)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        APIConnectionError("reset"),
+        APITimeoutError("no connection", phase="connect"),
+        RateLimitError("too fast", status=429),
+        ServerError("Queue is full", status=200, body={"status": "rejected"}),
+    ],
+    ids=["lost connection", "no connection in time", "rate limit", "Station's full queue"],
+)
+def test_what_another_try_can_help_is_tried_again(error):
+    assert is_worth_retrying(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MoondreamError("?"),
+        RequestError("bad argument"),
+        ImageError("no picture"),
+        ClientClosedError("closed"),
+        APIConnectionError("the certificate can't be trusted", permanent=True),
+        APITimeoutError("no place", phase="pool"),
+        APITimeoutError("no answer", phase="first_event"),
+        APITimeoutError("out of time", phase="total"),
+        StreamStalledError("idle"),
+        StreamInterruptedError("cut"),
+        StreamProtocolError("no events"),
+        StreamServerError("failed", body={"error": "x", "status": "rejected"}),
+        ServerError("Request timeout", status=200, body={"status": "timeout"}),
+        ServerError("bad thing", status=200, body={"status": "error"}),
+        ServerError("no JSON", status=200, body="rejected"),
+        ServerError("a list", status=200, body=["rejected"]),
+    ],
+    ids=lambda error: f"{type(error).__name__}: {error}",
+)
+def test_what_another_try_can_not_help_is_not(error):
+    assert not is_worth_retrying(error)
+
+
+# PROTOCOL.md, section 4: what Station 0.1.9 says with status 200, run on loopback.
+@pytest.mark.parametrize(
+    ("body", "again"),
+    [
+        (b'{"error":"Queue is full","status":"rejected"}', True),
+        (b'{"error":"Request timeout","status":"timeout"}', False),
+        (b'{"error":"bad thing","status":"error"}', False),
+        (b'{"error":"Function \'segment\' not available"}', False),
+    ],
+    ids=["rejected", "timeout", "error", "not available"],
+)
+def test_of_stations_failures_only_the_full_queue_is_tried_again(body, again):
+    with pytest.raises(APIStatusError) as caught:
+        decode_body("caption", body)
+
+    assert is_worth_retrying(caught.value) is again
+
+
+# -- when ----------------------------------------------------------------------------------
+
+
+def test_the_longest_wait_doubles_up_to_its_cap():
+    assert [backoff(attempt, 1.0) for attempt in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+
+
+@given(
+    attempt=st.integers(0, 10**9),
+    jitter=st.floats(0, 1),
+    retry_after=st.none() | st.floats(0, 1e12),
+)
+def test_a_wait_is_never_negative_and_never_over_its_cap(attempt, jitter, retry_after):
+    delay = backoff(attempt, jitter, retry_after)
+
+    assert 0 <= delay <= (LONGEST_DELAY if retry_after is None else LONGEST_RETRY_AFTER)
+
+
+@given(attempt=st.integers(0, 50), jitter=st.floats(0, 1))
+def test_jitter_is_full_it_spreads_the_wait_from_nothing_to_the_whole(attempt, jitter):
+    assert backoff(attempt, jitter) == jitter * backoff(attempt, 1.0)
+
+
+@given(attempt=st.integers(0, 50), jitter=st.floats(0, 1), asked=st.floats(0, LONGEST_RETRY_AFTER))
+def test_what_the_server_asks_for_wins(attempt, jitter, asked):
+    assert backoff(attempt, jitter, asked) == asked
+
+
+def test_the_first_wait_is_that_of_the_official_sdk():
+    assert (FIRST_DELAY, LONGEST_DELAY) == (0.5, 30.0)  # PROTOCOL.md, 2e
+
+
+# -- Retry-After ---------------------------------------------------------------------------
+
+NOW = dt.datetime(2026, 1, 15, 12, 0, 0, tzinfo=dt.timezone.utc).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0.0),
+        ("7", 7.0),
+        (" 7 ", 7.0),
+        ("007", 7.0),
+        ("2.5", 2.5),
+        ("999999999", 999999999.0),
+        ("Thu, 15 Jan 2026 12:00:30 GMT", 30.0),
+        ("Thursday, 15-Jan-26 12:00:30 GMT", 30.0),
+        ("Thu Jan 15 12:00:30 2026", 30.0),
+        ("Thu, 15 Jan 2026 13:00:30 +0100", 30.0),
+        ("Thu, 15 Jan 2026 11:59:00 GMT", 0.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ],
+    ids=[
+        "at once",
+        "seconds",
+        "spaces around",
+        "leading zeros",
+        "part of a second",
+        "very long",
+        "date",
+        "date, the obsolete RFC 850 form",
+        "date, the obsolete asctime form",
+        "date, another time zone",
+        "date in the past",
+        "the epoch",
+    ],
+)
+def test_retry_after_in_seconds_or_as_a_date(value, seconds):
+    assert parse_retry_after(value, NOW) == seconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "",
+        " ",
+        "soon",
+        "-1",
+        "+1",
+        "1e3",
+        "inf",
+        "nan",
+        "1_000",
+        "0x10",
+        "1,5",
+        ".5",
+        "5.",
+        "5 s",
+        "٣",
+        "1" * 5000,
+        "Thu, 99 Jan 2026 12:00:30 GMT",
+        "Thu, 15 Jan 99999 12:00:30 GMT",
+        "Thu, 15 Jan 2026 25:61:61 GMT",
+        "Thu, 15 Jan 2026 12:00:30 +9999999999",
+        "\0",
+    ],
+)
+def test_retry_after_that_makes_no_sense_is_none(value):
+    assert parse_retry_after(value, NOW) is None
+
+
+@given(value=st.text(), now=st.floats(0, 1e11))
+@example(value="Mon, 01 Jan 0001 00:00:00 +2359", now=0)
+@example(value="Fri, 31 Dec 9999 23:59:59 -2359", now=0)
+@example(value="1 1 1 1:1:1 -99999", now=0)
+def test_any_retry_after_is_a_number_of_seconds_or_none(value, now):
+    seconds = parse_retry_after(value, now)
+
+    assert seconds is None or (seconds >= 0 and math.isfinite(seconds))
+
+
+WORDS = st.sampled_from(
+    [*"0179:,+- ", "Thu", "Jan", "GMT", "EST", "2026", "99999999999999999999", "12:00:30", "-0000"]
+)
+
+
+@given(st.lists(WORDS, max_size=10).map(" ".join) | st.lists(WORDS, max_size=10).map("".join))
+def test_almost_a_date_is_a_number_of_seconds_or_none(value):
+    seconds = parse_retry_after(value, NOW)
+
+    assert seconds is None or (seconds >= 0 and math.isfinite(seconds))
+
+
+@given(st.integers(0, 999_999_999))
+def test_whole_seconds_come_back_as_they_are(seconds):
+    assert parse_retry_after(str(seconds), NOW) == seconds
+
+
+seconds_of_a_century = st.integers(631152000, 3786912000)  # 1990 to 2090, since the epoch
+
+
+@given(date=seconds_of_a_century, now=seconds_of_a_century)
+def test_a_date_is_the_time_up_to_it(date, now):
+    header = f"{dt.datetime.fromtimestamp(date, dt.timezone.utc):%a, %d %b %Y %H:%M:%S} GMT"
+
+    assert parse_retry_after(header, now) == max(0, date - now)
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the time zone can't be changed here")
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Thu, 15 Jan 2026 12:00:30 GMT",
+        "Thu, 15 Jan 2026 12:00:30 -0000",
+        "Thu, 15 Jan 2026 12:00:30",
+        "Thu Jan 15 12:00:30 2026",
+    ],
+)
+def test_dates_are_utc_wherever_the_client_runs(monkeypatch, value):
+    monkeypatch.setenv("TZ", "EST5EDT")
+    time.tzset()
+    try:
+        assert parse_retry_after(value, NOW) == 30.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
