@@ -386,6 +386,103 @@ def test_sample_picture_is_what_its_function_draws():
     assert SAMPLE_IMAGE.stat().st_size < 30_000
 
 
+# Objects
+
+SQUARES = draw(
+    ("red", (32, 24, 95, 71)), ("red", (160, 120, 287, 215)), ("blue", (192, 24, 255, 71))
+)
+LARGE_RED = {"x_min": 0.5, "y_min": 0.5, "x_max": 0.9, "y_max": 0.9}
+SMALL_RED = {"x_min": 0.1, "y_min": 0.1, "x_max": 0.3, "y_max": 0.3}
+
+
+def near(box):
+    return pytest.approx(box, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("object", "more", "boxes"),
+    [
+        ("red square", {}, [LARGE_RED, SMALL_RED]),
+        ("red square", {"settings": {"max_objects": 1}}, [LARGE_RED]),
+        ("red square", {"spatial_refs": [[0.2, 0.2]]}, [SMALL_RED]),
+        ("green square", {}, []),
+        ("person", {}, []),
+        ("white wall", {}, [{"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]),
+    ],
+    ids=str,
+)
+@in_loop
+async def test_detect_boxes_the_areas_of_the_named_colour(object, more, boxes):
+    body = {"image_url": SQUARES, "object": object, **more}
+    async with Simulator() as simulator:
+        _, answer = await post(simulator, "/detect", body)
+    assert answer["objects"] == [near(box) for box in boxes]
+    assert answer.keys() == {"objects", "request_id", "finish_reason", "metrics"}
+
+
+@in_loop
+async def test_detect_finds_everything_when_asked_for_shapes():
+    async with Simulator() as simulator:
+        _, answer = await post(simulator, "/detect", {"image_url": SQUARES, "object": "shapes"})
+    assert len(answer["objects"]) == 3
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@in_loop
+async def test_point_is_the_centre(dialect):
+    body = {"image_url": SQUARES, "object": "red square"}
+    async with Simulator(dialect) as simulator:
+        _, answer = await post(simulator, "/point", body)
+    assert answer["points"] == [near({"x": 0.7, "y": 0.7}), near({"x": 0.2, "y": 0.2})]
+    assert answer.get("count") == (2 if dialect == "station" else None)
+
+
+@in_loop
+async def test_segment_outlines_the_largest_area_relative_to_its_box():
+    body = {"image_url": SQUARES, "object": "red square"}
+    async with Simulator() as simulator:
+        _, answer = await post(simulator, "/segment", body)
+        _, nothing = await post(simulator, "/segment", {**body, "object": "green"})
+    assert answer["bbox"] == near(LARGE_RED)
+    # The filter that removes specks takes the corners off too.
+    assert re.fullmatch(r"M [\d.]+ [\d.]+( L [\d.]+ [\d.]+)+ Z", answer["path"])
+    numbers = [float(number) for number in re.findall(r"[\d.]+", answer["path"])]
+    assert (min(numbers), max(numbers)) == (0, 1)
+    assert (nothing["path"], nothing["bbox"]) == ("", None)
+
+
+@pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
+@in_loop
+async def test_segment_streams_a_box_then_a_coarse_path_then_the_refined_one(dialect):
+    body = {"image_url": SAMPLE, "object": "red circle"}
+    async with Simulator(dialect) as simulator:
+        stream, _ = await read_stream(simulator, "/segment", {**body, "stream": True})
+        _, plain = await post(simulator, "/segment", body)
+    box, *deltas, final = decode(stream)
+    assert box == {"type": "bbox", "bbox": plain["bbox"]}
+    assert all(
+        delta
+        == {"type": "path_delta", "chunk": delta["chunk"], "completed": False, "token_index": n}
+        for n, delta in enumerate(deltas)
+    )
+    coarse = text_of(deltas)
+    assert coarse.startswith("M ")
+    assert coarse.endswith(" Z")
+    assert len(coarse) < len(final["path"])
+    assert (final["type"], final["chunk"], final["completed"]) == ("final", "", True)
+    assert (final["path"], final["bbox"]) == (plain["path"], plain["bbox"])
+    assert {"request_id", "finish_reason", "metrics"} <= final.keys()
+
+
+@pytest.mark.parametrize("path", ["/detect", "/point", "/segment"])
+@in_loop
+async def test_object_is_required(path):
+    async with Simulator() as simulator:
+        for body in (CAPTION, {**CAPTION, "object": " "}):
+            status, answer = await post(simulator, path, body)
+            assert (status, answer["error"]["param"]) == (400, "object")
+
+
 # Errors
 
 CUT_SAMPLE = SAMPLE.partition(",")[2][:8000]

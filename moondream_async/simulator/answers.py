@@ -99,17 +99,25 @@ def think(picture: Picture | None, question: str) -> dict[str, Any]:
     return {"text": text, "grounding": grounding}
 
 
-def find_areas(picture: Picture, object: str) -> list[Area]:
+def find_areas(picture: Picture, object: str, spatial_refs: list[list[float]]) -> list[Area]:
     """Return the areas that an object's description fits: those of the colour it names.
 
     A description without a colour fits nothing, unless it is as general as
-    "shape" or "object": then it fits every area.
+    "shape" or "object": then it fits every area. References choose among the
+    areas that fit: those whose boxes they lie in.
     """
     colour = name_colour(object)
-    if colour is not None:
-        return [area for area in picture.areas if area.colour == colour]
-    general = re.search(r"\b(shape|object|thing|area|region|everything)", object.lower())
-    return list(picture.areas) if general else []
+    if colour is None:
+        general = re.search(r"\b(shape|object|thing|area|region)", object.lower())
+        areas = list(picture.areas) if general else []
+    elif colour == picture.background:
+        areas = [picture.ground]
+    else:
+        areas = [area for area in picture.areas if area.colour == colour]
+    if not spatial_refs:
+        return areas
+    places = [_middle(reference) for reference in spatial_refs]
+    return [area for area in areas if any(_lies_in(place, area.box) for place in places)]
 
 
 def _answer_question(picture: Picture, question: str) -> str:
@@ -212,9 +220,17 @@ def _tell_area(area: Area) -> str:
 
 
 def _tell_reference(picture: Picture, reference: list[float]) -> str:
-    left, top, right, bottom = (reference * 2)[:4]  # a point is a box without extent
-    x, y = (left + right) / 2, (top + bottom) / 2
+    x, y = _middle(reference)
     return f"At ({x:.2f}, {y:.2f}) it is {picture.colour_at(x, y)}."
+
+
+def _middle(reference: list[float]) -> tuple[float, float]:
+    left, top, right, bottom = (reference * 2)[:4]  # a point is a box without extent
+    return (left + right) / 2, (top + bottom) / 2
+
+
+def _lies_in(place: tuple[float, float], box: tuple[float, float, float, float]) -> bool:
+    return box[0] <= place[0] <= box[2] and box[1] <= place[1] <= box[3]
 
 
 def _tell_place(x: float, y: float) -> str:

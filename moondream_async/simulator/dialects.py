@@ -35,34 +35,37 @@ class Answer(msgspec.Struct, kw_only=True):
     """A whole answer, before any server's wording of it."""
 
     skill: str
-    number: int
-    """How many answers there were before this one, and this one."""
-    key: str
-    """The field that the text goes into, as ``caption``."""
-    words: list[str]
+    result: Body
+    """The fields that the skill adds to a body, as ``{"caption": "A red circle."}``."""
+    pieces: list[str] = []
+    """What is streamed, a token each: the words of a text, or of a coarse path."""
+    tokens: int = 0
+    """How many tokens the model would have written."""
     finish_reason: str = "stop"
     reasoning: Body | None = None
     question_words: int = 0
     has_image: bool = True
+    number: int = 0
+    """How many answers there were before this one, and this one."""
     received: float = msgspec.field(default_factory=time.perf_counter)
     """When its request came in, by `time.perf_counter`."""
     ready: float = msgspec.field(default_factory=time.perf_counter)
-    """When the picture had been measured."""
+    """When it was found."""
 
-    @property
-    def text(self) -> str:
-        """The whole answer."""
-        return "".join(self.words)
+    def usage(self) -> Body:
+        """Return the counts of tokens.
 
-    def metrics(self) -> Body:
-        """Return counts, and the times up to now, in the words of the API.
-
-        A picture counts as 729 tokens, as many as the model's vision part makes of one.
+        A picture counts as 729, as many as the model's vision part makes of one.
         """
-        prefill = (self.ready - self.received) * 1000
         return {
             "input_tokens": 6 + self.question_words + 729 * self.has_image,
-            "output_tokens": len(self.words),
+            "output_tokens": self.tokens,
+        }
+
+    def metrics(self) -> Body:
+        """Return counts, and the times up to now, in the words of the API."""
+        prefill = (self.ready - self.received) * 1000
+        return self.usage() | {
             "prefill_time_ms": round(prefill, 3),
             "decode_time_ms": round((time.perf_counter() - self.ready) * 1000, 3),
             "ttft_ms": round(prefill, 3),
@@ -98,7 +101,27 @@ class Dialect:
 
     def events(self, answer: Answer) -> Iterator[Event]:
         """Yield the answer as events, each made when it is asked for."""
+        if answer.skill == "segment":
+            return self._segment_events(answer)
+        return self._text_events(answer)
+
+    def _text_events(self, answer: Answer) -> Iterator[Event]:
         raise NotImplementedError
+
+    def _segment_events(self, answer: Answer) -> Iterator[Event]:
+        """Yield the box, the coarse path in pieces, and last the refined path in their place."""
+        if answer.result["bbox"] is not None:
+            yield self.encode({"type": "bbox", "bbox": answer.result["bbox"]})
+        for index, piece in enumerate(answer.pieces):
+            delta = {
+                "type": "path_delta",
+                "chunk": piece,
+                "completed": False,
+                "token_index": index,
+            }
+            yield self.encode(delta, tokens=1)
+        final = {"type": "final", "chunk": "", "completed": True, **self.body(answer)}
+        yield self.encode(final, last=True)
 
     def error(self, status: int, message: str, param: str | None = None) -> tuple[int, Body]:
         """Return the status and the body for an error."""
@@ -126,23 +149,22 @@ class Cloud(Dialect):
     """
 
     name = "cloud"
-    skills = ("caption", "query")
+    skills = ("caption", "query", "detect", "point", "segment")
     text_only = True
     lists_models = True
     behind_gateway = True
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""
-        body: Body = {"request_id": self._request_id(answer), answer.key: answer.text}
+        body: Body = {"request_id": self._request_id(answer), **answer.result}
         if answer.reasoning is not None:
             body["reasoning"] = answer.reasoning
         return body | {"finish_reason": answer.finish_reason, "metrics": answer.metrics()}
 
-    def events(self, answer: Answer) -> Iterator[Event]:
-        """Yield the answer as events, each made when it is asked for."""
+    def _text_events(self, answer: Answer) -> Iterator[Event]:
         request_id = self._request_id(answer)
-        for word in answer.words:
-            chunk = {"chunk": word, "completed": False, "request_id": request_id}
+        for piece in answer.pieces:
+            chunk = {"chunk": piece, "completed": False, "request_id": request_id}
             yield self.encode(chunk, tokens=1)
         final: Body = {"completed": True, "chunk": ""}
         if answer.reasoning is not None:
@@ -175,7 +197,7 @@ class Kestrel(Dialect):
     """The HTTP server that the engine's own package carried."""
 
     name = "kestrel"
-    skills = ("caption", "query")
+    skills = ("caption", "query", "detect", "point", "segment")
     text_only = True
     streams_reasoning = False
     tokens_per_event: ClassVar[int] = 3
@@ -185,31 +207,27 @@ class Kestrel(Dialect):
         body: Body = {
             "request_id": str(answer.number),
             "finish_reason": answer.finish_reason,
-            answer.key: answer.text,
+            **answer.result,
             "metrics": answer.metrics(),
         }
         if answer.reasoning is not None:
             body["reasoning"] = answer.reasoning
         return body
 
-    def events(self, answer: Answer) -> Iterator[Event]:
-        """Yield the answer as events, each made when it is asked for.
-
-        The final one carries the tokens that filled no event.
-        """
+    def _text_events(self, answer: Answer) -> Iterator[Event]:
         size = self.tokens_per_event
-        whole = len(answer.words) // size * size
+        whole = len(answer.pieces) // size * size
         for start in range(0, whole, size):
-            chunk = "".join(answer.words[start : start + size])
+            chunk = "".join(answer.pieces[start : start + size])
             body = {"chunk": chunk, "completed": False, "token_index": start + size - 1}
             yield self.encode(body, tokens=size)
-        rest = answer.words[whole:]
+        rest = answer.pieces[whole:]  # what filled no event goes into the final one
         final = {
             "chunk": "".join(rest),
             "completed": True,
             "request_id": str(answer.number),
             "finish_reason": answer.finish_reason,
-            answer.key: answer.text,
+            **answer.result,
             "metrics": answer.metrics(),
         }
         yield self.encode(final, tokens=len(rest), last=True)
@@ -219,25 +237,24 @@ class Station(Dialect):
     """Moondream Station."""
 
     name = "station"
-    skills = ("caption", "query")
+    skills = ("caption", "query", "detect", "point")
     lenient = True
     health: ClassVar[dict[str, Any]] = {"status": "ok", "server": "moondream-station"}
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""
-        body: Body = {answer.key: answer.text}
+        body: Body = dict(answer.result)
+        if "points" in body:
+            body["count"] = len(body["points"])
         if answer.reasoning is not None:
             body["reasoning"] = answer.reasoning
         return body | {"_stats": self._stats(answer)}
 
-    def events(self, answer: Answer) -> Iterator[Event]:
-        """Yield the answer as events, each made when it is asked for.
-
-        Reasoning is lost on the way, as it is in Station.
-        """
-        for word in answer.words:
-            yield self.encode({"chunk": word}, tokens=1)
-        if answer.words:
+    def _text_events(self, answer: Answer) -> Iterator[Event]:
+        # Reasoning is lost on the way, as it is in Station.
+        for piece in answer.pieces:
+            yield self.encode({"chunk": piece}, tokens=1)
+        if answer.pieces:
             yield self.encode({"stats": self._stats(answer)}, last=True)
         yield self.encode({"completed": True}, last=True)
 
@@ -260,9 +277,9 @@ class Station(Dialect):
     def _stats(self, answer: Answer) -> Body:
         duration = time.perf_counter() - answer.received
         return {
-            "tokens": len(answer.words),
+            "tokens": answer.tokens,
             "duration": round(duration, 2),
-            "tokens_per_sec": round(len(answer.words) / max(duration, 1e-6), 1),
+            "tokens_per_sec": round(answer.tokens / max(duration, 1e-6), 1),
         }
 
 
@@ -275,18 +292,17 @@ class Old(Dialect):
 
     name = "old"
     prefix = ""
-    skills = ("caption", "query")
+    skills = ("caption", "query", "detect", "point")
     closes_connections = True
     checks_content_type = True
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""
-        return {answer.key: answer.text}
+        return dict(answer.result)
 
-    def events(self, answer: Answer) -> Iterator[Event]:
-        """Yield the answer as events, each made when it is asked for."""
-        for word in answer.words:
-            yield self.encode({"chunk": word, "completed": False}, tokens=1)
+    def _text_events(self, answer: Answer) -> Iterator[Event]:
+        for piece in answer.pieces:
+            yield self.encode({"chunk": piece, "completed": False}, tokens=1)
         yield self.encode({"chunk": "", "completed": True}, last=True)
 
 

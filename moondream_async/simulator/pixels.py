@@ -95,6 +95,17 @@ class Picture(msgspec.Struct, frozen=True):
         """The colour that covers most."""
         return next(iter(self.shares))
 
+    @property
+    def ground(self) -> Area:
+        """All of the picture, as an area of the background's colour."""
+        return Area(
+            colour=self.background,
+            share=self.shares[self.background],
+            box=(0.0, 0.0, 1.0, 1.0),
+            centre=(0.5, 0.5),
+            outline=((1.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)),
+        )
+
     def colour_at(self, x: float, y: float) -> str:
         """Return the name of the colour at a place, 0-1."""
         column = min(int(x * self.columns), self.columns - 1)

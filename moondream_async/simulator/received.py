@@ -19,6 +19,7 @@ class ReceivedRequest:
     Attributes:
         method: As ``POST``.
         path: As ``/v1/caption``.
+        origin: The scheme, host and port that it was sent to.
         params: The variable parts of the path, by name.
         query: The query string, decoded.
         headers: Found by name in any case.
@@ -38,6 +39,7 @@ class ReceivedRequest:
     def __init__(self, request: web.Request, connection: int) -> None:
         self.method = request.method
         self.path = request.path
+        self.origin = str(request.url.origin())
         self.params: Mapping[str, str] = request.match_info
         self.query: Mapping[str, str] = request.query
         self.headers: Mapping[str, str] = request.headers

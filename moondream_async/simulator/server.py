@@ -17,9 +17,10 @@ import msgspec
 from aiohttp import hdrs, web
 
 from .dialects import DIALECTS
+from .endpoints import Endpoints
 from .faults import Fault, FaultQueue
+from .gallery import Gallery
 from .received import Connections, ReceivedRequest
-from .skills import Gallery, Skills
 from .steps import Auth, Event, HangUp, Reply, Route, Step, Steps, Wait
 from .validation import RefusedError
 
@@ -112,7 +113,7 @@ class Simulator:
         self._closing = False
         self._changed: asyncio.Event | None = None
         self._answering: set[asyncio.Task[Any]] = set()
-        for route in Skills(self.dialect, Gallery()).routes():
+        for route in Endpoints(self.dialect, Gallery()).routes():
             self._add_route(route)
 
     def __repr__(self) -> str:

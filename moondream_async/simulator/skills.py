@@ -1,169 +1,129 @@
-"""The endpoints that answer about one picture, and those that tell of the server."""
+"""The five skills: what was asked and what was measured in, an answer out.
+
+Pure and quick. The pictures have been measured before.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Generic
 
-import anyio.to_thread
+import msgspec
 
 from . import answers
-from .dialects import MODELS, Answer, Dialect
-from .pixels import Picture, UnreadablePictureError, measure
-from .received import ReceivedRequest
-from .steps import Reply, Route, Steps
-from .validation import (
-    BodyT,
-    CaptionBody,
-    QueryBody,
-    RefusedError,
-    SkillBody,
-    decode_image,
-    read_body,
-)
+from .dialects import Answer, Body
+from .pixels import Area, Picture
+from .validation import BodyT, CaptionBody, ObjectBody, QueryBody, SkillBody
 
-# How many pictures' measurements are kept; each is some tens of kilobytes.
-_KEPT_PICTURES = 64
+_DEFAULT_MAX_OBJECTS = 150
+_COARSE_POINTS = 12
 
 
-class Gallery:
-    """Measures pictures in a worker thread, the same picture once."""
+class Skill(msgspec.Struct, Generic[BodyT], frozen=True):
+    """A skill: the body it takes, and how it is done."""
 
-    def __init__(self) -> None:
-        self._measured: OrderedDict[bytes, Picture] = OrderedDict()
-
-    async def look(self, image_url: str) -> Picture:
-        """Decode a data URL and measure the picture in it.
-
-        Cancelling waits for the thread, which takes tenths of a second at most.
-
-        Raises:
-            RefusedError: There is no picture in what was sent.
-        """
-        return await anyio.to_thread.run_sync(self._look, image_url)
-
-    def _look(self, image_url: str) -> Picture:
-        data = decode_image(image_url)
-        digest = hashlib.sha256(data).digest()
-        picture = self._measured.get(digest)
-        if picture is None:
-            try:
-                picture = self._measured[digest] = measure(data)
-            except UnreadablePictureError as error:
-                raise RefusedError("Invalid image data", param="image_url") from error
-            while len(self._measured) > _KEPT_PICTURES:
-                self._measured.popitem(last=False)
-        return picture
+    body: type[BodyT]
+    solve: Callable[[BodyT, Picture | None], Answer]
+    streams: bool = False
 
 
-class Skills:
-    """Caption and query, and the small endpoints around them."""
+def _caption(body: CaptionBody, picture: Picture | None) -> Answer:
+    text = answers.caption(picture, body.length) if picture else ""
+    return _answer_in_words("caption", "caption", text, body)
 
-    def __init__(self, dialect: Dialect, gallery: Gallery) -> None:
-        self._dialect = dialect
-        self._gallery = gallery
-        self._answered = 0
 
-    def routes(self) -> list[Route]:
-        """Return what the dialect serves, where it serves it."""
-        skills = {"caption": self._caption, "query": self._query}
-        routes = [Route("GET", path, self._health, "none") for path in ("/health", "/healthz")]
-        if self._dialect.lenient:
-            routes += [
-                Route("GET", "/v1/models", self._models, "none"),
-                Route("GET", "/v1/stats", self._stats, "none"),
-                *(
-                    Route("*", f"{prefix}/{skill}", skills[skill], "none")
-                    for skill in self._dialect.skills
-                    for prefix in ("/v1", "")
-                ),
-                Route("*", "/v1/{function}", self._no_such_function, "none"),
-                Route("*", "/{function}", self._no_such_function, "none"),
-            ]
-            return routes
-        prefix = self._dialect.prefix
-        if self._dialect.lists_models:
-            routes.append(Route("GET", f"{prefix}/models", self._models, "optional"))
-        routes += [
-            Route("POST", f"{prefix}/{skill}", skills[skill]) for skill in self._dialect.skills
-        ]
-        return routes
+def _query(body: QueryBody, picture: Picture | None) -> Answer:
+    text = answers.answer(picture, body.question, body.spatial_refs or [])
+    answer = _answer_in_words("query", "answer", text, body)
+    answer.question_words = len(body.question.split())
+    answer.has_image = picture is not None
+    if body.reasoning:
+        answer.reasoning = answers.think(picture, body.question)
+    return answer
 
-    async def _caption(self, received: ReceivedRequest) -> Reply | Steps:
-        started = time.perf_counter()
-        body = self._read(received, CaptionBody)
-        picture = await self._look(body)
-        text = answers.caption(picture, body.length) if picture else ""
-        answer = self._make_answer("caption", "caption", text, body, started)
-        return self._tell(received, answer)
 
-    async def _query(self, received: ReceivedRequest) -> Reply | Steps:
-        started = time.perf_counter()
-        body = self._read(received, QueryBody, needs_image=not self._dialect.text_only)
-        if body.reasoning and body.stream and not self._dialect.streams_reasoning:
-            raise RefusedError("Streaming is not supported when reasoning is enabled")
-        picture = await self._look(body)
-        text = answers.answer(picture, body.question, body.spatial_refs or [])
-        answer = self._make_answer("query", "answer", text, body, started)
-        answer.question_words = len(body.question.split())
-        if body.reasoning:
-            answer.reasoning = answers.think(picture, body.question)
-        return self._tell(received, answer)
+def _detect(body: ObjectBody, picture: Picture | None) -> Answer:
+    boxes = [_name_sides(area.box) for area in _find(body, picture)]
+    return Answer(skill="detect", result={"objects": boxes}, tokens=4 * len(boxes))
 
-    async def _models(self, _: ReceivedRequest) -> Reply:
-        return Reply(body=self._dialect.models())
 
-    async def _health(self, _: ReceivedRequest) -> Reply:
-        return Reply(body=self._dialect.health)
+def _point(body: ObjectBody, picture: Picture | None) -> Answer:
+    points = [
+        {"x": round(area.centre[0], 4), "y": round(area.centre[1], 4)}
+        for area in _find(body, picture)
+    ]
+    return Answer(skill="point", result={"points": points}, tokens=2 * len(points))
 
-    async def _stats(self, _: ReceivedRequest) -> Reply:
-        return Reply(
-            body={
-                "workers": 1,
-                "queue_size": 0,
-                "max_queue_size": 10,
-                "processing": 0,
-                "timeouts": 0,
-                "default_timeout": 30.0,
-                "model": MODELS[0],
-                "status": "running",
-                "requests_processed": self._answered,
-            }
+
+def _segment(body: ObjectBody, picture: Picture | None) -> Answer:
+    """Outline the largest area that fits: its coarse outline in pieces, and the refined one."""
+    found = _find(body, picture)
+    if not found:
+        return Answer(skill="segment", result={"path": "", "bbox": None})
+    outline = _relate_to_box(found[0])
+    coarse = outline[:: max(1, len(outline) // _COARSE_POINTS)]
+    pieces = answers.split_words(_draw_path(coarse))[: body.max_tokens]
+    result = {"path": _draw_path(outline), "bbox": _name_sides(found[0].box)}
+    return Answer(skill="segment", result=result, pieces=pieces, tokens=len(pieces))
+
+
+SKILLS: dict[str, Skill[Any]] = {
+    "caption": Skill(CaptionBody, _caption, streams=True),
+    "query": Skill(QueryBody, _query, streams=True),
+    "detect": Skill(ObjectBody, _detect),
+    "point": Skill(ObjectBody, _point),
+    "segment": Skill(ObjectBody, _segment, streams=True),
+}
+
+
+def _answer_in_words(skill: str, key: str, text: str, body: SkillBody) -> Answer:
+    words = answers.split_words(text)
+    kept = words[: body.max_tokens]
+    return Answer(
+        skill=skill,
+        result={key: "".join(kept)},
+        pieces=kept,
+        tokens=len(kept),
+        finish_reason="stop" if len(kept) == len(words) else "length",
+    )
+
+
+def _find(body: ObjectBody, picture: Picture | None) -> list[Area]:
+    if picture is None:
+        return []
+    limit = (body.settings and body.settings.max_objects) or _DEFAULT_MAX_OBJECTS
+    return answers.find_areas(picture, body.object, body.spatial_refs or [])[:limit]
+
+
+def _name_sides(box: tuple[float, float, float, float]) -> Body:
+    names = ("x_min", "y_min", "x_max", "y_max")
+    return {name: round(side, 4) for name, side in zip(names, box, strict=True)}
+
+
+def _relate_to_box(area: Area) -> list[tuple[float, float]]:
+    """Return the outline's corners, 0-1 of the area's box."""
+    left, top, right, bottom = area.box
+    points = [((x - left) / (right - left), (y - top) / (bottom - top)) for x, y in area.outline]
+    return [
+        point
+        for before, point, after in zip(
+            points[-1:] + points[:-1], points, points[1:] + points[:1], strict=True
         )
+        if not _lies_between(before, point, after)
+    ]
 
-    async def _no_such_function(self, received: ReceivedRequest) -> Reply:
-        return Reply(body={"error": f"Function '{received.params['function']}' not available"})
 
-    def _read(
-        self, received: ReceivedRequest, kind: type[BodyT], *, needs_image: bool = True
-    ) -> BodyT:
-        body = received.body
-        if self._dialect.lenient:  # only what is there and is not empty; any value for a boolean
-            known = ("image_url", "question", "length", "settings")
-            given = {name: body[name] for name in known if body.get(name)}
-            body = given | {name: bool(body.get(name)) for name in ("stream", "reasoning")}
-        return read_body(body, kind, needs_image=needs_image)
+def _lies_between(
+    before: tuple[float, float], point: tuple[float, float], after: tuple[float, float]
+) -> bool:
+    """Whether the three are on one horizontal or vertical line: the outline has no other."""
+    return before[0] == point[0] == after[0] or before[1] == point[1] == after[1]
 
-    async def _look(self, body: SkillBody) -> Picture | None:
-        return await self._gallery.look(body.image_url) if body.image_url else None
 
-    def _make_answer(
-        self, skill: str, key: str, text: str, body: SkillBody, started: float
-    ) -> Answer:
-        self._answered += 1
-        words = answers.split_words(text)
-        return Answer(
-            skill=skill,
-            number=self._answered,
-            key=key,
-            words=words[: body.max_tokens],
-            finish_reason="stop" if len(words) <= body.max_tokens else "length",
-            has_image=body.image_url is not None,
-            received=started,
-        )
+def _draw_path(points: list[tuple[float, float]]) -> str:
+    """Write an SVG path as the API does.
 
-    def _tell(self, received: ReceivedRequest, answer: Answer) -> Reply | Steps:
-        if received.stream:
-            return self._dialect.events(answer)
-        return Reply(body=self._dialect.body(answer))
+    >>> _draw_path([(0, 0), (1, 0.5), (0.25, 1)])
+    'M 0 0 L 1 0.5 L 0.25 1 Z'
+    """
+    return "M " + " L ".join(f"{x:.3g} {y:.3g}" for x, y in points) + " Z"

@@ -69,6 +69,12 @@ class QueryBody(SkillBody, frozen=True, kw_only=True):
     reasoning: bool | None = None
 
 
+class ObjectBody(SkillBody, frozen=True, kw_only=True):
+    """The body of ``/detect``, ``/point`` and ``/segment``."""
+
+    object: str
+
+
 BodyT = TypeVar("BodyT", bound=SkillBody)
 
 # msgspec's words for a type, and the engine's.

@@ -1,0 +1,45 @@
+"""Pictures as they come in requests, decoded and measured where they hold nobody up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+import anyio.to_thread
+
+from .pixels import Picture, UnreadablePictureError, measure
+from .validation import RefusedError, decode_image
+
+# How many pictures' measurements are kept; each is some tens of kilobytes.
+_KEPT_PICTURES = 64
+
+
+class Gallery:
+    """Measures pictures, and the same picture once."""
+
+    def __init__(self) -> None:
+        self._measured: OrderedDict[bytes, Picture] = OrderedDict()
+
+    async def look(self, image_url: str) -> Picture:
+        """Decode a data URL and measure the picture in it, in a worker thread.
+
+        Cancelling waits for the thread, which takes tenths of a second at most.
+
+        Raises:
+            RefusedError: There is no picture in what was sent.
+        """
+        return await anyio.to_thread.run_sync(self.look_blocking, image_url)
+
+    def look_blocking(self, image_url: str) -> Picture:
+        """Do what `look` does, in the calling thread."""
+        data = decode_image(image_url)
+        digest = hashlib.sha256(data).digest()
+        picture = self._measured.get(digest)
+        if picture is None:
+            try:
+                picture = self._measured[digest] = measure(data)
+            except UnreadablePictureError as error:
+                raise RefusedError("Invalid image data", param="image_url") from error
+            while len(self._measured) > _KEPT_PICTURES:
+                self._measured.popitem(last=False)
+        return picture
