@@ -483,6 +483,153 @@ async def test_object_is_required(path):
             assert (status, answer["error"]["param"]) == (400, "object")
 
 
+# Chat
+
+CHAT = "/chat/completions"
+
+
+def show(image, text):
+    return {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": text},
+        ],
+    }
+
+
+def say(text, role="user"):
+    return {"role": role, "content": text}
+
+
+@in_loop
+async def test_chat_answers_the_last_question_about_the_last_picture():
+    messages = [
+        say("Be brief.", "system"),
+        show(TWO_BLUE, "How many blue squares?"),
+        say("There are 2.", "assistant"),
+        show(RED_LEFT, "Look at this."),
+        say("It is red.", "assistant"),
+        say("How many red squares?"),
+    ]
+    async with Simulator() as simulator:
+        status, body = await post(simulator, CHAT, {"messages": messages})
+    assert status == 200
+    assert body["object"] == "chat.completion"
+    (choice,) = body["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "There is 1 red area."},
+        "finish_reason": "stop",
+    }
+    assert body["usage"]["completion_tokens"] == 5
+    assert body["usage"]["prompt_tokens"] > 2 * 729
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + 5
+
+
+@in_loop
+async def test_chat_answers_about_each_of_several_pictures():
+    message = show(TWO_BLUE, "How many blue squares?")
+    message["content"].append({"type": "image_url", "image_url": {"url": RED_LEFT}})
+    async with Simulator() as simulator:
+        _, body = await post(simulator, CHAT, {"messages": [message]})
+    assert body["choices"][0]["message"]["content"] == (
+        "Picture 1: There are 2 blue areas. Picture 2: There are 0 blue areas."
+    )
+
+
+@in_loop
+async def test_chat_streams_reasoning_then_the_answer_then_usage_then_done():
+    body = {"messages": [show(RED_LEFT, "How many red squares?")], "reasoning": True}
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    async with Simulator() as simulator:
+        _, plain = await post(simulator, CHAT, body)
+        stream, _ = await read_stream(simulator, CHAT, streamed)
+    assert stream.endswith(b"data: [DONE]\n\n")
+    *chunks, end, usage = decode(stream.removesuffix(b"data: [DONE]\n\n"))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0].pop("role") == "assistant"
+    keys = ["".join(delta) for delta in deltas]
+    assert keys == ["reasoning"] * keys.count("reasoning") + ["content"] * keys.count("content")
+    message = plain["choices"][0]["message"]
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == message["reasoning"]
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+    assert end["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    assert (usage["choices"], usage["usage"]) == ([], plain["usage"])
+    assert {chunk["object"] for chunk in (*chunks, end, usage)} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in (*chunks, end, usage)}) == 1
+
+
+@in_loop
+async def test_chat_sends_usage_in_a_stream_only_when_asked():
+    body = {"messages": [say("Hello")], "stream": True, "max_completion_tokens": 2}
+    async with Simulator() as simulator:
+        stream, _ = await read_stream(simulator, CHAT, body)
+    events = decode(stream.removesuffix(b"data: [DONE]\n\n"))
+    assert [event["choices"][0]["delta"].get("content") for event in events] == [
+        "No",
+        " picture",
+        None,
+    ]
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert not any("usage" in event for event in events)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, "Field 'messages' is required"),
+        ({"messages": []}, 400, "Field 'messages' is invalid"),
+        ({"messages": [{"role": "user"}]}, 400, "Field 'messages[0].content' is required"),
+        ({"messages": [say("x", "tool")]}, 400, "Field 'messages[0].role' is invalid"),
+        ({"messages": [say("x"), say("y", "system")]}, 400, "must come first"),
+        ({"messages": [say("x", "system")] * 2}, 500, "Only one system message"),
+        ({"messages": [say("x", "assistant")]}, 400, "must be from the user"),
+        ({"messages": [say(" ")]}, 400, "must hold a text"),
+        (
+            {"messages": [show(RED_LEFT, "x") | {"role": "assistant"}, say("y")]},
+            400,
+            "user messages only",
+        ),
+        ({"messages": [show("https://example.com/a.jpg", "x")]}, 400, "remote URLs"),
+        ({"messages": [say("x")], "max_completion_tokens": 5000}, 400, "max_completion_tokens"),
+    ],
+)
+@in_loop
+async def test_chat_keeps_to_the_rules_of_the_engine(body, status, message):
+    async with Simulator() as simulator:
+        got, answer = await post(simulator, CHAT, body)
+    assert got == status
+    assert message in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Bearer right"}, 200),
+        ({"X-Moondream-Auth": "right"}, 200),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({}, 401),
+    ],
+)
+@in_loop
+async def test_chat_takes_the_key_as_a_bearer(headers, status):
+    async with Simulator(api_key="right") as simulator:
+        got, _ = await post(simulator, CHAT, {"messages": [say("Hello")]}, headers=headers)
+    assert got == status
+
+
+@pytest.mark.parametrize("dialect", ["kestrel", "old"])
+@in_loop
+async def test_only_the_cloud_chats(dialect):
+    async with (
+        Simulator(dialect) as simulator,
+        aiohttp.ClientSession() as session,
+        session.post(simulator.endpoint + CHAT, json={}) as response,
+    ):
+        assert response.status == 404
+
+
 # Errors
 
 CUT_SAMPLE = SAMPLE.partition(",")[2][:8000]

@@ -76,6 +76,16 @@ def answer(picture: Picture | None, question: str, spatial_refs: list[list[float
     return " ".join([*there, _answer_question(picture, question)])
 
 
+def answer_about_several(pictures: list[Picture], question: str) -> str:
+    """Answer a question about each of several pictures."""
+    if len(pictures) < 2:
+        return answer(pictures[0] if pictures else None, question, [])
+    return " ".join(
+        f"Picture {number}: {answer(picture, question, [])}"
+        for number, picture in enumerate(pictures, 1)
+    )
+
+
 def think(picture: Picture | None, question: str) -> dict[str, Any]:
     """Return the reasoning that leads to the answer, as the API sends it.
 

@@ -82,14 +82,13 @@ class Dialect:
     """Takes what it can from a request and overlooks the rest."""
     text_only: ClassVar[bool] = False
     """Answers a question without a picture."""
-    lists_models: ClassVar[bool] = False
+    hosted: ClassVar[bool] = False
+    """Has what only the cloud has: keys, models to choose from, chat, batches and tuning."""
     streams_reasoning: ClassVar[bool] = True
     closes_connections: ClassVar[bool] = False
     """The end of the connection is the end of a streamed body."""
     checks_content_type: ClassVar[bool] = False
     """Takes ``application/json`` and nothing else, not even with a charset."""
-    behind_gateway: ClassVar[bool] = False
-    """Checks keys, after a gateway that turns Python's own urllib away."""
     health: ClassVar[dict[str, Any]] = {"status": "ok"}
 
     def __init__(self, *, blank_lines: bool = True) -> None:
@@ -134,8 +133,11 @@ class Dialect:
 
     def encode(self, body: Body, *, tokens: int = 0, last: bool = False) -> Event:
         """Return one server-sent event."""
-        line = f"data: {self._dump(body)}{self._event_end}"
-        return Event(line.encode(), tokens=tokens, last=last)
+        return self.encode_text(self._dump(body), tokens=tokens, last=last)
+
+    def encode_text(self, data: str, *, tokens: int = 0, last: bool = False) -> Event:
+        """Return one server-sent event with this line of data."""
+        return Event(f"data: {data}{self._event_end}".encode(), tokens=tokens, last=last)
 
     def _dump(self, body: Body) -> str:
         return json.dumps(body)  # the servers are Python: ASCII, a space after : and ,
@@ -151,8 +153,7 @@ class Cloud(Dialect):
     name = "cloud"
     skills = ("caption", "query", "detect", "point", "segment")
     text_only = True
-    lists_models = True
-    behind_gateway = True
+    hosted = True
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""

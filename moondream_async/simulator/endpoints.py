@@ -34,7 +34,7 @@ class Endpoints:
             Route("POST", f"{prefix}/{skill}", functools.partial(self._answer, skill))
             for skill in self._dialect.skills
         ]
-        if self._dialect.lists_models:
+        if self._dialect.hosted:
             skills.append(Route("GET", f"{prefix}/models", self._models, "optional"))
         return health + skills
 

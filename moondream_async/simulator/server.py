@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import hdrs, web
 
+from .chat import Chat
 from .dialects import DIALECTS
 from .endpoints import Endpoints
 from .faults import Fault, FaultQueue
@@ -113,7 +114,7 @@ class Simulator:
         self._closing = False
         self._changed: asyncio.Event | None = None
         self._answering: set[asyncio.Task[Any]] = set()
-        for route in Endpoints(self.dialect, Gallery()).routes():
+        for route in self._routes():
             self._add_route(route)
 
     def __repr__(self) -> str:
@@ -185,6 +186,13 @@ class Simulator:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+    def _routes(self) -> list[Route]:
+        gallery = Gallery()
+        routes = Endpoints(self.dialect, gallery).routes()
+        if self.dialect.hosted:
+            routes += Chat(self.dialect, gallery).routes()
+        return routes
 
     def _add_route(self, route: Route) -> None:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -299,8 +307,9 @@ class Simulator:
 
     def _refuse(self, request: web.Request, auth: Auth) -> Reply | None:
         """Return the answer for a client that isn't let in, if it isn't."""
-        if auth == "none" or not self.dialect.behind_gateway:
+        if auth == "none" or not self.dialect.hosted:
             return None
+        # The gateway before the cloud turns Python's own client away, before any key is looked at.
         agent = request.headers.get(hdrs.USER_AGENT, "")
         if not agent or agent.startswith("Python-urllib"):
             return Reply(403, "error code: 1010")

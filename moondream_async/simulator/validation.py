@@ -75,6 +75,7 @@ class ObjectBody(SkillBody, frozen=True, kw_only=True):
     object: str
 
 
+TypedT = TypeVar("TypedT", bound=msgspec.Struct)
 BodyT = TypeVar("BodyT", bound=SkillBody)
 
 # msgspec's words for a type, and the engine's.
@@ -88,8 +89,8 @@ _KINDS = {
 }
 
 
-def read_body(body: Any, kind: type[BodyT], *, needs_image: bool = True) -> BodyT:
-    """Check a decoded body and return it typed.
+def read_typed(body: Any, kind: type[TypedT]) -> TypedT:
+    """Check the types and ranges of a decoded body and return it typed.
 
     Raises:
         RefusedError: It lacks a field, or one is not what it must be.
@@ -97,9 +98,18 @@ def read_body(body: Any, kind: type[BodyT], *, needs_image: bool = True) -> Body
     if not isinstance(body, dict):
         raise RefusedError("Request body must be a JSON object")
     try:
-        typed = msgspec.convert(body, kind)
+        return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from error
+
+
+def read_body(body: Any, kind: type[BodyT], *, needs_image: bool = True) -> BodyT:
+    """Check the body of a skill and return it typed.
+
+    Raises:
+        RefusedError: It lacks a field, or one is not what it must be.
+    """
+    typed = read_typed(body, kind)
     for name in ("question", "object"):
         if name in kind.__struct_fields__ and not getattr(typed, name).strip():
             raise RefusedError(f"Field '{name}' must be a non-empty string", param=name)
@@ -157,10 +167,11 @@ def _explain(message: str) -> RefusedError:
     >>> _explain("Expected `bool`, got `str` - at `$.stream`").message
     "Field 'stream' must be a boolean"
     """
-    missing = re.search(r"missing required field `(\w+)`", message)
-    if missing:
-        return RefusedError(f"Field '{missing[1]}' is required", param=missing[1])
     finding, _, path = message.rstrip("`").partition(" - at `$.")
+    missing = re.search(r"missing required field `(\w+)", finding)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+        return RefusedError(f"Field '{path}' is required", param=path)
     kind = re.match(r"Expected `(\w+)(?: \| null)?`, got", finding)
     if kind and kind[1] in _KINDS:
         return RefusedError(f"Field '{path}' must be {_KINDS[kind[1]]}", param=path)
