@@ -87,7 +87,7 @@ class MoondreamClient:
             raise RequestError(f"timeout must be a Timeout, not {timeout!r}")
         _check_count("max_retries", max_retries, least=0)
         _check_count("max_connections", max_connections, least=1)
-        if rate_limit is not None and not rate_limit > 0:
+        if rate_limit is not None and not _is_positive(rate_limit):
             raise RequestError(f"rate_limit must be over 0 requests a second, not {rate_limit!r}")
         # Loads aiohttp, which takes a third of a second: now, and not in the first await,
         # where it would hold up the event loop; and not with the package, which may be
@@ -348,8 +348,12 @@ def _checked_key(key: Any) -> str:
 
 
 def _checked_endpoint(endpoint: str) -> str:
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(endpoint)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets that don't close, a port that is no number
+        valid = False
+    if not valid:
         raise RequestError(f"endpoint must be an http or https address, not {endpoint!r}")
     if parts.username is not None or parts.query or parts.fragment:
         raise RequestError("endpoint must be an address without a user, a query or a fragment")
@@ -359,6 +363,10 @@ def _checked_endpoint(endpoint: str) -> str:
 def _check_count(name: str, value: Any, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise RequestError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _caller_line() -> str:

@@ -168,10 +168,17 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _list(name: str, value: Any) -> list[Any]:
+    try:
+        return list(value)
+    except TypeError:
+        raise RequestError(f"{name} must be a sequence, not {value!r}") from None
+
+
 def _spatial_refs(refs: Sequence[Sequence[float]]) -> list[list[float]]:
     checked = []
-    for ref in refs:
-        numbers = list(ref)
+    for ref in _list("spatial_refs", refs):
+        numbers = _list("a spatial ref", ref)
         if len(numbers) not in (2, 4) or not all(_number(x) and 0 <= x <= 1 for x in numbers):
             raise RequestError(
                 f"a spatial ref is [x, y] or [x_min, y_min, x_max, y_max], each from 0 to 1, "

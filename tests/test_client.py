@@ -1,0 +1,455 @@
+"""What a caller of the client sees when all goes well, and when the arguments are wrong."""
+
+import asyncio
+import io
+import re
+
+import aiohttp
+import pytest
+from PIL import Image
+
+import moondream_async as md
+from moondream_async.simulator import DIALECTS, Simulator
+
+QUESTION = "What is in this image?"
+
+
+@pytest.fixture(params=DIALECTS)
+async def any_simulator(request):
+    async with Simulator(request.param) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def any_client(any_simulator):
+    async with md.MoondreamClient(endpoint=any_simulator.endpoint) as client:
+        yield client
+
+
+# -- calls ----------------------------------------------------------------------------
+
+
+async def test_caption_gives_the_same_text_streamed_and_not(any_client, photo):
+    plain = await any_client.caption(photo)
+    stream = await any_client.caption(photo, stream=True)
+    pieces = [piece async for piece in stream]
+    assert isinstance(plain, md.CaptionResult)
+    assert isinstance(stream, md.CaptionStream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == plain.caption == plain["caption"] == plain.raw["caption"]
+    assert stream.completed
+    assert stream.text_so_far == plain.caption
+
+
+async def test_query_gives_the_same_text_streamed_and_not(any_client, photo):
+    plain = await any_client.query(photo, QUESTION)
+    stream = await any_client.query(photo, QUESTION, stream=True)
+    assert isinstance(plain, md.QueryResult)
+    assert isinstance(stream, md.QueryStream)
+    assert await stream.text() == plain.answer == plain["answer"] == plain.raw["answer"]
+    assert stream.completed
+
+
+async def test_request_id_and_metrics_are_those_of_the_server(any_simulator, any_client, photo):
+    plain = await any_client.caption(photo)
+    async with any_client.caption(photo, stream=True) as stream:
+        await stream.text()
+    named = any_simulator.dialect.name in ("cloud", "kestrel")
+    assert (plain.request_id is not None) is named
+    assert (stream.request_id is not None) is named
+    assert (plain.metrics is not None) is (any_simulator.dialect.name != "old")
+    assert stream.ttft > 0
+
+
+async def test_events_without_blank_lines_are_read_one_by_one(photo):
+    async with (
+        Simulator(blank_lines=False) as simulator,
+        md.MoondreamClient(endpoint=simulator.endpoint) as client,
+    ):
+        plain = await client.caption(photo)
+        stream = await client.caption(photo, stream=True)
+        assert await stream.text() == plain.caption
+
+
+@pytest.mark.parametrize("skill", ["caption", "query"])
+async def test_stream_is_iterated_under_each_of_its_names(client, photo, skill):
+    question = () if skill == "caption" else (QUESTION,)
+    stream = await getattr(client, skill)(photo, *question, stream=True)
+    key = {"caption": "caption", "query": "answer"}[skill]
+    first = await anext(aiter(stream))
+    second = await anext(stream.chunk)
+    third = await anext(stream["chunk"])
+    fourth = await anext(stream[key])
+    rest = await stream.text()
+    result = await getattr(client, skill)(photo, *question)
+    assert first + second + third + fourth + rest == result[key]
+
+
+async def test_events_say_all_that_the_text_says(client, photo):
+    text = (await client.caption(photo)).caption
+    async with client.caption(photo, stream=True) as stream:
+        events = [event async for event in stream.events]
+    assert "".join(event.chunk for event in events) == text
+    assert isinstance(events[0], md.ChunkEvent)
+    assert isinstance(events[-1], md.FinalEvent)
+    assert stream.completed
+
+
+async def test_stream_can_be_awaited_entered_or_made_a_task(client, photo):
+    text = (await client.caption(photo)).caption
+    awaited = await client.caption(photo, stream=True)
+    task = asyncio.create_task(client.caption(photo, stream=True))
+    async with client.caption(photo, stream=True) as entered:
+        assert await entered.text() == text
+    assert await awaited.text() == text
+    assert await (await task).text() == text
+
+
+async def test_stream_may_be_asked_for_by_a_variable(client, photo):
+    for stream in (True, False):
+        answer = await client.query(photo, QUESTION, stream=stream)
+        assert isinstance(answer, md.QueryStream if stream else md.QueryResult)
+        if stream:
+            await answer.text()
+
+
+async def test_reading_on_after_the_end_gives_nothing(client, photo):
+    stream = await client.caption(photo, stream=True)
+    assert await stream.text()
+    assert await stream.text() == ""
+    await stream.aclose()
+    assert [piece async for piece in stream] == []
+    assert stream.completed
+
+
+async def test_two_readers_of_one_stream_are_told_apart(simulator, client, photo):
+    simulator.faults.append("stall=0")
+    stream = await client.caption(photo, stream=True)
+    reader = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    with pytest.raises(md.MoondreamError, match="Another task is already reading"):
+        await anext(stream)
+    await stream.aclose()
+    with pytest.raises(md.ClientClosedError):
+        await reader
+
+
+async def test_reasoning_comes_with_the_answer(client, photo):
+    result = await client.query(photo, QUESTION, reasoning=True)
+    assert result.reasoning.text
+    assert result["reasoning"] == result.reasoning
+
+
+async def test_refusal_to_reason_in_a_stream_is_answered_in_one_piece(photo):
+    async with (
+        Simulator("kestrel") as simulator,
+        md.MoondreamClient(endpoint=simulator.endpoint) as client,
+    ):
+        plain = await client.query(photo, QUESTION, reasoning=True)
+        stream = await client.query(photo, QUESTION, stream=True, reasoning=True)
+        assert [piece async for piece in stream] == [plain.answer]
+        assert stream.reasoning == plain.reasoning
+        assert [request.status for request in simulator.requests] == [200, 400, 200]
+
+
+async def test_json_in_place_of_a_stream_is_a_stream_of_one_piece(simulator, client, photo):
+    plain = await client.caption(photo)
+    simulator.faults.append("json")
+    stream = await client.caption(photo, stream=True)
+    assert [piece async for piece in stream] == [plain.caption]
+    assert stream.completed
+    assert stream.metrics.keys() == plain.metrics.keys()
+
+
+async def test_question_about_no_picture_sends_none(simulator, client):
+    await client.query(question="What is a cat?")
+    assert "image_url" not in simulator.requests[0].body
+
+
+async def test_request_says_what_the_caller_said_and_no_more(simulator, client, photo):
+    await client.caption(photo)
+    await client.query(
+        photo,
+        QUESTION,
+        reasoning=False,
+        spatial_refs=[(0.5, 0.5), (0, 0, 1, 1)],
+        settings={"temperature": 0, "variant": "new"},
+        model="moondream-2B",
+    )
+    caption, query = (dict(request.body) for request in simulator.requests)
+    assert caption.pop("image_url") == query.pop("image_url")
+    assert caption == {"length": "normal", "stream": False}
+    assert query == {
+        "question": QUESTION,
+        "stream": False,
+        "reasoning": False,
+        "spatial_refs": [[0.5, 0.5], [0, 0, 1, 1]],
+        "settings": {"temperature": 0, "variant": "new"},
+        "model": "moondream-2B",
+    }
+
+
+async def test_model_of_the_client_is_that_of_calls_that_name_none(simulator, photo):
+    async with md.MoondreamClient(endpoint=simulator.endpoint, model="of-the-client") as client:
+        await client.caption(photo)
+        await client.caption(photo, model="of-the-call")
+    assert [each.body["model"] for each in simulator.requests] == ["of-the-client", "of-the-call"]
+
+
+async def test_headers_are_what_the_servers_want(simulator, photo):
+    async with md.MoondreamClient("a-key", endpoint=simulator.endpoint) as client:
+        await client.caption(photo)
+        await (await client.caption(photo, stream=True)).text()
+    plain, streamed = (request.headers for request in simulator.requests)
+    assert plain["Accept"] == "application/json"
+    assert streamed["Accept"] == "text/event-stream"
+    for headers in (plain, streamed):
+        assert headers["X-Moondream-Auth"] == "a-key"
+        assert headers["Content-Type"] == "application/json"  # the old server takes nothing else
+        assert headers["Accept-Encoding"] == "identity"
+        assert headers["User-Agent"].startswith("moondream-async/")
+        assert int(headers["Content-Length"]) > 0
+        assert "Transfer-Encoding" not in headers
+
+
+def as_file(photo):
+    return io.BytesIO(photo.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [str, lambda path: path, lambda path: path.read_bytes(), as_file],
+    ids=["text", "path", "bytes", "file"],
+)
+async def test_picture_is_the_same_to_the_server_in_whichever_form(client, photo, form):
+    assert (await client.caption(form(photo))).caption == (await client.caption(photo)).caption
+
+
+async def test_picture_prepared_once_serves_many_calls(simulator, client, photo):
+    image = await client.encode_image(photo)
+    assert (image.media_type, image.width, image.height) == ("image/jpeg", 640, 480)
+    await client.caption(image)
+    await client.query(image, QUESTION)
+    await client.caption(photo)
+    assert len({request.body["image_url"] for request in simulator.requests}) == 1
+
+
+async def test_picture_drawn_in_memory_arrives_as_it_is(client):
+    red = Image.new("RGB", (32, 32), "red")
+    assert "red" in (await client.query(red, "What colour is it?")).answer
+
+
+# -- connections ----------------------------------------------------------------------
+
+
+async def test_a_hundred_calls_in_a_row_use_one_connection(simulator, client, photo):
+    image = await client.encode_image(photo)
+    for _ in range(50):
+        await client.caption(image)
+        stream = await client.caption(image, stream=True)
+        await stream.text()
+    assert len(simulator.requests) == 100
+    assert simulator.connections.accepted == 1
+
+
+async def test_error_answers_keep_the_connection(simulator, client, photo):
+    simulator.faults.extend(["status=400", "status=401", "status=404"])
+    for _ in range(3):
+        with pytest.raises(md.APIStatusError):
+            await client.caption(photo)
+    await client.caption(photo)
+    assert simulator.connections.accepted == 1
+
+
+async def test_calls_at_once_are_bounded_by_max_connections(simulator, photo):
+    async with md.MoondreamClient(endpoint=simulator.endpoint, max_connections=3) as client:
+        image = await client.encode_image(photo)
+        await asyncio.gather(*[client.caption(image) for _ in range(30)])
+    assert len(simulator.requests) == 30
+    assert simulator.connections.accepted <= 3
+
+
+async def test_session_of_the_caller_is_used_and_not_closed(simulator, photo):
+    async with aiohttp.ClientSession(headers={"X-Mine": "yes"}) as session:
+        async with md.MoondreamClient(endpoint=simulator.endpoint, session=session) as client:
+            await client.caption(photo)
+            await (await client.caption(photo, stream=True)).text()
+        assert not session.closed
+        async with session.get(simulator.origin) as response:
+            assert response.status == 404
+    assert [request.headers["X-Mine"] for request in simulator.requests] == ["yes"] * 3
+    assert simulator.connections.accepted == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"raise_for_status": True},
+        {"timeout": aiohttp.ClientTimeout(total=1e-9)},
+        {"auto_decompress": False},
+        {"read_bufsize": 1},
+        {"base_url": "http://elsewhere.invalid/"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+async def test_session_of_the_caller_may_have_its_own_ways(simulator, photo, options):
+    async with (
+        aiohttp.ClientSession(**options) as session,
+        md.MoondreamClient(endpoint=simulator.endpoint, session=session, max_retries=0) as client,
+    ):
+        plain = await client.caption(photo)
+        stream = await client.caption(photo, stream=True)
+        assert await stream.text() == plain.caption
+        simulator.faults.append("status=401")
+        with pytest.raises(md.AuthenticationError, match="Simulated error 401"):
+            await client.caption(photo)
+
+
+# -- the client itself ----------------------------------------------------------------
+
+
+async def test_endpoint_may_end_in_slashes(simulator, photo):
+    async with md.MoondreamClient(endpoint=f"{simulator.endpoint}//") as client:
+        await client.caption(photo)
+    assert simulator.requests[0].path == "/v1/caption"
+    assert client.endpoint == simulator.endpoint
+
+
+async def test_key_and_endpoint_come_from_the_environment(simulator, photo, monkeypatch):
+    monkeypatch.setenv("MOONDREAM_API_KEY", "from-the-environment")
+    monkeypatch.setenv("MOONDREAM_ENDPOINT", f"{simulator.endpoint}/")
+    async with md.MoondreamClient() as client:
+        await client.caption(photo)
+    async with md.vl(api_key="from-the-call") as client:
+        await client.caption(photo)
+    sent = [request.headers["X-Moondream-Auth"] for request in simulator.requests]
+    assert sent == ["from-the-environment", "from-the-call"]
+
+
+async def test_local_server_needs_no_key(simulator, photo, monkeypatch):
+    monkeypatch.setenv("MOONDREAM_API_KEY", "")
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        await client.caption(photo)
+    assert "X-Moondream-Auth" not in simulator.requests[0].headers
+
+
+@pytest.mark.parametrize("endpoint", [None, "https://api.moondream.ai/v1/"], ids=["none", "named"])
+def test_cloud_without_a_key_is_refused_with_the_ways_out(endpoint):
+    with pytest.raises(md.RequestError) as caught:
+        md.MoondreamClient(endpoint=endpoint)
+    for way in ("api_key=", "MOONDREAM_API_KEY", "endpoint=", "moondream-async demo"):
+        assert way in str(caught.value)
+
+
+async def test_repr_shows_the_state_and_not_the_key(simulator, photo):
+    client = md.MoondreamClient("sk-secret", endpoint=simulator.endpoint)
+    assert repr(client) == f"<MoondreamClient {simulator.endpoint}, 0 open>"
+    async with client:
+        stream = await client.caption(photo, stream=True)
+        assert repr(client) == f"<MoondreamClient {simulator.endpoint}, 1 open>"
+        assert re.fullmatch(r"<CaptionStream open, 0 characters, request None>", repr(stream))
+        await stream.text()
+        assert repr(client) == f"<MoondreamClient {simulator.endpoint}, 0 open>"
+        assert "complete" in repr(stream)
+    assert repr(client) == f"<MoondreamClient {simulator.endpoint}, closed>"
+
+
+async def test_closed_client_refuses_calls(simulator, photo):
+    client = md.MoondreamClient(endpoint=simulator.endpoint)
+    await client.aclose()
+    await client.aclose()
+    for call in (client.caption(photo), client.query(photo, QUESTION), client.encode_image(photo)):
+        with pytest.raises(md.ClientClosedError):
+            await call
+    with pytest.raises(md.ClientClosedError):
+        await client.caption(photo, stream=True)
+    with pytest.raises(md.ClientClosedError):
+        async with client:
+            pass
+    assert simulator.requests == []
+
+
+OPTIONS = [
+    {"api_key": ""},
+    {"api_key": "two\nlines"},
+    {"api_key": "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel"},
+    {"api_key": 7},
+    {"endpoint": "api.moondream.ai/v1"},
+    {"endpoint": "ftp://127.0.0.1/v1"},
+    {"endpoint": "http://"},
+    {"endpoint": "http://user:word@127.0.0.1/v1"},
+    {"endpoint": "http://127.0.0.1/v1?key=x"},
+    {"endpoint": "http://[::1/v1"},
+    {"endpoint": "http://127.0.0.1:seven/v1"},
+    {"timeout": 30},
+    {"max_retries": -1},
+    {"max_retries": True},
+    {"max_connections": 0},
+    {"max_connections": 1.5},
+    {"rate_limit": 0},
+    {"rate_limit": -2},
+    {"rate_limit": float("nan")},
+    {"rate_limit": "fast"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
+def test_option_that_cannot_be_right_is_refused(options):
+    with pytest.raises(md.RequestError):
+        md.MoondreamClient(**({"endpoint": "http://127.0.0.1:2020/v1"} | options))
+
+
+CAPTIONS = [
+    {"image": None},
+    {"image": "nowhere.jpg"},
+    {"image": b"no picture"},
+    {"image": b""},
+    {"image": 7},
+    {"length": "tiny"},
+    {"length": None},
+    {"settings": {"temperature": -1}},
+    {"settings": {"top_p": 0}},
+    {"settings": {"top_p": 1.5}},
+    {"settings": {"max_tokens": 0}},
+    {"settings": {"max_tokens": True}},
+    {"settings": {"mine": 1j}},
+    {"settings": ["temperature"]},
+    {"model": ""},
+    {"stream": "false"},
+]
+QUERIES = [
+    {},
+    {"question": ""},
+    {"question": "  "},
+    {"question": 7},
+    {"question": QUESTION, "reasoning": 1},
+    {"question": QUESTION, "spatial_refs": [[0.5]]},
+    {"question": QUESTION, "spatial_refs": [[0.5, 1.5]]},
+    {"question": QUESTION, "spatial_refs": [[0.9, 0, 0.1, 1]]},
+    {"question": QUESTION, "spatial_refs": [["a", "b"]]},
+    {"question": QUESTION, "spatial_refs": [0.5, 0.5]},
+    {"question": QUESTION, "spatial_refs": 7},
+    {"question": QUESTION, "spatial_refs": [[float("nan"), 0]]},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("options", CAPTIONS, ids=repr)
+async def test_bad_caption_is_refused_before_any_request(simulator, client, photo, options, stream):
+    with pytest.raises(md.RequestError):
+        await client.caption(**({"image": photo, "stream": stream} | options))
+    assert simulator.connections.accepted == 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("options", QUERIES, ids=repr)
+async def test_bad_query_is_refused_before_any_request(simulator, client, photo, options, stream):
+    with pytest.raises(md.RequestError):
+        await client.query(photo, stream=stream, **options)
+    assert simulator.connections.accepted == 0
+
+
+async def test_spatial_refs_need_a_picture(simulator, client):
+    with pytest.raises(md.RequestError, match="picture"):
+        await client.query(question=QUESTION, spatial_refs=[[0.5, 0.5]])
+    assert simulator.requests == []
