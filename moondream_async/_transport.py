@@ -196,6 +196,8 @@ class Pool:
                     data=upload,
                     headers=headers,
                     allow_redirects=False,
+                    raise_for_status=False,  # these two: a session of the caller's may differ
+                    auto_decompress=True,
                     timeout=_NO_TIMEOUT,
                     read_bufsize=READ_BUFFER_BYTES,
                     proxy=self._proxy,
