@@ -22,8 +22,8 @@ from yarl import URL
 from ._images import encode_image
 from ._limits import Pace, Places
 from ._protocol import USER_AGENT
-from ._protocol.answers import decode_body, error_from_response
-from ._protocol.events import AnswerDecoder
+from ._protocol.answers import decode_json, error_from_response
+from ._protocol.events import decoder_for
 from ._retry import backoff, is_worth_retrying
 from ._streams import Opening
 from ._transport import Body, Pool, Transport
@@ -35,7 +35,7 @@ from .errors import (
     Phase,
     StreamProtocolError,
 )
-from .types import EncodedImage, Result, Timeout
+from .types import EncodedImage, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -85,10 +85,10 @@ class Caller:
         self.pace = None if rate_limit is None else Pace(rate_limit)
         self.transport = Transport(session=session, ssl_context=ssl_context, proxy=proxy)
 
-    def call(self, request: Request) -> Call:
+    def call(self, request: Request, *, max_retries: int | None = None) -> Call:
         """Begin a call."""
         self.check_open()
-        return Call(self, request)
+        return Call(self, request, self.max_retries if max_retries is None else max_retries)
 
     def check_open(self) -> None:
         """Raise `ClientClosedError` if there can be no more calls."""
@@ -105,15 +105,22 @@ class Caller:
             abandon_on_cancel=True,
         )
 
-    def headers(self, accept: str) -> dict[str, str]:
-        """Return the headers of a request for a skill."""
+    def url(self, request: Request) -> URL:
+        """Return where a request goes."""
+        base = self.endpoint.removesuffix("/v1") if request.at_root else self.endpoint
+        return URL(base + request.path, encoded=True)
+
+    def headers(self, accept: str, *, bearer: bool) -> dict[str, str]:
+        """Return the headers of a request."""
         headers = {
             "User-Agent": USER_AGENT,
             "Accept": accept,
             # Answers are small, and a compressor on the way may hold back pieces of a stream.
             "Accept-Encoding": "identity",
         }
-        if self.key is not None:
+        if self.key is not None and bearer:
+            headers["Authorization"] = Secret(f"Bearer {self.key}")
+        elif self.key is not None:
             headers["X-Moondream-Auth"] = self.key
         return headers
 
@@ -130,16 +137,17 @@ class Caller:
 class Call:
     """One call, over all its tries."""
 
-    def __init__(self, caller: Caller, request: Request) -> None:
+    def __init__(self, caller: Caller, request: Request, max_retries: int) -> None:
         total = caller.timeout.total
         self.total_at = None if total is None else current_time() + total
         self._caller = caller
         self._request = request
+        self._max_retries = max_retries
         self._images: list[EncodedImage] | None = None
         self._failures = 0
 
-    async def result(self) -> Result:
-        """Return the whole answer."""
+    async def json(self) -> dict[str, Any]:
+        """Return the whole answer, decoded."""
         return await self._try(self._read)
 
     async def opening(self) -> Opening:
@@ -174,7 +182,7 @@ class Call:
 
     async def _can_retry(self, error: MoondreamError) -> bool:
         """Wait until the next try may start; False if there is to be none."""
-        if self._failures >= self._caller.max_retries or not is_worth_retrying(error):
+        if self._failures >= self._max_retries or not is_worth_retrying(error):
             return False
         retry_after = error.retry_after if isinstance(error, APIStatusError) else None
         delay = backoff(self._failures, random.random(), retry_after)  # noqa: S311 - no secret
@@ -204,19 +212,19 @@ class Call:
             raise ClientClosedError("The client was closed during the call")
         raise deadline.error(caller.places)
 
-    async def _read(self, pool: Pool, deadline: _Deadline) -> Result:
+    async def _read(self, pool: Pool, deadline: _Deadline) -> dict[str, Any]:
         body = await self._send(pool, deadline, accept="application/json")
         try:
-            data = self._caller.redact(await body.read())
-            return decode_body(self._request.skill, data, status=body.status)
+            return decode_json(self._caller.redact(await body.read()), status=body.status)
         finally:
             body.close()
 
     async def _open(self, pool: Pool, deadline: _Deadline) -> Opening:
+        skill = self._request.skill
+        assert skill is not None  # noqa: S101 - only skills stream
         accept = "text/event-stream" if self._request.stream else "application/json"
         body = await self._send(pool, deadline, accept=accept)
-        secret = self._caller.key or ""
-        decoder = AnswerDecoder(self._request.skill, secret=secret)
+        decoder = decoder_for(skill, secret=self._caller.key or "")
         try:
             if await _is_json(body):
                 events = decoder.body(self._caller.redact(await body.read()))
@@ -242,9 +250,9 @@ class Call:
                 await caller.pace.wait()
             deadline.enter("connect")
             body = await pool.request(
-                "POST",
-                URL(caller.endpoint + self._request.path),
-                headers=caller.headers(accept),
+                self._request.method,
+                caller.url(self._request),
+                headers=caller.headers(accept, bearer=self._request.bearer),
                 body=self._request.body(self._images),
                 on_send=deadline.sent,
                 on_close=self._free_place,

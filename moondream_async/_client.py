@@ -1,26 +1,14 @@
-"""The client: one object that holds the connections, and a method for each call."""
+"""The client: one object that holds the connections; its calls are in `_skills`."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ._protocol.requests import Request, caption_request, query_request
-from ._streams import AnyStream, CaptionStream, QueryStream, StreamCall
+from ._skills import Skills
 from .errors import RequestError
-from .types import (
-    CaptionResult,
-    EncodedImage,
-    ImageInput,
-    Length,
-    QueryResult,
-    Result,
-    Settings,
-    Timeout,
-)
+from .types import Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -34,7 +22,7 @@ CLOUD = "https://api.moondream.ai/v1"
 _DEFAULT_TIMEOUT = Timeout()
 
 
-class MoondreamClient:
+class MoondreamClient(Skills):
     """A session with a Moondream server: the cloud, Moondream Station, or one that speaks alike.
 
     It may be made anywhere and used from several event loops, also at once, from
@@ -107,201 +95,6 @@ class MoondreamClient:
             proxy=proxy,
         )
 
-    # -- calls --------------------------------------------------------------------
-
-    @overload
-    def caption(
-        self,
-        image: ImageInput,
-        *,
-        length: Length = "normal",
-        stream: Literal[False] = False,
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> Coroutine[Any, Any, CaptionResult]: ...
-
-    @overload
-    def caption(
-        self,
-        image: ImageInput,
-        *,
-        length: Length = "normal",
-        stream: Literal[True],
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> StreamCall[CaptionStream]: ...
-
-    @overload
-    def caption(
-        self,
-        image: ImageInput,
-        *,
-        length: Length = "normal",
-        stream: bool,
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> Coroutine[Any, Any, CaptionResult | CaptionStream]: ...
-
-    def caption(
-        self,
-        image: ImageInput,
-        *,
-        length: Length = "normal",
-        stream: bool = False,
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> Coroutine[Any, Any, Any]:
-        """Describe a picture.
-
-        Args:
-            image: A path, bytes, an open binary file, a PIL image, or what
-                `encode_image` returned.
-            length: ``short``, ``normal`` or ``long``.
-            stream: Whether to get the description as it is written.
-            settings: Sampling settings; see `Settings`.
-            model: A model other than the client's.
-
-        Returns:
-            A `CaptionResult`; with ``stream=True`` a `CaptionStream`, as soon as the
-            server has accepted the request. Cancelling the call drops its connection.
-
-        Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
-        """
-
-        def request() -> Request:
-            return caption_request(
-                image,
-                length=length,
-                stream=stream,
-                settings=settings,
-                model=self._model if model is None else model,
-            )
-
-        if stream is True:
-            return StreamCall(self._stream(CaptionStream, request, _caller_line()))
-        return self._result(request)
-
-    @overload
-    def query(
-        self,
-        image: ImageInput | None = None,
-        question: str | None = None,
-        *,
-        stream: Literal[False] = False,
-        reasoning: bool | None = None,
-        spatial_refs: Sequence[Sequence[float]] | None = None,
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> Coroutine[Any, Any, QueryResult]: ...
-
-    @overload
-    def query(
-        self,
-        image: ImageInput | None = None,
-        question: str | None = None,
-        *,
-        stream: Literal[True],
-        reasoning: bool | None = None,
-        spatial_refs: Sequence[Sequence[float]] | None = None,
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> StreamCall[QueryStream]: ...
-
-    @overload
-    def query(
-        self,
-        image: ImageInput | None = None,
-        question: str | None = None,
-        *,
-        stream: bool,
-        reasoning: bool | None = None,
-        spatial_refs: Sequence[Sequence[float]] | None = None,
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> Coroutine[Any, Any, QueryResult | QueryStream]: ...
-
-    def query(
-        self,
-        image: ImageInput | None = None,
-        question: str | None = None,
-        *,
-        stream: bool = False,
-        reasoning: bool | None = None,
-        spatial_refs: Sequence[Sequence[float]] | None = None,
-        settings: Settings | Mapping[str, Any] | None = None,
-        model: str | None = None,
-    ) -> Coroutine[Any, Any, Any]:
-        """Answer a question about a picture, or, on servers that do so, about none.
-
-        Args:
-            image: As for `caption`.
-            question: The question.
-            stream: Whether to get the answer as it is written.
-            reasoning: Whether the model is to think first; None leaves it to the
-                server. Where a server can't do that and stream, the answer comes
-                in one piece.
-            spatial_refs: Places that the question speaks of: points ``[x, y]`` and
-                boxes ``[x_min, y_min, x_max, y_max]``, in 0-1 of the picture.
-            settings: Sampling settings; see `Settings`.
-            model: A model other than the client's.
-
-        Returns:
-            A `QueryResult`; with ``stream=True`` a `QueryStream`, as soon as the server
-            has accepted the request. Cancelling the call drops its connection.
-
-        Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
-        """
-
-        def request() -> Request:
-            return query_request(
-                image,
-                question,
-                stream=stream,
-                reasoning=reasoning,
-                spatial_refs=spatial_refs,
-                settings=settings,
-                model=self._model if model is None else model,
-            )
-
-        if stream is True:
-            return StreamCall(self._stream(QueryStream, request, _caller_line()))
-        return self._result(request)
-
-    async def encode_image(self, image: ImageInput) -> EncodedImage:
-        """Prepare a picture once, to use it in many calls.
-
-        The work is done in a worker thread. Cancelling returns at once and lets the
-        thread finish by itself.
-
-        Raises:
-            ImageError: It can't be read, or is no picture.
-        """
-        self._caller.check_open()
-        return await self._caller.encode(image)
-
-    async def _result(self, request: Callable[[], Request]) -> Result:
-        return await self._caller.call(request()).result()
-
-    async def _stream(
-        self, stream: type[AnyStream], request: Callable[[], Request], opened_at: str
-    ) -> AnyStream:
-        call = self._caller.call(request())
-        return stream(
-            await call.opening(),
-            timeout=self._caller.timeout,
-            total_at=call.total_at,
-            reopen=call.reopen,
-            opened_at=opened_at,
-        )
-
     # -- state --------------------------------------------------------------------
 
     @property
@@ -367,9 +160,3 @@ def _check_count(name: str, value: Any, *, least: int) -> None:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _caller_line() -> str:
-    """Return the file and line that called into this module."""
-    frame = sys._getframe(2)  # noqa: SLF001 - the documented way there, and a fast one
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from ._protocol.events import AnswerDecoder, Event, PlainChunk
+from ._protocol.events import AnswerDecoder, Event
 from .errors import (
     APIConnectionError,
     APITimeoutError,
@@ -28,7 +28,7 @@ from .errors import (
     StreamInterruptedError,
     StreamStalledError,
 )
-from .types import Reasoning, StreamEvent, Timeout
+from .types import Reasoning, Region, StreamEvent, Timeout, Usage
 
 if TYPE_CHECKING:
     import asyncio
@@ -235,8 +235,8 @@ class Stream:
         return self._decoder.reasoning
 
     @property
-    def usage(self) -> dict[str, Any] | None:
-        """Token counts as chat gives them."""
+    def usage(self) -> Usage | None:
+        """Token counts, as chat gives them; known at the end."""
         return self._decoder.usage
 
     @property
@@ -458,6 +458,48 @@ class QueryStream(Stream):
     _key = "answer"
 
 
+class SegmentStream(Stream):
+    """The outline of an object, as it is drawn.
+
+    The pieces are those of a first, coarse path. `path` is the refined one, which
+    replaces them; it comes with the end.
+    """
+
+    __slots__ = ()
+    _key = "path"
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the pieces for ``chunk``; ``path`` and ``bbox`` are the attributes."""
+        if key in ("path", "bbox", "parse_error"):
+            return getattr(self, key)
+        return super().__getitem__(key)
+
+    @property
+    def bbox(self) -> Region | None:
+        """Where the object is, as soon as the server has said it."""
+        return self._decoder.bbox
+
+    @property
+    def path(self) -> str | None:
+        """SVG path data, whose coordinates are 0-1 of `bbox`; known at the end."""
+        return self._decoder.path
+
+    @property
+    def parse_error(self) -> str | None:
+        """What was wrong with the outline that the model wrote, in the server's words."""
+        return self._decoder.parse_error
+
+
+class ChatStream(Stream):
+    """The next turn of a conversation, as it is written. ``stream["message"]`` is `chunk`.
+
+    `reasoning` grows while the model thinks; `events` has its pieces as they come.
+    """
+
+    __slots__ = ()
+    _key = "message"
+
+
 AnyStream = TypeVar("AnyStream", bound=Stream)
 
 
@@ -515,7 +557,7 @@ class _Events:
         stream = self._stream
         while True:
             for event in stream._ready:  # noqa: SLF001 - a part of the stream
-                return event.public() if isinstance(event, PlainChunk) else event
+                return event if isinstance(event, StreamEvent) else event.public()
             await stream._fill()  # noqa: SLF001
 
 

@@ -141,6 +141,14 @@ class Point(_Value, frozen=True):
     x: float
     y: float
 
+    def to_pixels(self, width: int, height: int) -> tuple[float, float]:
+        """Return x and y in pixels, for a picture of that size.
+
+        >>> Point(0.5, 0.25).to_pixels(640, 480)
+        (320.0, 120.0)
+        """
+        return self.x * width, self.y * height
+
 
 class Region(_Value, frozen=True):
     """A box in the picture."""
@@ -149,6 +157,16 @@ class Region(_Value, frozen=True):
     y_min: float
     x_max: float
     y_max: float
+
+    def to_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom in pixels, for a picture of that size.
+
+        In the order that Pillow's ``crop`` and ``rectangle`` take.
+
+        >>> Region(0.25, 0.5, 0.75, 1).to_pixels(640, 480)
+        (160.0, 240.0, 480.0, 480)
+        """
+        return self.x_min * width, self.y_min * height, self.x_max * width, self.y_max * height
 
 
 class Grounding(_Value, frozen=True):
@@ -202,6 +220,109 @@ class QueryResult(Result, frozen=True, kw_only=True):
     """Present when the call asked for it and the server gave it."""
 
 
+class DetectResult(Result, frozen=True, kw_only=True):
+    """Where in the picture the objects are."""
+
+    objects: tuple[Region, ...]
+    """A box each."""
+
+
+class PointResult(Result, frozen=True, kw_only=True):
+    """Where in the picture the objects are."""
+
+    points: tuple[Point, ...]
+    """A place in each."""
+
+
+class SegmentResult(Result, frozen=True, kw_only=True):
+    """The outline of an object."""
+
+    path: str
+    """SVG path data. Its coordinates are 0-1 of `bbox`, not of the picture."""
+    bbox: Region | None = None
+    """Where the object is; some servers leave it out."""
+    parse_error: str | None = None
+    """What was wrong with the outline that the model wrote, in the server's words."""
+
+    @property
+    def transform(self) -> str | None:
+        """The SVG transform that puts `path` in its place, in 0-1 of the picture.
+
+        None where the server gave no `bbox`.
+        """
+        return None if self.bbox is None else _transform(self.bbox)
+
+
+def _transform(bbox: Region) -> str:
+    width, height = bbox.x_max - bbox.x_min, bbox.y_max - bbox.y_min
+    return f"translate({bbox.x_min:.9g} {bbox.y_min:.9g}) scale({width:.9g} {height:.9g})"
+
+
+class ChatMessage(_Value, frozen=True, kw_only=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    reasoning: str | None = None
+    """What the model thought, where the server says it."""
+
+
+class Usage(_Value, frozen=True, kw_only=True):
+    """How many tokens a chat took."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ChatResult(Result, frozen=True, kw_only=True):
+    """The next turn of a conversation."""
+
+    message: ChatMessage
+    reasoning: Reasoning | None = None
+    """What the model thought, with the places that it speaks of, where the server says so."""
+    usage: Usage | None = None
+
+
+class Model(_Value, frozen=True, kw_only=True):
+    """A model that a server offers."""
+
+    id: str
+    name: str | None = None
+    description: str | None = None
+    version: str | None = None
+    raw: dict[str, Any] = {}
+    """The whole entry."""
+
+
+class Health(_Value, frozen=True, kw_only=True):
+    """How a server says that it is."""
+
+    ok: bool
+    """Whether it takes requests."""
+    status: str
+    """In its own words, as ``ok`` or ``starting``."""
+    raw: dict[str, Any] = {}
+    """The decoded body, whole."""
+
+
+class ServerStats(_Value, frozen=True, kw_only=True):
+    """How busy a Moondream Station is."""
+
+    status: str | None = None
+    model: str | None = None
+    workers: int | None = None
+    queue_size: int | None = None
+    max_queue_size: int | None = None
+    processing: int | None = None
+    timeouts: int | None = None
+    default_timeout: float | None = None
+    """Seconds."""
+    requests_processed: int | None = None
+    raw: dict[str, Any] = {}
+    """The decoded body, whole."""
+
+
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One event of a stream; the base of all of them."""
 
@@ -215,8 +336,20 @@ class ChunkEvent(StreamEvent, frozen=True, kw_only=True):
     """The next piece of the answer."""
 
 
+class ReasoningEvent(StreamEvent, frozen=True, kw_only=True):
+    """The next piece of what the model thinks."""
+
+    text: str
+
+
+class BboxEvent(StreamEvent, frozen=True, kw_only=True):
+    """Where the object is whose outline follows."""
+
+    bbox: Region
+
+
 class MetricsEvent(StreamEvent, frozen=True, kw_only=True):
-    """Counts and times, sent beside the answer (Station's ``stats``)."""
+    """Counts and times beside the answer: Station's ``stats``, chat's ``usage``."""
 
     metrics: dict[str, Any]
 

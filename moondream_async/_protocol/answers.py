@@ -7,7 +7,7 @@ status 200. All of them end here as one `APIStatusError`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -23,37 +23,142 @@ from moondream_async.errors import (
     RateLimitError,
     ServerError,
 )
-from moondream_async.types import CaptionResult, Grounding, QueryResult, Reasoning, Result
+from moondream_async.types import (
+    CaptionResult,
+    ChatMessage,
+    ChatResult,
+    DetectResult,
+    Grounding,
+    Model,
+    Point,
+    PointResult,
+    QueryResult,
+    Reasoning,
+    Region,
+    Result,
+    SegmentResult,
+    ServerStats,
+    Usage,
+)
 
 from .requests import Skill
 
-ANSWER_KEY: dict[Skill, str] = {"caption": "caption", "query": "answer"}
-"""Where the text of a skill's answer stands."""
+ANSWER_KEY: dict[Skill, str] = {"caption": "caption", "query": "answer", "segment": "path"}
+"""Where the text of a skill's answer stands, in a body and in the last event of a stream."""
 
 _EXCERPT = 500  # characters of a body that is no JSON, for the error message
 
 
-def decode_body(skill: Skill, body: bytes, *, status: int = 200) -> Result:
-    """Turn the JSON body of a plain answer into its result.
+def decode_json(body: bytes, *, status: int = 200) -> dict[str, Any]:
+    """Decode the JSON object that a plain answer is.
 
     Raises:
-        APIStatusError: The body says that it is an error, or is no answer at all.
+        APIStatusError: It is none, or it says that it is an error.
     """
     raw = _decode_object(body, status)
     if (error := _error_in(raw, status)) is not None:
         raise error
-    key = ANSWER_KEY[skill]
-    answer = raw.get(key)
-    if not isinstance(answer, str):
+    return raw
+
+
+def read_result(skill: Skill, raw: dict[str, Any], *, status: int = 200) -> Result:
+    """Turn the decoded body of a skill's plain answer into its result.
+
+    Raises:
+        APIStatusError: The answer is not in it.
+    """
+    try:
+        return _READERS[skill](raw)
+    except (KeyError, IndexError, TypeError, msgspec.ValidationError) as error:
+        body = _excerpt(msgspec.json.encode(raw))
         raise ServerError(
-            f"The server's reply has no {key} in it: {_excerpt(body)}", status=status, body=raw
-        )
+            f"The server's reply to {skill} does not hold the answer: {body}",
+            status=status,
+            body=raw,
+        ) from error
+
+
+def _read_caption(raw: dict[str, Any]) -> CaptionResult:
+    return CaptionResult(caption=_text(raw["caption"]), **_common(raw))
+
+
+def _read_query(raw: dict[str, Any]) -> QueryResult:
+    reasoning = decode_reasoning(raw.get("reasoning"))
+    return QueryResult(answer=_text(raw["answer"]), reasoning=reasoning, **_common(raw))
+
+
+def _read_detect(raw: dict[str, Any]) -> DetectResult:
+    objects = msgspec.convert(raw["objects"], tuple[Region, ...])
+    return DetectResult(objects=objects, **_common(raw))
+
+
+def _read_point(raw: dict[str, Any]) -> PointResult:
+    points = msgspec.convert(raw["points"], tuple[Point, ...])
+    return PointResult(points=points, **_common(raw))
+
+
+def _read_segment(raw: dict[str, Any]) -> SegmentResult:
+    parse_error = to_id(raw.get("parse_error"))
+    path = (raw.get("path") or "") if parse_error else raw["path"]
+    return SegmentResult(
+        path=_text(path),
+        bbox=decode_region(raw.get("bbox")),
+        parse_error=parse_error,
+        **_common(raw),
+    )
+
+
+def _read_chat(raw: dict[str, Any]) -> ChatResult:
+    choice = raw["choices"][0]
+    said = choice["message"]
+    reasoning = find_reasoning(said)
+    message = ChatMessage(
+        role=to_id(said.get("role")) or "assistant",
+        content=_text(said["content"]),
+        reasoning=None if reasoning is None else reasoning.text,
+    )
     common = _common(raw)
-    if skill == "query":
-        return QueryResult(
-            answer=answer, reasoning=decode_reasoning(raw.get("reasoning")), raw=raw, **common
-        )
-    return CaptionResult(caption=answer, raw=raw, **common)
+    common["finish_reason"] = to_id(choice.get("finish_reason"))
+    return ChatResult(
+        message=message, reasoning=reasoning, usage=decode_usage(raw.get("usage")), **common
+    )
+
+
+_READERS: dict[Skill, Callable[[dict[str, Any]], Result]] = {
+    "caption": _read_caption,
+    "query": _read_query,
+    "detect": _read_detect,
+    "point": _read_point,
+    "segment": _read_segment,
+    "chat": _read_chat,
+}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("the answer is no text")
+    return value
+
+
+def read_models(raw: dict[str, Any]) -> tuple[Model, ...]:
+    """Read a list of models: the cloud's, shaped as OpenAI's, or Station's."""
+    entries = raw.get("data")
+    if not isinstance(entries, list):
+        entries = raw.get("models")
+    models = []
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and (name := to_id(entry.get("id"))):
+            known = {key: to_id(entry.get(key)) for key in ("name", "description", "version")}
+            models.append(Model(id=name, raw=entry, **known))
+    return tuple(models)
+
+
+def read_stats(raw: dict[str, Any]) -> ServerStats:
+    """Read Station's numbers; `raw` has them also where they are not as expected."""
+    try:
+        return msgspec.convert({**raw, "raw": raw}, ServerStats)
+    except msgspec.ValidationError:
+        return ServerStats(raw=raw)
 
 
 def _decode_object(body: bytes, status: int) -> dict[str, Any]:
@@ -72,9 +177,10 @@ def _decode_object(body: bytes, status: int) -> dict[str, Any]:
 
 def _common(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "request_id": to_id(raw.get("request_id")),
+        "request_id": to_id(raw.get("request_id")) or to_id(raw.get("id")),
         "finish_reason": to_id(raw.get("finish_reason")),
         "metrics": find_metrics(raw),
+        "raw": raw,
     }
 
 
@@ -109,6 +215,34 @@ def decode_reasoning(value: Any) -> Reasoning | None:
             continue
     text = value.get("text")
     return Reasoning(text if isinstance(text, str) else "", tuple(spans))
+
+
+def find_reasoning(message: Mapping[str, Any]) -> Reasoning | None:
+    """Find the reasoning in a chat message or a piece of one, under whichever name it comes."""
+    details = message.get("reasoning_details")
+    if isinstance(details, list):  # a list of pieces, as OpenRouter and its kin send them
+        text = "".join(str(each.get("text") or "") for each in details if isinstance(each, dict))
+        details = {"text": text} if text else None
+    for value in (details, message.get("reasoning"), message.get("reasoning_content")):
+        if value and (reasoning := decode_reasoning(value)) is not None:
+            return reasoning
+    return None
+
+
+def decode_region(value: Any) -> Region | None:
+    """Read a box; None where there is none that makes sense."""
+    try:
+        return msgspec.convert(value, Region | None)
+    except msgspec.ValidationError:
+        return None
+
+
+def decode_usage(value: Any) -> Usage | None:
+    """Read the token counts of a chat; None where there are none that make sense."""
+    try:
+        return msgspec.convert(value, Usage | None)
+    except msgspec.ValidationError:
+        return None
 
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {

@@ -7,6 +7,8 @@ cloud      chunk     completed: true  no             request_id, org_id
 kestrel    chunk     completed: true  yes            the whole answer again
 Station    chunk     completed: true  no             a stats event
 old local  chunk     completed: true  error text     --
+segment    chunk     type: final      no             bbox, the refined path
+chat       delta     [DONE]           no             reasoning, usage
 =========  ========  ===============  =============  ======================
 
 There are two ways through. `SSEParser` and a look at each event know every
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -32,15 +34,32 @@ from moondream_async.errors import (
     StreamServerError,
 )
 from moondream_async.types import (
+    BboxEvent,
+    ChatResult,
     ChunkEvent,
     FinalEvent,
     MetricsEvent,
     Reasoning,
+    ReasoningEvent,
+    Region,
+    Result,
     StreamEvent,
     UnknownEvent,
+    Usage,
 )
 
-from .answers import ANSWER_KEY, decode_body, decode_reasoning, describe, find_metrics, to_id
+from .answers import (
+    ANSWER_KEY,
+    decode_json,
+    decode_reasoning,
+    decode_region,
+    decode_usage,
+    describe,
+    find_metrics,
+    find_reasoning,
+    read_result,
+    to_id,
+)
 from .requests import Skill
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
@@ -53,13 +72,14 @@ _DISGUISED_ERRORS = frozenset(
     }
 )
 
-_KNOWN_KEYS = frozenset({"chunk", "text", "completed", "error", "stats"})
+_KNOWN_KEYS = frozenset({"chunk", "text", "completed", "error", "stats", "type", "choices"})
 
 
 class PlainChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """A chunk event with nothing in it but these; read straight off the wire."""
 
     chunk: str
+    type: Literal["path_delta"] | UnsetType = UNSET
     completed: bool | UnsetType = UNSET
     request_id: str | UnsetType = UNSET
     token_index: int | UnsetType = UNSET
@@ -69,7 +89,43 @@ class PlainChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
         return ChunkEvent(chunk=self.chunk, raw=msgspec.to_builtins(self))
 
 
-Event = PlainChunk | StreamEvent
+class _Delta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    content: str
+    role: str | UnsetType = UNSET
+
+
+class _Choice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    delta: _Delta
+    index: int | UnsetType = UNSET
+    finish_reason: UnsetType | None = UNSET
+    logprobs: UnsetType | None = UNSET
+
+
+class PlainChatChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A chunk event of a chat with nothing in it but these; read straight off the wire."""
+
+    choices: tuple[_Choice]
+    id: str | UnsetType = UNSET
+    object: str | UnsetType = UNSET
+    created: int | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+
+    @property
+    def chunk(self) -> str:
+        """The text, where `PlainChunk` has it."""
+        return self.choices[0].delta.content
+
+    @property
+    def request_id(self) -> str | UnsetType:
+        """The id, under the name that `PlainChunk` has for it."""
+        return self.id
+
+    def public(self) -> ChunkEvent:
+        """Return the same as the type that callers see."""
+        return ChunkEvent(chunk=self.chunk, raw=msgspec.to_builtins(self))
+
+
+Event = PlainChunk | PlainChatChunk | StreamEvent
 """What `AnswerDecoder` gives: `chunk` is "" where an event adds no text."""
 
 
@@ -89,6 +145,8 @@ class AnswerDecoder:
     True
     """
 
+    _plain: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(PlainChunk)
+
     def __init__(
         self, skill: Skill, *, secret: str = "", max_event_bytes: int = MAX_EVENT_BYTES
     ) -> None:
@@ -96,7 +154,10 @@ class AnswerDecoder:
         self.finish_reason: str | None = None
         self.metrics: dict[str, Any] | None = None
         self.reasoning: Reasoning | None = None
-        self.usage: dict[str, Any] | None = None
+        self.usage: Usage | None = None
+        self.bbox: Region | None = None
+        self.path: str | None = None
+        self.parse_error: str | None = None
         self.completed = False
         self.failure: Callable[..., StreamError] | None = None
         """Makes the error to raise once the events are used up; takes ``partial=``."""
@@ -104,10 +165,10 @@ class AnswerDecoder:
         self._secret = secret  # the API key; an error that quotes it is not to pass it on
         self._max_event_bytes = max_event_bytes
         self._parser = SSEParser(max_event_bytes=max_event_bytes, complete=_is_whole_event)
-        self._plain_lines = msgspec.json.Decoder(PlainChunk).decode_lines
-        self._tail: list[bytes] = []  # of a line whose end has not come, kept from the parser
-        self._tail_bytes = 0
+        self._plain_lines = self._plain.decode_lines
+        self._tail = bytearray()  # of a line whose end has not come, kept from the parser
         self._has_text = False
+        self._ended_early = False
         self._untouched = True  # the parser has seen nothing, so it still expects the start
 
     def fresh(self) -> AnswerDecoder:
@@ -127,9 +188,8 @@ class AnswerDecoder:
             events = self._feed_plain(data)
             if events is not None:
                 return events
-            data = b"".join([*self._tail, data])
-            self._tail = []
-            self._tail_bytes = 0
+            data = bytes(self._tail + data)
+            self._tail = bytearray()
         return self._feed_any(data)
 
     def end(self) -> list[Event]:
@@ -140,9 +200,10 @@ class AnswerDecoder:
         """
         if self.done:
             return []
-        events = self._feed_any(b"".join([*self._tail, b"\n"]))
-        self._tail = []
+        events = self._feed_any(bytes(self._tail + b"\n"))
+        self._tail = bytearray()
         if not self.done:
+            self._ended_early = True
             self.failure = functools.partial(
                 StreamInterruptedError, "The stream ended before the answer was complete"
             )
@@ -154,10 +215,15 @@ class AnswerDecoder:
         Raises:
             APIStatusError: It says that it is an error, or is no answer.
         """
-        result = decode_body(self._skill, data)
+        result = read_result(self._skill, decode_json(data))
         self._note(result.raw)
+        self.request_id = result.request_id
         self.completed = True
-        return [FinalEvent(chunk=result[ANSWER_KEY[self._skill]], raw=result.raw)]
+        return [FinalEvent(chunk=self._text_of(result), raw=result.raw)]
+
+    def _text_of(self, result: Result) -> str:
+        text: str = result[ANSWER_KEY[self._skill]]
+        return text
 
     # -- the short way ------------------------------------------------------------
 
@@ -165,28 +231,23 @@ class AnswerDecoder:
         """Decode a block of plain chunk events; None if it has to take the other way."""
         cut = data.rfind(b"\n") + 1
         if not cut:
-            self._tail_bytes += len(data)
-            if b"\r" in data or self._tail_bytes > self._max_event_bytes:
+            if b"\r" in data or len(self._tail) + len(data) > self._max_event_bytes:
                 return None
-            self._tail.append(data)
+            self._tail += data
             return []
-        block = data[:cut]
-        if self._tail:
-            block = b"".join([*self._tail, block])
+        block = bytes(self._tail + data[:cut]) if self._tail else data[:cut]
         events = self._decode_plain(block)
         if events is None:
             return None
         self._parser.skip_start()
-        rest = data[cut:]
-        self._tail = [rest] if rest else []
-        self._tail_bytes = len(rest)
+        self._tail = bytearray(data[cut:])
         last_id = events[-1].request_id
         if last_id is not UNSET:
             self.request_id = last_id
         self._has_text = True
         return events  # type: ignore[return-value] # a list of one member of the union
 
-    def _decode_plain(self, block: bytes) -> list[PlainChunk] | None:
+    def _decode_plain(self, block: bytes) -> list[PlainChunk] | list[PlainChatChunk] | None:
         """Decode ``data: {...}`` lines, each followed by a blank line or none of them.
 
         The lines are stripped down to newline-delimited JSON. That is sound only if
@@ -209,7 +270,7 @@ class AnswerDecoder:
         if lines.count(b"\n") != breaks:
             return None
         try:
-            events = self._plain_lines(lines)
+            events: list[PlainChunk] = self._plain_lines(lines)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None  # not plain, or not JSON; the long way knows which
         return events if len(events) == count else None
@@ -256,26 +317,31 @@ class AnswerDecoder:
         if chunk is None:
             chunk = raw.get("text")
         if chunk is not None and not isinstance(chunk, str):
-            self.failure = functools.partial(
-                StreamProtocolError, f"The server sent a chunk that is no text: {chunk!r:.200}"
-            )
-            return []
-        if raw.get("completed") is True:
+            return self._refuse_chunk(chunk)
+        kind = raw.get("type")
+        if raw.get("completed") is True or kind == "final":
             return self._finish(raw, chunk or "")
         if chunk is not None or "chunk" in raw:
             self._has_text = self._has_text or bool(chunk)
             return [ChunkEvent(chunk=chunk or "", raw=raw)]
+        if kind == "bbox" and self.bbox is not None:
+            return [BboxEvent(bbox=self.bbox, raw=raw)]
         if isinstance(raw.get("stats"), dict):
             return [MetricsEvent(metrics=raw["stats"], raw=raw)]
-        kind = raw.get("type")
         return [UnknownEvent(event=kind if isinstance(kind, str) else event.event, raw=raw)]
+
+    def _refuse_chunk(self, chunk: Any) -> list[Event]:
+        self.failure = functools.partial(
+            StreamProtocolError, f"The server sent a chunk that is no text: {chunk!r:.200}"
+        )
+        return []
 
     def _finish(self, raw: dict[str, Any], chunk: str) -> list[Event]:
         if chunk in _DISGUISED_ERRORS:
             return self._fail_with({**raw, "error": chunk})
         if not chunk and not self._has_text:
             # Nothing was streamed: then, and only then, the whole answer is news.
-            whole = raw.get(ANSWER_KEY[self._skill])
+            whole = raw.get(ANSWER_KEY.get(self._skill, ""))
             chunk = whole if isinstance(whole, str) else ""
         self.completed = True
         return [FinalEvent(chunk=chunk, raw=raw)]
@@ -297,8 +363,63 @@ class AnswerDecoder:
         self.finish_reason = to_id(raw.get("finish_reason")) or self.finish_reason
         self.metrics = find_metrics(raw) or self.metrics
         self.reasoning = decode_reasoning(raw.get("reasoning")) or self.reasoning
-        if isinstance(raw.get("usage"), dict):
-            self.usage = raw["usage"]
+        self.usage = decode_usage(raw.get("usage")) or self.usage
+        self.bbox = decode_region(raw.get("bbox")) or self.bbox
+        self.path = to_id(raw.get("path")) or self.path
+        self.parse_error = to_id(raw.get("parse_error")) or self.parse_error
+
+
+class ChatDecoder(AnswerDecoder):
+    """One streamed turn of a chat, in the form of OpenAI's protocol."""
+
+    _plain: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(PlainChatChunk)
+
+    def end(self) -> list[Event]:
+        """Take the end of the body; a `finish_reason` also says that the answer is complete."""
+        events = super().end()
+        if self.finish_reason is not None and self._ended_early:
+            self.failure = None
+            self.completed = True
+        return events
+
+    def _text_of(self, result: Result) -> str:
+        assert isinstance(result, ChatResult)  # noqa: S101 - for the type checker
+        self.finish_reason = result.finish_reason
+        self.reasoning = result.reasoning
+        return result.message.content
+
+    def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[Event]:
+        self.request_id = to_id(raw.get("id")) or self.request_id
+        self.usage = decode_usage(raw.get("usage")) or self.usage
+        self.metrics = find_metrics(raw) or self.metrics
+        choices = raw.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(choice, dict):
+            if self.usage is not None and "usage" in raw:
+                return [MetricsEvent(metrics=raw["usage"], raw=raw)]
+            return [UnknownEvent(event=event.event, raw=raw)]
+        self.finish_reason = to_id(choice.get("finish_reason")) or self.finish_reason
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            return [UnknownEvent(event=event.event, raw=raw)]
+        chunk = delta.get("content")
+        if chunk is not None and not isinstance(chunk, str):
+            return self._refuse_chunk(chunk)
+        events: list[Event] = []
+        piece = find_reasoning(delta)
+        if piece is not None:
+            before = self.reasoning or Reasoning("")
+            self.reasoning = Reasoning(before.text + piece.text, before.grounding + piece.grounding)
+            events.append(ReasoningEvent(text=piece.text, raw=raw))
+        if chunk or piece is None:
+            self._has_text = self._has_text or bool(chunk)
+            events.append(ChunkEvent(chunk=chunk or "", raw=raw))
+        return events
+
+
+def decoder_for(skill: Skill, *, secret: str = "") -> AnswerDecoder:
+    """Return the decoder for a streamed answer of a skill."""
+    return (ChatDecoder if skill == "chat" else AnswerDecoder)(skill, secret=secret)
 
 
 def _is_whole_event(line: str) -> bool:

@@ -15,7 +15,10 @@ import msgspec
 from moondream_async.errors import RequestError
 from moondream_async.types import EncodedImage
 
-Skill = Literal["caption", "query"]
+Skill = Literal["caption", "query", "detect", "point", "segment", "chat"]
+
+CHAT_MODEL = "moondream3-preview"  # what the official SDK names where the caller doesn't
+_ROLES = ("system", "user", "assistant")
 
 
 class Picture:
@@ -37,18 +40,36 @@ class Request:
         RequestError: The payload holds something that JSON can't say.
     """
 
-    __slots__ = ("json", "path", "payload", "pictures", "skill")
+    __slots__ = ("at_root", "bearer", "json", "method", "path", "payload", "pictures", "skill")
 
-    def __init__(self, skill: Skill, path: str, payload: dict[str, Any]) -> None:
-        self.skill: Skill = skill
+    def __init__(
+        self,
+        skill: Skill | None,
+        path: str,
+        payload: Mapping[str, Any] | None = None,
+        *,
+        method: str = "POST",
+        bearer: bool = False,
+        at_root: bool = False,
+    ) -> None:
+        self.skill = skill
+        """None for what is no skill, as a list of models."""
         self.path = path
-        self.payload = {key: value for key, value in payload.items() if value is not None}
+        self.method = method
+        self.bearer = bearer
+        """Whether the key goes out as ``Authorization: Bearer``, as OpenAI's clients send it."""
+        self.at_root = at_root
+        """Whether `path` starts at the server's root, and not below the endpoint's ``/v1``."""
+        self.payload = {key: value for key, value in (payload or {}).items() if value is not None}
         self.pictures: list[Any] = []
+        self.json: tuple[bytes, ...] = ()
+        if payload is None:
+            return
         try:
             encoded = msgspec.json.encode(self.payload, enc_hook=self._put)
         except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             raise RequestError(f"The request can't be sent as JSON: {error}") from error
-        self.json: tuple[bytes, ...] = tuple(encoded.split(_PICTURE))
+        self.json = tuple(encoded.split(_PICTURE))
 
     def _put(self, value: Any) -> Any:
         if isinstance(value, Picture):
@@ -63,11 +84,12 @@ class Request:
 
     def without_stream(self) -> Request:
         """Return the same call, asking for the whole answer at once."""
-        return Request(self.skill, self.path, {**self.payload, "stream": False})
+        payload = {**self.payload, "stream": False}
+        return Request(self.skill, self.path, payload, method=self.method, bearer=self.bearer)
 
     def body(self, images: Sequence[EncodedImage]) -> list[bytes | EncodedImage]:
         """Return what to send, piece by piece; each image goes out as a data URL in quotes."""
-        body: list[bytes | EncodedImage] = [self.json[0]]
+        body: list[bytes | EncodedImage] = list(self.json[:1])
         for image, part in zip(images, self.json[1:], strict=True):
             body += (image, part)
         return body
@@ -122,6 +144,139 @@ def query_request(
         "model": _model(model),
     }
     return Request("query", "/query", payload)
+
+
+def detect_request(
+    image: Any, object: str, *, settings: Mapping[str, Any] | None, model: str | None
+) -> Request:
+    """Check the arguments of ``detect`` and return its request."""
+    return Request("detect", "/detect", _object_payload("detect", image, object, settings, model))
+
+
+def point_request(
+    image: Any,
+    object: str,
+    *,
+    spatial_refs: Sequence[Sequence[float]] | None,
+    settings: Mapping[str, Any] | None,
+    model: str | None,
+) -> Request:
+    """Check the arguments of ``point`` and return its request."""
+    payload = _object_payload("point", image, object, settings, model)
+    payload["spatial_refs"] = None if spatial_refs is None else _spatial_refs(spatial_refs)
+    return Request("point", "/point", payload)
+
+
+def segment_request(
+    image: Any,
+    object: str,
+    *,
+    stream: bool,
+    spatial_refs: Sequence[Sequence[float]] | None,
+    settings: Mapping[str, Any] | None,
+    model: str | None,
+) -> Request:
+    """Check the arguments of ``segment`` and return its request."""
+    payload = _object_payload("segment", image, object, settings, model)
+    payload["stream"] = _flag("stream", stream)
+    payload["spatial_refs"] = None if spatial_refs is None else _spatial_refs(spatial_refs)
+    return Request("segment", "/segment", payload)
+
+
+def _object_payload(
+    skill: str, image: Any, object: str, settings: Mapping[str, Any] | None, model: str | None
+) -> dict[str, Any]:
+    if image is None:
+        raise RequestError(f"{skill} needs an image")
+    return {
+        "image_url": Picture(image),
+        "object": _text("object", object),
+        "settings": _settings(settings),
+        "model": _model(model),
+    }
+
+
+def chat_request(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    stream: bool,
+    reasoning: bool | None,
+    settings: Mapping[str, Any] | None,
+    model: str | None,
+) -> Request:
+    """Check the arguments of ``chat`` and return its request.
+
+    Chat follows OpenAI's protocol, in which the settings stand beside the messages.
+    """
+    sampling = _settings(settings) or {}
+    if "max_tokens" in sampling:
+        sampling.setdefault("max_completion_tokens", sampling.pop("max_tokens"))
+    payload = {
+        "model": _model(model) or CHAT_MODEL,
+        "messages": _messages(messages),
+        "stream": _flag("stream", stream),
+        "stream_options": {"include_usage": True} if stream else None,
+        "reasoning": None if reasoning is None else _flag("reasoning", reasoning),
+        **sampling,
+    }
+    return Request("chat", "/chat/completions", payload, bearer=True)
+
+
+def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Check a conversation by the rules of the open engine, which answers 500 to a breach."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages must be a list of messages, not {messages!r:.100}")
+    if not messages:
+        raise RequestError("messages must not be empty")
+    checked = []
+    for number, message in enumerate(messages):
+        role = message["role"] if isinstance(message, Mapping) and "role" in message else None
+        if role not in _ROLES or "content" not in message:
+            raise RequestError(
+                f"messages[{number}] must have a role ('system', 'user' or 'assistant') and content"
+            )
+        if role == "system" and number:
+            raise RequestError(f"messages[{number}]: a system message can only be the first")
+        content = _content(f"messages[{number}]", message["content"], pictures=role == "user")
+        checked.append({**message, "content": content})
+    if checked[-1]["role"] != "user":
+        raise RequestError("the last of the messages must be the user's")
+    return checked
+
+
+def _content(where: str, content: Any, *, pictures: bool) -> Any:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
+        raise RequestError(f"{where}: content must be a string or a list of parts")
+    return [_part(f"{where}, part {i}", part, pictures=pictures) for i, part in enumerate(content)]
+
+
+def _part(where: str, part: Any, *, pictures: bool) -> dict[str, Any]:
+    """Turn one part of a message into what OpenAI's protocol calls one.
+
+    A part is text, or a picture in any form: OpenAI's own ``image_url``, with
+    whatever `caption` takes in place of the URL, or just that.
+    """
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, Mapping):
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            return dict(part)
+        source = part.get("image_url") if kind == "image_url" else part.get("image")
+        if isinstance(source, Mapping):
+            source = source.get("url")
+        if kind not in ("image_url", "image") or source is None:
+            raise RequestError(
+                f"{where} must be text, a picture, {{'type': 'text', 'text': ...}} or "
+                f"{{'type': 'image_url', 'image_url': {{'url': ...}}}}"
+            )
+    else:
+        source = part
+    if not pictures:
+        raise RequestError(f"{where}: only the user's messages can have pictures")
+    return {"type": "image_url", "image_url": {"url": Picture(source)}}
 
 
 def _flag(name: str, value: Any) -> bool:
