@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -104,7 +104,7 @@ class _Choice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 class PlainChatChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """A chunk event of a chat with nothing in it but these; read straight off the wire."""
 
-    choices: tuple[_Choice]
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=1)]
     id: str | UnsetType = UNSET
     object: str | UnsetType = UNSET
     created: int | UnsetType = UNSET
