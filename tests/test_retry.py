@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moondream_async._protocol.answers import decode_body
+from moondream_async._protocol.answers import decode_json
 from moondream_async._retry import (
     FIRST_DELAY,
     LONGEST_DELAY,
@@ -97,7 +97,7 @@ def test_what_another_try_can_not_help_is_not(error):
 )
 def test_of_stations_failures_only_the_full_queue_is_tried_again(body, again):
     with pytest.raises(APIStatusError) as caught:
-        decode_body("caption", body)
+        decode_json(body)
 
     assert is_worth_retrying(caught.value) is again
 
