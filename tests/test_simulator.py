@@ -630,6 +630,264 @@ async def test_only_the_cloud_chats(dialect):
         assert response.status == 404
 
 
+# Batches
+
+BARE = {name: image.partition(",")[2] for name, image in (("red", RED_LEFT), ("blue", TWO_BLUE))}
+
+
+async def call(simulator, method, path, **options):
+    """Send a request as the SDK would, and return its status and decoded body."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, simulator.endpoint + path, **options) as response,
+    ):
+        return response.status, json.loads(await response.read())
+
+
+async def submit(simulator, *parts, model="moondream3-preview"):
+    """Upload a batch in parts, the last part first, and return its id."""
+    _, created = await call(simulator, "POST", "/batch?action=mpu-create")
+    upload = f"/batch/{created['fileId']}?uploadId={created['uploadId']}"
+    uploaded = []
+    for number, part in reversed(list(enumerate(parts, 1))):
+        _, answer = await call(
+            simulator,
+            "PUT",
+            f"{upload}&action=mpu-uploadpart&partNumber={number}",
+            data=io.BytesIO(part),
+        )
+        assert answer["partNumber"] == number
+        uploaded.append(answer)
+    status, completed = await call(
+        simulator,
+        "POST",
+        f"{upload}&action=mpu-complete",
+        json={"parts": uploaded, "model": model},
+    )
+    assert status == 200
+    assert completed["status"] == "chunking"
+    assert completed["size"] == sum(map(len, parts))
+    return completed["id"]
+
+
+async def follow(simulator, batch_id):
+    """Look at a batch until it is done; return everything that was seen."""
+    seen = []
+    while not seen or seen[-1]["status"] in {"chunking", "processing"}:
+        _, state = await call(simulator, "GET", f"/batch/{batch_id}")
+        seen.append(state)
+    return seen
+
+
+async def download(url, **headers):
+    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
+        return response.status, await response.read()
+
+
+def as_lines(*requests):
+    return b"".join(json.dumps(request).encode() + b"\n" for request in requests)
+
+
+async def run_lines(simulator, *lines):
+    """Run a batch and return its results in the order of the lines."""
+    seen = await follow(simulator, await submit(simulator, b"".join(lines)))
+    results = []
+    for output in seen[-1]["outputs"]:
+        status, data = await download(output["url"])
+        assert status == 200
+        results += [json.loads(line) for line in data.splitlines()]
+    return sorted(results, key=lambda result: result["line_index"])
+
+
+@in_loop
+async def test_batch_comes_up_in_parts_and_goes_through_its_stages():
+    data = as_lines(*({"skill": "caption", "image": BARE["red"], "id": n} for n in range(25)))
+    async with Simulator() as simulator:
+        batch_id = await submit(simulator, data[:5000], data[5000:7000], data[7000:])
+        seen = await follow(simulator, batch_id)
+        assert [state["status"] for state in seen] == [
+            "chunking",
+            "processing",
+            "processing",
+            "completed",
+        ]
+        assert [state["progress"]["completed"] for state in seen] == [0, 0, 13, 25]
+        last = seen[-1]
+        assert last["progress"] == {"total": 25, "completed": 25, "failed": 0}
+        assert last["model"] == "moondream3-preview"
+        assert last["usage"]["input_tokens"] == 25 * 735
+        assert last["created_at"] <= last["completed_at"] < last["expires_at"]
+        assert [output["index"] for output in last["outputs"]] == [0, 1, 2]
+        results = [
+            json.loads(line)
+            for output in last["outputs"]
+            for line in (await download(output["url"]))[1].splitlines()
+        ]
+    ids = [result["id"] for result in results]
+    assert ids != sorted(ids), "a client must not rely on the order"
+    assert sorted(ids) == list(range(25))
+
+
+@in_loop
+async def test_batch_lines_are_answered_like_single_requests():
+    async with Simulator() as simulator:
+        caption, query, several, detect, point = await run_lines(
+            simulator,
+            as_lines(
+                {"skill": "caption", "image": BARE["red"], "length": "short", "id": "a"},
+                {"skill": "query", "image": BARE["red"], "question": "What colours?"},
+                {
+                    "skill": "query",
+                    "images": [BARE["red"], BARE["blue"]],
+                    "question": "How many blue?",
+                    "reasoning": False,
+                },
+                {"skill": "detect", "image": BARE["blue"], "object": "blue"},
+                {"skill": "point", "image": BARE["blue"], "object": "blue"},
+            ),
+        )
+        _, single = await post(simulator, "/caption", {"image_url": RED_LEFT, "length": "short"})
+        _, boxes = await post(simulator, "/detect", {"image_url": TWO_BLUE, "object": "blue"})
+    assert caption == {
+        "line_index": 0,
+        "id": "a",
+        "status": "ok",
+        "result": {"caption": single["caption"]},
+        "usage": {"input_tokens": 735, "output_tokens": single["metrics"]["output_tokens"]},
+    }
+    assert query["result"].keys() == {"answer", "reasoning"}, "reasoning is on unless told"
+    assert several["result"] == {
+        "answer": "Picture 1: There are 0 blue areas. Picture 2: There are 2 blue areas."
+    }
+    assert detect["result"] == {"objects": boxes["objects"]}
+    assert len(point["result"]["points"]) == 2
+
+
+@in_loop
+async def test_batch_line_that_fails_says_why_and_spoils_no_other():
+    async with Simulator() as simulator:
+        results = await run_lines(
+            simulator,
+            b"{nonsense\n[]\n",
+            as_lines(
+                {"skill": "segment", "image": BARE["red"], "id": 3},
+                {"skill": "caption"},
+                {"skill": "query", "question": "No picture?"},
+                {"skill": "caption", "image": BARE["red"], "length": "huge"},
+                {"skill": "caption", "image": "Zm9v"},
+                {"skill": "caption", "image": RED_LEFT},
+                {"skill": "caption", "image": BARE["red"]},
+            ),
+        )
+    assert [result.get("error", {}).get("code") for result in results] == [
+        "invalid_request",
+        "invalid_request",
+        "unknown_skill",
+        "invalid_request",
+        "invalid_request",
+        "invalid_request",
+        "image_decode_failed",
+        "image_decode_failed",
+        None,
+    ]
+    assert results[2]["id"] == 3
+    assert [result["status"] for result in results] == ["error"] * 8 + ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "code"),
+    [
+        (b"", "moondream3-preview", "empty_batch"),
+        (b"{}\n\n{}\n", "moondream3-preview", "validation_error"),
+        (b"\xff\n", "moondream3-preview", "validation_error"),
+        (b"{}\n", "gpt-9", "invalid_model"),
+        (b"{}\n" * 100_001, "moondream3-preview", "limit_exceeded"),
+        (b" " * (10 * 1024 * 1024) + b"{}", "moondream3.1-9B-A2B/01AB@5", "limit_exceeded"),
+    ],
+    ids=["empty", "blank-line", "not-utf8", "model", "lines", "long-line"],
+)
+@in_loop
+async def test_batch_file_that_breaks_the_rules_fails_as_a_whole(data, model, code):
+    async with Simulator() as simulator:
+        seen = await follow(simulator, await submit(simulator, data, model=model))
+    assert seen[-1]["status"] == "failed"
+    assert seen[-1]["error"]["code"] == code
+    assert "outputs" not in seen[-1]
+
+
+@pytest.mark.parametrize("header", ["X-Moondream-Auth", "Authorization"])
+@in_loop
+async def test_results_refuse_a_request_with_a_key(header):
+    async with Simulator() as simulator:
+        line = as_lines({"skill": "caption", "image": BARE["red"]})
+        seen = await follow(simulator, await submit(simulator, line))
+        (output,) = seen[-1]["outputs"]
+        assert (await download(output["url"], **{header: "Bearer secret"}))[0] == 400
+        assert (await download(output["url"].partition("?")[0]))[0] == 403
+        assert (await download(output["url"]))[0] == 200
+
+
+@in_loop
+async def test_batch_upload_is_checked():
+    async with Simulator(api_key="right") as simulator:
+        assert (await call(simulator, "POST", "/batch?action=mpu-create"))[0] == 401
+        key = {"headers": {"X-Moondream-Auth": "right"}}
+        _, created = await call(simulator, "POST", "/batch?action=mpu-create", **key)
+        path = f"/batch/{created['fileId']}"
+        upload = f"{path}?uploadId={created['uploadId']}"
+        for method, url, options, status in [
+            ("POST", "/batch?action=nonsense", {}, 400),
+            ("PUT", f"{upload}&action=mpu-uploadpart&partNumber=0", {"data": b"x"}, 400),
+            ("PUT", f"{path}?action=mpu-uploadpart&partNumber=1&uploadId=x", {"data": b"x"}, 404),
+            ("POST", f"{upload}&action=mpu-complete", {"json": {}}, 400),
+            (
+                "POST",
+                f"{upload}&action=mpu-complete",
+                {"json": {"parts": [{"partNumber": 1, "etag": "x"}]}},
+                400,
+            ),
+            ("GET", path, {}, 404),
+            ("DELETE", f"{upload}&action=mpu-abort", {}, 200),
+            ("PUT", f"{upload}&action=mpu-uploadpart&partNumber=1", {"data": b"x"}, 404),
+        ]:
+            assert (await call(simulator, method, url, **options, **key))[0] == status, (
+                method,
+                url,
+            )
+
+
+@in_loop
+async def test_batch_part_over_the_limit_is_refused():
+    async def endless():
+        while True:
+            yield bytes(1024 * 1024)
+
+    async with Simulator() as simulator:
+        _, created = await call(simulator, "POST", "/batch?action=mpu-create")
+        url = (
+            f"/batch/{created['fileId']}?action=mpu-uploadpart"
+            f"&uploadId={created['uploadId']}&partNumber=1"
+        )
+        status, _ = await call(simulator, "PUT", url, data=endless())
+        assert status == 413
+        assert simulator.requests[-1].status == 413
+
+
+@in_loop
+async def test_batches_are_listed_in_pages_newest_first():
+    line = as_lines({"skill": "caption", "image": BARE["red"]})
+    async with Simulator() as simulator:
+        made = [await submit(simulator, line) for _ in range(5)]
+        listed, query = [], "?limit=2"
+        while query:
+            _, page = await call(simulator, "GET", f"/batch{query}")
+            listed += [batch["id"] for batch in page["batches"]]
+            query = f"?limit=2&cursor={page['next_cursor']}" if page["has_more"] else ""
+        assert listed == made[::-1]
+        for wrong in ("limit=0", "limit=101", "limit=x", "cursor=x"):
+            assert (await call(simulator, "GET", f"/batch?{wrong}"))[0] == 400
+
+
 # Errors
 
 CUT_SAMPLE = SAMPLE.partition(",")[2][:8000]

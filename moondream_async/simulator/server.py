@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import hdrs, web
 
+from .batch import Batches
 from .chat import Chat
 from .dialects import DIALECTS
 from .endpoints import Endpoints
@@ -23,6 +24,7 @@ from .faults import Fault, FaultQueue
 from .gallery import Gallery
 from .received import Connections, ReceivedRequest
 from .steps import Auth, Event, HangUp, Reply, Route, Step, Steps, Wait
+from .storage import Storage
 from .validation import RefusedError
 
 if TYPE_CHECKING:
@@ -191,7 +193,10 @@ class Simulator:
         gallery = Gallery()
         routes = Endpoints(self.dialect, gallery).routes()
         if self.dialect.hosted:
+            storage = Storage()
             routes += Chat(self.dialect, gallery).routes()
+            routes += Batches(self.dialect, gallery, storage).routes()
+            routes += storage.routes()
         return routes
 
     def _add_route(self, route: Route) -> None:
@@ -248,7 +253,7 @@ class Simulator:
     ) -> web.StreamResponse:
         answer: Reply | Steps
         try:
-            received.body = await self._read(request)
+            received.body = await self._read(request, route)
             received.stream = self._wants_stream(received.body)
             received.fault = self.faults.take(request.path, stream=received.stream)
             for step in received.fault.before() if received.fault else ():
@@ -268,12 +273,14 @@ class Simulator:
             answer = received.fault.spoil(answer)
         return await self._stream(request, received, answer)
 
-    async def _read(self, request: web.Request) -> Any:
-        """Return the decoded body, as the dialect reads bodies.
+    async def _read(self, request: web.Request, route: Route) -> Any:
+        """Return the decoded body, as the dialect reads bodies, or the bytes of an upload.
 
         Raises:
             RefusedError: It is too long, or no JSON.
         """
+        if route.uploads:
+            return await _read_upload(request, route.uploads)
         try:
             data = await request.read()
         except web.HTTPRequestEntityTooLarge:
@@ -380,6 +387,15 @@ class Simulator:
         elif isinstance(step, HangUp):
             _hang_up(request.transport, reset=step.reset)
             raise _HungUpError
+
+
+async def _read_upload(request: web.Request, limit: int) -> bytes:
+    data = bytearray()
+    async for piece in request.content.iter_any():
+        data += piece
+        if len(data) > limit:
+            raise RefusedError(f"A part may have {limit} bytes at most", status=413)
+    return bytes(data)
 
 
 def _hang_up(transport: asyncio.Transport | None, *, reset: bool) -> None:

@@ -67,3 +67,5 @@ class Route(msgspec.Struct, frozen=True):
     endpoint: Callable[[ReceivedRequest], Awaitable[Reply | Steps]]
     """Raises `RefusedError` for a request that can't be served."""
     auth: Auth = "key"
+    uploads: int = 0
+    """The body is bytes, up to so many, and not JSON; 0 is JSON."""

@@ -1,0 +1,81 @@
+"""Files to download, and lists to page through: what batches and tuning have in common."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+
+from .dialects import Body
+from .received import ReceivedRequest
+from .steps import Reply, Route
+from .validation import RefusedError
+
+_MAX_PAGE = 100
+
+
+class Storage:
+    """Holds files that are fetched by presigned URL, as from the cloud's object store.
+
+    Such a URL carries its own permission. Like the real store it refuses a
+    request that brings another: a client must not send its key there.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+
+    def routes(self) -> list[Route]:
+        """Return the one endpoint; it lies outside the API's own paths."""
+        return [Route("GET", "/storage/{name}", self._download, "none")]
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep a file under a name."""
+        self._files[name] = data
+
+    def url(self, origin: str, name: str) -> str:
+        """Return the presigned URL of a file."""
+        return f"{origin}/storage/{name}?X-Signature={_sign(name)}"
+
+    async def _download(self, received: ReceivedRequest) -> Reply:
+        name = received.params["name"]
+        if "Authorization" in received.headers or "X-Moondream-Auth" in received.headers:
+            return _refuse(400, "InvalidArgument", "Only one auth mechanism allowed")
+        if received.query.get("X-Signature") != _sign(name) or name not in self._files:
+            return _refuse(403, "AccessDenied", "Request has expired or is not signed")
+        return Reply(body=self._files[name], content_type="application/octet-stream")
+
+
+def take_page(key: str, items: list[Body], query: Mapping[str, str]) -> Body:
+    """Return the page of a list that a query asks for, as the API sends it.
+
+    Args:
+        key: The field that the items go into.
+        items: All of them, in order.
+        query: `limit`, 1 to 100 and 50 unless given, and `cursor`.
+
+    Raises:
+        RefusedError: The limit is out of range, or the cursor is none of ours.
+    """
+    try:
+        limit = int(query.get("limit", "50"))
+        start = int(base64.urlsafe_b64decode(query.get("cursor", "") or "MA=="))
+    except ValueError:
+        raise RefusedError("Invalid limit or cursor", param="limit") from None
+    if not 1 <= limit <= _MAX_PAGE:
+        raise RefusedError(f"limit must be between 1 and {_MAX_PAGE}", param="limit")
+    stop = start + limit
+    more = stop < len(items)
+    return {
+        key: items[start:stop],
+        "next_cursor": base64.urlsafe_b64encode(str(stop).encode()).decode() if more else None,
+        "has_more": more,
+    }
+
+
+def _refuse(status: int, code: str, message: str) -> Reply:
+    error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    return Reply(status, error, content_type="application/xml")
+
+
+def _sign(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
