@@ -95,7 +95,7 @@ def _encode(image: ImageSource, max_pixels: int | None, max_bytes: int) -> Encod
     from . import convert  # noqa: PLC0415 - loads Pillow, which most pictures don't need
 
     return convert.encode(
-        convert.decode(image, max_pixels),
+        image,
         orientation=None if header is None else header.orientation,
         max_pixels=max_pixels,
         max_bytes=max_bytes,

@@ -1,19 +1,21 @@
 """Pictures that can't be sent as they are: decoded, made plain, fitted, encoded. Loads Pillow.
 
-Every step either lets go of the GIL (in libImaging: decoding, `convert`,
-`resize`, `transpose`, `paste`, `crop`) or works on a strip, so that an event loop
-in another thread goes on. Pillow's global state is left alone.
+Every step either lets go of the GIL (as decoding, `resize`, `transpose` and
+encoding do), or works on a strip of the picture, so that an event loop in another
+thread goes on. Strips also keep memory down to the picture and its plain copy.
+Pillow's global state is left alone.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any, BinaryIO, Final, cast
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 from PIL import Image
 
@@ -28,8 +30,8 @@ _QUALITIES: Final = (
     90,
 )  # below that, fewer pixels show more than the same number of worse ones
 _MAX_JPEG_SIDE: Final = 65_500  # libjpeg's
-_STRIP_PIXELS: Final = 1 << 19  # worked on under the GIL, at a time
-_SAMPLE_PIXELS: Final = 1 << 18
+_STRIP_PIXELS: Final = 1 << 18  # worked on under the GIL, at a time
+_TILE: Final = 64  # side of the squares that are tried to tell a drawing from a photo, 24 at most
 
 # EPS is a program, and opening it would start Ghostscript; the rest need libraries
 # of which Pillow has the stub only.
@@ -45,34 +47,102 @@ _UPRIGHT: Final = {  # EXIF orientation -> what undoes it
     8: Image.Transpose.ROTATE_90,
 }
 
-_FROM_16_BITS: Final = [(value * 255 + 32767) // 65535 for value in range(65536)]
-
 # Two threads must not load the same lazily opened picture: both would move its file.
 _loading = threading.Lock()
 
 
-def decode(image: ImageSource, max_pixels: int | None) -> Image.Image:
-    """Return a picture of our own, decoded from bytes, or copied from an image or an array.
+def encode(
+    source: ImageSource,
+    *,
+    orientation: int | None,
+    max_pixels: int | None,
+    max_bytes: int,
+    may_be_png: bool,
+) -> EncodedImage:
+    """Decode a picture; make it plain, upright and small enough; encode it.
 
-    A JPEG over `max_pixels` is decoded at a half, a quarter or an eighth of its size.
+    Args:
+        source: A file's bytes, a Pillow image or an array.
+        orientation: EXIF's; None to take the one that the picture brings along.
+        max_pixels: Width times height at most.
+        max_bytes: The encoded size at most.
+        may_be_png: Whether to try PNG: not for what was a JPEG, whose artefacts
+            are not worth keeping exactly.
 
     Raises:
-        ImageError: It is none that Pillow can read, or too large. Pillow raises
-            other exceptions for what is damaged.
+        ImageError: It is nothing that Pillow can read, is too large, or not even
+            one pixel of it fits into `max_bytes`. Pillow raises other exceptions
+            for what is damaged.
     """
-    if isinstance(image, bytes):
-        opened = _open(image)
-        check_size(*opened.size)
-        if max_pixels is not None:
-            opened.draft(opened.mode, _fitted(opened.size, max_pixels))
-        opened.load()
-        return opened
-    if isinstance(image, Image.Image):
+    if isinstance(source, bytes):
+        image = _decoded(source, max_pixels)
+    elif isinstance(source, Image.Image):
+        image = source
         check_size(*image.size)
         with _loading:
-            image.load()
-        return image.copy()  # the caller's may be in use in other threads, and saving changes it
-    return _from_array(image)
+            _load(image)
+    else:
+        image = _from_array(source)
+    if orientation is None:
+        exif = image.info.get("exif")
+        orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
+    # Saving changes an image, and the caller's may be in use in other threads.
+    image = _flattened(image, copy=image is source)
+    size = _fitted(image.size, max_pixels)
+    if size != image.size:
+        image = _resized(image, size)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    image.info = {}  # Pillow would write comments and profiles from there
+    if may_be_png and _is_drawn(image):
+        data = _png(image)
+        if len(data) <= max_bytes:
+            return EncodedImage(data, "image/png", *image.size)
+    return _fitting_jpeg(image, max_bytes)
+
+
+def _decoded(data: bytes, max_pixels: int | None) -> Image.Image:
+    """Decode a file; a JPEG over `max_pixels` at a half, a quarter or an eighth of its size."""
+    image = _open(data)
+    check_size(*image.size)
+    if max_pixels is not None:
+        image.draft(image.mode, _fitted(image.size, max_pixels))
+    _load(image)
+    return image
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a lazily opened picture.
+
+    Pillow would clear the memory for the pixels under the GIL, which was seen to
+    take 40 ms for 12 megapixels. `Image.new` does it without.
+    """
+    if getattr(image, "tile", None) and image.format in ("JPEG", "PNG"):
+        image.im = Image.new(image.mode, image.size).im
+    image.load()
+
+
+def _open(data: bytes) -> Image.Image:
+    """Do what `Image.open` does, without its warnings and without `_REFUSED_FORMATS`."""
+    file = io.BytesIO(data)
+    tried = set(_REFUSED_FORMATS)
+    reason: Exception | None = None
+    for load_plugins in (Image.preinit, Image.init):  # the common ones, then all
+        load_plugins()
+        for name in Image.ID:
+            if name in tried:
+                continue
+            tried.add(name)
+            factory, accept = Image.OPEN[name]
+            file.seek(0)
+            try:
+                # A string is the reason why the plugin can't, though the format is its own.
+                if accept is None or accept(data[:16]) is True:
+                    return factory(file, "")
+            except Exception as error:  # noqa: BLE001 - plugins fail in any way on what is not theirs
+                if accept is not None:
+                    reason = reason or error
+    raise ImageError("is not a picture of a known format") from reason
 
 
 def _from_array(array: Any) -> Image.Image:
@@ -101,106 +171,68 @@ def _from_array(array: Any) -> Image.Image:
     return image
 
 
-def encode(
-    image: Image.Image,
-    *,
-    orientation: int | None,
-    max_pixels: int | None,
-    max_bytes: int,
-    may_be_png: bool,
-) -> EncodedImage:
-    """Make a picture plain, upright and small enough; encode it.
+def _flattened(image: Image.Image, *, copy: bool) -> Image.Image:
+    """Return the picture in mode RGB or L: 8 bits, sRGB, what is transparent on white.
 
     Args:
-        image: As `decode` returned it.
-        orientation: EXIF's; None to take the one that the picture brings along.
-        max_pixels: Width times height at most.
-        max_bytes: The encoded size at most.
-        may_be_png: Whether to try PNG: not for what was a JPEG, whose artefacts
-            are not worth keeping exactly.
-
-    Raises:
-        ImageError: Not even one pixel fits into `max_bytes`.
+        image: Any picture; it is not changed.
+        copy: Whether a new picture is wanted even if there is nothing to do.
     """
-    exif = image.info.get("exif")
-    if orientation is None:
-        orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
-    image = _flattened(image)
-    size = _fitted(image.size, max_pixels)
-    if size != image.size:
-        image = _resized(image, size)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    image.info = {}  # Pillow would write comments and profiles from there
-    if may_be_png and _is_drawn(image):
-        data = _png(image)
-        if len(data) <= max_bytes:
-            return EncodedImage(data, "image/png", *image.size)
-    return _fitting_jpeg(image, max_bytes)
-
-
-def _open(data: bytes) -> Image.Image:
-    """Do what `Image.open` does, without its warnings and without `_REFUSED_FORMATS`."""
-    file = io.BytesIO(data)
-    tried = set(_REFUSED_FORMATS)
-    reason: Exception | None = None
-    for load_plugins in (Image.preinit, Image.init):  # the common ones, then all
-        load_plugins()
-        for name in Image.ID:
-            if name in tried:
-                continue
-            tried.add(name)
-            factory, accept = Image.OPEN[name]
-            file.seek(0)
-            try:
-                # A string is the reason why the plugin can't, though the format is its own.
-                if accept is None or accept(data[:16]) is True:
-                    return factory(file, "")
-            except Exception as error:  # noqa: BLE001 - plugins fail in any way on what is not theirs
-                if accept is not None:
-                    reason = reason or error
-    raise ImageError("is not a picture of a known format") from reason
-
-
-def _flattened(image: Image.Image) -> Image.Image:
-    """Return the picture in mode RGB or L: 8 bits, sRGB, what is transparent on white."""
-    profile = image.info.get("icc_profile")
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _in_eight_bits(image)
+    grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
     transparent = image.has_transparency_data
-    if transparent and image.mode not in ("LA", "RGBA"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    elif image.mode in ("1", "P"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    if profile:
-        image = _in_srgb(image, profile)
-    if transparent:
-        canvas = Image.new("L" if image.mode == "LA" else "RGB", image.size, "white")
-        canvas.paste(image, mask=image)
-        return canvas
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
-
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale what has more than 8 bits a sample, as `encode_image` says. Nothing is clipped."""
-    if image.mode.startswith("I;16"):
-        key = image.info.pop("transparency", None)
-        wide = image.convert("I")
-        image = wide.point(_FROM_16_BITS, "L")
-        if isinstance(key, int):
-            image.putalpha(wide.point([255] * key + [0] + [255] * (65535 - key), "L"))
+    mode = ("L" if grey else "RGB") + ("A" if transparent else "")
+    if image.mode == "CMYK":
+        mode = "CMYK"  # until its profile is applied
+    to_srgb = _to_srgb(image.info.get("icc_profile"), mode)
+    if image.mode == mode[:3] and not (copy or transparent or to_srgb):
         return image
+    to_bytes = _to_bytes(image)
+    flat = Image.new("L" if grey else "RGB", image.size, "white")
+    for top, bottom in _strips(*image.size):
+        strip = image.crop((0, top, image.width, bottom))
+        if to_bytes is not None:
+            strip = to_bytes(strip)
+        if strip.mode != mode:
+            strip = strip.convert(mode)
+        if to_srgb is not None:
+            strip = to_srgb(strip)
+        flat.paste(strip, (0, top), strip if transparent else None)
+    return flat
+
+
+_Step: TypeAlias = Callable[[Image.Image], Image.Image]
+
+
+def _to_bytes(image: Image.Image) -> _Step | None:
+    """Return what scales samples of more than 8 bits, as `encode_image` says, without clipping."""
+    if image.mode.startswith("I;16"):
+        return _from_16_bits
+    if image.mode not in ("I", "F"):
+        return None
     low, high = _extrema(image)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError("has pixels that are not finite numbers")
-    if low >= 0 and image.mode == "I" and 255 < high <= 65535:
-        return image.point(_FROM_16_BITS, "L")
-    scale, offset = 255 / ((high - low) or 1), -low
-    if low >= 0 and high <= 255:
-        scale, offset = 255 if image.mode == "F" and high <= 1 else 1, 0
+    if low < 0 or high > (65535 if image.mode == "I" else 255):
+        scale, offset = 255 / ((high - low) or 1), low
+    elif image.mode == "F":
+        scale, offset = (255, 0) if high <= 1 else (1, 0)
+    else:
+        scale, offset = (1 / 257, 0) if high > 255 else (1, 0)
+    return lambda strip: _scaled(strip.convert("F"), scale, offset)
+
+
+def _from_16_bits(strip: Image.Image) -> Image.Image:
+    wide = strip.convert("I")  # of the kinds of I;16, some convert to nothing else
+    grey = _scaled(wide.convert("F"), 1 / 257, 0)
+    key = grey.info.pop("transparency", None)  # a PNG's colour that stands for nothing
+    if isinstance(key, int):
+        grey.putalpha(wide.point([255] * key + [0] + [255] * (65535 - key), "L"))
+    return grey
+
+
+def _scaled(strip: Image.Image, scale: float, offset: float) -> Image.Image:
     # Conversion to L cuts the fraction off; half a step makes that rounding.
-    scaled = image.convert("F").point(lambda value: value * scale + (offset * scale + 0.5))
-    return scaled.convert("L")
+    return strip.point(lambda value: value * scale + (0.5 - offset * scale)).convert("L")
 
 
 def _extrema(image: Image.Image) -> tuple[float, float]:
@@ -210,25 +242,23 @@ def _extrema(image: Image.Image) -> tuple[float, float]:
     return min(low for low, _ in found), max(high for _, high in found)
 
 
-def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert from the colours of an ICC profile; return the same picture if it is of no use."""
+def _to_srgb(profile: bytes | None, mode: str) -> _Step | None:
+    """Return what converts from the colours of an ICC profile, if it is of any use."""
+    if not profile or mode == "LA":
+        return None
     from PIL import ImageCms  # noqa: PLC0415 - few pictures need it
 
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(source):
-            return image
-        converted = ImageCms.profileToProfile(
-            image,
-            source,
-            ImageCms.createProfile("sRGB"),
-            outputMode="RGBA" if image.mode == "RGBA" else "RGB",
+            return None
+        target = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(
+            source, target, mode, "RGBA" if mode == "RGBA" else "RGB"
         )
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return image
-    if converted is None:
-        return image
-    return converted.convert("L") if image.mode == "L" else converted
+        return None
+    return transform.apply
 
 
 def _fitted(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
@@ -263,20 +293,21 @@ def _strips(width: int, height: int) -> Iterator[tuple[int, int]]:
 def _is_drawn(image: Image.Image) -> bool:
     """Tell a drawing or a screenshot from a photo: it is smaller as PNG. Tried on a sample."""
     width, height = image.size
-    bands = 8
-    rows = max(16, _SAMPLE_PIXELS // (width * bands))
-    if rows * bands < height:
-        sample = Image.new(image.mode, (width, rows * bands))
-        for band in range(bands):
-            top = band * (height - rows) // (bands - 1)
-            sample.paste(image.crop((0, top, width, top + rows)), (0, band * rows))
+    across, down = min(4, -(-width // _TILE)), min(6, -(-height // _TILE))
+    if width * height > across * down * _TILE**2:
+        sample = Image.new(image.mode, (across * _TILE, down * _TILE))
+        for row, column in itertools.product(range(down), range(across)):
+            left = column * (width - _TILE) // max(1, across - 1)
+            top = row * (height - _TILE) // max(1, down - 1)
+            tile = image.crop((left, top, left + _TILE, top + _TILE))
+            sample.paste(tile, (column * _TILE, row * _TILE))
         image = sample
-    return len(_png(image)) < len(_jpeg(image, _QUALITIES[0]))
+    return len(_png(image, level=3)) < len(_jpeg(image, _QUALITIES[0]))
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: Image.Image, *, level: int = 6) -> bytes:
     file = io.BytesIO()  # the compressor lets go of the GIL by itself
-    image.save(file, "PNG")
+    image.save(file, "PNG", compress_level=level)
     return file.getvalue()
 
 

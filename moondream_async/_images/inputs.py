@@ -114,13 +114,9 @@ def _from_path(path: str | os.PathLike[Any]) -> bytes:
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("is not a regular file")
-            _check_size(status.st_size)
-            return file.read(status.st_size)
+            return _from_regular_file(file)
     except ImageError:
-        raise  # a ValueError too
+        raise  # it is a ValueError too
     except FileNotFoundError as error:
         raise ImageError("does not exist") from error
     except IsADirectoryError as error:
@@ -130,6 +126,14 @@ def _from_path(path: str | os.PathLike[Any]) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"can't be opened: {reason}") from error
+
+
+def _from_regular_file(file: BinaryIO) -> bytes:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("is not a regular file")
+    _check_size(status.st_size)
+    return file.read(status.st_size)  # and no more, should it grow meanwhile
 
 
 def _from_file(file: Any) -> bytes:
