@@ -1,0 +1,100 @@
+"""The program: its commands, and what becomes of an error that one of them raises.
+
+Every error is one line on stderr. typer's own way to end a program would print
+several, so commands are invoked here without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from moondream_async._version import __version__
+from moondream_async.errors import MoondreamError
+
+from . import demo, serve, skills
+from ._options import UsageError
+from ._output import one_line
+
+NAME = "moondream-async"
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # help without boxes: it is piped, searched and read in narrow windows
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (demo.demo, skills.caption, skills.query, serve.serve):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer passes it like this
+    if wanted:
+        typer.echo(f"{NAME} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Ask Moondream about pictures, and read the answers as they are written.
+
+    The API key is taken from the environment variable MOONDREAM_API_KEY. A server
+    other than Moondream Cloud is named with --endpoint or MOONDREAM_ENDPOINT, and
+    may need no key.
+
+    To see it work without either: moondream-async demo
+    """
+
+
+def run(args: Sequence[str]) -> int:
+    """Run a command line, or the help where it is empty; return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal can't show is no failure
+    command = typer.main.get_command(app)
+    status = 0
+    try:
+        with command.make_context(NAME, list(args) or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        status = end.exit_code
+    except UsageError as error:
+        path = NAME if error.ctx is None else error.ctx.command_path
+        _complain(f"{error.format_message().rstrip('.')} (see {path} --help)")
+        status = 2
+    except MoondreamError as error:
+        _complain(str(error))
+        status = 1
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130  # 128 and the number of SIGINT, as shells have it
+    except BrokenPipeError:
+        _abandon_stdout()
+        status = 141  # likewise of SIGPIPE, which ends other programs in this place
+    except OSError as error:
+        _abandon_stdout()
+        _complain(str(error))
+        status = 1
+    return status
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # with stderr closed, the exit status has to say it
+        typer.echo(f"{NAME}: {one_line(message)}", err=True)
+
+
+def _abandon_stdout() -> None:
+    """Let what can't be written go nowhere, or the interpreter would complain of it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

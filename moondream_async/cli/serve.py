@@ -1,0 +1,107 @@
+"""The command ``serve``: the simulator, for other programs to talk to."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moondream_async.errors import MoondreamError
+
+from ._options import UsageError
+from ._session import run
+
+if TYPE_CHECKING:
+    from moondream_async.simulator import Simulator
+
+# The simulator's own list of them can't be had without aiohttp, which --help does without.
+Dialect = Literal["cloud", "kestrel", "station", "old"]
+
+
+def serve(
+    context: typer.Context,
+    *,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(metavar="PORT", min=0, max=65535, help="Where to listen; 0 is any free port."),
+    ] = 2020,
+    rate: Annotated[
+        float,
+        typer.Option(metavar="TOKENS_PER_SECOND", min=0, help="Its pace; 0 is without pauses."),
+    ] = 30,
+    dialect: Annotated[Dialect, typer.Option(help="Which server it speaks like.")] = "cloud",
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FAULT",
+            help="What goes wrong with the next request, as stall=3, or with more of them, as "
+            "status=429,times=2. May be given several times. '--fault help' lists all there are.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="The only key to let in, any word of yours. Only as cloud."
+        ),
+    ] = None,
+) -> None:
+    """Run a server that speaks the Moondream API, until Ctrl-C.
+
+    It runs no model: it describes what it can measure in the picture that it is
+    sent, in the same words each time. It is there for trials and tests.
+    """
+    if api_key is not None and dialect != "cloud":
+        raise UsageError(f"'--api-key' has no effect with '--dialect {dialect}'", context)
+    from moondream_async.simulator import Fault, describe_faults  # noqa: PLC0415 - loads aiohttp
+    from moondream_async.simulator import serve as serve_simulator  # noqa: PLC0415 - likewise
+
+    if fault and "help" in fault:
+        typer.echo(describe_faults())
+        return
+    try:
+        faults = [Fault.parse(text) for text in fault or ()]
+    except ValueError as error:
+        raise UsageError(f"Invalid value for '--fault': {error}", context) from error
+    serving = serve_simulator(
+        host,
+        port,
+        dialect=dialect,
+        rate=rate,
+        api_key=api_key,
+        faults=faults,
+        on_listening=partial(_announce, needs_key=api_key is not None),
+    )
+    try:
+        run(serving)
+    except BrokenPipeError:  # nobody reads the announcement: that is not about listening
+        raise
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host that can't be a name
+        errno = getattr(error, "errno", None) or 0
+        # The system's words: asyncio puts the address in front, once more.
+        reason = os.strerror(errno) if errno > 0 else str(error)
+        raise MoondreamError(f"Can't listen on {host}:{port}: {reason}") from error
+
+
+def _announce(simulator: Simulator, *, needs_key: bool) -> None:
+    from moondream_async.simulator import SAMPLE_IMAGE  # noqa: PLC0415 - loads aiohttp
+
+    picture = shlex.quote(str(SAMPLE_IMAGE))
+    key = """ -H "X-Moondream-Auth: $MOONDREAM_API_KEY\"""" if needs_key else ""
+    # printf is part of the shell: a picture of any size goes through it, as it would not
+    # through an argument of curl.
+    body = """'{"stream": true, "image_url": "data:image/jpeg;base64,%s"}'"""
+    curl = f"curl -N {simulator.endpoint}/caption -H 'Content-Type: application/json'{key} -d @-"
+    lines = [
+        f"Listening on {simulator.endpoint} until Ctrl-C. No model runs here.",
+        "",
+        "For the other commands, and for Python:",
+        f"export MOONDREAM_ENDPOINT={simulator.endpoint}",
+        "",
+        "With curl:",
+        f"""printf {body} "$(base64 < {picture} | tr -d '\\n')" | {curl}""",
+    ]
+    typer.echo("\n".join(lines))
