@@ -888,6 +888,154 @@ async def test_batches_are_listed_in_pages_newest_first():
             assert (await call(simulator, "GET", f"/batch?{wrong}"))[0] == 400
 
 
+# Tuning
+
+
+async def tune(simulator, method, path, body=None):
+    return await call(simulator, method, f"/tuning{path}", json=body)
+
+
+async def create(simulator, name="mine", rank=8):
+    status, body = await tune(simulator, "POST", "/finetunes", {"name": name, "rank": rank})
+    assert status == 200
+    return body["finetune_id"]
+
+
+@in_loop
+async def test_finetune_is_created_once_per_name():
+    async with Simulator() as simulator:
+        made = await create(simulator)
+        assert await create(simulator) == made
+        status, body = await tune(simulator, "POST", "/finetunes", {"name": "mine", "rank": 16})
+        assert (status, body["error"]["type"]) == (409, "conflict")
+        for wrong in ({"name": "a b", "rank": 8}, {"name": "a", "rank": 9}, {"name": "a"}):
+            assert (await tune(simulator, "POST", "/finetunes", wrong))[0] == 400
+        status, body = await tune(simulator, "GET", f"/finetunes/{made}")
+        assert body["finetune"].items() >= {"finetune_id": made, "name": "mine", "rank": 8}.items()
+        assert await tune(simulator, "DELETE", f"/finetunes/{made}") == (200, {"ok": True})
+        for method in ("GET", "DELETE"):
+            assert (await tune(simulator, method, f"/finetunes/{made}"))[0] == 404
+
+
+@in_loop
+async def test_finetunes_are_listed_in_pages_oldest_first():
+    async with Simulator() as simulator:
+        made = [await create(simulator, f"ft-{number}") for number in range(21)]
+        _, first = await tune(simulator, "GET", "/finetunes")
+        _, rest = await tune(simulator, "GET", f"/finetunes?cursor={first['next_cursor']}")
+    listed = [finetune["finetune_id"] for page in (first, rest) for finetune in page["finetunes"]]
+    assert listed == made
+    assert (first["has_more"], rest["has_more"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("request_body", "truth"),
+    [
+        ({"skill": "detect", "object": "red"}, {"boxes": [LARGE_RED, SMALL_RED]}),
+        (
+            {"skill": "point", "object": "red"},
+            {"points": [{"x": 0.7, "y": 0.7}, {"x": 0.2, "y": 0.2}]},
+        ),
+        ({"skill": "point", "object": "red"}, {"boxes": [LARGE_RED, SMALL_RED]}),
+    ],
+    ids=["detect", "point", "point-in-box"],
+)
+@in_loop
+async def test_rollouts_are_rewarded_by_the_ground_truth(request_body, truth):
+    request_body = {**request_body, "image_url": SQUARES}
+    async with Simulator() as simulator:
+        body = {
+            "finetune_id": await create(simulator),
+            "num_rollouts": 16,
+            "request": request_body,
+            "ground_truth": truth,
+        }
+        _, answer = await tune(simulator, "POST", "/rollouts", body)
+        _, plain = await post(simulator, f"/{request_body['skill']}", request_body)
+    rewards = answer["rewards"]
+    assert answer["request"] == request_body
+    assert len(answer["rollouts"]) == len(rewards) == 16
+    assert rewards[0] > 0.9
+    assert rewards == sorted(rewards, reverse=True), "each is a little worse"
+    assert rewards[-1] <= 0.5
+    first = answer["rollouts"][0]
+    assert first["output"].items() <= plain.items()
+    assert first.keys() >= {"skill", "finish_reason", "answer_tokens", "thinking_tokens", "coords"}
+
+
+@pytest.mark.parametrize(("temperature", "kinds"), [(1.0, 3), (0, 1)])
+@in_loop
+async def test_query_rollouts_differ_unless_the_temperature_is_zero(temperature, kinds):
+    request = {**QUERY, "skill": "query", "settings": {"temperature": temperature}}
+    async with Simulator() as simulator:
+        body = {"finetune_id": await create(simulator), "num_rollouts": 3, "request": request}
+        _, answer = await tune(simulator, "POST", "/rollouts", body)
+        told = await tune(simulator, "POST", "/rollouts", {**body, "ground_truth": {}})
+        wrong = await tune(
+            simulator, "POST", "/rollouts", {**body, "request": {"skill": "caption"}}
+        )
+    assert answer["rewards"] is None
+    assert len({rollout["output"]["answer"] for rollout in answer["rollouts"]}) == kinds
+    assert told[0] == wrong[0] == 400
+
+
+@in_loop
+async def test_train_steps_are_counted():
+    group = {"request": {}, "rollouts": [{}, {}], "rewards": [1.0, 0.0]}
+    targets = {"mode": "sft", "request": {}, "targets": [{"answer": "red"}]}
+    async with Simulator() as simulator:
+        finetune = await create(simulator)
+
+        async def train(*groups):
+            body = {"finetune_id": finetune, "groups": groups, "lr": 1e-3}
+            return await tune(simulator, "POST", "/train_step", body)
+
+        _, first = await train(group)
+        _, second = await train({**group, "mode": "rl"}, targets)
+        for wrong in ([], [{**group, "rewards": [1.0]}], [{**targets, "targets": []}]):
+            assert (await train(*wrong))[0] == 400
+    assert (first["step"], first["applied"]) == (1, True)
+    assert (first["reward_mean"], first["reward_std"]) == (0.5, 0.5)
+    assert first["sft_loss"] is None
+    assert (second["step"], second["sft_loss"]) == (2, 0.5)
+
+
+@in_loop
+async def test_checkpoints_are_saved_listed_downloaded_and_deleted():
+    group = {"request": {}, "rollouts": [{}], "rewards": [1.0]}
+    async with Simulator() as simulator:
+        finetune = await create(simulator)
+        path = f"/finetunes/{finetune}/checkpoints"
+        assert (await tune(simulator, "POST", f"{path}/save"))[0] == 404, "nothing to save yet"
+        for step in (1, 2):
+            body = {"finetune_id": finetune, "groups": [group]}
+            await tune(simulator, "POST", "/train_step", body)
+            _, saved = await tune(simulator, "POST", f"{path}/save")
+            _, again = await tune(simulator, "POST", f"{path}/save")
+            assert saved == again
+            assert saved["checkpoint"]["step"] == step
+        _, listed = await tune(simulator, "GET", f"{path}?limit=1")
+        assert [checkpoint["step"] for checkpoint in listed["checkpoints"]] == [1]
+        assert listed["has_more"]
+        _, answer = await tune(simulator, "GET", f"{path}/2/download")
+        assert answer["expires_in"] == 3600
+        assert (await download(answer["url"]))[0] == 200
+        assert await tune(simulator, "DELETE", f"{path}/2") == (200, {"ok": True})
+        assert (await tune(simulator, "DELETE", f"{path}/2"))[0] == 410
+        assert (await tune(simulator, "GET", f"{path}/2/download"))[0] == 410
+        assert (await tune(simulator, "GET", f"{path}/9/download"))[0] == 404
+
+
+@in_loop
+async def test_metrics_of_a_finetune_are_taken():
+    async with Simulator() as simulator:
+        path = f"/finetunes/{await create(simulator)}/metrics"
+        body = {"step": 1, "metrics": {"accuracy": 0.5}}
+        assert await tune(simulator, "POST", path, body) == (200, {"ok": True})
+        assert (await tune(simulator, "POST", path, {"step": 1, "metrics": {"a": "b"}}))[0] == 400
+        assert (await tune(simulator, "POST", "/finetunes/none/metrics", body))[0] == 404
+
+
 # Errors
 
 CUT_SAMPLE = SAMPLE.partition(",")[2][:8000]

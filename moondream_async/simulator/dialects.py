@@ -177,6 +177,9 @@ class Cloud(Dialect):
         """Return the status and the body for an error."""
         kind = {
             401: "authentication_error",
+            404: "not_found",
+            409: "conflict",
+            410: "gone",
             413: "payload_too_large",
             429: "rate_limit_exceeded",
         }.get(status, "invalid_request" if status < 500 else "server_error")

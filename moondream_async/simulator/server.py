@@ -25,6 +25,7 @@ from .gallery import Gallery
 from .received import Connections, ReceivedRequest
 from .steps import Auth, Event, HangUp, Reply, Route, Step, Steps, Wait
 from .storage import Storage
+from .tuning import Tuning
 from .validation import RefusedError
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ class Simulator:
             storage = Storage()
             routes += Chat(self.dialect, gallery).routes()
             routes += Batches(self.dialect, gallery, storage).routes()
+            routes += Tuning(self.dialect, gallery, storage).routes()
             routes += storage.routes()
         return routes
 

@@ -45,19 +45,20 @@ class Storage:
         return Reply(body=self._files[name], content_type="application/octet-stream")
 
 
-def take_page(key: str, items: list[Body], query: Mapping[str, str]) -> Body:
+def take_page(key: str, items: list[Body], query: Mapping[str, str], *, default: int = 50) -> Body:
     """Return the page of a list that a query asks for, as the API sends it.
 
     Args:
         key: The field that the items go into.
         items: All of them, in order.
-        query: `limit`, 1 to 100 and 50 unless given, and `cursor`.
+        query: `limit`, 1 to 100, and `cursor`.
+        default: The limit where none is given.
 
     Raises:
         RefusedError: The limit is out of range, or the cursor is none of ours.
     """
     try:
-        limit = int(query.get("limit", "50"))
+        limit = int(query.get("limit", default))
         start = int(base64.urlsafe_b64decode(query.get("cursor", "") or "MA=="))
     except ValueError:
         raise RefusedError("Invalid limit or cursor", param="limit") from None
