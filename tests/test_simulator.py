@@ -1525,6 +1525,7 @@ async def test_connection_is_closed_in_place_of_an_answer(fault):
     [
         ("kestrel", 503, {"error": "Simulated error 503"}),
         ("station", 503, {"detail": "Inference service not running"}),
+        ("station", 404, {"error": "Simulated error 404", "status": "error"}),
         ("old", 400, {"error": "Simulated error 400"}),
     ],
 )
@@ -1563,9 +1564,13 @@ def test_fault_with_times_always_strikes_every_request():
         ("", "no fault in ''; known are"),
         ("times=2", "no fault in"),
         ("cut", "fault 'cut' is written cut=N"),
-        ("cut=x", "fault cut takes cut=N, not cut=x"),
+        ("cut=x", "fault cut is written cut=N, not cut=x"),
+        ("cut=-1", "fault cut is written cut=N"),
+        ("html=x", "fault html is written html[=CODE], not html=x"),
+        ("hang_up=now", "fault hang_up is written hang_up[=reset]"),
+        ("cut=1,times=0", "fault times is written times=N"),
         ("json=1", "fault 'json=1' is written json"),
-        ("cut=1,times=x", "fault times takes"),
+        ("cut=1,times=x", "fault times is written times=N, not times=x"),
     ],
 )
 def test_text_that_is_no_fault_is_refused_clearly(text, message):

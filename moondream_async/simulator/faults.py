@@ -51,13 +51,33 @@ OPTIONS = {
 _Function = Callable[..., Any]
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _reset_only(text: str) -> str:
+    if text != "reset":
+        raise ValueError
+    return text
+
+
 def _effect(
     kind: Kind,
     name: str,
     help: str,  # noqa: A002 - argparse's and typer's word for it
     *,
     value: str = "",
-    parse: Callable[[str], Any] = int,
+    parse: Callable[[str], Any] = _count,
     default: Any = _REQUIRED,
 ) -> Callable[[_Function], _Function]:
     def register(function: _Function) -> _Function:
@@ -84,7 +104,11 @@ def _reject(_: None) -> Reply:
 
 
 @_effect(
-    "instead", "redirect", "redirects there, with 307 unless told", value="[CODE:]URL", parse=str
+    "instead",
+    "redirect",
+    "redirects there with status 307, or to CODE:URL with another",
+    value="URL",
+    parse=str,
 )
 def _redirect(target: str) -> Reply:
     code, colon, url = target.partition(":")
@@ -102,7 +126,7 @@ def _slow_start(seconds: float) -> Step:
     "hang_up",
     "closes the connection instead of answering",
     value="[reset]",
-    parse=str,
+    parse=_reset_only,
     default="",
 )
 def _hang_up(how: str) -> Step:
@@ -254,18 +278,17 @@ class Fault(msgspec.Struct, frozen=True):
         for part in filter(None, text.split(",")):
             name, equals, value = (piece.strip() for piece in part.partition("="))
             if name == "times":
-                options[name] = None if value == "always" else _read(name, "N", int, value)
+                options[name] = None if value == "always" else _read(name, "=N", _positive, value)
             elif name in OPTIONS:
                 options[name] = value
             elif name in EFFECTS:
                 effect = EFFECTS[name]
                 if equals and effect.value:
-                    effects.append((name, _read(name, effect.value, effect.parse, value)))
+                    effects.append((name, _read(name, _usage(effect), effect.parse, value)))
                 elif effect.default is not _REQUIRED and not equals:
                     effects.append((name, effect.default))
                 else:
-                    usage = f"{name}={effect.value}" if effect.value else name
-                    raise ValueError(f"fault {part!r} is written {usage}")
+                    raise ValueError(f"fault {part!r} is written {name}{_usage(effect)}")
             else:
                 raise ValueError(f"unknown fault {name!r}; known are {_list_effects()}")
         if not effects:
@@ -350,20 +373,24 @@ class FaultQueue:
 
 def describe_faults() -> str:
     """Return a line on each effect and option, for a help text."""
-    lines = [
-        (f"{effect.name}={effect.value}" if effect.value else effect.name, effect.help)
-        for effect in EFFECTS.values()
-    ]
+    lines = [(effect.name + _usage(effect), effect.help) for effect in EFFECTS.values()]
     lines += [(name, f"option, {text}") for name, text in OPTIONS.items()]
     width = max(len(usage) for usage, _ in lines)
     return "\n".join(f"{usage:<{width}}  {text}" for usage, text in lines)
 
 
-def _read(name: str, kind: str, parse: Callable[[str], Any], value: str) -> Any:
+def _usage(effect: Effect) -> str:
+    """Return how the value is written: ``=N``, ``[=CODE]`` where it may be left out, or nothing."""
+    if effect.value.startswith("["):
+        return f"[={effect.value.strip('[]')}]"
+    return f"={effect.value}" if effect.value else ""
+
+
+def _read(name: str, usage: str, parse: Callable[[str], Any], value: str) -> Any:
     try:
         return parse(value)
     except ValueError:
-        raise ValueError(f"fault {name} takes {name}={kind}, not {name}={value}") from None
+        raise ValueError(f"fault {name} is written {name}{usage}, not {name}={value}") from None
 
 
 def _list_effects() -> str:

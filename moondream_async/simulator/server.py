@@ -338,7 +338,7 @@ class Simulator:
     ) -> web.Response:
         status, body, content_type = reply.status, reply.body, reply.content_type
         if body is None:
-            status, body = self.dialect.error(status, f"Simulated error {status}")
+            _, body = self.dialect.error(status, f"Simulated error {status}")
         if isinstance(body, dict):
             body, content_type = msgspec.json.encode(body), "application/json"
         elif isinstance(body, str):
