@@ -462,8 +462,9 @@ class _Upload(aiohttp.payload.Payload):
 
     async def write(self, writer: Any) -> None:
         transport = writer.transport
-        self.reused = transport in self._used
-        self._used.add(transport)
+        if transport is not None:  # else it is lost already, and the first write says so
+            self.reused = transport in self._used
+            self._used.add(transport)
         self._on_send()
         if self._size is not None and self._size <= _SMALL_BODY_BYTES:
             await writer.write(b"".join(self._pieces()))
@@ -513,9 +514,14 @@ def _follow(method: str, url: URL, status: int, location: str) -> URL:
 def _is_disconnect(error: BaseException) -> bool:
     if isinstance(error, aiohttp.ClientConnectorError):
         return False
-    return isinstance(
-        error, (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError)
-    ) or (isinstance(error, OSError) and error.errno in (errno.ECONNRESET, errno.EPIPE))
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return True
+    # What a read raises, and what a write raises, wrapped by aiohttp and mostly without errno.
+    return any(
+        isinstance(each, ConnectionError)
+        or (isinstance(each, OSError) and each.errno in (errno.ECONNRESET, errno.EPIPE))
+        for each in (error, error.__cause__)
+    )
 
 
 def _translate(error: BaseException, url: URL) -> MoondreamError:

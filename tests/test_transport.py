@@ -1,0 +1,421 @@
+"""Bytes on real sockets: flow control, cut connections, kept connections, redirects."""
+
+import asyncio
+import contextlib
+import ssl
+import tracemalloc
+
+import pytest
+import trustme
+from raw_server import (
+    ANSWER,
+    DONE,
+    EVENT_STREAM,
+    EVENTS,
+    STREAM,
+    STREAM_HEAD,
+    TEXT,
+    RawServer,
+    answer,
+    answer_all,
+    event,
+    head,
+    in_chunks,
+    whole,
+)
+
+import moondream_async as md
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
+
+
+def client_of(server, **options):
+    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
+
+
+async def collect(stream, pieces):
+    """Read to the end, or to what is raised there."""
+    async for piece in stream:
+        pieces.append(piece)
+
+
+async def rounds(count=100):
+    """Let everything run that can run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+# -- flow control ---------------------------------------------------------------------
+
+PIECE = "x" * 4000
+BOUND = 16_000_000  # the kernel's buffers of both sides, at the most that Linux sets by itself
+
+
+async def talk_without_end(peer):
+    await peer.request()
+    await peer.send(STREAM_HEAD)
+    chunk = in_chunks(event(PIECE), end=False)
+    while True:
+        await peer.send(chunk)
+
+
+async def leveled_off(peer):
+    """Wait until the server can send no more; return how much it has sent."""
+    sent = -1
+    while sent != peer.bytes_sent:
+        sent = peer.bytes_sent
+        await rounds(1000)
+    return sent
+
+
+async def test_reader_that_stops_stops_the_server():
+    async with RawServer(talk_without_end) as server, client_of(server) as client:
+        stream = await client.caption(IMAGE, stream=True)
+        assert await anext(stream) == PIECE
+        (peer,) = server.peers
+        first = await leveled_off(peer)
+        print(f"sent to a reader that stopped: {first:,} bytes")  # noqa: T201 - a figure, with -s
+        assert first < BOUND
+        read = 0
+        while peer.bytes_sent == first:  # and reading on lets it go on
+            read += len(await anext(stream))
+            await asyncio.sleep(0)
+        assert read < first + BOUND
+        assert await leveled_off(peer) - first < BOUND
+        await stream.aclose()
+        await server.until_idle()
+
+
+async def test_memory_is_flat_however_much_the_server_has_to_say():
+    async with RawServer(talk_without_end) as server, client_of(server) as client:
+        stream = await client.caption(IMAGE, stream=True)
+        await anext(stream)
+        await leveled_off(server.peers[0])
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                while True:  # all that the kernel holds goes through the client
+                    before = server.peers[0].bytes_sent
+                    await anext(stream)
+                    stream._text.clear()  # the answer itself is kept, as promised
+                    if server.peers[0].bytes_sent > before:
+                        break
+                await leveled_off(server.peers[0])
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 2_000_000
+        await stream.aclose()
+
+
+async def test_slow_reader_gets_the_whole_answer():
+    pieces = [f"{number} " + PIECE for number in range(2000)]
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        for piece in pieces:
+            await peer.send(in_chunks(event(piece), end=False))
+        await peer.send(in_chunks(DONE))
+        await peer.until_gone()
+
+    async with RawServer(play) as server, client_of(server) as client:
+        stream = await client.caption(IMAGE, stream=True)
+        got = []
+        async for piece in stream:
+            got.append(piece)
+            if len(got) % 500 == 1:
+                await leveled_off(server.peers[0])
+        assert got == pieces
+        assert stream.completed
+
+
+# -- cuts -----------------------------------------------------------------------------
+
+HALF = event("never seen")[:15]
+LENGTH = len(b"".join(EVENTS))
+TOO_LONG = head(EVENT_STREAM, f"Content-Length: {LENGTH + 40}")
+TOO_SHORT = head(EVENT_STREAM, f"Content-Length: {LENGTH}")
+INSIDE = head(EVENT_STREAM, f"Content-Length: {LENGTH + len(HALF)}")
+
+# The head, what follows piece by piece, and whether the connection is reset.
+CUTS = {
+    "closed": (STREAM_HEAD, [in_chunks(each, end=False) for each in EVENTS], False),
+    "reset": (STREAM_HEAD, [in_chunks(each, end=False) for each in EVENTS], True),
+    "clean": (STREAM_HEAD, [*[in_chunks(each, end=False) for each in EVENTS], in_chunks()], False),
+    "no-length-closed": (head(EVENT_STREAM), EVENTS, False),
+    "no-length-reset": (head(EVENT_STREAM), EVENTS, True),
+    "http-1.0": (head(EVENT_STREAM, version="HTTP/1.0"), EVENTS, False),
+    "length-too-long": (TOO_LONG, EVENTS, False),
+    "length-too-long-reset": (TOO_LONG, EVENTS, True),
+    "length-too-short": (TOO_SHORT, EVENTS, False),
+    "length-inside-an-event": (INSIDE, [*EVENTS, HALF], False),
+    "inside-an-event": (STREAM_HEAD, [in_chunks(*EVENTS, HALF, end=False)], False),
+    "inside-an-event-reset": (STREAM_HEAD, [in_chunks(*EVENTS, HALF, end=False)], True),
+    "inside-an-event-clean": (STREAM_HEAD, [in_chunks(*EVENTS, HALF)], False),
+    "inside-a-chunk": (STREAM_HEAD, [in_chunks(*EVENTS, end=False), b"100\r\n" + HALF], False),
+    "inside-a-chunk-reset": (STREAM_HEAD, [in_chunks(*EVENTS, end=False), b"100\r\n" + HALF], True),
+    "inside-a-chunk-size": (STREAM_HEAD, [in_chunks(*EVENTS, end=False), b"10"], False),
+    "after-a-chunk": (STREAM_HEAD, [in_chunks(*EVENTS, end=False)[:-2]], False),
+}
+
+
+def play_cut(cut, *, in_one_packet):
+    start, pieces, reset = CUTS[cut]
+
+    async def play(peer):
+        await peer.request()
+        if in_one_packet:
+            await peer.send(b"".join([start, *pieces]))
+        else:
+            for piece in (start, *pieces):
+                await peer.send(piece)
+                await rounds(10)
+        if reset:
+            peer.reset()
+
+    return play
+
+
+@pytest.mark.parametrize("reader", ["quick", "slow"])
+@pytest.mark.parametrize("in_one_packet", [False, True], ids=["packets", "packet"])
+@pytest.mark.parametrize("cut", CUTS)
+async def test_stream_cut_before_completed_raises_with_the_text_so_far(cut, in_one_packet, reader):
+    async with (
+        RawServer(play_cut(cut, in_one_packet=in_one_packet)) as server,
+        client_of(server) as client,
+    ):
+        for _ in range(20):
+            stream = await client.caption(IMAGE, stream=True)
+            pieces = [await anext(stream)]
+            if reader == "slow":
+                await server.until_idle()
+                await rounds()
+            with pytest.raises(md.StreamInterruptedError) as caught:
+                await collect(stream, pieces)
+            assert caught.value.partial == stream.text_so_far == "".join(pieces) == TEXT
+            assert not stream.completed
+            with pytest.raises(md.StreamInterruptedError):
+                await anext(stream)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_text_of_a_stream_that_was_cut_is_kept_for_who_reads_it_in_one(cut):
+    async with (
+        RawServer(play_cut(cut, in_one_packet=True)) as server,
+        client_of(server) as client,
+    ):
+        async with client.caption(IMAGE, stream=True) as stream:
+            with pytest.raises(md.StreamInterruptedError) as caught:
+                await stream.text()
+            assert caught.value.partial == TEXT
+        assert stream.text_so_far == TEXT
+
+
+# -- kept connections -----------------------------------------------------------------
+
+
+def answer_once(*, reset):
+    """Answer one request, and close the connection just as the next arrives on it."""
+
+    async def play(peer):
+        await answer(peer)
+        await peer.next_byte()
+        if reset:
+            peer.reset()
+
+    return play
+
+
+@pytest.mark.parametrize("image", [IMAGE, BIG_IMAGE], ids=["small", "big"])
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+async def test_request_that_meets_a_connection_just_closed_goes_again_uncounted(reset, image):
+    calls = 300 if image is IMAGE else 30
+    async with RawServer(answer_once(reset=reset)) as server, client_of(server) as client:
+        for number in range(calls):
+            if number % 2:
+                assert await (await client.caption(image, stream=True)).text() == TEXT
+            else:
+                assert (await client.caption(image)).caption == TEXT
+        assert len(server.requests) == calls
+        assert len(server.peers) == calls
+
+
+async def test_request_goes_again_past_as_many_closed_connections_as_were_kept():
+    async with RawServer(answer_once(reset=False)) as server, client_of(server) as client:
+        await asyncio.gather(*[client.caption(IMAGE) for _ in range(8)])
+        kept = len(server.peers)
+        assert (await client.caption(IMAGE)).caption == TEXT
+        assert len(server.peers) == kept + 1
+
+
+async def test_new_connection_that_is_closed_without_an_answer_is_a_failure():
+    async def play(peer):
+        await peer.request()
+
+    async with RawServer(play) as server, client_of(server) as client:
+        with pytest.raises(md.APIConnectionError, match="lost"):
+            await client.caption(IMAGE)
+        assert len(server.peers) == 1
+
+
+async def test_connection_that_the_server_closed_while_idle_is_replaced():
+    async with RawServer(answer) as server, client_of(server) as client:
+        for _ in range(50):
+            await client.caption(IMAGE)
+            await server.until_idle()
+            await rounds(10)
+        assert len(server.peers) == 50
+
+
+async def test_unread_rest_of_an_answer_does_not_get_into_the_next():
+    async def play(peer):
+        while True:
+            await peer.request()
+            await peer.send(whole(ANSWER) + whole({"caption": "of nobody"}))
+
+    async with RawServer(play) as server, client_of(server) as client:
+        for _ in range(5):
+            assert (await client.caption(IMAGE)).caption == TEXT
+
+
+async def test_big_picture_arrives_whole():
+    async with RawServer(answer_all) as server, client_of(server) as client:
+        await client.caption(BIG_IMAGE)
+        (request,) = server.requests
+        assert int(request.headers["content-length"]) == len(request.body)
+        assert len(request.json["image_url"]) == len("data:image/jpeg;base64,") + 4_000_004
+
+
+# -- redirects ------------------------------------------------------------------------
+
+
+def redirect(status, location, *, times=1):
+    """Redirect the first requests of the server, and answer the others."""
+    left = [times]
+
+    async def play(peer):
+        while True:
+            request = await peer.request()
+            if left[0]:
+                left[0] -= 1
+                moved = head(f"Location: {location}", "Content-Length: 0", status=f"{status} Moved")
+                await peer.send(moved)
+            else:
+                await peer.send(STREAM if request.wants_stream else whole(ANSWER))
+
+    return play
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("location", ["/v2/caption", "v2/caption?x=1", "{origin}/v2"])
+async def test_redirect_within_the_origin_is_followed_with_method_and_body(status, location):
+    async with RawServer(None) as server, client_of(server) as client:
+        server._play = redirect(status, location.format(origin=server.origin))
+        assert (await client.caption(IMAGE)).caption == TEXT
+        first, second = server.requests
+        assert (second.method, second.body) == ("POST", first.body)
+        assert second.target != first.target
+        assert second.headers["content-length"] == first.headers["content-length"]
+
+
+@pytest.mark.parametrize(
+    ("status", "location", "message"),
+    [
+        (303, "/v1/elsewhere", "POST to a GET"),
+        (307, "https://127.0.0.1/v1", "another origin"),
+        (307, "http://127.0.0.1:1/v1", "another origin"),
+        (308, "http://elsewhere.invalid/v1", "another origin"),
+        (302, "//elsewhere.invalid/v1", "another origin"),
+        (307, "file:///etc/passwd", "no valid address"),
+        (307, "http://[::1/v1", "no valid address"),
+        (307, "mailto:somebody@elsewhere.invalid", "no valid address"),
+        (307, "/v1/caption", "in circles"),
+        (307, "", "in circles"),
+    ],
+)
+async def test_redirect_that_cannot_be_followed_is_an_error(status, location, message):
+    async with (
+        RawServer(redirect(status, location, times=100)) as server,
+        client_of(server) as client,
+    ):
+        with pytest.raises(md.APIStatusError, match=message) as caught:
+            await client.caption(IMAGE)
+        assert caught.value.status == status
+        assert {request.method for request in server.requests} == {"POST"}
+        with pytest.raises(md.APIStatusError, match=message):
+            await client.caption(IMAGE, stream=True)
+
+
+# -- TLS ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def server_context(authority):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    return context
+
+
+@pytest.fixture
+def client_context(authority):
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+async def test_calls_go_over_tls_on_one_connection(server_context, client_context):
+    async with (
+        RawServer(answer_all, ssl_context=server_context) as server,
+        client_of(server, ssl_context=client_context) as client,
+    ):
+        for _ in range(10):
+            assert (await client.caption(IMAGE)).caption == TEXT
+            assert await (await client.caption(BIG_IMAGE, stream=True)).text() == TEXT
+        assert len(server.peers) == 1
+
+
+async def test_cancelled_stream_over_tls_is_closed_at_once(server_context, client_context):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+        await peer.until_gone()
+
+    async with (
+        RawServer(play, ssl_context=server_context) as server,
+        client_of(server, ssl_context=client_context) as client,
+    ):
+        stream = await client.caption(IMAGE, stream=True)
+        await anext(stream)
+        reader = asyncio.ensure_future(stream.text())
+        await rounds()
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+        await stream.aclose()
+        await server.until_idle()
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+async def test_stream_over_tls_that_is_cut_raises(server_context, client_context, reset):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD + in_chunks(*EVENTS, end=False))
+        if reset:
+            peer.reset()
+
+    async with (
+        RawServer(play, ssl_context=server_context) as server,
+        client_of(server, ssl_context=client_context) as client,
+    ):
+        for _ in range(20):
+            stream = await client.caption(IMAGE, stream=True)
+            with pytest.raises(md.StreamInterruptedError) as caught:
+                await stream.text()
+            assert caught.value.partial == TEXT
