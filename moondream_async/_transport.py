@@ -382,7 +382,8 @@ class Body:
     async def finish(self) -> None:
         """Wait, shortly, for the end of the body, so that its connection can be kept."""
         content = self._response.content
-        if not self.closed and not content.is_eof():
+        # wait_eof() would wait for ever on a body that has failed already.
+        if not self.closed and not content.is_eof() and content.exception() is None:
             timer = self._pool.loop.call_later(_LINGER, self.close)
             try:
                 await content.wait_eof()

@@ -213,6 +213,50 @@ async def test_text_of_a_stream_that_was_cut_is_kept_for_who_reads_it_in_one(cut
         assert stream.text_so_far == TEXT
 
 
+ENDS = {
+    "closed": (in_chunks(*EVENTS, DONE, end=False), False),
+    "reset": (in_chunks(*EVENTS, DONE, end=False), True),
+    "inside-a-chunk": (in_chunks(*EVENTS, DONE, end=False) + b"ff\r\nmore", False),
+    "noise": (in_chunks(*EVENTS, DONE, b"noise" * 100_000, end=False), False),
+}
+
+
+@pytest.mark.parametrize("reader", ["quick", "slow"])
+@pytest.mark.parametrize("end", ENDS)
+async def test_answer_that_is_complete_is_not_lost_with_its_connection(end, reader):
+    async def play(peer):
+        body, reset = ENDS[end]
+        await peer.request()
+        await peer.send(STREAM_HEAD + body)
+        if reset:
+            peer.reset()
+
+    async with RawServer(play) as server, client_of(server) as client:
+        for _ in range(5):
+            stream = await client.caption(IMAGE, stream=True)
+            first = await anext(stream)
+            if reader == "slow":
+                await server.until_idle()
+                await rounds()
+            assert first + await stream.text() == TEXT
+            assert stream.completed
+        again = await client.caption(IMAGE, stream=True)
+        assert await again.text() == TEXT
+
+
+async def test_body_without_end_after_the_answer_does_not_hold_the_reader():
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD + in_chunks(*EVENTS, DONE, end=False))
+        await peer.until_gone()
+
+    async with RawServer(play) as server, client_of(server) as client:
+        stream = await client.caption(IMAGE, stream=True)
+        assert await stream.text() == TEXT
+        await server.until_idle()
+        assert repr(client).endswith("0 open>")
+
+
 # -- kept connections -----------------------------------------------------------------
 
 
