@@ -135,10 +135,11 @@ class Pool:
         self.bodies: set[Body] = set()
         self.image_limiter = anyio.CapacityLimiter(4)
         """Pictures that are prepared at once: each may hold a decoded copy."""
+        self._ssl = ssl_context or True
         self._proxy = proxy
         self._owns_session = session is None
         self._session = session or aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=ssl_context or True),
+            connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=_NO_TIMEOUT,
         )
@@ -200,6 +201,7 @@ class Pool:
                     auto_decompress=True,
                     timeout=_NO_TIMEOUT,
                     read_bufsize=READ_BUFFER_BYTES,
+                    ssl=self._ssl,
                     proxy=self._proxy,
                 )
             except _FAULTS as error:

@@ -463,3 +463,14 @@ async def test_stream_over_tls_that_is_cut_raises(server_context, client_context
             with pytest.raises(md.StreamInterruptedError) as caught:
                 await stream.text()
             assert caught.value.partial == TEXT
+
+
+async def test_ssl_context_serves_a_session_of_the_caller_too(server_context, client_context):
+    import aiohttp
+
+    async with (
+        RawServer(answer_all, ssl_context=server_context) as server,
+        aiohttp.ClientSession() as session,
+        client_of(server, session=session, ssl_context=client_context) as client,
+    ):
+        assert (await client.caption(IMAGE)).caption == TEXT
