@@ -67,7 +67,13 @@ class Request:
             return
         try:
             encoded = msgspec.json.encode(self.payload, enc_hook=self._put)
-        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            msgspec.MsgspecError,
+        ) as error:
             raise RequestError(f"The request can't be sent as JSON: {error}") from error
         self.json = tuple(encoded.split(_PICTURE))
 
@@ -75,6 +81,9 @@ class Request:
         if isinstance(value, Picture):
             self.pictures.append(value.source)
             return msgspec.Raw(_PICTURE)
+        for kind in (str, int, float):
+            if isinstance(value, kind):  # a number of numpy's, say, that is a float too
+                return kind(value)
         raise TypeError(f"{type(value).__name__} has no JSON form")
 
     @property
@@ -84,8 +93,15 @@ class Request:
 
     def without_stream(self) -> Request:
         """Return the same call, asking for the whole answer at once."""
-        payload = {**self.payload, "stream": False}
-        return Request(self.skill, self.path, payload, method=self.method, bearer=self.bearer)
+        payload = {**self.payload, "stream": False, "stream_options": None}
+        return Request(
+            self.skill,
+            self.path,
+            payload,
+            method=self.method,
+            bearer=self.bearer,
+            at_root=self.at_root,
+        )
 
     def body(self, images: Sequence[EncodedImage]) -> list[bytes | EncodedImage]:
         """Return what to send, piece by piece; each image goes out as a data URL in quotes."""
@@ -260,6 +276,7 @@ def _part(where: str, part: Any, *, pictures: bool) -> dict[str, Any]:
     """
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    source = part
     if isinstance(part, Mapping):
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
@@ -267,13 +284,13 @@ def _part(where: str, part: Any, *, pictures: bool) -> dict[str, Any]:
         source = part.get("image_url") if kind == "image_url" else part.get("image")
         if isinstance(source, Mapping):
             source = source.get("url")
-        if kind not in ("image_url", "image") or source is None:
-            raise RequestError(
-                f"{where} must be text, a picture, {{'type': 'text', 'text': ...}} or "
-                f"{{'type': 'image_url', 'image_url': {{'url': ...}}}}"
-            )
-    else:
-        source = part
+        if kind not in ("image_url", "image"):
+            source = None
+    if source is None:
+        raise RequestError(
+            f"{where} must be text, a picture, {{'type': 'text', 'text': ...}} or "
+            f"{{'type': 'image_url', 'image_url': {{'url': ...}}}}"
+        )
     if not pictures:
         raise RequestError(f"{where}: only the user's messages can have pictures")
     return {"type": "image_url", "image_url": {"url": Picture(source)}}
@@ -316,7 +333,11 @@ def _settings(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -math.inf < value < math.inf  # isfinite() fails for integers beyond all floats
+    )
 
 
 def _count(value: Any) -> bool:

@@ -1,0 +1,616 @@
+"""Calls into requests: what is refused, and the JSON of what is not.
+
+The fields are those of PROTOCOL.md, section 2: the documentation of the cloud and the
+HTTP server of its engine.
+"""
+
+import base64
+import enum
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moondream_async._protocol.requests import (
+    Picture,
+    Request,
+    caption_request,
+    chat_request,
+    detect_request,
+    point_request,
+    query_request,
+    segment_request,
+)
+from moondream_async.errors import RequestError
+from moondream_async.types import EncodedImage
+
+PHOTO = object()  # what a picture is given as is nobody's business here
+ENCODED = EncodedImage(b"\xff\xd8photo", "image/jpeg", 4, 3)
+OTHER = EncodedImage(b"GIF89a", "image/gif", 1, 1)
+
+
+def caption(image=PHOTO, *, length="normal", stream=False, settings=None, model=None):
+    return caption_request(image, length=length, stream=stream, settings=settings, model=model)
+
+
+def query(
+    image=PHOTO,
+    question="How many?",
+    *,
+    stream=False,
+    reasoning=None,
+    spatial_refs=None,
+    settings=None,
+    model=None,
+):
+    return query_request(
+        image,
+        question,
+        stream=stream,
+        reasoning=reasoning,
+        spatial_refs=spatial_refs,
+        settings=settings,
+        model=model,
+    )
+
+
+def detect(image=PHOTO, object="boat", *, settings=None, model=None):
+    return detect_request(image, object, settings=settings, model=model)
+
+
+def point(image=PHOTO, object="boat", *, spatial_refs=None, settings=None, model=None):
+    return point_request(image, object, spatial_refs=spatial_refs, settings=settings, model=model)
+
+
+def segment(
+    image=PHOTO, object="boat", *, stream=False, spatial_refs=None, settings=None, model=None
+):
+    return segment_request(
+        image, object, stream=stream, spatial_refs=spatial_refs, settings=settings, model=model
+    )
+
+
+def chat(messages, *, stream=False, reasoning=None, settings=None, model=None):
+    return chat_request(
+        messages, stream=stream, reasoning=reasoning, settings=settings, model=model
+    )
+
+
+def say(**options):
+    """A chat of one message, for what is the same in all calls."""
+    return chat([{"role": "user", "content": "Hello"}], **options)
+
+
+def data_url(image):
+    return f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
+
+
+def sent(request, *images):
+    """The body as the server sees it, with each picture as a data URL in its place."""
+    images = images or [ENCODED] * len(request.pictures)
+    parts = [
+        part if isinstance(part, bytes) else json.dumps(data_url(part)).encode()
+        for part in request.body(images)
+    ]
+    return json.loads(b"".join(parts))
+
+
+URL = data_url(ENCODED)
+
+
+# -- what is sent --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "path", "body"),
+    [
+        pytest.param(
+            caption(),
+            "/caption",
+            {"image_url": URL, "length": "normal", "stream": False},
+            id="caption",
+        ),
+        pytest.param(
+            caption(
+                length="short",
+                stream=True,
+                settings={"temperature": 0, "top_p": 1, "max_tokens": 9},
+                model="moondream3.1-9B-A2B",
+            ),
+            "/caption",
+            {
+                "image_url": URL,
+                "length": "short",
+                "stream": True,
+                "settings": {"temperature": 0, "top_p": 1, "max_tokens": 9},
+                "model": "moondream3.1-9B-A2B",
+            },
+            id="caption, all of it",
+        ),
+        pytest.param(
+            query(),
+            "/query",
+            {"image_url": URL, "question": "How many?", "stream": False},
+            id="query",
+        ),
+        pytest.param(
+            query(None),
+            "/query",
+            {"question": "How many?", "stream": False},
+            id="query, no picture",
+        ),
+        pytest.param(
+            query(
+                stream=True,
+                reasoning=False,
+                spatial_refs=[(0.25, 1), [0, 0.5, 0.5, 0.5]],
+                settings={},
+                model="m/f@3",
+            ),
+            "/query",
+            {
+                "image_url": URL,
+                "question": "How many?",
+                "stream": True,
+                "reasoning": False,
+                "spatial_refs": [[0.25, 1], [0, 0.5, 0.5, 0.5]],
+                "settings": {},
+                "model": "m/f@3",
+            },
+            id="query, all of it",
+        ),
+        pytest.param(detect(), "/detect", {"image_url": URL, "object": "boat"}, id="detect"),
+        pytest.param(
+            detect(settings={"max_objects": 5}, model="m"),
+            "/detect",
+            {"image_url": URL, "object": "boat", "settings": {"max_objects": 5}, "model": "m"},
+            id="detect, all of it",
+        ),
+        pytest.param(point(), "/point", {"image_url": URL, "object": "boat"}, id="point"),
+        pytest.param(
+            point(spatial_refs=[[0.5, 0.5]], settings={"max_objects": 5}, model="m"),
+            "/point",
+            {
+                "image_url": URL,
+                "object": "boat",
+                "spatial_refs": [[0.5, 0.5]],
+                "settings": {"max_objects": 5},
+                "model": "m",
+            },
+            id="point, all of it",
+        ),
+        pytest.param(
+            segment(),
+            "/segment",
+            {"image_url": URL, "object": "boat", "stream": False},
+            id="segment",
+        ),
+        pytest.param(
+            segment(stream=True, spatial_refs=[[0.5, 0.5]], settings={"max_tokens": 5}, model="m"),
+            "/segment",
+            {
+                "image_url": URL,
+                "object": "boat",
+                "stream": True,
+                "spatial_refs": [[0.5, 0.5]],
+                "settings": {"max_tokens": 5},
+                "model": "m",
+            },
+            id="segment, all of it",
+        ),
+        pytest.param(
+            say(),
+            "/chat/completions",
+            {
+                "model": "moondream3-preview",
+                "messages": [{"role": "user", "content": "Hello"}],
+                "stream": False,
+            },
+            id="chat",
+        ),
+        pytest.param(
+            say(
+                stream=True,
+                reasoning=True,
+                settings={"temperature": 0.5, "max_tokens": 99, "seed": 7},
+                model="m",
+            ),
+            "/chat/completions",
+            {
+                "model": "m",
+                "messages": [{"role": "user", "content": "Hello"}],
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "reasoning": True,
+                "temperature": 0.5,
+                "max_completion_tokens": 99,
+                "seed": 7,
+            },
+            id="chat, all of it",
+        ),
+    ],
+)
+def test_the_body_has_what_was_given_and_nothing_else(request_, path, body):
+    assert (request_.method, request_.path) == ("POST", path)
+    assert sent(request_) == body
+
+
+@pytest.mark.parametrize(
+    ("request_", "bearer"),
+    [
+        (caption(), False),
+        (query(), False),
+        (detect(), False),
+        (point(), False),
+        (segment(), False),
+        (say(), True),
+    ],
+    ids=["caption", "query", "detect", "point", "segment", "chat"],
+)
+def test_only_chat_takes_its_key_as_openai_does(request_, bearer):
+    assert request_.bearer is bearer
+
+
+def test_text_arrives_as_it_is():
+    question = 'A "quoted"\\ line\n\u2028 é 茶 🍵 \x00 \x7f'
+
+    assert sent(query(question=question))["question"] == question
+
+
+def test_settings_that_are_not_known_here_are_passed_on():
+    settings = {"repetition_penalty": 1.2, "stop": ["\n"], "nested": {"a": None}}
+
+    assert sent(caption(settings=settings))["settings"] == settings
+
+
+def test_settings_are_taken_as_they_are_at_the_call():
+    settings = {"temperature": 0.5}
+    request = caption(settings=settings)
+    settings["temperature"] = 1.5
+
+    assert sent(request)["settings"] == {"temperature": 0.5}
+    assert sent(request.without_stream())["settings"] == {"temperature": 0.5}
+
+
+class Float64(float):
+    """A float of another library's, as numpy's."""
+
+
+class Word(str):
+    __slots__ = ()
+
+
+class Skill(str, enum.Enum):
+    BOAT = "boat"
+
+
+def test_numbers_and_strings_of_other_libraries_are_numbers_and_strings():
+    request = query(
+        question=Word("How many?"),
+        spatial_refs=[(Float64(0.25), Float64(0.5))],
+        settings={"temperature": Float64(0.75)},
+    )
+
+    body = sent(request)
+
+    assert body["question"] == "How many?"
+    assert body["spatial_refs"] == [[0.25, 0.5]]
+    assert body["settings"] == {"temperature": 0.75}
+    assert sent(detect(object=Skill.BOAT))["object"] == "boat"
+
+
+# -- pictures ------------------------------------------------------------------------------
+
+
+def test_a_picture_stays_out_of_the_json_until_it_is_sent():
+    request = caption()
+
+    assert request.pictures == [PHOTO]
+    assert request.body([ENCODED]) == [request.json[0], ENCODED, request.json[1]]
+    assert request.json[0] == b'{"image_url":'
+
+
+def test_a_call_without_a_picture_is_one_piece():
+    request = query(None)
+
+    assert request.pictures == []
+    assert request.body([]) == list(request.json)
+    assert len(request.json) == 1
+
+
+def test_pictures_of_a_chat_come_out_each_in_its_place():
+    one, two, three = object(), object(), object()
+    request = chat(
+        [
+            {"role": "system", "content": "Be short."},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": one}},
+                    "and",
+                    {"type": "image", "image": two},
+                ],
+            },
+            {"role": "assistant", "content": "Hm."},
+            {"role": "user", "content": [three, {"type": "text", "text": "this?"}]},
+        ]
+    )
+
+    body = sent(request, ENCODED, OTHER, ENCODED)
+
+    def picture(image):
+        return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+    assert request.pictures == [one, two, three]
+    assert body["messages"] == [
+        {"role": "system", "content": "Be short."},
+        {
+            "role": "user",
+            "content": [picture(ENCODED), {"type": "text", "text": "and"}, picture(OTHER)],
+        },
+        {"role": "assistant", "content": "Hm."},
+        {"role": "user", "content": [picture(ENCODED), {"type": "text", "text": "this?"}]},
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_there_must_be_as_many_images_as_pictures(number):
+    with pytest.raises(ValueError, match="zip"):
+        caption().body([ENCODED] * number)
+
+
+@given(
+    st.recursive(st.text() | st.just(PHOTO), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
+)
+def test_pictures_are_spliced_in_wherever_they_are(value):
+    def with_pictures(value):
+        if value is PHOTO:
+            return Picture(PHOTO)
+        if isinstance(value, list):
+            return [with_pictures(each) for each in value]
+        if isinstance(value, dict):
+            return {key: with_pictures(each) for key, each in value.items()}
+        return value
+
+    def with_urls(value):
+        if value is PHOTO:
+            return URL
+        if isinstance(value, list):
+            return [with_urls(each) for each in value]
+        if isinstance(value, dict):
+            return {key: with_urls(each) for key, each in value.items()}
+        return value
+
+    request = Request("query", "/query", {"value": with_pictures(value)})
+
+    assert sent(request) == {"value": with_urls(value)}
+
+
+# -- the same without a stream -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [caption, query, segment, say])
+def test_a_call_can_be_made_again_without_its_stream(make):
+    request = make(stream=True)
+    again = request.without_stream()
+
+    assert (request.stream, again.stream) == (True, False)
+    assert again.pictures == request.pictures
+    kept = {key: value for key, value in sent(again).items() if key != "stream_options"}
+    assert kept == {
+        key: False if key == "stream" else value
+        for key, value in sent(request).items()
+        if key != "stream_options"
+    }
+    for name in ("skill", "path", "method", "bearer", "at_root"):
+        assert getattr(again, name) == getattr(request, name)
+
+
+def test_usage_is_asked_for_only_with_a_stream():
+    assert "stream_options" not in sent(say(stream=True).without_stream())
+
+
+@pytest.mark.parametrize("make", [detect, point])
+def test_what_can_not_stream_does_not(make):
+    assert not make().stream
+
+
+# -- what is refused -----------------------------------------------------------------------
+
+YES_OR_NO = ["true", "false", 1, 0, None, [], object()]
+NOT_TEXT = [None, "", " ", "\n\t", 5, b"boat", ["boat"], object()]
+NUMBERS = [float("nan"), float("inf"), "1", None, True, [1], 1j]
+
+REFUSED = [
+    # (arguments, what the message says), for each call below
+    *[(caption, {"length": x}, "length must be") for x in ("tiny", "", None, 5, ["short"], {})],
+    *[
+        (make, {"stream": x}, "stream must be True or False")
+        for make in (caption, query, segment, say)
+        for x in YES_OR_NO
+    ],
+    *[
+        (make, {"reasoning": x}, "reasoning must be True or False")
+        for make in (query, say)
+        for x in YES_OR_NO
+        if x is not None
+    ],
+    *[(make, {"image": None}, "needs an image") for make in (caption, detect, point, segment)],
+    *[(query, {"question": x}, "question must be a string that is not empty") for x in NOT_TEXT],
+    *[
+        (make, {"object": x}, "object must be a string that is not empty")
+        for make in (detect, point, segment)
+        for x in NOT_TEXT
+    ],
+    *[
+        (make, {"model": x}, "model must be a string that is not empty")
+        for make in (caption, query, detect, point, segment, say)
+        for x in NOT_TEXT
+        if x is not None
+    ],
+    *[
+        (make, {"settings": x}, "settings must be a mapping")
+        for make in (caption, query, detect, point, segment, say)
+        for x in ("temperature=1", 5, [("temperature", 1)], object())
+    ],
+    *[
+        (caption, {"settings": {name: x}}, f"settings['{name}'] must be a number")
+        for name in ("temperature", "top_p")
+        for x in (-1, -0.001, -(10**400), *NUMBERS)
+    ],
+    *[
+        (caption, {"settings": {"top_p": x}}, "settings['top_p'] must be a number over 0")
+        for x in (0, 0.0, 1.001, 2, 10**400)
+    ],
+    *[
+        (make, {"settings": {name: x}}, f"settings['{name}'] must be a whole number")
+        for make in (detect, say)
+        for name in ("max_tokens", "max_objects")
+        for x in (0, -1, 1.0, 2.5, *NUMBERS)
+    ],
+    (query, {"image": None, "spatial_refs": [[0.5, 0.5]]}, "needs an image"),
+    *[
+        (make, {"spatial_refs": x}, "must be a sequence")
+        for make in (query, point, segment)
+        for x in (5, 0.5, [5], [0.25, 0.5], object())
+    ],
+    *[
+        (make, {"spatial_refs": [x]}, "a spatial ref is [x, y] or [x_min, y_min, x_max, y_max]")
+        for make in (query, point, segment)
+        for x in (
+            [],
+            [0.5],
+            [0.1, 0.2, 0.3],
+            [0.1] * 5,
+            [-0.1, 0.5],
+            [0.5, 1.1],
+            [float("nan"), 0.5],
+            ["0.5", "0.5"],
+            [True, False],
+            [None, None],
+            "ab",
+            [[0.1], [0.2]],
+        )
+    ],
+    *[
+        (query, {"spatial_refs": [x]}, "corners the wrong way round")
+        for x in ([0.6, 0.1, 0.5, 0.2], [0.1, 0.3, 0.5, 0.2])
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "says"),
+    REFUSED,
+    ids=[f"{make.__name__} {arguments!r:.60}" for make, arguments, _ in REFUSED],
+)
+def test_bad_arguments_are_refused_with_their_name(make, arguments, says):
+    with pytest.raises(RequestError) as caught:
+        make(**arguments)
+
+    assert says in caught.value.message
+
+
+ODD = [
+    pytest.param(object(), id="an object"),
+    pytest.param("\ud800", id="half a character"),
+    pytest.param({None: 1}, id="a key that is no string"),
+    pytest.param(10**5000, id="more digits than Python writes"),
+]
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_what_json_can_not_say_is_refused(value):
+    with pytest.raises(RequestError, match=r"^The request can't be sent as JSON: "):
+        caption(settings={"extra": value})
+
+
+def test_settings_nested_too_deeply_are_refused():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+
+    with pytest.raises(RequestError, match="can't be sent as JSON"):
+        caption(settings={"extra": nested})
+
+
+def test_half_a_character_in_a_question_is_refused():
+    with pytest.raises(RequestError, match="can't be sent as JSON"):
+        query(question="How many \ud83c?")
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("Hello", "messages must be a list"),
+        (b"Hello", "messages must be a list"),
+        (5, "messages must be a list"),
+        (None, "messages must be a list"),
+        ({"role": "user", "content": "Hello"}, "messages must be a list"),
+        ([], "messages must not be empty"),
+        (["Hello"], "messages[0] must have a role"),
+        ([None], "messages[0] must have a role"),
+        ([{}], "messages[0] must have a role"),
+        ([{"role": "user"}], "messages[0] must have a role"),
+        ([{"content": "Hello"}], "messages[0] must have a role"),
+        ([{"role": "bot", "content": "Hello"}], "messages[0] must have a role"),
+        ([{"role": ["user"], "content": "Hello"}], "messages[0] must have a role"),
+        ([{"role": "assistant", "content": "Hello"}], "the last of the messages"),
+        ([{"role": "system", "content": "Be short."}], "the last of the messages"),
+        (
+            [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be short."}],
+            "messages[1]: a system message can only be the first",
+        ),
+        ([{"role": "user", "content": None}], "messages[0]: content must be"),
+        ([{"role": "user", "content": 5}], "messages[0]: content must be"),
+        ([{"role": "user", "content": b"Hi"}], "messages[0]: content must be"),
+        ([{"role": "user", "content": {"type": "text"}}], "messages[0]: content must be"),
+        ([{"role": "user", "content": [{}]}], "messages[0], part 0 must be text, a picture"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "part 0 must be text, a picture"),
+        ([{"role": "user", "content": ["a", {"type": "image_url"}]}], "part 1 must be text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "part 0 must be text, a picture"),
+        ([{"role": "user", "content": [{"type": ["text"]}]}], "part 0 must be text, a picture"),
+        ([{"role": "user", "content": [None]}], "part 0 must be text, a picture"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "part 0 must be text, a picture",
+        ),
+        (
+            [
+                {"role": "assistant", "content": [{"type": "image", "image": PHOTO}]},
+                {"role": "user", "content": "Hi"},
+            ],
+            "messages[0], part 0: only the user's messages can have pictures",
+        ),
+    ],
+)
+def test_conversations_that_break_the_rules_of_the_engine_are_refused(messages, says):
+    with pytest.raises(RequestError) as caught:
+        chat(messages)
+
+    assert says in caught.value.message
+
+
+@given(
+    length=st.text() | st.integers(),
+    stream=st.booleans() | st.integers(),
+    settings=st.none()
+    | st.dictionaries(
+        st.sampled_from(["temperature", "top_p", "max_tokens", "max_objects", "extra"]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    ),
+    refs=st.none()
+    | st.lists(st.lists(st.none() | st.integers() | st.floats() | st.text()) | st.integers()),
+)
+def test_any_arguments_make_a_request_or_a_request_error(length, stream, settings, refs):
+    for make, arguments in (
+        (caption, {"length": length, "stream": stream, "settings": settings}),
+        (point, {"spatial_refs": refs, "settings": settings}),
+    ):
+        try:
+            request = make(**arguments)
+        except RequestError:
+            continue
+        assert request.path in ("/caption", "/point")
+        sent(request)
