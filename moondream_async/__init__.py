@@ -1,6 +1,7 @@
 """Asyncio-first streaming client for the Moondream vision API."""
 
 from ._client import MoondreamClient, vl
+from ._fetch import fetch_image
 from ._streams import CaptionStream, ChatStream, QueryStream, SegmentStream
 from ._version import __version__
 from .errors import (
@@ -107,5 +108,6 @@ __all__ = [
     "UnknownEvent",
     "Usage",
     "__version__",
+    "fetch_image",
     "vl",
 ]

@@ -16,6 +16,7 @@ import asyncio
 import binascii
 import contextlib
 import errno
+import socket
 import threading
 import warnings
 import weakref
@@ -23,12 +24,20 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import aiohttp.abc
+import aiohttp.resolver
 import anyio
 from aiohttp import hdrs
 from yarl import URL
 
-from ._protocol import MAX_BODY_BYTES
-from .errors import APIConnectionError, APIStatusError, ClientClosedError, MoondreamError
+from ._protocol import MAX_BODY_BYTES, USER_AGENT
+from .errors import (
+    APIConnectionError,
+    APIStatusError,
+    ClientClosedError,
+    ImageError,
+    MoondreamError,
+)
 from .types import EncodedImage
 
 if TYPE_CHECKING:
@@ -127,6 +136,7 @@ class Pool:
         session: aiohttp.ClientSession | None,
         ssl_context: ssl.SSLContext | None,
         proxy: str | None,
+        resolver: aiohttp.abc.AbstractResolver | None = None,
     ) -> None:
         self.loop = loop
         self.closed = False
@@ -139,7 +149,7 @@ class Pool:
         self._proxy = proxy
         self._owns_session = session is None
         self._session = session or aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, resolver=resolver),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=_NO_TIMEOUT,
         )
@@ -535,6 +545,8 @@ def _translate(error: BaseException, url: URL) -> MoondreamError:
             f"The certificate of {where} can't be trusted: {_say(error.certificate_error)}",
             permanent=True,
         )
+    if isinstance(error, aiohttp.InvalidURL):
+        return APIConnectionError(f"{where} is no valid address: {_say(error)}", permanent=True)
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return APIConnectionError(
             f"The proxy refused the connection to {where}: {error.status} {error.message}"
@@ -548,3 +560,65 @@ def _translate(error: BaseException, url: URL) -> MoondreamError:
 
 def _say(error: BaseException) -> str:
     return str(error) or type(error).__name__
+
+
+class _GuardedResolver(aiohttp.abc.AbstractResolver):
+    """Resolves names, and lets through only the addresses that may be reached."""
+
+    def __init__(self, may_reach: Callable[[str], bool]) -> None:
+        self._resolver = aiohttp.resolver.DefaultResolver()
+        self._may_reach = may_reach
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[aiohttp.abc.ResolveResult]:
+        found = await self._resolver.resolve(host, port, family)
+        allowed = [each for each in found if self._may_reach(each["host"])]
+        if not allowed:
+            raise _RefusedAddressError(f"{host} is not on the public internet")
+        return allowed
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+class _RefusedAddressError(OSError):
+    """A name resolves to nothing that may be reached."""
+
+
+@contextlib.asynccontextmanager
+async def fetch(
+    url: str, *, may_reach: Callable[[str], bool], ssl_context: ssl.SSLContext | None
+) -> AsyncGenerator[Body, None]:
+    """GET an address, once, over a connection of its own, without a key or a cookie.
+
+    Names are resolved to addresses for which `may_reach` holds, or refused. An
+    address that stands in the URL itself is for the caller to check.
+
+    Raises:
+        ImageError: The name resolves to an address that may not be reached.
+        APIConnectionError: The connection could not be made, or was lost.
+    """
+    resolver = _GuardedResolver(may_reach)
+    pool = Pool(
+        asyncio.get_running_loop(),
+        session=None,
+        ssl_context=ssl_context,
+        proxy=None,
+        resolver=resolver,
+    )
+    headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
+    try:
+        response = await pool._send("GET", URL(url), headers, (), lambda: None)  # noqa: SLF001
+        yield Body(pool, response, lambda: None)
+    except APIConnectionError as error:
+        cause = error.__cause__
+        refusal = (
+            cause if isinstance(cause, aiohttp.InvalidURL) else getattr(cause, "os_error", None)
+        )
+        if isinstance(refusal, (_RefusedAddressError, aiohttp.InvalidURL)):
+            raise ImageError(str(refusal)) from error
+        raise
+    finally:
+        await pool.aclose()
+        await resolver.close()
