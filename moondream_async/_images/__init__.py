@@ -62,11 +62,11 @@ def encode_image(
         ImageError: The picture is missing, damaged, cut short, of an unknown
             format, or too large to be opened. Only what can be told without
             decoding is checked where nothing is decoded.
-        RequestError: A limit is not a positive number.
+        RequestError: A limit is not a positive whole number.
     """
     for name, limit in (("max_pixels", max_pixels), ("max_bytes", max_bytes)):
-        if limit is not None and (isinstance(limit, bool) or not limit >= 1):
-            raise RequestError(f"{name} must be a positive number, not {limit!r}")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise RequestError(f"{name} must be a positive whole number, not {limit!r}")
     if isinstance(image, EncodedImage):
         few_pixels = max_pixels is None or image.width * image.height <= max_pixels
         if few_pixels and len(image.data) <= max_bytes:
@@ -77,7 +77,8 @@ def encode_image(
     except ImageError as error:
         raise ImageError(f"{inputs.describe(image)} {error}") from error.__cause__
     except Exception as error:  # Pillow, fed with what anybody may have made, raises anything
-        raise ImageError(f"{inputs.describe(image)} can't be decoded: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"{inputs.describe(image)} can't be decoded: {reason}") from error
 
 
 def _encode(image: ImageSource, max_pixels: int | None, max_bytes: int) -> EncodedImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from moondream_async.errors import ImageError
@@ -11,7 +12,7 @@ from .header import Header
 
 _EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
 _GRAPHIC_CONTROL: Final = 0xF9
-_MAX_EXTENSIONS: Final = 10_000  # before the first picture; a GIF has two or three
+_MAX_BLOCKS: Final = 1_000_000  # they hold 255 bytes each, so that 256 MB need no more
 
 
 def parse(data: bytes) -> Header:
@@ -32,21 +33,18 @@ def parse(data: bytes) -> Header:
         width, height, packed = struct.unpack_from("<HHB", data, 6)
         head = at = 13 + _palette_size(packed)
         control: memoryview | None = None
-        for _ in range(_MAX_EXTENSIONS):
+        budget = iter(range(_MAX_BLOCKS))
+        while data[at] == _EXTENSION:
             begun = at
-            if data[at] == _IMAGE:
-                break
-            if data[at] != _EXTENSION:
-                raise ImageError("is a GIF without a picture in it")
-            kind = data[at + 1]
-            at = _after_blocks(data, at + 2)
-            if kind == _GRAPHIC_CONTROL:
+            at = _after_blocks(data, at + 2, budget)
+            if data[begun + 1] == _GRAPHIC_CONTROL:
                 control = view[begun:at]
-        else:
-            raise ImageError(f"is no ordinary GIF: it has more than {_MAX_EXTENSIONS:,} extensions")
+        if data[at] != _IMAGE:
+            raise ImageError("is a GIF without a picture in it")
+        begun = at
         left, top, inner_width, inner_height, packed = struct.unpack_from("<HHHHB", data, at + 1)
         at += 10 + _palette_size(packed)
-        at = _after_blocks(data, at + 1)  # after the one byte that says how the codes begin
+        at = _after_blocks(data, at + 1, budget)  # after the one byte that says how the codes begin
     except (IndexError, struct.error) as error:
         raise ImageError("is cut short: a GIF that ends within its first picture") from error
     if control is not None and len(control) != 8:
@@ -70,8 +68,11 @@ def _palette_size(packed: int) -> int:
     return 3 << ((packed & 7) + 1) if packed & 0x80 else 0
 
 
-def _after_blocks(data: bytes, at: int) -> int:
+def _after_blocks(data: bytes, at: int, budget: Iterator[int]) -> int:
     """Skip the data blocks at `at`, each after its size, up to and with the empty one."""
-    while size := data[at]:
+    for _ in budget:
+        size = data[at]
         at += 1 + size
-    return at + 1
+        if not size:
+            return at
+    raise ImageError(f"is no ordinary GIF: it has more than {_MAX_BLOCKS:,} blocks")

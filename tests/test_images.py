@@ -1,0 +1,538 @@
+"""Any picture in; upright, private, fitting bytes out."""
+
+import base64
+import io
+import math
+import os
+import random
+import struct
+import subprocess
+import sys
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import (
+    CLEAN,
+    DRAWING,
+    ICC,
+    PHOTO,
+    SECRET,
+    difference,
+    exif,
+    frames,
+    make_drawing,
+    make_photo,
+    opened,
+    save,
+    segment,
+    with_secrets,
+)
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+from moondream_async._images import encode_image
+from moondream_async._images.convert import _fitted
+from moondream_async.errors import ImageError, RequestError
+
+# What goes in
+
+
+@pytest.mark.parametrize(
+    "hand_in",
+    [
+        pytest.param(lambda data, path: str(path), id="str"),
+        pytest.param(lambda data, path: path, id="path"),
+        pytest.param(lambda data, path: data, id="bytes"),
+        pytest.param(lambda data, path: bytearray(data), id="bytearray"),
+        pytest.param(lambda data, path: memoryview(data), id="memoryview"),
+        pytest.param(lambda data, path: memoryview(data[::-1])[::-1], id="strided-memoryview"),
+        pytest.param(lambda data, path: io.BytesIO(data), id="file"),
+        pytest.param(
+            lambda data, path: "data:image/jpeg;base64," + base64.b64encode(data).decode(),
+            id="data-uri",
+        ),
+        pytest.param(
+            lambda data, path: "DATA:;Base64," + base64.b64encode(data).decode().rstrip("="),
+            id="data-uri-without-padding",
+        ),
+        pytest.param(
+            lambda data, path: "data:;base64," + base64.encodebytes(data).decode(),
+            id="data-uri-in-lines",
+        ),
+        pytest.param(
+            lambda data, path: "data:;base64," + urllib.parse.quote(base64.b64encode(data)),
+            id="data-uri-base64-percent-encoded",
+        ),
+        pytest.param(
+            lambda data, path: "data:image/jpeg," + urllib.parse.quote_from_bytes(data),
+            id="data-uri-percent-encoded",
+        ),
+    ],
+)
+@pytest.mark.parametrize("length", [0, 1, 2, 200_000])
+def test_same_bytes_come_out_whatever_they_come_in(hand_in, length, tmp_path):
+    # The comment is cut out; it makes the input as long as wanted.
+    end = b"".join(segment(0xFE, bytes([length % 256]) * 60_000) for _ in range(length // 60_000))
+    data = CLEAN["jpeg"][:2] + end + segment(0xFE, bytes(length % 60_000)) + CLEAN["jpeg"][2:]
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(data)
+    result = encode_image(hand_in(data, path))
+    assert result.data == CLEAN["jpeg"]
+    assert (result.media_type, result.width, result.height) == ("image/jpeg", 96, 64)
+
+
+def test_path_whose_name_is_bytes_is_read(tmp_path):
+    class BytesPath:
+        def __fspath__(self):
+            return os.fsencode(tmp_path / "photo.png")
+
+    (tmp_path / "photo.png").write_bytes(CLEAN["png"])
+    assert encode_image(BytesPath()).data == CLEAN["png"]
+
+
+def test_file_is_read_from_where_it_stands_and_left_open(tmp_path):
+    path = tmp_path / "archive"
+    path.write_bytes(b"head" + CLEAN["png"])
+    with path.open("rb") as file:
+        file.seek(4)
+        assert encode_image(file).data == CLEAN["png"]
+        assert not file.closed
+
+
+def test_encoded_image_within_the_limits_is_returned_as_it_is():
+    image = encode_image(CLEAN["webp"])
+    assert encode_image(image, max_pixels=96 * 64, max_bytes=len(image.data)) is image
+
+
+def test_encoded_image_over_a_limit_is_encoded_anew():
+    image = encode_image(CLEAN["webp"])
+    assert encode_image(image, max_pixels=100).width == 12
+    assert len(encode_image(image, max_bytes=len(image.data) - 1).data) < len(image.data)
+
+
+def test_pillow_is_loaded_only_for_what_must_be_decoded(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(with_secrets("jpeg"))
+    code = (
+        "import sys; from moondream_async._images import encode_image;"
+        "encode_image(sys.argv[1]); sys.exit('PIL' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "photo.jpg"], check=True)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "9"], ids=repr)
+def test_limit_that_is_no_positive_whole_number_is_refused(limit):
+    with pytest.raises(RequestError, match="max_bytes must be"):
+        encode_image(CLEAN["png"], max_bytes=limit)
+    with pytest.raises(RequestError, match="max_pixels must be"):
+        encode_image(CLEAN["png"], max_pixels=limit)
+
+
+# numpy
+
+
+@pytest.fixture
+def np():
+    return pytest.importorskip("numpy", reason="numpy is not installed")
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda array: array, id="plain"),
+        pytest.param(lambda array: array[::-1, ::-1][::-1, ::-1], id="negative-strides"),
+        pytest.param(lambda array: array.copy(order="F"), id="columns-first"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_array_arrives_with_its_pixels(np, mode, view):
+    picture = make_drawing(1100, 700).convert(mode)  # more than one strip
+    array = view(np.array(picture))
+    before = array.copy()
+    assert difference(opened(encode_image(array)), picture) == 0
+    assert (array == before).all()
+
+
+def test_array_with_a_single_channel_is_grey(np):
+    array = np.arange(0, 240, dtype=np.uint8).reshape(12, 20, 1)
+    assert difference(opened(encode_image(array)), Image.fromarray(array[:, :, 0])) == 0
+
+
+def test_array_alpha_is_laid_on_white(np):
+    array = np.zeros((8, 8, 4), np.uint8)
+    assert opened(encode_image(array)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_array_of_another_kind_is_refused_with_what_is_expected(np):
+    for array, reason in [
+        (np.zeros((8, 8, 3)), "uint8"),
+        (np.zeros((8, 8), bool), "uint8"),
+        (np.zeros((3, 8, 9), np.uint8), r"height, width.*\(3, 8, 9\)|\(3, 8, 9\).*height, width"),
+        (np.zeros((8, 8, 2), np.uint8), "channels"),
+        (np.zeros(8, np.uint8), "height, width"),
+        (np.uint8(8), "height, width"),
+        (np.zeros((0, 8), np.uint8), "no pixels"),
+        (np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20)), "too large"),
+    ]:
+        with pytest.raises(ImageError, match=reason):
+            encode_image(array)
+
+
+# What is sent as it is
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_clean_file_goes_out_bit_for_bit(name):
+    assert encode_image(CLEAN[name]).data is CLEAN[name]
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_metadata_is_cut_out_and_the_pixels_stay(name):
+    data = with_secrets(name)
+    assert SECRET in data
+    result = encode_image(data)
+    assert SECRET not in result.data
+    assert b"51.5007N" not in result.data
+    picture = opened(result)
+    with Image.open(io.BytesIO(CLEAN[name])) as clean:
+        assert picture.tobytes() == clean.tobytes()
+        assert picture.info.get("icc_profile") == clean.info.get("icc_profile")
+    assert not picture.getexif()
+    assert len(result.data) <= len(CLEAN[name]) + 18  # WebP may keep its extended header
+    assert encode_image(result.data).data is result.data
+
+
+@pytest.mark.parametrize("name", ["jpeg-icc", "png-icc", "webp-icc"])
+def test_icc_profile_stays_in_what_is_sent_as_it_is(name):
+    assert opened(encode_image(with_secrets(name))).info["icc_profile"] == ICC
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "PILLOW"])
+def test_metadata_is_gone_from_what_is_encoded_anew(kind):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", SECRET.decode())
+    options = {
+        "JPEG": {"comment": SECRET, "exif": exif(3)},
+        "PNG": {"pnginfo": info, "exif": exif(3)},
+        "WEBP": {"exif": exif(3), "xmp": SECRET},
+        "TIFF": {"tiffinfo": {270: SECRET.decode(), 274: 3}},
+        "PILLOW": {"comment": SECRET, "exif": exif(3)},
+    }[kind]
+    data = save(PHOTO, "JPEG" if kind == "PILLOW" else kind, **options)
+    assert SECRET in data
+    picture = Image.open(io.BytesIO(data))
+    picture.info["xmp"] = SECRET
+    for limits in ({}, {"max_pixels": 1000}):
+        result = encode_image(picture if kind == "PILLOW" else data, **limits)
+        assert SECRET not in result.data
+        assert not opened(result).getexif()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_first_frame_of_an_animation_is_sent(kind):
+    data = frames(kind, **({"lossless": True} if kind == "WEBP" else {}))
+    result = encode_image(data)
+    assert result.media_type == f"image/{kind.lower()}"  # not decoded
+    with Image.open(io.BytesIO(data)) as animation:
+        assert animation.n_frames == 3
+        assert difference(opened(result), animation) == 0
+
+
+def test_first_frame_that_does_not_cover_the_canvas_is_sent_as_it_looks():
+    data = frames("WEBP", lossless=True)
+    at = data.index(b"ANMF") + 8
+    moved = data[:at] + b"\x04\0\0" + data[at + 3 :]  # eight pixels to the right
+    at = moved.index(b"VP8X") + 12
+    wide = moved[:at] + (PHOTO.width + 8 - 1).to_bytes(3, "little") + moved[at + 3 :]
+    picture = opened(encode_image(wide))
+    assert picture.width == PHOTO.width + 8
+    assert difference(picture.crop((8, 0, *picture.size)), PHOTO) < 16
+
+
+# What is converted
+
+
+def grey(low, high):
+    """A picture of mode F with a ramp from `low` to `high`."""
+    ramp = Image.linear_gradient("L").resize((256, 64)).transpose(Image.Transpose.ROTATE_90)
+    ramp = ramp.resize((64, 256)).convert("F")
+    return ramp.point(lambda value: value * ((high - low) / 255) + low)
+
+
+def wide(low, high, mode):
+    return grey(low, high).convert("I").convert(mode)
+
+
+RAMP = grey(0, 255).convert("L")
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected", "tolerance"),
+    [
+        pytest.param(DRAWING, DRAWING, 0, id="RGB"),
+        pytest.param(DRAWING.convert("L"), DRAWING.convert("L"), 0, id="L"),
+        pytest.param(DRAWING.convert("1"), DRAWING.convert("1"), 0, id="1"),
+        pytest.param(DRAWING.convert("LA"), DRAWING.convert("L"), 0, id="LA"),
+        pytest.param(DRAWING.convert("LA").convert("La"), DRAWING.convert("L"), 0, id="La"),
+        pytest.param(DRAWING.quantize(8), DRAWING, 0, id="P"),
+        pytest.param(DRAWING.quantize(8).convert("PA"), DRAWING, 0, id="PA"),
+        pytest.param(DRAWING.convert("RGBA"), DRAWING, 0, id="RGBA"),
+        pytest.param(DRAWING.convert("RGBA").convert("RGBa"), DRAWING, 0, id="RGBa"),
+        pytest.param(DRAWING.convert("RGBX"), DRAWING, 0, id="RGBX"),
+        pytest.param(DRAWING.convert("CMYK"), DRAWING, 1, id="CMYK"),
+        pytest.param(DRAWING.convert("YCbCr"), DRAWING, 2, id="YCbCr"),
+        pytest.param(DRAWING.convert("HSV"), DRAWING, 8, id="HSV"),
+        pytest.param(wide(0, 65535, "I;16"), RAMP, 1, id="I;16"),
+        pytest.param(wide(0, 65535, "I;16B"), RAMP, 1, id="I;16B"),
+        pytest.param(wide(0, 255, "I"), RAMP, 1, id="I-8-bits"),
+        pytest.param(wide(0, 65535, "I"), RAMP, 1, id="I-16-bits"),
+        pytest.param(wide(-70000, 1000000, "I"), RAMP, 2, id="I-stretched"),
+        pytest.param(grey(0, 255), RAMP, 1, id="F-8-bits"),
+        pytest.param(grey(0, 1), RAMP, 1, id="F-fractions"),
+        pytest.param(grey(-1, 1), RAMP, 2, id="F-stretched"),
+        pytest.param(Image.new("F", (8, 8), 1e30), Image.new("L", (8, 8), 0), 0, id="F-flat"),
+    ],
+)
+def test_mode_arrives_as_it_looks(picture, expected, tolerance):
+    before = picture.tobytes(), picture.mode, picture.size, dict(picture.info)
+    result = opened(encode_image(picture))
+    assert result.mode in ("L", "RGB", "1")
+    assert difference(result, expected) <= tolerance
+    assert (picture.tobytes(), picture.mode, picture.size, dict(picture.info)) == before
+
+
+def test_lab_arrives_as_it_looks():
+    to_lab = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+    )
+    assert difference(opened(encode_image(to_lab.apply(DRAWING))), DRAWING) < 24
+
+
+def test_pixels_that_are_not_numbers_are_refused():
+    with pytest.raises(ImageError, match="finite"):
+        encode_image(Image.new("F", (8, 8), math.inf))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(save(DRAWING.convert("CMYK"), "JPEG", quality=98), id="jpeg-cmyk"),
+        pytest.param(save(DRAWING.quantize(8), "PNG"), id="png-palette"),
+        pytest.param(save(DRAWING.convert("RGBA"), "PNG"), id="png-alpha"),
+        pytest.param(save(DRAWING, "PNG", transparency=(1, 2, 3)), id="png-colour-key"),
+        pytest.param(save(DRAWING.quantize(8), "GIF", transparency=7), id="gif-transparent"),
+        pytest.param(save(DRAWING, "BMP"), id="bmp"),
+        pytest.param(save(DRAWING, "TIFF", compression="tiff_lzw"), id="tiff"),
+        pytest.param(save(DRAWING, "PPM"), id="ppm"),
+        pytest.param(save(DRAWING, "TGA"), id="tga"),
+        pytest.param(save(DRAWING, "JPEG2000"), id="jpeg-2000"),
+    ],
+)
+def test_file_that_servers_may_misread_is_converted(data):
+    result = encode_image(data)
+    assert result.data != data
+    picture = opened(result)
+    assert picture.mode == "RGB"
+    assert (
+        difference(
+            picture.resize((48, 32), Image.Resampling.NEAREST),
+            DRAWING.resize((48, 32), Image.Resampling.NEAREST),
+        )
+        <= 24
+    )
+
+
+def test_avif_is_converted():
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow knows no AVIF")
+    data = save(DRAWING, "AVIF", quality=100, subsampling="4:4:4", exif=exif(6))
+    picture = opened(encode_image(data))
+    assert difference(picture, DRAWING.transpose(Image.Transpose.ROTATE_270)) < 24
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "RGBa", "PA"])
+def test_transparency_is_laid_on_white(mode):
+    picture = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+    picture.paste((200, 0, 0, 255), (0, 0, 32, 48))
+    picture = picture.convert("P").convert("PA") if mode == "PA" else picture.convert(mode)
+    if mode == "PA":
+        alpha = Image.new("L", (64, 48), 0)
+        alpha.paste(255, (0, 0, 32, 48))
+        picture.putalpha(alpha)
+    result = opened(encode_image(picture)).convert("RGB")
+    assert result.getpixel((60, 20)) == (255, 255, 255)
+    assert result.getpixel((3, 20)) != (255, 255, 255)
+
+
+def test_half_transparency_is_half_white():
+    picture = opened(encode_image(Image.new("RGBA", (16, 16), (0, 0, 0, 51))))
+    assert picture.getpixel((5, 5)) == (204, 204, 204)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_grey_that_stands_for_nothing_is_white(mode):
+    picture = Image.new(mode, (16, 16), 7)
+    picture.paste(Image.new(mode, (8, 16), 40 if mode == "L" else 40 * 257))
+    result = opened(encode_image(save(picture, "PNG", transparency=7))).convert("L")
+    assert result.getpixel((12, 5)) == 255
+    assert result.getpixel((2, 5)) == 40
+
+
+def test_sixteen_bit_png_is_scaled_and_not_clipped():
+    data = save(wide(0, 65535, "I;16"), "PNG")
+    assert difference(opened(encode_image(data)), RAMP) <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_icc_profile_is_applied_when_encoding_anew(mode):
+    red = Image.new("RGB", (64, 48), (255, 0, 0))
+    red = red.quantize(2) if mode == "P" else red.convert(mode)
+    red.info["icc_profile"] = ICC  # in which that is green
+    result = encode_image(red)
+    picture = opened(result)
+    assert "icc_profile" not in picture.info
+    assert difference(picture, Image.new("RGB", (64, 48), (0, 255, 0))) < 8
+
+
+@pytest.mark.parametrize("broken", [b"", b"\0", ICC[:200], b"x" * 500], ids=len)
+def test_broken_icc_profile_is_passed_over(broken):
+    picture = DRAWING.copy()
+    picture.info["icc_profile"] = broken
+    assert difference(opened(encode_image(picture)), DRAWING) == 0
+
+
+def test_drawing_goes_lossless_and_photo_as_jpeg():
+    for size in ((64, 48), (1600, 1200), (60, 4000)):
+        assert encode_image(make_drawing(*size)).media_type == "image/png"
+    for size in ((160, 120), (1600, 1200)):
+        assert encode_image(make_photo(*size)).media_type == "image/jpeg"
+
+
+def test_photo_from_pillow_keeps_its_quality():
+    assert difference(opened(encode_image(make_photo(640, 480))), make_photo(640, 480)) <= 8
+
+
+# Upright
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_picture_is_sent_upright(kind, orientation):
+    options = {"tiffinfo": {274: orientation}} if kind == "TIFF" else {"exif": exif(orientation)}
+    data = save(DRAWING, kind, quality=95, **options)
+    with Image.open(io.BytesIO(data)) as picture:
+        upright = ImageOps.exif_transpose(picture)
+    assert difference(opened(encode_image(data)), upright) < 24
+    lazy = Image.open(io.BytesIO(data))
+    assert difference(opened(encode_image(lazy)), upright) < 24
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
+def test_orientation_is_read_in_either_byte_order(order):
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    ifd = struct.pack(order + "IHHHIHH", 8, 1, 0x0112, 3, 1, 6, 0)
+    data = CLEAN["jpeg"]
+    data = data[:2] + segment(0xE1, b"Exif\0\0" + head + ifd) + data[2:]
+    assert (encode_image(data).width, encode_image(data).height) == (64, 96)
+
+
+# Pillow images
+
+
+def test_lazily_opened_picture_works_and_stays_usable(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(CLEAN["png"])
+    with Image.open(path) as picture:
+        result = encode_image(picture)
+        assert picture.convert("RGB").tobytes() == PHOTO.tobytes()
+    assert difference(opened(result), PHOTO) < 16
+
+
+def test_one_lazily_opened_picture_may_be_encoded_in_many_threads_at_once():
+    picture = Image.open(io.BytesIO(save(make_photo(900, 700), "PNG")))
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: encode_image(picture).data, range(16)))
+    assert set(results) == {encode_image(make_photo(900, 700)).data}
+
+
+def test_closed_picture_is_refused():
+    picture = Image.open(io.BytesIO(CLEAN["png"]))
+    picture.close()
+    with pytest.raises(ImageError):
+        encode_image(picture)
+
+
+def test_current_frame_of_a_pillow_image_is_taken():
+    with Image.open(io.BytesIO(frames("PNG"))) as animation:
+        animation.seek(2)
+        assert difference(opened(encode_image(animation)), DRAWING) < 16
+        assert animation.tell() == 2
+
+
+# Limits
+
+
+@pytest.mark.parametrize("max_pixels", [1, 7, 100, 1000, 6143, 6144])
+@pytest.mark.parametrize("name", ["jpeg", "jpeg-progressive", "png", "gif", "webp"])
+def test_max_pixels_is_kept(name, max_pixels):
+    result = encode_image(CLEAN[name], max_pixels=max_pixels)
+    assert result.width * result.height <= max_pixels
+    opened(result)
+    if max_pixels == 6144:
+        assert result.data is CLEAN[name]
+    if max_pixels >= 100:
+        assert result.width / result.height == pytest.approx(1.5, rel=0.15)
+
+
+def test_smaller_picture_shows_the_same():
+    photo = make_photo(2000, 1500)
+    expected = photo.resize((500, 375), Image.Resampling.LANCZOS)
+    for picture in (photo, save(photo, "JPEG", quality=95), save(photo, "PNG")):
+        result = opened(encode_image(picture, max_pixels=500 * 375))
+        assert result.size == (500, 375)
+        assert difference(result, expected) < 24
+
+
+@pytest.mark.parametrize("limit", [50_000, 10_000, 3_000, 1_000])
+def test_max_bytes_is_kept(limit):
+    noise = Image.frombytes("RGB", (400, 300), random.Random(1).randbytes(400 * 300 * 3))
+    for picture in (noise, save(noise, "PNG"), save(noise, "JPEG", quality=98), save(noise, "BMP")):
+        result = encode_image(picture, max_bytes=limit)
+        assert len(result.data) <= limit
+        assert opened(result).width / result.height == pytest.approx(4 / 3, rel=0.2)
+
+
+def test_quality_goes_before_pixels_and_neither_without_need():
+    photo = make_photo(640, 480)
+    best = encode_image(photo)
+    assert encode_image(photo, max_bytes=len(best.data)).data == best.data
+    less = encode_image(photo, max_bytes=len(best.data) - 1)
+    assert (less.width, less.height) == (640, 480)
+    assert len(less.data) > len(best.data) / 2
+
+
+def test_metadata_does_not_count_against_max_bytes():
+    data = CLEAN["jpeg"]
+    heavy = data[:2] + segment(0xFE, bytes(60_000)) + data[2:]
+    assert encode_image(heavy, max_bytes=len(data)).data == data
+
+
+def test_limit_that_nothing_fits_is_an_error():
+    with pytest.raises(ImageError, match="100 bytes"):
+        encode_image(CLEAN["jpeg"], max_bytes=100)
+
+
+@pytest.mark.parametrize("size", [(1, 70_000), (70_000, 1), (70_000, 3)])
+def test_side_longer_than_jpeg_allows_is_shortened(size):
+    result = encode_image(Image.effect_noise(size, 90))
+    assert max(opened(result).size) <= 65_500
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 10**8))
+def test_fitted_size_never_passes_the_limit(width, height, max_pixels):
+    new_width, new_height = _fitted((width, height), max_pixels)
+    assert 1 <= new_width <= width
+    assert 1 <= new_height <= height
+    assert new_width * new_height <= max_pixels

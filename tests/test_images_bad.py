@@ -1,0 +1,297 @@
+"""What is no picture, or a broken one, is an ImageError: in bounded time, whatever the bytes."""
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pictures import CLEAN, PHOTO, chunk, exif, frames, opened, riff, save, segment, with_secrets
+from PIL import Image
+
+from moondream_async._images import encode_image
+from moondream_async.errors import ImageError
+
+# What is no picture
+
+
+class AsyncFile:
+    name = "upload.jpg"
+
+    async def read(self, size=-1):
+        return b""
+
+
+class Unreadable:
+    def read(self, size=-1):
+        raise OSError("the disk is gone")
+
+
+def closed_file():
+    file = io.BytesIO(CLEAN["png"])
+    file.close()
+    return file
+
+
+def released_view():
+    view = memoryview(CLEAN["png"])
+    view.release()
+    return view
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        pytest.param(b"", "is empty", id="empty"),
+        pytest.param(io.BytesIO(), "is empty", id="empty-file"),
+        pytest.param("data:,", "is empty", id="empty-data-uri"),
+        pytest.param(b"<!DOCTYPE html><html>", "not a picture", id="html"),
+        pytest.param(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture", id="eps"
+        ),
+        pytest.param("missing.jpg", "'missing.jpg' does not exist", id="missing"),
+        pytest.param("", "does not exist", id="empty-path"),
+        pytest.param("a\0b", "can't be opened", id="nul-in-path"),
+        pytest.param("/9j/" + "A" * 100_000, r"\(100004 characters\)", id="base64-as-path"),
+        pytest.param("https://example.com/a.jpg", r"fetch_image\(url\)", id="https"),
+        pytest.param("HTTP://example.com/a.jpg", r"fetch_image\(url\)", id="http"),
+        pytest.param("data:image/png;base64", "no comma", id="data-uri-without-comma"),
+        pytest.param("data:;base64,iVBO!!!!", "malformed", id="data-uri-bad-character"),
+        pytest.param("data:;base64,iVBOR", "malformed", id="data-uri-bad-length"),
+        pytest.param("data:;base64,iV==BORw", "malformed", id="data-uri-early-padding"),
+        pytest.param("data:image/png,\u20ac", "malformed", id="data-uri-not-ascii"),
+        pytest.param(None, "not NoneType", id="none"),
+        pytest.param(7, "not int", id="number"),
+        pytest.param(io.StringIO("text"), "mode 'rb'", id="text-file"),
+        pytest.param(AsyncFile(), "'upload.jpg' is an async file", id="async-file"),
+        pytest.param(Unreadable(), "the disk is gone", id="file-that-fails"),
+        pytest.param(closed_file(), "can't be read", id="closed-file"),
+        pytest.param(released_view(), "can't be read", id="released-memoryview"),
+        pytest.param(Image.new("RGB", (0, 9)), "no pixels", id="no-pixels"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_the_reason(image, reason, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImageError, match=reason) as caught:
+        encode_image(image)
+    assert len(str(caught.value)) < 400
+
+
+def test_directory_is_refused(tmp_path):
+    with pytest.raises(ImageError, match="is a directory"):
+        encode_image(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_fifo_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ImageError, match="not a regular file"):
+        encode_image(tmp_path / "fifo")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no /dev/zero")
+def test_device_is_refused_unread():
+    with pytest.raises(ImageError, match="'/dev/zero' is not a regular file"):
+        encode_image("/dev/zero")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_file_without_permission_is_refused(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(CLEAN["png"])
+    path.chmod(0)
+    with pytest.raises(ImageError, match="permission"):
+        encode_image(path)
+
+
+def test_huge_file_is_refused_by_its_size(tmp_path):
+    path = tmp_path / "huge.jpg"
+    with path.open("wb") as file:
+        file.truncate(256_000_001)  # a hole; takes no space
+    with pytest.raises(ImageError, match=r"huge\.jpg' is too large: 256,000,001 bytes"):
+        encode_image(path)
+
+
+def test_endless_file_is_given_up():
+    class Endless:
+        def read(self, size):
+            return bytes(size)
+
+    with pytest.raises(ImageError, match="too large"):
+        encode_image(Endless())
+
+
+@pytest.mark.parametrize("name", [*CLEAN, "tiff", "bmp"])
+def test_truncated_file_is_refused_wherever_it_is_cut(name):
+    data = CLEAN.get(name) or save(PHOTO, name.upper())
+    end = len(data) - (1 if name == "gif" else 0)  # the trailer says nothing, and is put back
+    for length in {*range(min(end, 700)), *range(0, end, 97), end - 2, end - 1}:
+        with pytest.raises(ImageError):
+            encode_image(data[:length])
+
+
+def test_damaged_png_is_told_by_its_checksum():
+    data = bytearray(CLEAN["png"])
+    data[len(data) // 2] ^= 1
+    with pytest.raises(ImageError, match="checksum"):
+        encode_image(bytes(data))
+
+
+def png_header(width, height):
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def jpeg_of(width, height):
+    data = CLEAN["jpeg"]
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(png_header(20_000, 20_000), id="png"),
+        pytest.param(png_header(0x7FFFFFFF, 0x7FFFFFFF), id="png-absurd"),
+        pytest.param(jpeg_of(65_000, 65_000), id="jpeg"),
+        pytest.param(
+            b"GIF89a"
+            + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
+            + b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;",
+            id="gif",
+        ),
+        pytest.param(b"P6 20000 20000 255\n", id="ppm"),
+        pytest.param(
+            save(PHOTO, "BMP")[:18] + struct.pack("<ii", 40_000, 40_000) + save(PHOTO, "BMP")[26:],
+            id="bmp",
+        ),
+    ],
+)
+def test_decompression_bomb_is_refused_by_its_header(data):
+    with pytest.raises(ImageError, match="too large to be opened"):
+        encode_image(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(png_header(0, 8), id="png"),
+        pytest.param(jpeg_of(0, 8), id="jpeg"),
+    ],
+)
+def test_picture_without_pixels_is_refused(data):
+    with pytest.raises(ImageError, match="no pixels"):
+        encode_image(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(
+            CLEAN["jpeg"][:2] + segment(0xFE, b"") * 20_000 + CLEAN["jpeg"][2:], id="jpeg"
+        ),
+        pytest.param(
+            CLEAN["png"][:33] + chunk(b"tEXt", b"") * 110_000 + CLEAN["png"][33:], id="png"
+        ),
+        pytest.param(b"GIF89a" + bytes(7) + b"!\xfe\x01x\0" * 600_000 + b";", id="gif"),
+        pytest.param(
+            b"RIFF" + struct.pack("<I", 4 + 8 * 20_000) + b"WEBP" + riff(b"x   ", b"") * 20_000,
+            id="webp",
+        ),
+    ],
+)
+def test_file_of_countless_parts_is_given_up(data):
+    with pytest.raises(ImageError, match="no ordinary"):
+        encode_image(data)
+
+
+def test_jpeg_of_countless_scans_is_given_up():
+    data = CLEAN["jpeg-progressive"]
+    at = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="scans"):
+        encode_image(data[:at] + data[at:-2] * 300 + b"\xff\xd9")
+
+
+def test_animation_of_thousands_of_frames_costs_no_more_than_its_first():
+    data = frames("GIF")
+    many = data[:-1] + data[data.index(b"!\xf9", 800) : -1] * 3000 + b";"
+    assert encode_image(many).data == encode_image(data).data
+
+
+def test_cause_of_a_failure_is_chained():
+    with pytest.raises(ImageError) as caught:
+        encode_image("missing.jpg")
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    with pytest.raises(ImageError) as caught:
+        encode_image(save(PHOTO, "TIFF")[:500])
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+# Anything at all
+
+ALL = {
+    **CLEAN,
+    **{f"{name}-secret": with_secrets(name) for name in CLEAN},
+    "jpeg-turned": save(PHOTO, "JPEG", exif=exif(6)),
+    "jpeg-cmyk": save(PHOTO.convert("CMYK"), "JPEG"),
+    "png-palette": save(PHOTO.quantize(16), "PNG", transparency=3),
+    "png-animated": frames("PNG"),
+    "gif-animated": frames("GIF"),
+    "webp-animated": frames("WEBP"),
+    "tiff": save(PHOTO, "TIFF"),
+    "bmp": save(PHOTO, "BMP"),
+    "ico": save(PHOTO, "ICO"),
+    "jpeg-2000": save(PHOTO, "JPEG2000"),
+}
+MAGIC = sorted({data[:length] for data in ALL.values() for length in (4, 8, 12, 16)})
+# Compressed data are not decoded on the way through, and GIF and WebP have no
+# checksum over them: what is promised for those is what their container holds.
+CONTAINER_BYTES = {"gif": 13, "webp": 20}
+
+
+def check(data, **limits):
+    """Whatever goes in: an `ImageError` comes out, or a picture that opens and decodes."""
+    try:
+        result = encode_image(data, **limits)
+    except ImageError:
+        return
+    opened(result)
+
+
+@given(st.sampled_from(MAGIC), st.binary(max_size=300))
+@example(b"", b"")
+@settings(deadline=None)
+def test_random_bytes_give_a_picture_or_an_image_error(magic, rest):
+    check(magic + rest)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+def test_mutated_header_gives_a_picture_or_an_image_error(data):
+    name = data.draw(st.sampled_from(sorted(ALL)))
+    mutated = bytearray(ALL[name])
+    head = CONTAINER_BYTES.get(name.partition("-")[0], 800)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, min(head, len(mutated)) - 1))
+        count = data.draw(st.integers(0, 3))
+        mutated[at : at + count] = data.draw(st.binary(min_size=0, max_size=3))
+    check(bytes(mutated))
+
+
+@given(st.sampled_from(sorted(ALL)), st.floats(0, 1))
+@settings(deadline=None)
+def test_truncated_file_gives_a_picture_or_an_image_error(name, share):
+    check(ALL[name][: int(len(ALL[name]) * share)])
+
+
+@given(st.sampled_from(sorted(ALL)), st.integers(1, 10_000), st.integers(700, 10_000))
+@settings(deadline=None)
+def test_any_picture_fits_any_limits(name, max_pixels, max_bytes):
+    result = encode_image(ALL[name], max_pixels=max_pixels, max_bytes=max_bytes)
+    assert result.width * result.height <= max_pixels
+    assert len(result.data) <= max_bytes
+    opened(result)
