@@ -69,10 +69,9 @@ def read_result(skill: Skill, raw: dict[str, Any], *, status: int = 200) -> Resu
     """
     try:
         return _READERS[skill](raw)
-    except (KeyError, IndexError, TypeError, msgspec.ValidationError) as error:
-        body = _excerpt(msgspec.json.encode(raw))
+    except (LookupError, AttributeError, TypeError, msgspec.ValidationError) as error:
         raise ServerError(
-            f"The server's reply to {skill} does not hold the answer: {body}",
+            f"The server's reply to {skill} does not hold the answer: {show(raw):.{_EXCERPT}}",
             status=status,
             body=raw,
         ) from error
@@ -221,7 +220,8 @@ def find_reasoning(message: Mapping[str, Any]) -> Reasoning | None:
     """Find the reasoning in a chat message or a piece of one, under whichever name it comes."""
     details = message.get("reasoning_details")
     if isinstance(details, list):  # a list of pieces, as OpenRouter and its kin send them
-        text = "".join(str(each.get("text") or "") for each in details if isinstance(each, dict))
+        texts = [each.get("text") for each in details if isinstance(each, dict)]
+        text = "".join(each for each in texts if isinstance(each, str))
         details = {"text": text} if text else None
     for value in (details, message.get("reasoning"), message.get("reasoning_content")):
         if value and (reasoning := decode_reasoning(value)) is not None:
@@ -270,7 +270,7 @@ def error_from_response(
     message, fields = describe(raw)
     cls = _BY_STATUS.get(status) or (ServerError if status >= 500 else APIStatusError)
     return cls(
-        message or f"HTTP status {status} and an empty body",
+        message or f"HTTP status {status}: {_excerpt(body) or 'an empty body'}",
         status=status,
         retry_after=parse_retry_after(headers.get("Retry-After"), now),
         body=raw,
@@ -292,7 +292,7 @@ def describe(raw: Any) -> tuple[str, dict[str, Any]]:
     """Find the message in whichever of the known shapes it comes."""
     fields: dict[str, Any] = {}
     if not isinstance(raw, dict):
-        return (raw if isinstance(raw, str) else str(raw)[:_EXCERPT]), fields
+        return show(raw)[:_EXCERPT], fields
     fields["request_id"] = to_id(raw.get("request_id"))
     error = raw.get("error") or raw.get("detail") or raw.get("message") or ""
     if isinstance(error, dict):
@@ -301,18 +301,27 @@ def describe(raw: Any) -> tuple[str, dict[str, Any]]:
     elif isinstance(error, list):
         error = "; ".join(map(_describe_item, error))
     elif isinstance(raw.get("detail"), str) and error != raw["detail"]:  # kestrel's 500
-        error = f"{error}: {raw['detail']}"
-    message = error if isinstance(error, str) else str(error)
-    return message[: 4 * _EXCERPT], fields
+        error = f"{show(error)}: {raw['detail']}"
+    return show(error)[: 4 * _EXCERPT], fields
 
 
 def _describe_item(item: Any) -> str:
     """Describe one of FastAPI's: ``{"loc": ["body", "question"], "msg": "field required"}``."""
-    if not isinstance(item, dict):
-        return str(item)
+    if not isinstance(item, dict) or "msg" not in item:
+        return show(item)
     place = item.get("loc")
-    where = ".".join(map(str, place)) if isinstance(place, list) else place
-    return f"{where}: {item.get('msg')}"
+    where = ".".join(map(show, place)) if isinstance(place, list) else ""
+    return f"{where}: {show(item['msg'])}" if where else show(item["msg"])
+
+
+def show(value: Any) -> str:
+    """Return a JSON value as text, for a message: strings as they are."""
+    if isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.encode(value).decode()
+    except RecursionError:  # it was decoded, but from a place nearer to the limit
+        return "(nested too deeply to show)"
 
 
 def _excerpt(body: bytes) -> str:

@@ -58,6 +58,7 @@ from .answers import (
     find_metrics,
     find_reasoning,
     read_result,
+    show,
     to_id,
 )
 from .requests import Skill
@@ -71,8 +72,6 @@ _DISGUISED_ERRORS = frozenset(
         "An error occurred during query processing.",
     }
 )
-
-_KNOWN_KEYS = frozenset({"chunk", "text", "completed", "error", "stats", "type", "choices"})
 
 
 class PlainChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -229,10 +228,11 @@ class AnswerDecoder:
 
     def _feed_plain(self, data: bytes) -> list[Event] | None:
         """Decode a block of plain chunk events; None if it has to take the other way."""
+        # A carriage return ends a line too, and one event over the limit is not to pass.
+        if b"\r" in data or len(self._tail) + len(data) > self._max_event_bytes:
+            return None
         cut = data.rfind(b"\n") + 1
         if not cut:
-            if b"\r" in data or len(self._tail) + len(data) > self._max_event_bytes:
-                return None
             self._tail += data
             return []
         block = bytes(self._tail + data[:cut]) if self._tail else data[:cut]
@@ -241,13 +241,14 @@ class AnswerDecoder:
             return None
         self._parser.skip_start()
         self._tail = bytearray(data[cut:])
-        last_id = events[-1].request_id
-        if last_id is not UNSET:
-            self.request_id = last_id
-        self._has_text = True
+        for event in reversed(events):
+            if event.request_id:
+                self.request_id = event.request_id
+                break
+        self._has_text = self._has_text or any(event.chunk for event in events)
         return events  # type: ignore[return-value] # a list of one member of the union
 
-    def _decode_plain(self, block: bytes) -> list[PlainChunk] | list[PlainChatChunk] | None:
+    def _decode_plain(self, block: bytes) -> list[PlainChunk | PlainChatChunk] | None:
         """Decode ``data: {...}`` lines, each followed by a blank line or none of them.
 
         The lines are stripped down to newline-delimited JSON. That is sound only if
@@ -255,7 +256,7 @@ class AnswerDecoder:
         between ``}`` and ``data: {``, where no JSON value can go on from one line to
         the next, and there must be as many values as lines.
         """
-        if not block.startswith(b"data: {") or b"true" in block or b"\r" in block:
+        if not block.startswith(b"data: {") or b"true" in block:
             return None
         if block.endswith(b"}\n\n"):
             lines = block[6:].replace(b"}\n\ndata: {", b"}\n{")
@@ -270,7 +271,7 @@ class AnswerDecoder:
         if lines.count(b"\n") != breaks:
             return None
         try:
-            events: list[PlainChunk] = self._plain_lines(lines)
+            events: list[PlainChunk | PlainChatChunk] = self._plain_lines(lines)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None  # not plain, or not JSON; the long way knows which
         return events if len(events) == count else None
@@ -292,23 +293,13 @@ class AnswerDecoder:
         return events
 
     def _decode(self, event: ServerSentEvent) -> list[Event]:
-        data = event.data
-        if data.strip() == "[DONE]":
+        if event.data.strip() == "[DONE]":
             return self._finish({}, "")
-        if self._secret and self._secret in data:
-            data = data.replace(self._secret, "***")
-        try:
-            raw = msgspec.json.decode(data)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            raw = data
+        raw = _json_or_text(event.data)
         if event.event == "error" or (isinstance(raw, dict) and raw.get("error")):
-            return self._fail_with(raw)
+            return self._fail_with(_json_or_text(self._redact(event.data)))
         if not isinstance(raw, dict):
-            self.failure = functools.partial(
-                StreamProtocolError,
-                f"The server sent an event that is no JSON object: {raw!s:.200}",
-            )
-            return []
+            return self._refuse("an event that is no JSON object", event.data)
         return self._decode_object(raw, event)
 
     def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[Event]:
@@ -317,7 +308,7 @@ class AnswerDecoder:
         if chunk is None:
             chunk = raw.get("text")
         if chunk is not None and not isinstance(chunk, str):
-            return self._refuse_chunk(chunk)
+            return self._refuse("a chunk that is no text", show(chunk))
         kind = raw.get("type")
         if raw.get("completed") is True or kind == "final":
             return self._finish(raw, chunk or "")
@@ -330,11 +321,14 @@ class AnswerDecoder:
             return [MetricsEvent(metrics=raw["stats"], raw=raw)]
         return [UnknownEvent(event=kind if isinstance(kind, str) else event.event, raw=raw)]
 
-    def _refuse_chunk(self, chunk: Any) -> list[Event]:
-        self.failure = functools.partial(
-            StreamProtocolError, f"The server sent a chunk that is no text: {chunk!r:.200}"
-        )
+    def _refuse(self, what: str, text: str) -> list[Event]:
+        message = f"The server sent {what}: {self._redact(text):.200}"
+        self.failure = functools.partial(StreamProtocolError, message)
         return []
+
+    def _redact(self, text: str) -> str:
+        """Take the key out of what goes into an error. An answer is never touched."""
+        return text.replace(self._secret, "***") if self._secret else text
 
     def _finish(self, raw: dict[str, Any], chunk: str) -> list[Event]:
         if chunk in _DISGUISED_ERRORS:
@@ -395,7 +389,7 @@ class ChatDecoder(AnswerDecoder):
         choices = raw.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         if not isinstance(choice, dict):
-            if self.usage is not None and "usage" in raw:
+            if isinstance(raw.get("usage"), dict):
                 return [MetricsEvent(metrics=raw["usage"], raw=raw)]
             return [UnknownEvent(event=event.event, raw=raw)]
         self.finish_reason = to_id(choice.get("finish_reason")) or self.finish_reason
@@ -404,7 +398,7 @@ class ChatDecoder(AnswerDecoder):
             return [UnknownEvent(event=event.event, raw=raw)]
         chunk = delta.get("content")
         if chunk is not None and not isinstance(chunk, str):
-            return self._refuse_chunk(chunk)
+            return self._refuse("a chunk that is no text", show(chunk))
         events: list[Event] = []
         piece = find_reasoning(delta)
         if piece is not None:
@@ -422,18 +416,19 @@ def decoder_for(skill: Skill, *, secret: str = "") -> AnswerDecoder:
     return (ChatDecoder if skill == "chat" else AnswerDecoder)(skill, secret=secret)
 
 
+def _json_or_text(data: str) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return data
+
+
 def _is_whole_event(line: str) -> bool:
     """Say whether one data line is an event by itself, so that no blank line need follow.
 
     The cloud's documentation prints its events without blank lines. A line that
-    is a JSON object of a known kind can't be the first of several.
+    is a JSON object can't be the first of several: nothing may follow one.
     """
     if line == "[DONE]":
         return True
-    if not (line.startswith("{") and line.rstrip().endswith("}")):
-        return False
-    try:
-        raw = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return False
-    return not _KNOWN_KEYS.isdisjoint(raw)
+    return line.startswith("{") and isinstance(_json_or_text(line), dict)

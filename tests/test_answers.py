@@ -1,0 +1,609 @@
+"""Plain answers: bodies into results, and whatever a server calls an error into an error.
+
+Where a body comes from stands beside it: `docs` is m87-labs/md-docs, `kestrel` the HTTP
+server of m87-labs/kestrel and `Station` moondream-station 0.1.9, both run on loopback,
+`old` is moondream 0.0.6, and `SDK` the package moondream 2.6.1.
+"""
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import moondream_async as md
+from moondream_async._protocol.answers import (
+    decode_json,
+    decode_reasoning,
+    describe,
+    error_from_response,
+    read_models,
+    read_result,
+    read_stats,
+)
+from moondream_async.errors import APIStatusError, MoondreamError, NotFoundError, ServerError
+from moondream_async.types import Grounding, Point, Reasoning, Region, Usage
+
+unhurried = settings(deadline=None)  # a busy machine is no failure
+
+SKILLS = ["caption", "query", "detect", "point", "segment", "chat"]
+
+
+def decode(skill, body):
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    return read_result(skill, decode_json(body))
+
+
+# -- results -------------------------------------------------------------------------------
+
+REQUEST_ID = "2025-03-25_caption_2025-03-25-21:00:39-715d03"
+METRICS = {"input_tokens": 735, "output_tokens": 45, "ttft_ms": 21.0}
+GROUNDED = {
+    "text": "One blue boat.",
+    "grounding": [{"start_idx": 4, "end_idx": 13, "points": [[0.25, 0.75]]}],
+}
+BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+CHAT = {
+    "id": "chatcmpl-46",
+    "object": "chat.completion",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Two.", "reasoning": "Count them."},
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": {"prompt_tokens": 740, "completion_tokens": 2, "total_tokens": 742},
+}
+
+RESULTS = [
+    pytest.param(
+        "caption",
+        {
+            "caption": "a heron",
+            "request_id": REQUEST_ID,
+            "finish_reason": "stop",
+            "metrics": METRICS,
+        },
+        md.CaptionResult(
+            caption="a heron", request_id=REQUEST_ID, finish_reason="stop", metrics=METRICS
+        ),
+        id="caption, cloud (docs)",
+    ),
+    pytest.param(
+        "query",
+        {"answer": "two", "request_id": "42", "finish_reason": "length", "reasoning": GROUNDED},
+        md.QueryResult(
+            answer="two",
+            request_id="42",
+            finish_reason="length",
+            reasoning=Reasoning("One blue boat.", (Grounding(4, 13, ((0.25, 0.75),)),)),
+        ),
+        id="query, kestrel",
+    ),
+    pytest.param(
+        "caption",
+        {"caption": "a heron", "_stats": {"tokens": 3, "duration": 0.5, "tokens_per_sec": 6.0}},
+        md.CaptionResult(
+            caption="a heron", metrics={"tokens": 3, "duration": 0.5, "tokens_per_sec": 6.0}
+        ),
+        id="caption, Station",
+    ),
+    pytest.param("query", {"answer": ""}, md.QueryResult(answer=""), id="query, an empty answer"),
+    pytest.param(
+        "detect",
+        {"objects": [BOX], "request_id": "43"},
+        md.DetectResult(objects=(Region(0.1, 0.2, 0.5, 0.6),), request_id="43"),
+        id="detect, cloud (docs)",
+    ),
+    pytest.param("detect", {"objects": []}, md.DetectResult(objects=()), id="detect, none there"),
+    pytest.param(
+        "point",
+        {"points": [{"x": 0.5, "y": 1}], "count": 1},
+        md.PointResult(points=(Point(0.5, 1.0),)),
+        id="point, Station",
+    ),
+    pytest.param(
+        "segment",
+        {"path": "M 0 0.5 L 1 1 Z", "bbox": BOX, "request_id": "44"},
+        md.SegmentResult(path="M 0 0.5 L 1 1 Z", bbox=Region(0.1, 0.2, 0.5, 0.6), request_id="44"),
+        id="segment, cloud (docs)",
+    ),
+    pytest.param(
+        "segment",
+        {"path": "M 0 0.5 L 1 1 Z", "bbox": None},
+        md.SegmentResult(path="M 0 0.5 L 1 1 Z"),
+        id="segment, kestrel, no box found",
+    ),
+    pytest.param(
+        "segment",
+        {"path": None, "parse_error": "odd token"},
+        md.SegmentResult(path="", parse_error="odd token"),
+        id="segment, kestrel, no outline",
+    ),
+    pytest.param(
+        "chat",
+        CHAT,
+        md.ChatResult(
+            message=md.ChatMessage(role="assistant", content="Two.", reasoning="Count them."),
+            reasoning=Reasoning("Count them."),
+            usage=Usage(prompt_tokens=740, completion_tokens=2, total_tokens=742),
+            request_id="chatcmpl-46",
+            finish_reason="stop",
+        ),
+        id="chat, cloud (docs)",
+    ),
+    pytest.param(
+        "chat",
+        {"choices": [{"message": {"content": "Two.", "reasoning_details": GROUNDED}}]},
+        md.ChatResult(
+            message=md.ChatMessage(role="assistant", content="Two.", reasoning="One blue boat."),
+            reasoning=Reasoning("One blue boat.", (Grounding(4, 13, ((0.25, 0.75),)),)),
+        ),
+        id="chat, with grounding (SDK)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("skill", "body", "result"), RESULTS)
+def test_every_servers_body_becomes_the_result_that_it_means(skill, body, result):
+    decoded = decode(skill, body)
+
+    assert decoded == msgspec.structs.replace(result, raw=body)
+    assert decoded.raw == body
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("2026_42", "2026_42"), (42, "42"), ("", None), (None, None), (True, None)]
+)
+def test_request_ids_are_strings_whatever_a_server_counts_in(value, text):
+    assert decode("caption", {"caption": "", "request_id": value}).request_id == text
+
+
+@pytest.mark.parametrize(
+    ("value", "reasoning"),
+    [
+        (None, None),
+        ("Count them.", Reasoning("Count them.")),
+        ({"text": "Count them."}, Reasoning("Count them.")),
+        ({"text": None}, Reasoning("")),
+        ({"text": "x", "grounding": None}, Reasoning("x")),
+        (
+            {
+                "text": "x",
+                "grounding": [
+                    {"start_idx": 0, "end_idx": 1, "points": []},
+                    {"start_idx": "0", "end_idx": 1, "points": []},
+                    "odd",
+                    {"start_idx": 2, "end_idx": 3, "points": [[0.5]]},
+                ],
+            },
+            Reasoning("x", (Grounding(0, 1), Grounding(2, 3, ((0.5,),)))),
+        ),
+        (["Count", "them."], None),
+        (5, None),
+    ],
+    ids=[
+        "none",
+        "a string",
+        "an object",
+        "no text",
+        "no grounding",
+        "spans that make no sense are left out",
+        "a list",
+        "a number",
+    ],
+)
+def test_reasoning_comes_in_several_shapes(value, reasoning):
+    assert decode_reasoning(value) == reasoning
+    assert decode("query", {"answer": "two", "reasoning": value}).reasoning == reasoning
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"5",
+        b"<html>Welcome</html>",
+        b'{"caption": ',
+        b'{"caption": null, "answer": 5, "objects": {}, "points": [[1]], "path": [], "choices": 1}',
+        b'{"objects": [{"x_min": 0.1}], "points": [{"x": "0.1", "y": 0.2}]}',
+        b'{"choices": []}',
+        b'{"choices": [5]}',
+        b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": "Two."}]}',
+        b'{"choices": [{"message": {"content": ["Two."]}}]}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_body_without_the_answer_is_a_server_error_that_shows_it(skill, body):
+    with pytest.raises(ServerError) as caught:
+        decode(skill, body)
+
+    assert caught.value.status == 200
+    assert caught.value.message.startswith("The server's reply ")
+
+
+# -- models and statistics -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "models"),
+    [
+        pytest.param(
+            {"object": "list", "data": [{"id": "moondream3-preview", "object": "model"}]},
+            [("moondream3-preview", None)],
+            id="cloud (seen live by others)",
+        ),
+        pytest.param(
+            {"models": [{"id": "md2", "name": "Moondream 2", "description": "", "version": "1"}]},
+            [("md2", "Moondream 2")],
+            id="Station",
+        ),
+        pytest.param({"data": [{"id": 5}, {"id": None}, "odd", {}]}, [("5", None)], id="odd"),
+        pytest.param({"data": None, "models": 5}, [], id="no list"),
+        pytest.param({}, [], id="nothing"),
+    ],
+)
+def test_models_are_listed_by_every_server(body, models):
+    assert [(model.id, model.name) for model in read_models(body)] == models
+
+
+def test_what_else_is_said_of_a_model_is_kept():
+    [model] = read_models({"data": [{"id": "m", "owned_by": "someone"}]})
+
+    assert model.raw["owned_by"] == "someone"
+
+
+def test_stations_numbers_are_read():
+    raw = {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running", "new": 5}
+
+    stats = read_stats(raw)
+
+    assert (stats.workers, stats.default_timeout, stats.status) == (1, 30.0, "running")
+    assert stats.raw == raw
+
+
+def test_stations_numbers_are_kept_where_they_are_none():
+    assert read_stats({"workers": "many"}).raw == {"workers": "many"}
+
+
+# -- errors --------------------------------------------------------------------------------
+
+# Bodies as they were seen; what nobody has seen yet says that it is a guess.
+ERRORS = [
+    pytest.param(
+        401,
+        b'{"error":{"message":"Wrong key","type":"authentication_error","param":null,"code":"k"}}',
+        md.AuthenticationError,
+        "Wrong key",
+        {"type": "authentication_error", "code": "k", "param": None},
+        id="cloud (docs)",
+    ),
+    pytest.param(
+        400,
+        b'{"error":{"message":"Bad length","type":"invalid_request","param":"length","code":null}}',
+        md.BadRequestError,
+        "Bad length",
+        {"type": "invalid_request", "param": "length"},
+        id="cloud, a bad request (docs)",
+    ),
+    pytest.param(
+        429,
+        b'{"error":{"message":"Slow down","type":"rate_limit_exceeded"}, "request_id": 7}',
+        md.RateLimitError,
+        "Slow down",
+        {"type": "rate_limit_exceeded", "request_id": "7"},
+        id="cloud, too fast (docs)",
+    ),
+    pytest.param(
+        401,
+        b'{"error": "Invalid API key"}',
+        md.AuthenticationError,
+        "Invalid API key",
+        {"type": None},
+        id="cloud, models (seen live by others)",
+    ),
+    pytest.param(
+        403,
+        b"error code: 1010",
+        md.PermissionDeniedError,
+        "error code: 1010",
+        {"body": "error code: 1010"},
+        id="gateway, no user agent (seen live by others)",
+    ),
+    pytest.param(
+        400,
+        b'{"error":"Field \'stream\' must be a boolean"}',
+        md.BadRequestError,
+        "Field 'stream' must be a boolean",
+        {},
+        id="kestrel, a bad request",
+    ),
+    pytest.param(
+        503,
+        b'{"error":"Engine is not ready"}',
+        ServerError,
+        "Engine is not ready",
+        {},
+        id="kestrel",
+    ),
+    pytest.param(
+        500,
+        b'{"error":"Inference failed","detail":"CUDA out of memory"}',
+        ServerError,
+        "Inference failed: CUDA out of memory",
+        {},
+        id="kestrel, a failure",
+    ),
+    pytest.param(404, b"Not Found", md.NotFoundError, "Not Found", {}, id="starlette"),
+    pytest.param(405, b"Method Not Allowed", APIStatusError, "Method Not Allowed", {}, id="405"),
+    pytest.param(
+        503,
+        b'{"detail":"Inference service not running"}',
+        ServerError,
+        "Inference service not running",
+        {},
+        id="Station, not running",
+    ),
+    pytest.param(
+        500, b"Internal Server Error", ServerError, "Internal Server Error", {}, id="Station, 500"
+    ),
+    pytest.param(
+        422,
+        b'{"detail":[{"loc":["body","question"],"msg":"field required","type":"x"},{"msg":"y"}]}',
+        md.BadRequestError,
+        "body.question: field required; y",
+        {},
+        id="FastAPI (a guess)",
+    ),
+    pytest.param(
+        400,
+        b'{"error":"Query processing failed."}',
+        md.BadRequestError,
+        "Query processing failed.",
+        {},
+        id="old",
+    ),
+    pytest.param(
+        502,
+        b"<html>\n<head><title>502 Bad Gateway</title></head>\n</html>",
+        ServerError,
+        "<html> <head><title>502 Bad Gateway</title></head> </html>",
+        {},
+        id="gateway, HTML (a guess)",
+    ),
+    pytest.param(413, b"", md.PayloadTooLargeError, "HTTP status 413: an empty body", {}, id="413"),
+    pytest.param(
+        500, b'{"why": 5}', ServerError, 'HTTP status 500: {"why": 5}', {}, id="an unknown shape"
+    ),
+    pytest.param(
+        500, b'{"message": "boom"}', ServerError, "boom", {}, id="only a message (a guess)"
+    ),
+    pytest.param(
+        500, b'{"error": {"type": "overloaded"}}', ServerError, "overloaded", {}, id="only a type"
+    ),
+    pytest.param(
+        500, b'{"error": {"why": 5}}', ServerError, '{"why":5}', {}, id="an error of unknown shape"
+    ),
+    pytest.param(500, b'{"error": 5}', ServerError, "5", {}, id="an error that is a number"),
+    pytest.param(500, b"[1, 2]", ServerError, "[1,2]", {}, id="a list"),
+    pytest.param(402, b'{"error": "No credit"}', APIStatusError, "No credit", {}, id="402"),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "cls", "message", "fields"), ERRORS)
+def test_every_servers_error_becomes_the_error_that_it_means(status, body, cls, message, fields):
+    error = error_from_response(status, {}, body, now=0)
+
+    assert type(error) is cls
+    assert (error.status, error.message) == (status, message)
+    for name, value in fields.items():
+        assert getattr(error, name) == value
+
+
+@pytest.mark.parametrize(
+    ("status", "cls"),
+    [
+        (400, md.BadRequestError),
+        (401, md.AuthenticationError),
+        (403, md.PermissionDeniedError),
+        (404, md.NotFoundError),
+        (409, APIStatusError),
+        (413, md.PayloadTooLargeError),
+        (418, APIStatusError),
+        (422, md.BadRequestError),
+        (429, md.RateLimitError),
+        *[(status, ServerError) for status in (500, 502, 503, 504, 520, 524, 599)],
+    ],
+)
+def test_the_status_decides_on_the_kind_of_error(status, cls):
+    assert type(error_from_response(status, {}, b"", now=0)) is cls
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "Thu, 01 Jan 1970 00:01:00 GMT"}, 50.0),
+        ({"Retry-After": "soon"}, None),
+    ],
+)
+def test_an_error_says_how_long_the_server_asks_to_wait(headers, seconds):
+    assert error_from_response(429, headers, b"", now=10).retry_after == seconds
+
+
+# Station sends these with status 200.
+@pytest.mark.parametrize("skill", SKILLS)
+@pytest.mark.parametrize(
+    ("body", "cls", "message"),
+    [
+        ({"error": "Queue is full", "status": "rejected"}, ServerError, "Queue is full"),
+        ({"error": "Request timeout", "status": "timeout"}, ServerError, "Request timeout"),
+        ({"error": "bad thing", "status": "error"}, ServerError, "bad thing"),
+        (
+            {"error": "Function 'segment' not available"},
+            NotFoundError,
+            "Function 'segment' not available",
+        ),
+        ({"error": {"message": "boom", "code": 5}}, ServerError, "boom"),
+    ],
+    ids=["rejected", "timeout", "error", "not available", "an object"],
+)
+def test_an_error_with_status_200_is_an_error_too(skill, body, cls, message):
+    with pytest.raises(APIStatusError) as caught:
+        decode(skill, body)
+
+    assert type(caught.value) is cls
+    assert (caught.value.status, caught.value.message) == (200, message)
+    assert caught.value.body == body
+
+
+@pytest.mark.parametrize("nothing", [None, "", False, 0, {}, []])
+def test_an_error_that_says_nothing_is_none(nothing):
+    assert decode("caption", {"caption": "a heron", "error": nothing}).caption == "a heron"
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_long_body_is_shown_in_part(status):
+    body = b"<html>" + b"x" * 100_000
+
+    if status == 200:
+        with pytest.raises(ServerError) as caught:
+            decode("caption", body)
+        error = caught.value
+    else:
+        error = error_from_response(status, {}, body, now=0)
+
+    assert "<html>xxx" in error.message
+    assert len(error.message) < 600
+    assert len(error.body) <= 500
+
+
+@pytest.mark.parametrize(
+    "shape", ['{"error": %s}', '{"detail": %s}', "[%s]", '{"error": {"m": %s}}']
+)
+def test_a_long_error_is_shown_in_part(shape):
+    body = (shape % json.dumps("x" * 100_000)).encode()
+
+    assert len(error_from_response(500, {}, body, now=0).message) <= 2000
+
+
+# -- anything ------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3),
+    max_leaves=5,
+)
+# Every key that is looked for somewhere.
+keys = st.sampled_from(
+    """
+    caption answer objects points path bbox choices message content reasoning reasoning_details
+    grounding text usage error detail type code param loc msg request_id id finish_reason metrics
+    _stats stats data models status parse_error x y x_min x_max y_min y_max start_idx end_idx
+    """.split()  # noqa: SIM905 - 39 quoted words are no easier to read
+)
+answers = st.recursive(
+    json_values,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=6),
+    max_leaves=20,
+)
+
+
+@unhurried
+@given(skill=st.sampled_from(SKILLS), body=answers | st.binary())
+@example(skill="caption", body=b"1" * 5000)
+@example(skill="caption", body=b'{"caption": "\\ud800"}')
+@example(skill="query", body=b'{"answer": "", "request_id": ' + b"1" * 4000 + b"}")
+def test_any_body_is_a_result_or_one_of_our_errors(skill, body):
+    try:
+        result = decode(skill, body)
+    except MoondreamError as error:
+        assert isinstance(error, APIStatusError)  # noqa: PT017 - either will do
+    else:
+        assert isinstance(result, md.Result)
+
+
+@unhurried
+@given(
+    status=st.integers(400, 599),
+    headers=st.dictionaries(st.just("Retry-After"), st.text()),
+    body=answers | st.binary(),
+)
+def test_any_response_is_an_error_with_a_message(status, headers, body):
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+
+    error = error_from_response(status, headers, body, now=0)
+
+    assert error.status == status
+    assert error.message
+    repr(error)
+
+
+@unhurried
+@given(answers)
+def test_anything_can_be_described(raw):
+    message, fields = describe(raw)
+
+    assert isinstance(message, str)
+    assert fields.keys() <= {"request_id", "type", "code", "param"}
+    assert all(value is None or isinstance(value, str) for value in fields.values())
+
+
+@unhurried
+@given(answers)
+def test_any_models_and_numbers_can_be_read(raw):
+    if isinstance(raw, dict):
+        read_models(raw)
+        assert read_stats(raw).raw == raw
+
+
+def nested(depth):
+    return b"[" * depth + b"]" * depth
+
+
+def deepest():
+    """How deep JSON can be nested and still be decoded here."""
+    depth, step = 0, 1 << 16
+    while step:
+        try:
+            msgspec.json.decode(nested(depth + step))
+        except RecursionError:
+            step //= 2
+        else:
+            depth += step
+    return depth
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        b"%s",
+        b'{"error": %s}',
+        b'{"error": {"message": %s}}',
+        b'{"detail": [{"loc": [%s], "msg": %s}]}',
+        b'{"caption": %s}',
+        b'{"caption": "", "reasoning": {"grounding": [%s]}}',
+        b'{"choices": [%s]}',
+    ],
+)
+def test_nesting_is_never_too_deep_to_say_so(shape):
+    """What can just be decoded can be too deep to be shown, from a deeper place."""
+    limit = deepest()
+    for depth in (1, *range(max(limit - 20, 1), limit + 20)):
+        body = shape.replace(b"%s", nested(depth))
+        assert error_from_response(500, {}, body, now=0).message
+        try:
+            decode("chat", body)
+        except APIStatusError as error:
+            assert error.message  # noqa: PT017 - some are answers
