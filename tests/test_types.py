@@ -5,7 +5,7 @@ import pickle
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moondream_async as md
@@ -24,6 +24,8 @@ from moondream_async.types import (
     Timeout,
     UnknownEvent,
 )
+
+unhurried = settings(deadline=None)  # a busy machine is no failure
 
 REASONING = Reasoning("Two boats.", (Grounding(0, 9, ((0.25, 0.75),)),))
 RAW = {"caption": "a grey heron", "request_id": "42", "colour": "grey"}
@@ -195,6 +197,7 @@ def test_any_other_limit_is_refused_by_name(phase, seconds):
     assert caught.value.message.startswith(f"Timeout.{phase} must be a positive number of seconds")
 
 
+@unhurried
 @given(st.floats() | st.integers() | st.text() | st.none() | st.booleans())
 def test_a_limit_is_either_taken_as_it_is_or_refused(seconds):
     try:
