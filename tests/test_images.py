@@ -429,13 +429,20 @@ def test_picture_is_sent_upright(kind, orientation):
     assert difference(opened(encode_image(lazy)), upright) < 24
 
 
+@pytest.mark.parametrize("kind", [3, 4], ids=["short", "long"])
 @pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
-def test_orientation_is_read_in_either_byte_order(order):
+def test_orientation_is_read_however_it_is_written(order, kind):
     head = b"II*\0" if order == "<" else b"MM\0*"
-    ifd = struct.pack(order + "IHHHIHH", 8, 1, 0x0112, 3, 1, 6, 0)
+    value = struct.pack(order + ("HH" if kind == 3 else "I"), *([6, 0] if kind == 3 else [6]))
+    ifd = struct.pack(order + "IHHHI", 8, 1, 0x0112, kind, 1) + value
     data = CLEAN["jpeg"]
     data = data[:2] + segment(0xE1, b"Exif\0\0" + head + ifd) + data[2:]
     assert (encode_image(data).width, encode_image(data).height) == (64, 96)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientation_that_means_nothing_is_passed_over(orientation):
+    assert encode_image(save(PHOTO, "JPEG", exif=exif(orientation))).data == CLEAN["jpeg"]
 
 
 # Pillow images

@@ -117,7 +117,7 @@ def _load(image: Image.Image) -> None:
     Pillow would clear the memory for the pixels under the GIL, which was seen to
     take 40 ms for 12 megapixels. `Image.new` does it without.
     """
-    if getattr(image, "tile", None) and image.format in ("JPEG", "PNG"):
+    if getattr(image, "tile", None) and image.format in ("JPEG", "PNG") and not image.tell():
         image.im = Image.new(image.mode, image.size).im
     image.load()
 

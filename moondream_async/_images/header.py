@@ -1,10 +1,9 @@
 """What a file's own bytes say about the picture in it, read without decoding.
 
 `jpeg`, `png`, `gif` and `webp` each walk their format from the first byte to the
-end of the first picture and return a `Header`. The walk keeps what is needed to
-draw the picture and names nothing else, so what a format's next version invents
-is left out, not let through. A file that ends before its picture does is an
-`ImageError` here already.
+end of the first picture and return a `Header`. Each lists what is needed to draw
+the picture, and keeps only that: metadata of a kind that nobody thought of is cut
+out too. A file that ends before its picture does is an `ImageError` already here.
 """
 
 from __future__ import annotations
@@ -71,8 +70,9 @@ def exif_orientation(exif: bytes | memoryview) -> int:
         (ifd,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, ifd)
         for at in range(ifd + 2, ifd + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, at)
-            if (tag, kind) == (0x0112, 3):  # Orientation, SHORT
+            tag, kind = struct.unpack_from(order + "HH", tiff, at)
+            if tag == 0x0112:  # Orientation, which some write as LONG (4) instead of SHORT (3)
+                (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), tiff, at + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
         pass

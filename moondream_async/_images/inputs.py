@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES: Final = 256_000_000
 """Larger files are refused unread: the largest camera files have half of it."""
 
-_STEP: Final = 1 << 20  # bytes a call that holds the GIL may work on: about a millisecond
+_STEP: Final = 1 << 18  # bytes a call that holds the GIL may work on: about a millisecond
 _WHITE_SPACE: Final = b" \t\r\n\f\v"
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
@@ -147,7 +147,8 @@ def _from_file(file: Any) -> bytes:
             raise ImageError(f"can't be read: {error}") from error
         if not isinstance(piece, (bytes, bytearray, memoryview)):
             if hasattr(piece, "__await__"):
-                piece.close()  # a coroutine that nobody awaits would warn
+                if hasattr(piece, "close"):
+                    piece.close()  # a coroutine that nobody awaits would warn
                 raise ImageError("is an async file: pass what `await file.read()` gives")
             hint = "; open it with mode 'rb'" if isinstance(piece, str) else ""
             raise ImageError(f"gave {type(piece).__name__} instead of bytes{hint}")
@@ -179,7 +180,7 @@ def _from_data_uri(uri: str) -> bytes:
 
 def _unquoted(text: str, at: int) -> Iterator[bytes]:
     """Undo percent encoding from `at` on, in steps that never cut an escape."""
-    escaped = "%" in text[at:]
+    escaped = text.find("%", at) >= 0
     step = 65536 if escaped else _STEP  # an escape becomes an object of its own for a while
     while at < len(text):
         end = min(at + step, len(text))
