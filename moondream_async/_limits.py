@@ -78,22 +78,52 @@ class Places:
 
 
 class Pace:
-    """Lets one through every ``1 / rate`` seconds, in the order of asking."""
+    """Lets one through at a time, at least ``1 / rate`` seconds after the one before.
+
+    So no stretch of time, wherever it begins, sees more than the rate. Those who wait
+    stand in line in the order of asking; only the first of them has a timer.
+    """
 
     def __init__(self, rate: float) -> None:
         self._interval = 1 / rate
         self._next = 0.0
         self._lock = threading.Lock()
+        self._line: deque[asyncio.Future[None]] = deque()  # whose first is the one at the front
 
     async def wait(self) -> None:
-        """Wait for the turn. Cancelling it gives the turn back if nobody stands behind."""
+        """Wait for the turn. Cancelling it leaves the line, and costs nobody anything."""
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
         with self._lock:
-            turn = max(time.monotonic(), self._next)
-            self._next = turn + self._interval
+            while self._line and self._line[0].get_loop().is_closed():
+                self._line.popleft()
+            self._line.append(turn)
+            first = self._line[0] is turn
         try:
-            await asyncio.sleep(turn - time.monotonic())
-        except asyncio.CancelledError:
-            with self._lock:
-                if self._next == turn + self._interval:
-                    self._next = turn
-            raise
+            if not first:
+                await turn
+            delay = self._next - time.monotonic()
+            if delay > 0:
+                await asyncio.sleep(delay)
+            self._next = max(time.monotonic(), self._next) + self._interval
+        finally:
+            self._leave(turn)
+
+    def _leave(self, turn: asyncio.Future[None]) -> None:
+        with self._lock:
+            was_first = bool(self._line) and self._line[0] is turn
+            if turn in self._line:
+                self._line.remove(turn)
+            while was_first and self._line:
+                follower = self._line[0]
+                try:
+                    follower.get_loop().call_soon_threadsafe(_call_forward, follower)
+                except RuntimeError:  # its loop is closed
+                    self._line.popleft()
+                    continue
+                return
+
+
+def _call_forward(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_result(None)
