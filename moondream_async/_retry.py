@@ -7,6 +7,7 @@ a number of seconds or a plain "no" comes out.
 from __future__ import annotations
 
 import re
+import threading
 
 from .errors import APIConnectionError, APIStatusError, APITimeoutError, MoondreamError
 
@@ -17,6 +18,11 @@ FIRST_DELAY = 0.5  # seconds; the official SDK's figure, as is the doubling
 LONGEST_DELAY = 30.0
 LONGEST_RETRY_AFTER = 60.0
 """A server that asks for more is asked again after this many seconds."""
+
+BUDGET = 500
+"""What a client may spend on retries before some of its calls succeed."""
+RETRY_COST = 5
+"""So a hundred retries in a row that come to nothing are the last for now."""
 
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
@@ -51,6 +57,41 @@ def backoff(attempt: int, jitter: float, retry_after: float | None = None) -> fl
     if retry_after is not None:
         return min(retry_after, LONGEST_RETRY_AFTER)
     return jitter * min(FIRST_DELAY * 2.0 ** min(attempt, 16), LONGEST_DELAY)
+
+
+class Budget:
+    """Ends the retries when most of a client's calls fail, so that no storm is fed.
+
+    Each retry is paid for; a call that succeeds after one gets its price back, and
+    one that succeeds at once earns a little. While a few calls fail, the budget is
+    always full. When nearly all do, it is soon spent, and errors come at once. The
+    idea and the numbers are those of the AWS SDKs' standard retry mode.
+
+    >>> budget = Budget(10)
+    >>> budget.take(), budget.take(), budget.take()
+    (True, True, False)
+    >>> budget.succeeded(after_retry=True)
+    >>> budget.take()
+    True
+    """
+
+    def __init__(self, size: int = BUDGET) -> None:
+        self._size = size
+        self._left = size
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Pay for a retry; False if there is not enough left."""
+        with self._lock:
+            if self._left < RETRY_COST:
+                return False
+            self._left -= RETRY_COST
+            return True
+
+    def succeeded(self, *, after_retry: bool) -> None:
+        """Put back what a call that succeeded is worth."""
+        with self._lock:
+            self._left = min(self._size, self._left + (RETRY_COST if after_retry else 1))
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
