@@ -8,7 +8,9 @@ phase to the next, so does the scope's deadline.
 
 from __future__ import annotations
 
+import logging
 import random
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -22,11 +24,11 @@ from yarl import URL
 from ._images import encode_image
 from ._limits import Pace, Places
 from ._protocol import USER_AGENT
-from ._protocol.answers import decode_json, error_from_response
+from ._protocol.answers import decode_json, error_from_response, to_id
 from ._protocol.events import decoder_for
-from ._retry import backoff, is_worth_retrying
+from ._retry import Budget, backoff, is_worth_retrying
 from ._streams import Opening
-from ._transport import Body, Pool, Transport
+from ._transport import Body, Pool, Transport, size_on_wire
 from .errors import (
     APIStatusError,
     APITimeoutError,
@@ -35,7 +37,7 @@ from .errors import (
     Phase,
     StreamProtocolError,
 )
-from .types import EncodedImage, Timeout
+from .types import CallEvent, ClientStats, EncodedImage, Hooks, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from ._protocol.requests import Request
 
 _NEVER = float("inf")
+_log = logging.getLogger("moondream_async")
 _T = TypeVar("_T")
 
 
@@ -72,18 +75,41 @@ class Caller:
         session: aiohttp.ClientSession | None,
         ssl_context: ssl.SSLContext | None,
         proxy: str | None,
+        max_pixels: int | None,
+        hooks: Hooks,
     ) -> None:
         self.closed = False
         self.endpoint = endpoint
         self.key = key
         self.timeout = timeout
         self.max_retries = max_retries
+        self.max_pixels = max_pixels
+        self.hooks = hooks
+        self.budget = Budget()
         self.places = Places(max_connections)
         # Two, since one can't do both: the first keeps a long line of calls from running
         # into `timeout.pool`, the second keeps the pace exactly, right before sending.
         self.admission = None if rate_limit is None else Pace(rate_limit)
         self.pace = None if rate_limit is None else Pace(rate_limit)
         self.transport = Transport(session=session, ssl_context=ssl_context, proxy=proxy)
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(("requests", "retries", "bytes_sent", "bytes_received"), 0)
+
+    def count(self, **more: int) -> None:
+        """Add to the numbers that `stats` tells; from any thread."""
+        with self._lock:
+            for name, number in more.items():
+                self._counts[name] += number
+
+    def stats(self) -> ClientStats:
+        """Return what the client is doing and has done."""
+        with self._lock:
+            return ClientStats(
+                open_streams=self.places.taken,
+                waiting_calls=self.places.waiting,
+                pooled_connections=self.transport.idle_connections,
+                **self._counts,
+            )
 
     def call(self, request: Request, *, max_retries: int | None = None) -> Call:
         """Begin a call."""
@@ -95,12 +121,13 @@ class Caller:
         if self.closed:
             raise ClientClosedError("The client is closed")
 
-    async def encode(self, image: Any) -> EncodedImage:
+    async def encode(self, image: Any, *, max_pixels: int | None = None) -> EncodedImage:
         """Prepare a picture in a worker thread."""
-        if isinstance(image, EncodedImage):
+        limit = self.max_pixels if max_pixels is None else max_pixels
+        if isinstance(image, EncodedImage) and limit is None:
             return image
         return await anyio.to_thread.run_sync(
-            partial(encode_image, image),
+            partial(encode_image, image, max_pixels=limit),
             limiter=self.transport.pool().image_limiter,
             abandon_on_cancel=True,
         )
@@ -145,30 +172,77 @@ class Call:
         self._max_retries = max_retries
         self._images: list[EncodedImage] | None = None
         self._failures = 0
+        self._tries = 0
+        self._began = current_time()
 
     async def json(self) -> dict[str, Any]:
         """Return the whole answer, decoded."""
-        return await self._try(self._read)
+        try:
+            raw = await self._try(self._read)
+        except BaseException as error:
+            self.ended(error=error)
+            raise
+        self.ended(completed=True, request_id=to_id(raw.get("request_id") or raw.get("id")))
+        return raw
 
     async def opening(self) -> Opening:
         """Return what a stream starts from, once the server has accepted the request."""
-        return await self._try(self._open)
+        try:
+            return await self._try(self._open)
+        except BaseException as error:
+            self.ended(error=error)
+            raise
+
+    # -- what hooks are told; a stream reports to its call --------------------------
+
+    def first_chunk(self, request_id: str | None) -> None:
+        """Tell that the first piece of text is there."""
+        self._tell("first_chunk", request_id=request_id)
+
+    def ended(
+        self,
+        *,
+        error: BaseException | None = None,
+        completed: bool = False,
+        request_id: str | None = None,
+    ) -> None:
+        """Tell that the call is over."""
+        self._tell("end", error=error, completed=completed, request_id=request_id)
+
+    def _tell(self, kind: str, **what: Any) -> None:
+        hook = getattr(self._caller.hooks, kind)
+        if hook is None:
+            return
+        event = CallEvent(
+            skill=self._request.skill,
+            stream=self._request.stream,
+            attempt=self._tries,
+            seconds=current_time() - self._began,
+            **what,
+        )
+        try:
+            hook(event)
+        except Exception:  # noqa: BLE001 - whatever it is, it is not for the caller of this call
+            _log.exception("A hook for %r failed", kind)
 
     async def reopen(self, error: MoondreamError) -> Opening:
         """Return what the stream goes on from after `error`, or raise that."""
         if not await self._can_retry(error):
             raise error
-        return await self.opening()
+        return await self._try(self._open)
 
     async def _try(self, attempt: Callable[[Pool, _Deadline], Awaitable[_T]]) -> _T:
         while True:
             try:
-                return await self._within_deadline(attempt)
+                answer = await self._within_deadline(attempt)
             except MoondreamError as error:
                 if self._is_refusal_to_stream(error):
                     self._request = self._request.without_stream()
                 elif not await self._can_retry(error):
                     raise
+            else:
+                self._caller.budget.succeeded(after_retry=self._failures > 0)
+                return answer
 
     def _is_refusal_to_stream(self, error: MoondreamError) -> bool:
         """Tell whether the server can't both think first and stream; kestrel says so with 400."""
@@ -186,9 +260,15 @@ class Call:
             return False
         retry_after = error.retry_after if isinstance(error, APIStatusError) else None
         delay = backoff(self._failures, random.random(), retry_after)  # noqa: S311 - no secret
-        self._failures += 1
         if self.total_at is not None and current_time() + delay >= self.total_at:
             return False
+        if not self._caller.budget.take():
+            _log.debug("no retry: too many of this client's calls fail")
+            return False
+        self._failures += 1
+        self._caller.count(retries=1)
+        _log.debug("retry %d of %d in %.2f s: %s", self._failures, self._max_retries, delay, error)
+        self._tell("retry", delay=delay, error=error)
 
         async def wait(_pool: Pool, _deadline: _Deadline) -> None:
             await anyio.sleep(delay)
@@ -249,17 +329,28 @@ class Call:
             if caller.pace is not None:
                 await caller.pace.wait()
             deadline.enter("connect")
+            self._tries += 1
+            self._tell("request")
+            parts = self._request.body(self._images)
+            caller.count(requests=1, bytes_sent=sum(map(size_on_wire, parts)))
             body = await pool.request(
                 self._request.method,
                 caller.url(self._request),
                 headers=caller.headers(accept, bearer=self._request.bearer),
-                body=self._request.body(self._images),
+                body=parts,
                 on_send=deadline.sent,
                 on_close=self._free_place,
             )
         except BaseException:
             caller.places.give_back()
             raise
+        _log.debug(
+            "%s %s: %d in %.3f s",
+            self._request.method,
+            self._request.path,
+            body.status,
+            current_time() - deadline.sent_at,
+        )
         if 200 <= body.status < 300:
             return body
         try:
@@ -268,10 +359,11 @@ class Call:
             body.close()
         raise error_from_response(body.status, body.headers, data, now=time.time())
 
-    def _free_place(self) -> None:
+    def _free_place(self, received: int) -> None:
         # A method of the call, since the call keeps the client: a stream goes on when the
         # client has been dropped.
         self._caller.places.give_back()
+        self._caller.count(bytes_received=received)
 
 
 class _Deadline:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ._skills import Skills
 from .errors import RequestError
-from .types import Timeout
+from .types import ClientStats, Hooks, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 CLOUD = "https://api.moondream.ai/v1"
 
 _DEFAULT_TIMEOUT = Timeout()
+_NO_HOOKS = Hooks()
 
 
 class MoondreamClient(Skills):
@@ -43,6 +45,13 @@ class MoondreamClient(Skills):
             belongs to one event loop, and so then does the client.
         ssl_context: For servers whose certificate the system doesn't know.
         proxy: The address of an HTTP proxy.
+        max_pixels: Width times height to which larger pictures are made smaller; None
+            leaves them. The model looks at less than 2 million
+            (docs.moondream.ai: 12 crops of 378 pixels, and a view of the whole).
+        hooks: Functions to be told of requests, first pieces, retries and ends.
+        insecure_hosts: Names of hosts to which the key may go over plain ``http``.
+            Loopback and private addresses, and names of the local network, need
+            not be listed.
 
     Raises:
         RequestError: The cloud without a key, or an argument that can't be right.
@@ -61,6 +70,9 @@ class MoondreamClient(Skills):
         session: aiohttp.ClientSession | None = None,
         ssl_context: ssl.SSLContext | None = None,
         proxy: str | None = None,
+        max_pixels: int | None = None,
+        hooks: Hooks = _NO_HOOKS,
+        insecure_hosts: Collection[str] = (),
     ) -> None:
         key = api_key if api_key is not None else os.environ.get("MOONDREAM_API_KEY") or None
         address = endpoint or os.environ.get("MOONDREAM_ENDPOINT") or CLOUD
@@ -71,12 +83,18 @@ class MoondreamClient(Skills):
                 "name a local server, as endpoint='http://127.0.0.1:2020/v1' or in "
                 "MOONDREAM_ENDPOINT; or try `moondream-async demo`, which needs neither."
             )
+        if key is not None:
+            _check_may_see_key(address, insecure_hosts)
         if not isinstance(timeout, Timeout):
             raise RequestError(f"timeout must be a Timeout, not {timeout!r}")
         _check_count("max_retries", max_retries, least=0)
         _check_count("max_connections", max_connections, least=1)
         if rate_limit is not None and not _is_positive(rate_limit):
             raise RequestError(f"rate_limit must be over 0 requests a second, not {rate_limit!r}")
+        if max_pixels is not None:
+            _check_count("max_pixels", max_pixels, least=1)
+        if not isinstance(hooks, Hooks):
+            raise RequestError(f"hooks must be Hooks, not {hooks!r}")
         # Loads aiohttp, which takes a third of a second: now, and not in the first await,
         # where it would hold up the event loop; and not with the package, which may be
         # imported by programs that never get here.
@@ -93,6 +111,8 @@ class MoondreamClient(Skills):
             session=session,
             ssl_context=ssl_context,
             proxy=proxy,
+            max_pixels=max_pixels,
+            hooks=hooks,
         )
 
     # -- state --------------------------------------------------------------------
@@ -101,6 +121,10 @@ class MoondreamClient(Skills):
     def endpoint(self) -> str:
         """The server's address."""
         return self._caller.endpoint
+
+    def stats(self) -> ClientStats:
+        """Return what the client is doing and has done, in all its event loops."""
+        return self._caller.stats()
 
     def __repr__(self) -> str:
         state = "closed" if self._caller.closed else f"{self._caller.places.taken} open"
@@ -151,6 +175,29 @@ def _checked_endpoint(endpoint: str) -> str:
     if parts.username is not None or parts.query or parts.fragment:
         raise RequestError("endpoint must be an address without a user, a query or a fragment")
     return endpoint.rstrip("/")
+
+
+def _check_may_see_key(endpoint: str, insecure_hosts: Collection[str]) -> None:
+    """Refuse to send a key where others could read it on the way."""
+    parts = urlsplit(endpoint)
+    host = parts.hostname or ""
+    if parts.scheme == "https" or host in insecure_hosts or _is_nearby(host):
+        return
+    raise RequestError(
+        f"The API key would go to {host} over plain http, where anybody on the way can read "
+        f"it. Use https, or pass insecure_hosts=[{host!r}] if you know that way."
+    )
+
+
+def _is_nearby(host: str) -> bool:
+    """Tell addresses and names that lead no further than the local network."""
+    from ipaddress import ip_address  # noqa: PLC0415 - only for http with a key
+
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return "." not in host or host.endswith((".localhost", ".local", ".internal"))
+    return address.is_loopback or address.is_private
 
 
 def _check_count(name: str, value: Any, *, least: int) -> None:

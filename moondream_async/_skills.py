@@ -498,17 +498,23 @@ class Skills:
         """
         return read_stats(await self._caller.call(Request(None, "/stats", method="GET")).json())
 
-    async def encode_image(self, image: ImageInput) -> EncodedImage:
+    async def encode_image(
+        self, image: ImageInput, *, max_pixels: int | None = None
+    ) -> EncodedImage:
         """Prepare a picture once, to use it in many calls.
 
         The work is done in a worker thread. Cancelling returns at once and lets the
         thread finish by itself.
 
+        Args:
+            image: As for `caption`.
+            max_pixels: Width times height at most; None is the client's own limit.
+
         Raises:
             ImageError: It can't be read, or is no picture.
         """
         self._caller.check_open()
-        return await self._caller.encode(image)
+        return await self._caller.encode(image, max_pixels=max_pixels)
 
     async def _result(self, make: Callable[[], Request]) -> Result:
         return await self._answer(make())
@@ -531,6 +537,7 @@ class Skills:
             total_at=call.total_at,
             reopen=call.reopen,
             opened_at=opened_at,
+            observer=call,
         )
 
 

@@ -83,6 +83,18 @@ Reopen = Callable[[MoondreamError], Awaitable[Opening]]
 """Takes a failure before the first event; returns the next try, or raises it."""
 
 
+class Observer(Protocol):
+    """Is told what becomes of a stream."""
+
+    def first_chunk(self, request_id: str | None) -> None:
+        """The first piece of text is there."""
+
+    def ended(
+        self, *, error: MoondreamError | None, completed: bool, request_id: str | None
+    ) -> None:
+        """It was read to the end, failed, was closed, or was dropped."""
+
+
 class Stream:
     """An answer as it is written; iterate over it, or over `chunk`, which is the same.
 
@@ -107,6 +119,7 @@ class Stream:
         "_clock",
         "_closed",
         "_decoder",
+        "_observer",
         "_opened_at",
         "_reading",
         "_ready",
@@ -131,12 +144,14 @@ class Stream:
         total_at: float | None = None,
         reopen: Reopen | None = None,
         opened_at: str | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._timeout = timeout or Timeout()
         self._total_at = total_at
         self._reopen = reopen
         self._reopening: anyio.CancelScope | None = None
         self._opened_at = opened_at
+        self._observer = observer
         self._text: list[str] = []  # of the blocks before this one
         self._ttft: float | None = None
         self._cause: BaseException | None = None
@@ -279,8 +294,15 @@ class Stream:
         self._closed = True
         self._keep_text(self.text_so_far)
         self._drop_source()
+        self._report(None)
         if self._reopening is not None:
             self._reopening.cancel()
+
+    def _report(self, error: MoondreamError | None) -> None:
+        """Tell the observer, once, that this is the end."""
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            observer.ended(error=error, completed=self.completed, request_id=self.request_id)
 
     def _drop_source(self) -> None:
         if self._clock is not None:
@@ -297,6 +319,7 @@ class Stream:
         try:
             over = self._is_over() or self.completed
             self._drop_source()
+            self._report(None)
         except AttributeError:  # its construction failed
             return
         if not over:
@@ -318,6 +341,8 @@ class Stream:
         self._ready = iter(events)
         if self._ttft is None and self._sent_at is not None and any(e.chunk for e in events):
             self._ttft = _now() - self._sent_at
+            if self._observer is not None:
+                self._observer.first_chunk(self.request_id)
 
     def _keep_text(self, text: str) -> None:
         self._text = [text]
@@ -338,12 +363,18 @@ class Stream:
                 self._check()
                 if self._decoder.completed:
                     await self._finish()
-                    raise StopAsyncIteration
+                    raise StopAsyncIteration  # noqa: TRY301 - once a stream
                 events = await self._receive()
                 if events:
                     self._reopen = None  # from here on, trying again would say things twice
                     self._take(events)
                     return
+        except StopAsyncIteration:
+            self._report(None)
+            raise
+        except MoondreamError as error:
+            self._report(error)
+            raise
         finally:
             self._reading = False
 
@@ -420,6 +451,7 @@ class Stream:
                 raise
             finally:
                 self._reopening = None
+                lost.__traceback__ = None  # which leads to this frame, and so back to it
             if self._closed:
                 if opening.source is not None:
                     opening.source.close()

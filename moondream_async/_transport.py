@@ -94,10 +94,10 @@ class Transport:
         return pool
 
     @property
-    def open_bodies(self) -> int:
-        """How many answers are being read."""
+    def idle_connections(self) -> int:
+        """How many connections wait for the next request."""
         with self._lock:
-            return sum(len(pool.bodies) for pool in self._pools.values())
+            return sum(pool.idle_connections for pool in self._pools.values())
 
     async def aclose(self, grace: float | None = None) -> None:
         """Close what is open in every live loop."""
@@ -159,6 +159,15 @@ class Pool:
         with contextlib.suppress(StopIteration):  # up to its yield; it doesn't wait on the way
             self._lifeline.__anext__().send(None)
 
+    @property
+    def idle_connections(self) -> int:
+        """How many connections wait for the next request."""
+        connector = self._session.connector
+        if not self._owns_session or connector is None:
+            return 0
+        kept = tuple(connector._conns.values())  # noqa: SLF001 - there is no public count
+        return sum(map(len, kept))
+
     async def request(
         self,
         method: str,
@@ -167,13 +176,14 @@ class Pool:
         headers: dict[str, str],
         body: Sequence[bytes | EncodedImage] = (),
         on_send: Callable[[], None],
-        on_close: Callable[[], None],
+        on_close: Callable[[int], None],
     ) -> Body:
         """Send a request; return once the server has answered with its headers.
 
         Redirects within the origin are followed, with method and body as they are.
         `on_send` is called when a connection stands; `on_close` once, when the
-        answer's connection is free again, but not if this raises.
+        answer's connection is free again, with the number of bytes that came in the
+        body, but not if this raises.
 
         Raises:
             APIConnectionError: No connection, or it was lost before the answer.
@@ -307,7 +317,7 @@ class Body:
     """The body of one answer, as bytes that arrive; what a stream reads from."""
 
     def __init__(
-        self, pool: Pool, response: aiohttp.ClientResponse, on_close: Callable[[], None]
+        self, pool: Pool, response: aiohttp.ClientResponse, on_close: Callable[[int], None]
     ) -> None:
         self.status = response.status
         self.headers = response.headers
@@ -316,6 +326,8 @@ class Body:
         self._pool = pool
         self._response = response
         self._on_close = on_close
+        self.received = 0
+        """Bytes, so far."""
         self._closed_by_client = False
         self._unread = b""
         pool.bodies.add(self)
@@ -345,6 +357,7 @@ class Body:
                 # to that.
                 data = content._read_nowait(-1)  # noqa: SLF001
                 if data:
+                    self.received += len(data)
                     return data
             by_client = self._closed_by_client
             self.close()
@@ -352,6 +365,7 @@ class Body:
                 raise ClientClosedError("The client was closed during the call") from error
             raise APIConnectionError(f"The connection was lost: {_say(error)}") from error
         if data:
+            self.received += len(data)
             return data
         self._settle()
         raise StopAsyncIteration
@@ -437,7 +451,7 @@ class Body:
         if not self.closed:
             self.closed = True
             self._pool.discard(self)
-            self._on_close()
+            self._on_close(self.received)
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
@@ -464,7 +478,7 @@ class _Upload(aiohttp.payload.Payload):
     ) -> None:
         super().__init__(parts, content_type="application/json")
         self._parts = parts
-        self._size = sum(map(_size_on_wire, parts))
+        self._size = sum(map(size_on_wire, parts))
         self._used = used
         self._on_send = on_send
         self.reused = False
@@ -498,7 +512,8 @@ class _Upload(aiohttp.payload.Payload):
             yield b'"'
 
 
-def _size_on_wire(part: bytes | EncodedImage) -> int:
+def size_on_wire(part: bytes | EncodedImage) -> int:
+    """Return how many bytes a part of a body is when it is sent."""
     if isinstance(part, bytes):
         return len(part)
     return len(f'"data:{part.media_type};base64,"') + (len(part.data) + 2) // 3 * 4
@@ -610,7 +625,7 @@ async def fetch(
     headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
     try:
         response = await pool._send("GET", URL(url), headers, (), lambda: None)  # noqa: SLF001
-        yield Body(pool, response, lambda: None)
+        yield Body(pool, response, lambda _: None)
     except APIConnectionError as error:
         cause = error.__cause__
         refusal = (

@@ -10,7 +10,7 @@ Coordinates are 0-1 of the picture's width and height, from the top left.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
 
 import msgspec
@@ -321,6 +321,61 @@ class ServerStats(_Value, frozen=True, kw_only=True):
     requests_processed: int | None = None
     raw: dict[str, Any] = {}
     """The decoded body, whole."""
+
+
+class ClientStats(_Value, frozen=True, kw_only=True):
+    """What a client is doing and has done, over all its event loops."""
+
+    open_streams: int
+    """Streams and plain calls that hold one of the `max_connections` places."""
+    waiting_calls: int
+    """Calls that wait for one."""
+    pooled_connections: int
+    """Connections that are open and idle. Those of a caller's own session don't count."""
+    requests: int
+    """Requests sent, retries included."""
+    retries: int
+    bytes_sent: int
+    """Of bodies."""
+    bytes_received: int
+    """Of bodies that have ended."""
+
+
+class CallEvent(_Value, frozen=True, kw_only=True):
+    """Something that happened in a call; what a hook is given."""
+
+    skill: str | None
+    """None for calls that are no skill, as a list of models."""
+    stream: bool
+    attempt: int
+    """Number of the try, from 1."""
+    seconds: float
+    """Since the call began."""
+    request_id: str | None = None
+    """The server's, once it is known."""
+    delay: float | None = None
+    """For a retry: seconds until it."""
+    error: BaseException | None = None
+    """For a retry: why. For an end: what the call failed with."""
+    completed: bool = False
+    """For an end: whether the answer came whole. It didn't if it was cancelled or dropped."""
+
+
+class Hooks(msgspec.Struct, frozen=True, kw_only=True):
+    """Functions to be told what a client's calls do, as to count and to time them.
+
+    They are called in the event loop of the call and must be quick; one that raises
+    is logged and disturbs nothing.
+    """
+
+    request: Callable[[CallEvent], object] | None = None
+    """A request is about to be sent."""
+    first_chunk: Callable[[CallEvent], object] | None = None
+    """A stream gave its first piece of text."""
+    retry: Callable[[CallEvent], object] | None = None
+    """A try failed, and another will follow after `CallEvent.delay`."""
+    end: Callable[[CallEvent], object] | None = None
+    """A call or stream has ended, one way or another."""
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):

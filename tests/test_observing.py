@@ -1,0 +1,185 @@
+"""What can be seen of a client at work: log lines, numbers, hooks; and what the budget stops."""
+
+import asyncio
+import logging
+
+import pytest
+
+import moondream_async as md
+from moondream_async._retry import BUDGET, RETRY_COST
+from moondream_async.simulator import Fault, Simulator
+
+
+@pytest.fixture
+def told():
+    """Hooks, and the list that they write to."""
+    events = []
+    hooks = {
+        kind: lambda event, kind=kind: events.append((kind, event))
+        for kind in ("request", "first_chunk", "retry", "end")
+    }
+    return md.Hooks(**hooks), events
+
+
+async def test_hooks_tell_the_life_of_a_stream(simulator, photo, told):
+    hooks, events = told
+    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client:
+        stream = await client.caption(photo, stream=True)
+        await stream.text()
+    assert [kind for kind, _ in events] == ["request", "first_chunk", "end"]
+    end = events[-1][1]
+    assert end.completed
+    assert end.error is None
+    assert end.request_id == stream.request_id
+    assert (end.skill, end.stream, end.attempt) == ("caption", True, 1)
+    assert [event.seconds for _, event in events] == sorted(event.seconds for _, event in events)
+
+
+async def test_hooks_tell_of_retries_with_their_reason(simulator, photo, told):
+    hooks, events = told
+    simulator.faults.append(Fault.parse("status=503,times=2,retry_after=0"))
+    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client:
+        await client.caption(photo)
+    assert [kind for kind, _ in events] == [
+        "request",
+        "retry",
+        "request",
+        "retry",
+        "request",
+        "end",
+    ]
+    assert isinstance(events[1][1].error, md.ServerError)
+    assert events[1][1].delay == 0
+    assert [event.attempt for _, event in events] == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("way", ["closed", "dropped", "cut", "cancelled"])
+async def test_an_end_is_told_once_however_it_comes(simulator, photo, told, way):
+    hooks, events = told
+    if way == "cut":
+        simulator.faults.append(Fault.parse("cut=2"))
+    elif way == "cancelled":
+        simulator.faults.append(Fault.parse("slow_start=60"))
+    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client:
+        if way == "cancelled":
+            call = asyncio.create_task(client.caption(photo))
+            while not any(kind == "request" for kind, _ in events):
+                await asyncio.sleep(0)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        else:
+            stream = await client.caption(photo, stream=True)
+            if way == "closed":
+                await stream.aclose()
+                await stream.aclose()
+            elif way == "dropped":
+                with pytest.warns(ResourceWarning, match="dropped before its end"):
+                    del stream
+            else:
+                for _ in range(2):
+                    with pytest.raises(md.StreamInterruptedError):
+                        await stream.text()
+    ends = [event for kind, event in events if kind == "end"]
+    assert len(ends) == 1
+    assert not ends[0].completed
+    assert isinstance(ends[0].error, md.StreamInterruptedError) == (way == "cut")
+
+
+async def test_a_hook_that_raises_is_logged_and_disturbs_nothing(simulator, photo, caplog):
+    def broken(event):
+        raise ZeroDivisionError
+
+    hooks = md.Hooks(request=broken, end=broken)
+    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client:
+        assert (await client.caption(photo)).caption
+    assert [record.name for record in caplog.records] == ["moondream_async"] * 2
+
+
+async def test_a_request_and_a_retry_are_a_debug_line_each(client, simulator, photo, caplog):
+    simulator.faults.append(Fault.parse("status=503,times=1,retry_after=0"))
+    with caplog.at_level(logging.DEBUG, logger="moondream_async"):
+        await client.caption(photo)
+    lines = [record.getMessage() for record in caplog.records if record.name == "moondream_async"]
+    assert [line.split(" in ")[0] for line in lines] == [
+        "POST /caption: 503",
+        "retry 1 of 3",
+        "POST /caption: 200",
+    ]
+    assert "base64" not in caplog.text
+
+
+async def test_stats_count_what_was_done_and_what_is_open(client, simulator, photo):
+    assert client.stats() == md.ClientStats(
+        open_streams=0,
+        waiting_calls=0,
+        pooled_connections=0,
+        requests=0,
+        retries=0,
+        bytes_sent=0,
+        bytes_received=0,
+    )
+    simulator.faults.append(Fault.parse("status=503,times=1,retry_after=0"))
+    async with client.caption(photo, stream=True) as stream:
+        assert client.stats().open_streams == 1
+        await stream.text()
+    stats = client.stats()
+    assert (stats.open_streams, stats.requests, stats.retries) == (0, 2, 1)
+    assert stats.pooled_connections == 1
+    assert stats.bytes_sent > 2 * photo.stat().st_size  # base64 adds a third
+    assert stats.bytes_received > len(stream.text_so_far)
+
+
+async def test_waiting_calls_are_counted(simulator, photo):
+    async with md.MoondreamClient(endpoint=simulator.endpoint, max_connections=1) as client:
+        async with client.caption(photo, stream=True) as stream:
+            call = asyncio.create_task(client.caption(photo))
+            while not client.stats().waiting_calls:
+                await asyncio.sleep(0)
+            await stream.text()
+        assert (await call).caption
+
+
+async def test_when_nearly_all_calls_fail_retries_stop(photo):
+    calls = 2 * BUDGET // RETRY_COST
+    async with Simulator(rate=0) as simulator:
+        simulator.faults.append(Fault.parse("status=503,retry_after=0,times=10000"))
+        async with md.MoondreamClient(endpoint=simulator.endpoint, max_retries=3) as client:
+            image = await client.encode_image(photo)
+            results = await asyncio.gather(
+                *(client.caption(image) for _ in range(calls)), return_exceptions=True
+            )
+            assert all(isinstance(result, md.ServerError) for result in results)
+            assert client.stats().retries == BUDGET // RETRY_COST
+            simulator.faults.clear()
+            assert (await client.caption(image)).caption
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://example.com/v1", "http://93.184.216.34/v1", "http://vision.example.org:8080"],
+)
+def test_a_key_over_plain_http_to_far_away_is_refused(endpoint):
+    with pytest.raises(md.RequestError, match="plain http"):
+        md.MoondreamClient("a key", endpoint=endpoint)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://127.0.0.1:2020/v1",
+        "http://localhost:2020/v1",
+        "http://[::1]:2020/v1",
+        "http://192.168.1.7/v1",
+        "http://moondream:2020/v1",
+        "http://station.local/v1",
+        "https://example.com/v1",
+    ],
+)
+def test_a_key_may_go_near_or_over_tls(endpoint):
+    md.MoondreamClient("a key", endpoint=endpoint)
+
+
+def test_a_host_may_be_allowed_by_name():
+    md.MoondreamClient("a key", endpoint="http://example.com", insecure_hosts=["example.com"])
+    md.MoondreamClient(endpoint="http://example.com")  # no key, nothing to read
