@@ -63,7 +63,7 @@ async def test_a_picture_is_fetched_and_prepared(photo, client):
 async def test_addresses_inside_are_refused_before_anything_is_sent(host, photo):
     async with site(photo=picture(photo)) as (address, requests):
         port = address.rpartition(":")[2]
-        with pytest.raises(md.ImageError, match="not on the public internet|not a canonical"):
+        with pytest.raises(md.ImageError, match=r"not on the public internet|not a canonical"):
             await md.fetch_image(f"http://{host}:{port}/photo")
     assert requests == []
 
