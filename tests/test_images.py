@@ -30,7 +30,7 @@ from pictures import (
     segment,
     with_secrets,
 )
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from moondream_async._images import encode_image
 from moondream_async._images.convert import _fitted
@@ -350,6 +350,19 @@ def test_avif_is_converted():
     data = save(DRAWING, "AVIF", quality=100, subsampling="4:4:4", exif=exif(6))
     picture = opened(encode_image(data))
     assert difference(picture, DRAWING.transpose(Image.Transpose.ROTATE_270)) < 24
+
+
+def test_format_of_a_registered_plugin_is_converted(monkeypatch):
+    class Plugin(ImageFile.ImageFile):  # as HEIC's
+        format = "TEST"
+
+        def _open(self):
+            self._size, self._mode = DRAWING.size, DRAWING.mode
+            self.tile = [("raw", (0, 0, *DRAWING.size), 4, ("RGB", 0, 1))]
+
+    monkeypatch.setitem(Image.OPEN, "TEST", (Plugin, lambda head: head.startswith(b"test")))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "TEST"])
+    assert difference(opened(encode_image(b"test" + DRAWING.tobytes())), DRAWING) == 0
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "RGBa", "PA"])

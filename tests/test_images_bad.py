@@ -52,6 +52,7 @@ def released_view():
         pytest.param(
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture", id="eps"
         ),
+        pytest.param(save(PHOTO, "DDS"), "not a picture", id="dds"),
         pytest.param("missing.jpg", "'missing.jpg' does not exist", id="missing"),
         pytest.param("", "does not exist", id="empty-path"),
         pytest.param("a\0b", "can't be opened", id="nul-in-path"),

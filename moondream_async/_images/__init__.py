@@ -38,7 +38,8 @@ def encode_image(
     first and whatever follows the picture are cut out; every pixel stays as it
     was, and so do ICC profiles. Decoded and encoded anew are:
 
-    - all other formats that Pillow reads, and Pillow images and arrays;
+    - BMP, TIFF, AVIF, JPEG 2000, ICO, ICNS, PCX, PPM, TGA, and what a Pillow plugin
+      adds that you have registered, as HEIC; Pillow images and arrays;
     - CMYK, palettes (but for GIF's), more than 8 bits, and anything that may be
       transparent, which is laid on white: what servers do with these differs;
     - a picture whose EXIF orientation says that it lies on its side: it is

@@ -33,9 +33,12 @@ _MAX_JPEG_SIDE: Final = 65_500  # libjpeg's
 _STRIP_PIXELS: Final = 1 << 18  # worked on under the GIL, at a time
 _TILE: Final = 64  # side of the squares that are tried to tell a drawing from a photo, 24 at most
 
-# EPS is a program, and opening it would start Ghostscript; the rest need libraries
-# of which Pillow has the stub only.
-_REFUSED_FORMATS: Final = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+# Of Pillow's formats, those that pictures come in. Others are decoded in Python, for
+# minutes if the header says so (DDS), or by programs that would be started (EPS).
+_FORMATS: Final = frozenset(
+    {"AVIF", "BMP", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000"}
+    | {"PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+)
 
 _UPRIGHT: Final = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -123,9 +126,9 @@ def _load(image: Image.Image) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Do what `Image.open` does, without its warnings and without `_REFUSED_FORMATS`."""
+    """Do what `Image.open` does, without its warnings, for `_FORMATS` and those of plugins."""
     file = io.BytesIO(data)
-    tried = set(_REFUSED_FORMATS)
+    tried: set[str] = set()
     reason: Exception | None = None
     for load_plugins in (Image.preinit, Image.init):  # the common ones, then all
         load_plugins()
@@ -134,6 +137,8 @@ def _open(data: bytes) -> Image.Image:
                 continue
             tried.add(name)
             factory, accept = Image.OPEN[name]
+            if name not in _FORMATS and factory.__module__.startswith("PIL."):
+                continue  # not what somebody registered on purpose, as HEIC
             file.seek(0)
             try:
                 # A string is the reason why the plugin can't, though the format is its own.
