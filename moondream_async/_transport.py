@@ -30,6 +30,7 @@ import anyio
 from aiohttp import hdrs
 from yarl import URL
 
+from ._files import FileSlice
 from ._protocol import MAX_BODY_BYTES, USER_AGENT
 from .errors import (
     APIConnectionError,
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     import ssl
 
     from typing_extensions import Self
+
+Part = bytes | EncodedImage | FileSlice
+"""A part of a body: an image goes out as a data URL in quotes."""
 
 READ_BUFFER_BYTES = 64 * 1024
 """aiohttp stops reading from the socket at twice this much, until a reader has taken it."""
@@ -92,6 +96,10 @@ class Transport:
                 loop, session=self._session, ssl_context=self._ssl_context, proxy=self._proxy
             )
         return pool
+
+    def apart(self) -> Transport:
+        """Return one that goes the same ways, over connections of its own."""
+        return Transport(session=self._session, ssl_context=self._ssl_context, proxy=self._proxy)
 
     @property
     def idle_connections(self) -> int:
@@ -174,28 +182,42 @@ class Pool:
         url: URL,
         *,
         headers: dict[str, str],
-        body: Sequence[bytes | EncodedImage] = (),
+        body: Sequence[Part] = (),
         on_send: Callable[[], None],
         on_close: Callable[[int], None],
+        repeatable: bool = True,
+        leave_origin: bool = False,
     ) -> Body:
         """Send a request; return once the server has answered with its headers.
 
         Redirects within the origin are followed, with method and body as they are.
-        `on_send` is called when a connection stands; `on_close` once, when the
-        answer's connection is free again, with the number of bytes that came in the
-        body, but not if this raises.
+        `on_send` is called when a connection stands, and again as the pieces of a
+        file go out; `on_close` once, when the answer's connection is free again, with
+        the number of bytes that came in the body, but not if this raises.
+
+        Args:
+            method: As ``POST``.
+            url: Where to.
+            headers: All of them but those that describe the body.
+            body: The parts of the body.
+            on_send: See above.
+            on_close: See above.
+            repeatable: Whether it may go out again, on a new connection, when one that
+                was kept turns out to be closed.
+            leave_origin: Whether to follow redirects to other origins. For requests
+                with nothing in them that is meant for one server alone.
 
         Raises:
             APIConnectionError: No connection, or it was lost before the answer.
             APIStatusError: A redirect that can't be followed.
         """
         for _ in range(_MAX_REDIRECTS + 1):
-            response = await self._send(method, url, headers, body, on_send)
+            response = await self._send(method, url, headers, body, on_send, repeatable=repeatable)
             location = response.headers.get(hdrs.LOCATION)
             if response.status not in _REDIRECTS or location is None:
                 return Body(self, response, on_close)
             response.close()
-            url = _follow(method, url, response.status, location)
+            url = _follow(method, url, response.status, location, leave_origin=leave_origin)
         raise APIStatusError("The server redirects in circles", status=response.status)
 
     async def _send(
@@ -203,8 +225,10 @@ class Pool:
         method: str,
         url: URL,
         headers: dict[str, str],
-        body: Sequence[bytes | EncodedImage],
+        body: Sequence[Part],
         on_send: Callable[[], None],
+        *,
+        repeatable: bool = True,
     ) -> aiohttp.ClientResponse:
         while True:
             upload = _Upload(body, self._used, on_send) if body else None
@@ -227,9 +251,12 @@ class Pool:
             except _FAULTS as error:
                 if self.closed:
                     raise ClientClosedError("The client was closed during the call") from error
+                if isinstance(error.__cause__, MoondreamError):  # of a file that is sent
+                    raise error.__cause__ from None
                 # The server had already closed a connection that was kept for it, and
                 # can't have seen the request. Each round uses up one such connection.
-                if upload is not None and upload.reused and _is_disconnect(error):
+                reused = upload is not None and upload.reused
+                if reused and repeatable and _is_disconnect(error):
                     continue
                 raise _translate(error, url) from error
 
@@ -465,18 +492,21 @@ class _Upload(aiohttp.payload.Payload):
     """A body written piece by piece, with base64 made of each picture on the way.
 
     So a picture of 5 MB costs its 5 MB while it is sent, and neither a copy in
-    base64 nor one in JSON; and no step of it holds the event loop for long.
+    base64 nor one in JSON, and a file of any size a few pieces; and no step of it
+    holds the event loop for long.
     """
 
     _autoclose = True
 
     def __init__(
         self,
-        parts: Sequence[bytes | EncodedImage],
+        parts: Sequence[Part],
         used: weakref.WeakSet[asyncio.BaseTransport],
         on_send: Callable[[], None],
     ) -> None:
-        super().__init__(parts, content_type="application/json")
+        is_file = any(isinstance(part, FileSlice) for part in parts)
+        kind = "application/octet-stream" if is_file else "application/json"
+        super().__init__(parts, content_type=kind)
         self._parts = parts
         self._size = sum(map(size_on_wire, parts))
         self._used = used
@@ -493,6 +523,12 @@ class _Upload(aiohttp.payload.Payload):
             self.reused = transport in self._used
             self._used.add(transport)
         self._on_send()
+        for part in self._parts:
+            if isinstance(part, FileSlice):
+                async for piece in part:
+                    await writer.write(piece)
+                    self._on_send()  # a slow line is no server that does not answer
+                return
         if self._size is not None and self._size <= _SMALL_BODY_BYTES:
             await writer.write(b"".join(self._pieces()))
             return
@@ -502,31 +538,36 @@ class _Upload(aiohttp.payload.Payload):
 
     def _pieces(self) -> Any:
         for part in self._parts:
-            if isinstance(part, bytes):
+            if isinstance(part, EncodedImage):
+                yield f'"data:{part.media_type};base64,'.encode()
+                view = memoryview(part.data)
+                for start in range(0, len(view), _SLICE_BYTES):
+                    yield binascii.b2a_base64(view[start : start + _SLICE_BYTES], newline=False)
+                yield b'"'
+            else:
                 yield part
-                continue
-            yield f'"data:{part.media_type};base64,'.encode()
-            view = memoryview(part.data)
-            for start in range(0, len(view), _SLICE_BYTES):
-                yield binascii.b2a_base64(view[start : start + _SLICE_BYTES], newline=False)
-            yield b'"'
 
 
-def size_on_wire(part: bytes | EncodedImage) -> int:
+def size_on_wire(part: Part) -> int:
     """Return how many bytes a part of a body is when it is sent."""
     if isinstance(part, bytes):
         return len(part)
+    if isinstance(part, FileSlice):
+        return part.size
     return len(f'"data:{part.media_type};base64,"') + (len(part.data) + 2) // 3 * 4
 
 
-def _follow(method: str, url: URL, status: int, location: str) -> URL:
+def _follow(method: str, url: URL, status: int, location: str, *, leave_origin: bool) -> URL:
     """Return where to ask again."""
     try:
-        target = url.join(URL(location))
+        # A signed address holds only as it is written.
+        target = url.join(URL(location, encoded=leave_origin))
         origin = target.origin()
     except ValueError as error:
         raise APIStatusError("The server redirects to no valid address", status=status) from error
-    if origin != url.origin():
+    if leave_origin and url.scheme == "https" != target.scheme:
+        raise APIStatusError(f"The server redirects to {origin}, without TLS", status=status)
+    if not leave_origin and origin != url.origin():
         raise APIStatusError(
             f"The server redirects to {origin}. That is another origin than the endpoint's, so "
             "it is not followed; set endpoint= to it if it is right.",
