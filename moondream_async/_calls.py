@@ -8,11 +8,13 @@ phase to the next, so does the scope's deadline.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,9 +26,9 @@ from yarl import URL
 from ._images import encode_image
 from ._limits import Pace, Places
 from ._protocol import USER_AGENT
-from ._protocol.answers import decode_json, error_from_response, to_id
+from ._protocol.answers import decode_json, decode_object, error_from_response, to_id
 from ._protocol.events import decoder_for
-from ._retry import Budget, backoff, is_worth_retrying
+from ._retry import Budget, backoff, is_worth_retrying, was_refused
 from ._streams import Opening
 from ._transport import Body, Pool, Transport, size_on_wire
 from .errors import (
@@ -111,33 +113,61 @@ class Caller:
                 **self._counts,
             )
 
-    def call(self, request: Request, *, max_retries: int | None = None) -> Call:
-        """Begin a call."""
+    def call(
+        self, request: Request, *, max_retries: int | None = None, timeout: Timeout | None = None
+    ) -> Call:
+        """Begin a call; None is what the client was told."""
         self.check_open()
-        return Call(self, request, self.max_retries if max_retries is None else max_retries)
+        return Call(
+            self,
+            request,
+            max_retries=self.max_retries if max_retries is None else max_retries,
+            timeout=self.timeout if timeout is None else timeout,
+        )
+
+    @contextlib.asynccontextmanager
+    async def apart(self) -> AsyncIterator[Caller]:
+        """Lend a caller with connections of its own, for what must be said come what may.
+
+        It stands in no line, and works when this one is closed.
+        """
+        other = copy.copy(self)
+        other.closed = False
+        other.places = Places(1)
+        other.admission = other.pace = None
+        other.transport = self.transport.apart()
+        try:
+            yield other
+        finally:
+            await other.aclose(None)
 
     def check_open(self) -> None:
         """Raise `ClientClosedError` if there can be no more calls."""
         if self.closed:
             raise ClientClosedError("The client is closed")
 
-    async def encode(self, image: Any, *, max_pixels: int | None = None) -> EncodedImage:
+    async def encode(
+        self, image: Any, *, max_pixels: int | None = None, max_bytes: int | None = None
+    ) -> EncodedImage:
         """Prepare a picture in a worker thread."""
         limit = self.max_pixels if max_pixels is None else max_pixels
-        if isinstance(image, EncodedImage) and limit is None:
+        if isinstance(image, EncodedImage) and limit is None and max_bytes is None:
             return image
+        more = {} if max_bytes is None else {"max_bytes": max_bytes}
         return await anyio.to_thread.run_sync(
-            partial(encode_image, image, max_pixels=limit),
+            partial(encode_image, image, max_pixels=limit, **more),
             limiter=self.transport.pool().image_limiter,
             abandon_on_cancel=True,
         )
 
     def url(self, request: Request) -> URL:
         """Return where a request goes."""
+        if request.elsewhere:
+            return URL(request.path, encoded=True)
         base = self.endpoint.removesuffix("/v1") if request.at_root else self.endpoint
         return URL(base + request.path, encoded=True)
 
-    def headers(self, accept: str, *, bearer: bool) -> dict[str, str]:
+    def headers(self, accept: str, request: Request) -> dict[str, str]:
         """Return the headers of a request."""
         headers = {
             "User-Agent": USER_AGENT,
@@ -145,9 +175,11 @@ class Caller:
             # Answers are small, and a compressor on the way may hold back pieces of a stream.
             "Accept-Encoding": "identity",
         }
-        if self.key is not None and bearer:
+        if self.key is None or request.elsewhere:
+            return headers
+        if request.bearer:
             headers["Authorization"] = Secret(f"Bearer {self.key}")
-        elif self.key is not None:
+        else:
             headers["X-Moondream-Auth"] = self.key
         return headers
 
@@ -164,21 +196,35 @@ class Caller:
 class Call:
     """One call, over all its tries."""
 
-    def __init__(self, caller: Caller, request: Request, max_retries: int) -> None:
-        total = caller.timeout.total
+    def __init__(
+        self, caller: Caller, request: Request, *, max_retries: int, timeout: Timeout
+    ) -> None:
+        total = timeout.total
         self.total_at = None if total is None else current_time() + total
         self._caller = caller
         self._request = request
         self._max_retries = max_retries
+        self._timeout = timeout
+        self._was_sent = False
         self._images: list[EncodedImage] | None = None
         self._failures = 0
         self._tries = 0
         self._began = current_time()
 
     async def json(self) -> dict[str, Any]:
-        """Return the whole answer, decoded."""
+        """Return the whole answer, decoded; or raise the error that it says it is."""
+        return await self._whole(decode_json)
+
+    async def record(self) -> dict[str, Any]:
+        """Return the whole answer, decoded, whatever it says, or {} where it is empty.
+
+        For records that may have a field ``error``, and acts with nothing to answer.
+        """
+        return await self._whole(_decode_record)
+
+    async def _whole(self, decode: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         try:
-            raw = await self._try(self._read)
+            raw = await self._try(partial(self._read, decode))
         except BaseException as error:
             self.ended(error=error)
             raise
@@ -192,6 +238,16 @@ class Call:
         except BaseException as error:
             self.ended(error=error)
             raise
+
+    async def download(self, after: MoondreamError | None = None) -> Body:
+        """Return the body of the answer, to be read as it arrives, and closed.
+
+        Again, from its beginning, where reading it failed with `after` and another try
+        can help; else raise that.
+        """
+        if after is not None and not await self._can_retry(after):
+            raise after
+        return await self._try(partial(self._send, accept="*/*"))
 
     # -- what hooks are told; a stream reports to its call --------------------------
 
@@ -258,6 +314,8 @@ class Call:
         """Wait until the next try may start; False if there is to be none."""
         if self._failures >= self._max_retries or not is_worth_retrying(error):
             return False
+        if not self._request.repeatable and self._was_sent and not was_refused(error):
+            return False
         retry_after = error.retry_after if isinstance(error, APIStatusError) else None
         delay = backoff(self._failures, random.random(), retry_after)  # noqa: S311 - no secret
         if self.total_at is not None and current_time() + delay >= self.total_at:
@@ -281,7 +339,7 @@ class Call:
         caller = self._caller
         caller.check_open()
         pool = caller.transport.pool()
-        deadline = _Deadline(caller.timeout, self.total_at)
+        deadline = _Deadline(self._timeout, self.total_at)
         pool.calls.add(deadline.scope)
         try:
             with deadline.scope:
@@ -292,10 +350,12 @@ class Call:
             raise ClientClosedError("The client was closed during the call")
         raise deadline.error(caller.places)
 
-    async def _read(self, pool: Pool, deadline: _Deadline) -> dict[str, Any]:
+    async def _read(
+        self, decode: Callable[..., dict[str, Any]], pool: Pool, deadline: _Deadline
+    ) -> dict[str, Any]:
         body = await self._send(pool, deadline, accept="application/json")
         try:
-            return decode_json(self._caller.redact(await body.read()), status=body.status)
+            return decode(self._caller.redact(await body.read()), status=body.status)
         finally:
             body.close()
 
@@ -317,37 +377,40 @@ class Call:
 
     async def _send(self, pool: Pool, deadline: _Deadline, *, accept: str) -> Body:
         """Send the request; return the body of an answer that is no error."""
-        caller = self._caller
-        if caller.admission is not None:
+        caller, request = self._caller, self._request
+        self._was_sent = False
+        if caller.admission is not None and not request.elsewhere:
             await caller.admission.wait()
         deadline.enter("pool")
         await caller.places.take()
         try:
             deadline.enter(None)
             if self._images is None:
-                self._images = [await caller.encode(each) for each in self._request.pictures]
-            if caller.pace is not None:
+                self._images = [await caller.encode(each) for each in request.pictures]
+            if caller.pace is not None and not request.elsewhere:
                 await caller.pace.wait()
             deadline.enter("connect")
             self._tries += 1
             self._tell("request")
-            parts = self._request.body(self._images)
+            parts = request.body(self._images)
             caller.count(requests=1, bytes_sent=sum(map(size_on_wire, parts)))
             body = await pool.request(
-                self._request.method,
-                caller.url(self._request),
-                headers=caller.headers(accept, bearer=self._request.bearer),
+                request.method,
+                caller.url(request),
+                headers=caller.headers(accept, request),
                 body=parts,
-                on_send=deadline.sent,
+                on_send=partial(self._sending, deadline),
                 on_close=self._free_place,
+                repeatable=request.repeatable,
+                leave_origin=request.elsewhere,
             )
         except BaseException:
             caller.places.give_back()
             raise
         _log.debug(
             "%s %s: %d in %.3f s",
-            self._request.method,
-            self._request.path,
+            request.method,
+            request.path.partition("?")[0],  # what follows may be a signature
             body.status,
             current_time() - deadline.sent_at,
         )
@@ -358,6 +421,10 @@ class Call:
         finally:
             body.close()
         raise error_from_response(body.status, body.headers, data, now=time.time())
+
+    def _sending(self, deadline: _Deadline) -> None:
+        self._was_sent = True
+        deadline.sent()
 
     def _free_place(self, received: int) -> None:
         # A method of the call, since the call keeps the client: a stream goes on when the
@@ -400,6 +467,10 @@ class _Deadline:
             "total": f"The call was not complete {limit}",
         }
         return APITimeoutError(message[phase], phase=phase)
+
+
+def _decode_record(body: bytes, *, status: int) -> dict[str, Any]:
+    return decode_object(body, status=status) if body.strip() else {}
 
 
 async def _is_json(body: Body) -> bool:

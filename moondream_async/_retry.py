@@ -14,6 +14,8 @@ from .errors import APIConnectionError, APIStatusError, APITimeoutError, Moondre
 STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
 """Worth another try: all skills only read a picture, so a second POST changes nothing."""
 
+_REFUSALS = frozenset({425, 429})
+
 FIRST_DELAY = 0.5  # seconds; the official SDK's figure, as is the doubling
 LONGEST_DELAY = 30.0
 LONGEST_RETRY_AFTER = 60.0
@@ -40,6 +42,11 @@ def is_worth_retrying(error: MoondreamError) -> bool:
         rejected = isinstance(error.body, dict) and error.body.get("status") == "rejected"
         return rejected or error.status in STATUSES
     return isinstance(error, APIConnectionError) and not error.permanent
+
+
+def was_refused(error: MoondreamError) -> bool:
+    """Say whether the server turned the request away before it began with it."""
+    return isinstance(error, APIStatusError) and error.status in _REFUSALS
 
 
 def backoff(attempt: int, jitter: float, retry_after: float | None = None) -> float:

@@ -55,7 +55,7 @@ def decode_json(body: bytes, *, status: int = 200) -> dict[str, Any]:
     Raises:
         APIStatusError: It is none, or it says that it is an error.
     """
-    raw = _decode_object(body, status)
+    raw = decode_object(body, status=status)
     if (error := _error_in(raw, status)) is not None:
         raise error
     return raw
@@ -160,7 +160,12 @@ def read_stats(raw: dict[str, Any]) -> ServerStats:
         return ServerStats(raw=raw)
 
 
-def _decode_object(body: bytes, status: int) -> dict[str, Any]:
+def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
+    """Decode a JSON object, in which a field ``error`` is a field like any other.
+
+    Raises:
+        ServerError: It is none.
+    """
     try:
         raw = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -40,7 +40,19 @@ class Request:
         RequestError: The payload holds something that JSON can't say.
     """
 
-    __slots__ = ("at_root", "bearer", "json", "method", "path", "payload", "pictures", "skill")
+    __slots__ = (
+        "at_root",
+        "bearer",
+        "elsewhere",
+        "json",
+        "method",
+        "path",
+        "payload",
+        "pictures",
+        "repeatable",
+        "skill",
+        "upload",
+    )
 
     def __init__(
         self,
@@ -51,6 +63,9 @@ class Request:
         method: str = "POST",
         bearer: bool = False,
         at_root: bool = False,
+        elsewhere: bool = False,
+        repeatable: bool = True,
+        upload: Any = None,
     ) -> None:
         self.skill = skill
         """None for what is no skill, as a list of models."""
@@ -60,6 +75,13 @@ class Request:
         """Whether the key goes out as ``Authorization: Bearer``, as OpenAI's clients send it."""
         self.at_root = at_root
         """Whether `path` starts at the server's root, and not below the endpoint's ``/v1``."""
+        self.elsewhere = elsewhere
+        """Whether `path` is a whole address, of another server, which is not given the key."""
+        self.repeatable = repeatable
+        """Whether a second time changes nothing. If not, it is sent again only when the
+        server can't have begun with it."""
+        self.upload = upload
+        """Bytes of a file to send in place of JSON, as the transport takes them."""
         self.payload = {key: value for key, value in (payload or {}).items() if value is not None}
         self.pictures: list[Any] = []
         self.json: tuple[bytes, ...] = ()
@@ -105,6 +127,8 @@ class Request:
 
     def body(self, images: Sequence[EncodedImage]) -> list[bytes | EncodedImage]:
         """Return what to send, piece by piece; each image goes out as a data URL in quotes."""
+        if self.upload is not None:
+            return [self.upload]
         body: list[bytes | EncodedImage] = list(self.json[:1])
         for image, part in zip(images, self.json[1:], strict=True):
             body += (image, part)
