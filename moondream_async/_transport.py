@@ -123,8 +123,14 @@ class Transport:
                     pool.abandon()
 
     def __del__(self) -> None:
-        for pool in getattr(self, "_pools", {}).values():
-            pool.drop()
+        unclosed = [pool.drop() for pool in getattr(self, "_pools", {}).values()]
+        if any(unclosed):  # warned of at the end, since that may raise
+            warnings.warn(
+                "A MoondreamClient was dropped while it had connections. "
+                "Use 'async with', or aclose() it.",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
 
 async def _aclose_elsewhere(pool: Pool, grace: float | None) -> None:
@@ -283,19 +289,13 @@ class Pool:
         if self._drained is not None and not self.bodies:
             self._drained.set()
 
-    def drop(self) -> None:
-        """Close, when the client was dropped unclosed; from any thread."""
+    def drop(self) -> bool:
+        """Close, when the client was dropped; from any thread. Return whether that was too soon."""
         if self.closed or self.loop.is_closed():
             self.abandon()
-            return
-        if self._owns_session:
-            warnings.warn(
-                "A MoondreamClient was dropped while it had connections. "
-                "Use 'async with', or aclose() it.",
-                ResourceWarning,
-                stacklevel=3,
-            )
+            return False
         self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.aclose()))
+        return self._owns_session
 
     def abandon(self) -> None:
         """Let go of everything, without noise, when the loop is gone."""

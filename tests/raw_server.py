@@ -155,6 +155,11 @@ class RawServer:
         """How many connections are still being played on."""
         return len(self._playing)
 
+    @property
+    def tasks(self):
+        """What plays on them."""
+        return self._playing.keys()
+
     async def until_idle(self):
         """Wait until all connections have ended."""
         while self._playing:

@@ -1,0 +1,595 @@
+"""However a call or a stream is left, nothing stays behind, and the server notices.
+
+Garbage is not collected meanwhile: what is freed, is freed by reference counting.
+"""
+
+import asyncio
+import contextlib
+import gc
+import sys
+import types
+
+import anyio
+import pytest
+from raw_server import (
+    DONE,
+    EVENTS,
+    STREAM_HEAD,
+    TEXT,
+    WORDS,
+    RawServer,
+    answer,
+    answer_all,
+    head,
+    in_chunks,
+)
+
+import moondream_async as md
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(1_000_000), "image/jpeg", 8, 8)
+
+# A server that goes on for ever, and one that says a word and then nothing.
+ENDLESS = in_chunks(*EVENTS, end=False)
+
+
+async def talk(peer):
+    await peer.request()
+    await peer.send(STREAM_HEAD)
+    while True:
+        await peer.send(ENDLESS)
+
+
+async def stall(peer):
+    await peer.request()
+    await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+    await peer.until_gone()
+
+
+async def listen(peer):
+    await peer.request()
+    await peer.until_gone()
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage_collection(_nothing_left_open):
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture(params=[talk, stall], ids=["endless", "stalled"])
+async def server(request):
+    async with RawServer(request.param) as server:
+        yield server
+
+
+def client_of(server, **options):
+    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
+
+
+async def rounds(count=50):
+    """Let everything run that can run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def tasks_besides(server):
+    """All tasks but this one, the server's, and those of anyio's test runner."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()} - server.tasks
+    return {task for task in tasks if "TestRunner" not in task.get_coro().__qualname__}
+
+
+async def assert_whole(client, server):
+    """Nothing is under way, and nothing is held."""
+    with anyio.fail_after(30):
+        while tasks := tasks_besides(server):
+            await asyncio.wait(tasks)
+    await rounds()
+    caller = client._caller
+    assert (caller.places.taken, caller.places.waiting) == (0, 0)
+    for pool in caller.transport._pools.values():
+        assert (pool.calls, pool.bodies) == (set(), set())
+        assert pool._session.connector._acquired == set()
+
+
+async def assert_gone(server):
+    """The server sees the end of every connection."""
+    with anyio.fail_after(30):
+        await server.until_idle()
+
+
+# -- ways of leaving an open stream ---------------------------------------------------
+
+
+async def read_for_ever(stream):
+    async for _ in stream:
+        await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def reading(stream):
+    """A task of its own that is reading."""
+    task = asyncio.ensure_future(read_for_ever(stream))
+    await rounds()
+    yield task
+    await asyncio.wait([task])
+
+
+async def cancel_task(client):
+    async def read():
+        async with client.caption(IMAGE, stream=True) as stream:
+            await read_for_ever(stream)
+
+    task = asyncio.ensure_future(read())
+    await rounds()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def cancel_scope(client):
+    with anyio.CancelScope() as scope:
+        async with client.caption(IMAGE, stream=True) as stream:
+            await anext(stream)
+            scope.cancel()
+            await read_for_ever(stream)
+    assert scope.cancelled_caught
+
+
+async def run_out_of_time(client):
+    async with client.caption(IMAGE, stream=True) as stream:
+        await anext(stream)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(read_for_ever(stream), 0.01)
+
+
+async def break_out(client):
+    async with client.caption(IMAGE, stream=True) as stream:
+        async for _ in stream:
+            break
+
+
+async def raise_out(client):
+    async def read():
+        async with client.caption(IMAGE, stream=True) as stream:
+            async for piece in stream:
+                len(piece) / 0
+
+    with pytest.raises(ZeroDivisionError):
+        await read()
+
+
+async def close(client):
+    stream = await client.caption(IMAGE, stream=True)
+    await anext(stream)
+    await stream.aclose()
+    await stream.aclose()
+    with pytest.raises(md.ClientClosedError):
+        await anext(stream)
+
+
+async def close_from_another_task(client):
+    stream = await client.caption(IMAGE, stream=True)
+    async with reading(stream) as reader:
+        await asyncio.ensure_future(stream.aclose())
+    with pytest.raises(md.ClientClosedError, match="stream was closed"):
+        await reader
+
+
+async def close_the_client(client):
+    stream = await client.caption(IMAGE, stream=True)
+    await anext(stream)
+    await client.aclose()
+    with pytest.raises(md.ClientClosedError):
+        await stream.text()
+
+
+async def close_the_client_from_another_task(client):
+    stream = await client.caption(IMAGE, stream=True)
+    async with reading(stream) as reader:
+        await asyncio.ensure_future(client.aclose())
+    with pytest.raises(md.ClientClosedError):
+        await reader
+
+
+async def leave_the_client(client):
+    async with client:
+        stream = await client.caption(IMAGE, stream=True)
+        await anext(stream)
+    with pytest.raises(md.ClientClosedError):
+        await stream.text()
+
+
+async def drop(client):
+    stream = await client.caption(IMAGE, stream=True)
+    await anext(stream)
+    with pytest.warns(ResourceWarning, match=r"CaptionStream was dropped .*test_cancel\.py:\d"):
+        del stream
+
+
+async def drop_unread(client):
+    with pytest.warns(ResourceWarning, match="dropped"):
+        await client.caption(IMAGE, stream=True)
+
+
+async def drop_while_iterating(client):
+    async def read():
+        async for _ in await client.caption(IMAGE, stream=True):
+            break
+
+    with pytest.warns(ResourceWarning, match="dropped"):
+        await read()
+
+
+async def drop_the_iterator(client):
+    chunks = (await client.caption(IMAGE, stream=True)).chunk
+    await anext(chunks)  # the iterator alone keeps its stream alive
+    with pytest.warns(ResourceWarning, match="dropped"):
+        del chunks
+
+
+async def drop_the_events(client):
+    events = (await client.caption(IMAGE, stream=True)).events
+    await anext(events)
+    with pytest.warns(ResourceWarning, match="dropped"):
+        del events
+
+
+async def drop_with_a_cancelled_reader(client):
+    stream = await client.caption(IMAGE, stream=True)
+    reader = asyncio.ensure_future(read_for_ever(stream))
+    await rounds()
+    reader.cancel()
+    await asyncio.wait([reader])
+    with pytest.warns(ResourceWarning, match="dropped"):
+        del stream, reader
+
+
+LEAVING = [
+    cancel_task,
+    cancel_scope,
+    run_out_of_time,
+    break_out,
+    raise_out,
+    close,
+    close_from_another_task,
+    close_the_client,
+    close_the_client_from_another_task,
+    leave_the_client,
+    drop,
+    drop_unread,
+    drop_while_iterating,
+    drop_the_iterator,
+    drop_the_events,
+    drop_with_a_cancelled_reader,
+]
+
+
+@pytest.mark.parametrize("leave", LEAVING, ids=lambda leave: leave.__name__)
+async def test_stream_that_is_left_is_closed_and_the_server_sees_it(server, leave):
+    client = client_of(server)
+    await leave(client)
+    await assert_gone(server)
+    await assert_whole(client, server)
+    await client.aclose()
+
+
+async def test_dropped_stream_and_client_are_closed_where_warnings_are_errors(server, monkeypatch):
+    raised = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: raised.append(type(args.exc_value)))
+    client = client_of(server)
+    stream = await client.caption(IMAGE, stream=True)
+    await stream.__anext__()
+    del client, stream
+    await assert_gone(server)
+    assert raised == [ResourceWarning] * 2
+
+
+async def test_two_hundred_streams_cancelled_at_once_leave_nothing():
+    async def read():
+        async with client.caption(IMAGE, stream=True) as stream:
+            opened.append(stream.request_id)
+            await read_for_ever(stream)
+
+    opened = []
+    async with (
+        RawServer(stall) as server,
+        client_of(server, max_connections=200) as client,
+    ):
+        tasks = [asyncio.ensure_future(read()) for _ in range(200)]
+        with anyio.fail_after(30):
+            while len(opened) < 200:
+                await rounds(1)
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} == {asyncio.CancelledError}
+        await assert_gone(server)
+        await assert_whole(client, server)
+        assert len(server.peers) == 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("image", [IMAGE, BIG_IMAGE], ids=["small", "big"])
+async def test_call_cancelled_before_its_answer_is_closed(stream, image):
+    async with RawServer(listen) as server, client_of(server) as client:
+        for _ in range(20):
+            call = asyncio.ensure_future(client.caption(image, stream=stream))
+            while not server.requests:
+                await rounds(1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await assert_gone(server)
+            await assert_whole(client, server)
+            server.peers.clear()
+
+
+async def test_upload_cancelled_half_way_is_closed():
+    async def play(peer):
+        await peer.request_head()
+        begun.set()
+        await cancelled.wait()  # reading no more, so that the upload stands still
+        await peer.until_gone()
+
+    image = md.EncodedImage(b"\xff\xd8" + bytes(30_000_000), "image/jpeg", 8, 8)
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+    async with RawServer(play) as server, client_of(server) as client:
+        call = asyncio.ensure_future(client.caption(image))
+        await begun.wait()
+        await rounds(1000)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        cancelled.set()
+        await assert_gone(server)
+        await assert_whole(client, server)
+
+
+# -- at every await -------------------------------------------------------------------
+
+
+@types.coroutine
+def stepping(coroutine, at, interrupt):
+    """Run a coroutine; where it waits for the `at`-th time, call `interrupt` with the future.
+
+    Returns what the coroutine returns. It is run by the event loop as always: the
+    futures that it waits for are handed on, and the loop's answers handed back.
+    """
+    resume, argument, count = coroutine.send, None, 0
+    while True:
+        try:
+            waited_for = resume(argument)
+        except StopIteration as end:
+            return end.value
+        if count == at:
+            interrupt(waited_for)
+        count += 1
+        try:
+            argument = yield waited_for
+        except BaseException as error:  # noqa: BLE001 - it goes where it belongs
+            resume, argument = coroutine.throw, error
+        else:
+            resume = coroutine.send
+
+
+def cancel_while_it_waits(_waited_for, task):
+    task.cancel()
+
+
+def cancel_as_it_goes_on(waited_for, task):
+    """Cancel in the moment between the future's result and the task's next step."""
+    if waited_for is None:
+        task.cancel()
+    else:
+        waited_for.add_done_callback(lambda _: task.cancel())
+
+
+async def interrupted_everywhere(make, interrupt):
+    """Run `make()` again and again, each time interrupted one wait later; yield the tasks."""
+    for at in range(1000):
+        reached = []
+
+        def strike(waited_for, reached=reached):
+            reached.append(True)
+            interrupt(waited_for, asyncio.current_task())
+
+        async def run(at=at, strike=strike):
+            return await stepping(make(), at, strike)
+
+        task = asyncio.ensure_future(run())
+        await asyncio.wait([task])
+        yield task, bool(reached)
+        if not reached:
+            return
+
+
+async def answer_in_pieces(peer):
+    """Answer slowly enough that everything has to be waited for."""
+    while True:
+        request = await peer.request()
+        if not request.wants_stream:
+            await rounds(3)
+            await peer.send(head("Content-Length: 40", "Content-Type: application/json"))
+            await rounds(3)
+            await peer.send(b'{"caption": "A cat sleeps."}'.ljust(40))
+            continue
+        for piece in (STREAM_HEAD, *[in_chunks(each, end=False) for each in (*EVENTS, DONE)]):
+            await rounds(3)
+            await peer.send(piece)
+        await rounds(3)
+        await peer.send(in_chunks())
+
+
+def fail_every_other():
+    """Refuse one request and answer the next."""
+    refuse = [True]
+
+    async def play(peer):
+        while True:
+            await peer.request() if refuse[0] else await answer(peer)
+            refuse[0] = not refuse[0]
+            if not refuse[0]:
+                await peer.send(head("Content-Length: 0", "Retry-After: 0", status="503 Busy"))
+
+    return play
+
+
+def lose_every_other():
+    """Lose one stream before its first event and answer the next."""
+    lose = [True]
+
+    async def play(peer):
+        while True:
+            lose[0] = not lose[0]
+            if lose[0]:
+                await answer(peer)
+            else:
+                await peer.request()
+                await peer.send(STREAM_HEAD)
+                return
+
+    return play
+
+
+async def read_plain(client):
+    assert (await client.caption(IMAGE)).caption == TEXT
+
+
+async def read_photo(client):
+    """The picture is prepared in a thread."""
+    from moondream_async.simulator import SAMPLE_IMAGE
+
+    assert (await client.caption(SAMPLE_IMAGE)).caption == TEXT
+
+
+async def read_big(client):
+    assert (await client.caption(BIG_IMAGE)).caption == TEXT
+
+
+async def read_entered(client):
+    async with client.caption(IMAGE, stream=True) as stream:
+        assert await stream.text() == TEXT
+
+
+async def read_awaited(client):
+    stream = await client.caption(IMAGE, stream=True)
+    try:
+        assert [piece async for piece in stream] == list(WORDS)
+    finally:
+        await stream.aclose()
+
+
+async def read_a_word(client):
+    async with client.caption(IMAGE, stream=True) as stream:
+        assert await anext(stream) == WORDS[0]
+
+
+async def read_in_line(client):
+    """The only place is taken, for a while, by another call."""
+    other = asyncio.ensure_future(client.caption(IMAGE))
+    await asyncio.sleep(0)
+    try:
+        await read_entered(client)
+    finally:
+        other.cancel()
+        await asyncio.wait([other])
+
+
+# What is called, what the server plays, and the client's options.
+CALLS = {
+    "plain": (read_plain, lambda: answer_in_pieces, {}),
+    "photo": (read_photo, lambda: answer_in_pieces, {}),
+    "big": (read_big, lambda: answer_in_pieces, {}),
+    "entered": (read_entered, lambda: answer_in_pieces, {}),
+    "awaited": (read_awaited, lambda: answer_in_pieces, {}),
+    "one-word": (read_a_word, lambda: answer_in_pieces, {}),
+    "in-line": (read_in_line, lambda: answer_in_pieces, {"max_connections": 1}),
+    "paced": (read_entered, lambda: answer_all, {"rate_limit": 1000}),
+    "plain-again": (read_plain, fail_every_other, {"max_retries": 1}),
+    "entered-again": (read_entered, fail_every_other, {"max_retries": 1}),
+    "lost-and-again": (read_entered, lose_every_other, {"max_retries": 1}),
+}
+
+
+@pytest.fixture(params=CALLS)
+async def call(request):
+    """What to call, a client, and its server."""
+    read, play, options = CALLS[request.param]
+    async with RawServer(play()) as server, client_of(server, **options) as client:
+        yield read, client, server
+
+
+@pytest.mark.parametrize("cancel", [cancel_while_it_waits, cancel_as_it_goes_on])
+async def test_call_cancelled_at_any_await_leaves_everything_whole(call, cancel):
+    read, client, server = call
+    async for task, reached in interrupted_everywhere(lambda: read(client), cancel):
+        assert task.cancelled() is reached
+        await assert_whole(client, server)
+        await read(client)  # and the next call works
+
+
+async def test_call_cancelled_by_a_scope_at_any_await_leaves_everything_whole(call):
+    read, client, server = call
+    scopes = []
+
+    async def read_in_scope():
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            await read(client)
+
+    def cancel(_waited_for, _task):
+        scopes[-1].cancel()
+
+    async for task, reached in interrupted_everywhere(read_in_scope, cancel):
+        task.result()  # the scope has caught it, if there was still something to cancel
+        assert reached or not scopes[-1].cancelled_caught
+        await assert_whole(client, server)
+        await read(client)
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_client_closed_at_any_await_of_a_call_is_closed(name):
+    read, play, options = CALLS[name]
+    clients = []
+
+    async def read_alone():
+        clients.append(client_of(server, **options))
+        await read(clients[-1])
+
+    closing = []
+
+    def close(_waited_for, _task):
+        closing.append(asyncio.ensure_future(clients[-1].aclose()))
+
+    async with RawServer(play()) as server:
+        async for task, reached in interrupted_everywhere(read_alone, close):
+            if not reached:
+                await clients[-1].aclose()
+            await asyncio.gather(*closing)
+            closing.clear()
+            # A call in its last step may still come through; else it says what happened.
+            assert isinstance(task.exception(), md.ClientClosedError | None)
+            await assert_gone(server)
+            await assert_whole(clients[-1], server)
+
+
+@pytest.mark.parametrize("cancel", [cancel_while_it_waits, cancel_as_it_goes_on])
+async def test_reading_cancelled_at_any_await_can_go_on(cancel):
+    async with RawServer(answer_in_pieces) as server, client_of(server) as client:
+        streams = []
+
+        async def read():
+            return await streams[-1].text()
+
+        streams.append(await client.caption(IMAGE, stream=True))
+        async for task, reached in interrupted_everywhere(read, cancel):
+            assert task.cancelled() is reached
+            stream = streams[-1]
+            assert stream.text_so_far + await stream.text() == TEXT
+            assert stream.completed
+            streams.append(await client.caption(IMAGE, stream=True))
+        await streams[-1].aclose()
+        await assert_whole(client, server)
