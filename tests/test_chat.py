@@ -180,6 +180,10 @@ THOUGHTS = {
         {"reasoning_details": {"text": "Two boats.", "grounding": [SPAN]}},
         GROUNDING,
     ),
+    "apart": (  # the types of the official client, moondream 2.6.1
+        {"reasoning": "Two boats.", "reasoning_details": {"grounding": [SPAN]}},
+        GROUNDING,
+    ),
     "pieces": (
         {
             "reasoning": "Two boats.",
@@ -211,6 +215,8 @@ async def test_thoughts_are_found_under_each_of_their_names(kind, stream):
         result = await client.chat([{"role": "user", "content": "How many?"}], stream=stream)
         if stream:
             assert await result.text() == "Two."
+        else:
+            assert result.message.reasoning == "Two boats."
     assert result.reasoning == md.Reasoning("Two boats.", grounding)
 
 

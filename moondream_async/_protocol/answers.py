@@ -222,16 +222,24 @@ def decode_reasoning(value: Any) -> Reasoning | None:
 
 
 def find_reasoning(message: Mapping[str, Any]) -> Reasoning | None:
-    """Find the reasoning in a chat message or a piece of one, under whichever name it comes."""
+    """Find the reasoning in a chat message or a piece of one, under whichever names it comes.
+
+    The text and its places may come under two: the official client's types have the
+    text in ``reasoning``, and ``grounding`` alone in ``reasoning_details``.
+    """
     details = message.get("reasoning_details")
     if isinstance(details, list):  # a list of pieces, as OpenRouter and its kin send them
         texts = [each.get("text") for each in details if isinstance(each, dict)]
         text = "".join(each for each in texts if isinstance(each, str))
         details = {"text": text} if text else None
-    for value in (details, message.get("reasoning"), message.get("reasoning_content")):
-        if value and (reasoning := decode_reasoning(value)) is not None:
-            return reasoning
-    return None
+    values = (details, message.get("reasoning"), message.get("reasoning_content"))
+    found = [each for each in map(decode_reasoning, filter(None, values)) if each is not None]
+    if not found:
+        return None
+    return Reasoning(
+        next((each.text for each in found if each.text), ""),
+        next((each.grounding for each in found if each.grounding), ()),
+    )
 
 
 def decode_region(value: Any) -> Region | None:
