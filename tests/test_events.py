@@ -1,0 +1,539 @@
+"""Streams as every server sends them: what text they give, and what is known beside it.
+
+`wire/*.sse` holds whole streams, each with its source; the shapes that nobody has seen
+on a wire yet stand here, and say what they are taken from where that is not ours.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from decoding import CUTS, NOTHING, STOP, chat, cuts, decode, known, sse, text
+
+import moondream_async as md
+from moondream_async._protocol.events import (
+    MAX_EVENT_BYTES,
+    AnswerDecoder,
+    ChatDecoder,
+    decoder_for,
+)
+from moondream_async.types import Grounding, Reasoning, Region, Usage
+
+WIRE = Path(__file__).parent / "wire"
+
+every_cut = pytest.mark.parametrize("cut", range(len(CUTS)), ids=CUTS)
+
+
+# -- every server's stream -----------------------------------------------------------------
+
+HERON = "A grey heron stands in shallow water, one leg raised."
+SIGNS = "Two signs: “Boîte à thé” and 茶 🍵."
+BOATS = "There are three boats, two of them red."
+TRACED = "M 0 0.5 L 1 1 Z"
+TIMES = {"input_tokens": 735, "prefill_time_ms": 20.1, "decode_time_ms": 30.5, "ttft_ms": 21.0}
+STATS = {"tokens": 10, "duration": 0.5, "tokens_per_sec": 20.0}
+BOX = Region(0.1, 0.2, 0.5, 0.6)
+
+STREAMS = [
+    ("cloud_caption", HERON, {"request_id": "2026-01-15_caption_000417"}),
+    ("cloud_caption_glued", HERON, {"request_id": "2026-01-15_caption_000417"}),
+    ("cloud_query", SIGNS, {"request_id": "2026-01-15_query_000418"}),
+    ("cloud_query_glued", SIGNS, {"request_id": "2026-01-15_query_000418"}),
+    (
+        "kestrel_caption",
+        HERON,
+        {"request_id": "42", "finish_reason": "stop", "metrics": {**TIMES, "output_tokens": 10}},
+    ),
+    (
+        "kestrel_query",
+        BOATS,
+        {
+            "request_id": "43",
+            "finish_reason": "stop",
+            "metrics": {**TIMES, "output_tokens": 8},
+            "reasoning": Reasoning(
+                "One blue boat, two red ones.", (Grounding(4, 13, ((0.25, 0.75),)),)
+            ),
+        },
+    ),
+    ("station_caption", HERON, {"metrics": STATS}),
+    ("station_query", SIGNS, {"metrics": {"tokens": 8, "duration": 0.25, "tokens_per_sec": 32.0}}),
+    ("serve_caption", HERON, {}),
+    ("serve_query", SIGNS, {}),
+    (
+        "segment",
+        TRACED,
+        {
+            "request_id": "44",
+            "finish_reason": "stop",
+            "metrics": {**TIMES, "output_tokens": 6},
+            "bbox": BOX,
+            "path": "M 0.02 0.49 L 0.98 1 Z",
+        },
+    ),
+    (
+        "segment_no_bbox",
+        TRACED,
+        {
+            "request_id": "45",
+            "finish_reason": "length",
+            "metrics": {**TIMES, "output_tokens": 6},
+            "path": TRACED,
+            "parse_error": "no box",
+        },
+    ),
+    (
+        "chat",
+        SIGNS,
+        {
+            "request_id": "chatcmpl-46",
+            "finish_reason": "stop",
+            "usage": Usage(prompt_tokens=740, completion_tokens=8, total_tokens=748),
+        },
+    ),
+]
+
+
+def skill_of(name):
+    return next(skill for skill in ("caption", "query", "segment", "chat") if skill in name)
+
+
+@every_cut
+@pytest.mark.parametrize(("name", "whole", "beside"), STREAMS, ids=[name for name, _, _ in STREAMS])
+def test_every_servers_stream_gives_its_text_once_and_all_that_it_says(name, whole, beside, cut):
+    stream = (WIRE / f"{name}.sse").read_bytes()
+
+    events, last = decode(*list(cuts(stream))[cut], skill=skill_of(name))
+
+    assert text(events) == whole
+    assert last == NOTHING._replace(completed=True, **beside)
+
+
+def test_every_stream_in_the_folder_is_read_here():
+    assert {path.stem for path in WIRE.glob("*.sse")} == {
+        *(name for name, _, _ in STREAMS),
+        "serve_caption_failed",
+    }
+
+
+@every_cut
+def test_a_failure_disguised_as_text_is_a_failure(cut):
+    stream = (WIRE / "serve_caption_failed.sse").read_bytes()
+
+    events, last = decode(*list(cuts(stream))[cut])
+
+    assert text(events) == "A grey "
+    assert last.failure[0] is md.StreamServerError
+    assert last.failure[1]["message"] == "An error occurred during caption generation."
+
+
+CHUNK = {"chunk": "a heron", "completed": False}
+SHAPES = [
+    pytest.param(sse({"text": "a "}, {"text": "heron"}, b"[DONE]"), id="docs widget"),
+    pytest.param(
+        sse({"chunk": "a heron", "completed": True, "caption": "a heron"}),
+        id="kestrel, all in the final event",
+    ),
+    pytest.param(sse({"completed": True, "caption": "a heron"}), id="final without a chunk"),
+    pytest.param(
+        sse({"chunk": "", "completed": True, "caption": "a heron"}), id="final, empty chunk"
+    ),
+    pytest.param(
+        sse({"chunk": ""}, {"chunk": "", "completed": True, "caption": "a heron"}),
+        id="final after nothing but empty chunks",
+    ),
+    pytest.param(
+        sse(CHUNK, {"completed": True, "caption": "a heron"}), id="final repeats the answer"
+    ),
+    pytest.param(
+        sse(CHUNK, {"completed": True, "caption": "a heron!"}), id="final words it differently"
+    ),
+    pytest.param(sse({"chunk": None}, CHUNK, {"completed": True}), id="null chunk"),
+    pytest.param(sse(CHUNK, {"chunk": None, "completed": True}), id="null in the final"),
+    pytest.param(sse(CHUNK, {"completed": True}, {"chunk": "!"}), id="text after the end"),
+    pytest.param(sse(CHUNK, b"[DONE]"), id="OpenAI's end"),
+    pytest.param(sse(CHUNK, b" [DONE] "), id="OpenAI's end, spaces"),
+    pytest.param(sse(CHUNK, {"mood": "calm"}, {"completed": True}), id="an unknown event"),
+    pytest.param(
+        sse(CHUNK, {"mood": "calm"}, {"completed": True}, end=b"\n"),
+        id="an unknown event, no blank lines",
+    ),
+    pytest.param(sse(CHUNK, {"error": None, "completed": True}), id="an error that is none"),
+    pytest.param(b'data:{"chunk":"a heron"}\n\ndata:{"completed":true}\n\n', id="no spaces"),
+    pytest.param(
+        sse(b'{"chunk":\ndata: "a heron"}', {"completed": True}), id="JSON over two lines"
+    ),
+    pytest.param(b"\xef\xbb\xbf" + sse(CHUNK, {"completed": True}), id="byte order mark"),
+    pytest.param(
+        b": ping\n\n" + sse(CHUNK) + b":\n\n: ping\n" + sse({"completed": True}), id="heartbeats"
+    ),
+    pytest.param(
+        b"event: chunk\nid: 1\nretry: 5\n"
+        + sse(CHUNK)
+        + b"event: end\n"
+        + sse({"completed": True}),
+        id="all fields of an event",
+    ),
+    *[
+        pytest.param(sse(CHUNK, {"completed": True}, end=end), id=f"lines end in {end!r}")
+        for end in (b"\r\n\r\n", b"\r\r", b"\n", b"\r\n", b"\r", b"\n\r\n")
+    ],
+    pytest.param(
+        sse(CHUNK) + b'data: {"completed": true}', id="no line end at the end of the stream"
+    ),
+    pytest.param(sse({"chunk": "a heron", "type": "x"}, {"type": "final"}), id="final by type"),
+]
+
+
+@every_cut
+@pytest.mark.parametrize("stream", SHAPES)
+def test_every_shape_of_a_stream_gives_its_text_once(stream, cut):
+    events, last = decode(*list(cuts(stream))[cut])
+
+    assert text(events) == "a heron"
+    assert (last.completed, last.failure) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("skill", "key"), [("caption", "caption"), ("query", "answer"), ("segment", "path")]
+)
+def test_an_answer_that_was_not_streamed_is_found_in_the_final_event(skill, key):
+    events, _ = decode(sse({"completed": True, key: "all of it"}), skill=skill)
+
+    assert text(events) == "all of it"
+
+
+COUNTED = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+CHATS = [
+    pytest.param(sse(chat(content="a heron"), STOP, b"[DONE]"), None, id="as documented"),
+    pytest.param(sse(chat(content="a heron"), STOP), None, id="no [DONE] after the finish reason"),
+    pytest.param(
+        sse(chat(role="assistant", content=None), chat(content="a heron"), b"[DONE]"),
+        None,
+        id="a role by itself",
+    ),
+    *[
+        pytest.param(
+            sse(
+                chat(**{key: "Look "}), chat(**{key: "again."}), chat(content="a heron"), b"[DONE]"
+            ),
+            "Look again.",
+            id=f"delta.{key} (a guess)",
+        )
+        for key in ("reasoning", "reasoning_content")
+    ],
+    pytest.param(
+        sse(chat(reasoning_details=[{"text": "Look."}]), chat(content="a heron"), b"[DONE]"),
+        "Look.",
+        id="delta.reasoning_details (a guess)",
+    ),
+    pytest.param(
+        sse(chat(reasoning="Look.", content="a "), chat(content="heron"), b"[DONE]"),
+        "Look.",
+        id="reasoning and text in one event",
+    ),
+    pytest.param(
+        sse(
+            {"choices": [{"delta": None}]},
+            {"choices": None},
+            {"choices": ["odd"]},
+            {"choices": [], "usage": None},
+            chat(content="a heron"),
+            {"choices": [], "usage": "odd"},
+            b"[DONE]",
+        ),
+        None,
+        id="odd events",
+    ),
+    pytest.param(
+        sse(chat(content="a heron"), {"choices": [], "usage": COUNTED}, b"[DONE]"),
+        None,
+        id="usage",
+    ),
+]
+
+
+@every_cut
+@pytest.mark.parametrize(("stream", "thought"), CHATS)
+def test_every_shape_of_a_chat_gives_its_text_once(stream, thought, cut):
+    events, last = decode(*list(cuts(stream))[cut], skill="chat")
+
+    assert text(events) == "a heron"
+    assert (last.completed, last.failure) == (True, None)
+    assert (last.reasoning and last.reasoning.text) == thought
+    assert "".join(each.text for each in events if isinstance(each, md.ReasoningEvent)) == (
+        thought or ""
+    )
+
+
+def test_a_chat_cut_before_its_finish_reason_is_interrupted():
+    _, last = decode(sse(chat(content="a heron")), skill="chat")
+
+    assert (last.completed, last.failure[0]) == (False, md.StreamInterruptedError)
+
+
+# -- events --------------------------------------------------------------------------------
+
+
+def test_events_say_what_they_are():
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+    bodies = [
+        {"type": "bbox", "bbox": box},
+        {"type": "path_delta", "chunk": "M 0", "completed": False, "token_index": 1},
+        {"stats": {"tokens": 3}},
+        {"type": "mood", "value": "calm"},
+        {"type": "final", "chunk": "", "completed": True, "path": "M 0 0 Z"},
+    ]
+
+    events, _ = decode(sse(*bodies), skill="segment")
+
+    assert events == [
+        md.BboxEvent(bbox=BOX, raw=bodies[0]),
+        md.ChunkEvent(chunk="M 0", raw=bodies[1]),
+        md.MetricsEvent(metrics={"tokens": 3}, raw=bodies[2]),
+        md.UnknownEvent(event="mood", raw=bodies[3]),
+        md.FinalEvent(raw=bodies[4]),
+    ]
+
+
+def test_an_unknown_event_has_the_name_that_its_server_gave_it():
+    events, _ = decode(b"event: mood\n" + sse({"value": "calm"}) + sse({"value": "calm"}))
+
+    assert [event.event for event in events] == ["mood", "message"]
+
+
+@pytest.mark.parametrize("extra", [{}, {"colour": "grey"}], ids=["the short way", "the long way"])
+def test_nothing_of_an_event_is_lost(extra):
+    body = {"chunk": "a", "completed": False, "request_id": "42", "token_index": 2, **extra}
+
+    [event], _ = decode(sse(body))
+
+    assert event == md.ChunkEvent(chunk="a", raw=body)
+
+
+@pytest.mark.parametrize("skill", ["caption", "chat"])
+def test_events_without_blank_lines_arrive_one_by_one_at_once(skill):
+    decoder = decoder_for(skill)
+    bodies = [CHUNK, {"mood": "calm"}] if skill == "caption" else [chat(content="a heron")]
+
+    for body in bodies:
+        assert len(decoder.feed(sse(body, end=b"\n"))) == 1
+
+
+def test_a_line_that_ends_in_a_carriage_return_is_not_kept_waiting():
+    decoder = AnswerDecoder("caption")
+
+    events = decoder.feed(sse({"chunk": "a "}) + sse({"chunk": "heron"}, end=b"\r\r"))
+
+    assert text(events) == "a heron"
+
+
+def test_an_id_is_kept_when_later_events_do_not_repeat_it():
+    _, last = decode(
+        sse(
+            {"chunk": "a ", "request_id": "42"}, {"chunk": "heron"}, {"chunk": "", "request_id": ""}
+        )
+    )
+
+    assert last.request_id == "42"
+
+
+# -- JSON where a stream was asked for -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("skill", "body", "whole"),
+    [
+        ("caption", {"caption": "a heron", "request_id": "42"}, "a heron"),
+        ("query", {"answer": "two", "request_id": "42", "reasoning": "Count them."}, "two"),
+        ("segment", {"path": "M 0 0 Z", "request_id": "42"}, "M 0 0 Z"),
+        (
+            "chat",
+            {
+                "id": "42",
+                "choices": [
+                    {"message": {"content": "two", "reasoning": "Count."}, "finish_reason": "stop"}
+                ],
+                "usage": COUNTED,
+            },
+            "two",
+        ),
+    ],
+)
+def test_a_plain_answer_is_taken_as_a_stream_of_one_event(skill, body, whole):
+    decoder = decoder_for(skill)
+
+    events = decoder.body(json.dumps(body).encode())
+
+    assert events == [md.FinalEvent(chunk=whole, raw=body)]
+    assert (decoder.completed, decoder.request_id) == (True, "42")
+    assert (decoder.reasoning is not None) == ("reasoning" in json.dumps(body))
+    assert decoder.end() == []
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"error": "boom"}', b"[1]", b'{"choices": [[]]}'])
+@pytest.mark.parametrize("skill", ["caption", "query", "segment", "chat"])
+def test_a_plain_answer_that_is_none_raises(skill, body):
+    with pytest.raises(md.APIStatusError):
+        decoder_for(skill).body(body)
+
+
+# -- failures ------------------------------------------------------------------------------
+
+
+@every_cut
+@pytest.mark.parametrize(
+    ("stream", "cls", "says"),
+    [
+        pytest.param(sse(CHUNK), md.StreamInterruptedError, "ended before", id="cut"),
+        pytest.param(
+            sse(CHUNK) + b'data: {"chunk": "and',
+            md.StreamInterruptedError,
+            "ended before",
+            id="cut inside an event",
+        ),
+        pytest.param(
+            sse(CHUNK, {"error": "boom"}), md.StreamServerError, "boom", id="error, a string"
+        ),
+        pytest.param(
+            sse(CHUNK, {"error": {"message": "boom", "type": "overloaded", "code": 5}}),
+            md.StreamServerError,
+            "boom",
+            id="error, an object",
+        ),
+        pytest.param(
+            sse(CHUNK) + b"event: error\n" + sse({"message": "boom"}),
+            md.StreamServerError,
+            "boom",
+            id="error by its event's name",
+        ),
+        pytest.param(
+            sse(CHUNK) + b"event: error\ndata: boom\n\n",
+            md.StreamServerError,
+            "boom",
+            id="error by its event's name, text",
+        ),
+        pytest.param(
+            sse(CHUNK) + b"event: error\ndata\n\n",
+            md.StreamServerError,
+            "The server reported an error",
+            id="error that says nothing",
+        ),
+        pytest.param(
+            sse(CHUNK, {"chunk": "An error occurred during query processing.", "completed": True}),
+            md.StreamServerError,
+            "An error occurred during query processing.",
+            id="error disguised as text",
+        ),
+        pytest.param(
+            sse(CHUNK, b"{odd}"), md.StreamProtocolError, "no JSON object: {odd}", id="no JSON"
+        ),
+        pytest.param(sse(CHUNK, [1]), md.StreamProtocolError, "no JSON object: [1]", id="a list"),
+        pytest.param(
+            sse(CHUNK, {"chunk": 5}), md.StreamProtocolError, "no text: 5", id="a chunk, no text"
+        ),
+        pytest.param(
+            sse(CHUNK, b'{"chunk": "\xff'), md.StreamProtocolError, "no JSON object", id="bad UTF-8"
+        ),
+        pytest.param(
+            sse(CHUNK, b'{"chunk": "\\ud800"}'),
+            md.StreamProtocolError,
+            "no JSON object",
+            id="half a character",
+        ),
+        pytest.param(
+            sse(CHUNK, b'{"chunk": "a"}{"chunk": "b"}'),
+            md.StreamProtocolError,
+            "no JSON object",
+            id="two values in a line",
+        ),
+        pytest.param(
+            sse(CHUNK, {"chunk": "x" * 1000}),
+            md.StreamProtocolError,
+            "over the limit of 500 bytes",
+            id="too large",
+        ),
+    ],
+)
+def test_a_fault_comes_after_what_had_arrived(stream, cls, says, cut):
+    events, last = decode(*list(cuts(stream))[cut], max_event_bytes=500)
+
+    assert text(events) == "a heron"
+    assert not last.completed
+    assert last.failure[0] is cls
+    assert says in last.failure[1]["message"]
+    assert last.failure[1]["partial"] == "so far"
+
+
+def test_an_error_has_the_servers_words_for_it():
+    body = {"error": {"message": "boom", "type": "overloaded", "code": "busy"}}
+
+    _, last = decode(sse(body))
+
+    said = last.failure[1]
+    assert (said["type"], said["code"], said["body"]) == ("overloaded", "busy", body)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        sse({"error": "bad key KEY-1"}),
+        sse({"error": {"message": "bad key KEY-1"}, "chunk": "KEY-1"}),
+        b"event: error\ndata: bad key KEY-1\n\n",
+        sse(b"bad key KEY-1"),
+        sse(["KEY-1"]),
+        sse({"chunk": ["KEY-1"]}),
+    ],
+)
+def test_an_error_does_not_repeat_the_key(stream):
+    _, last = decode(stream, secret="KEY-1")
+
+    assert last.failure is not None
+    assert "KEY-1" not in repr(last.failure)
+    assert "***" in last.failure[1]["message"]
+
+
+@pytest.mark.parametrize("extra", [{}, {"colour": "a"}], ids=["the short way", "the long way"])
+def test_an_answer_is_given_as_it_is_even_where_it_holds_the_key(extra):
+    events, _ = decode(sse({"chunk": "a heron", **extra}), secret="a")
+
+    assert text(events) == "a heron"
+
+
+@pytest.mark.parametrize("limit", [100, 1000])
+def test_nothing_over_the_limit_is_kept(limit):
+    decoder = AnswerDecoder("caption", max_event_bytes=limit)
+
+    packets = 0
+    while not decoder.done:
+        assert decoder.feed(b"x" * 10 if packets else b'data: {"chunk": "') == []
+        packets += 1
+
+    assert packets * 10 <= limit + 20
+    assert (
+        decoder.failure().message == f"One event of the stream is over the limit of {limit} bytes"
+    )
+
+
+def test_an_event_up_to_the_limit_passes():
+    size = len(sse({"chunk": ""}, end=b""))
+    events, last = decode(
+        sse({"chunk": "x" * 1000}, {"completed": True}), max_event_bytes=1000 + size
+    )
+
+    assert text(events) == "x" * 1000
+    assert last.completed
+    assert MAX_EVENT_BYTES == 16 * 1024 * 1024
+
+
+def test_another_try_starts_afresh():
+    decoder = ChatDecoder("chat", secret="KEY-1", max_event_bytes=500)
+    decoder.feed(sse({"id": "42", **chat(content="a heron")}, STOP, b"odd KEY-1"))
+
+    again = decoder.fresh()
+
+    assert type(again) is ChatDecoder
+    assert known(again) == NOTHING
+    again.feed(sse(b"odd KEY-1"))
+    assert "KEY-1" not in again.failure().message
+    assert decoder.fresh().feed(sse({"chunk": "x" * 1000})) == []

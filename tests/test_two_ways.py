@@ -1,0 +1,312 @@
+"""The decoder's two ways through a stream give the same, and lose nothing.
+
+Random streams, of every server's events and of what no server should send, go both
+ways: all that is given and known must be the same after every packet, however the
+stream is cut.
+"""
+
+import json
+from itertools import pairwise
+
+import msgspec
+import pytest
+from decoding import STOP, byte_by_byte, chat, decode, sse, steps, text
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import moondream_async as md
+from moondream_async._protocol.events import AnswerDecoder, ChatDecoder
+from moondream_async.types import StreamEvent
+
+thorough = settings(max_examples=300, deadline=None)  # a busy machine is no failure
+unhurried = settings(deadline=None)
+
+SKILLS = st.sampled_from(["caption", "query", "segment", "chat"])
+
+# -- what a stream is made of --------------------------------------------------------------
+
+words = st.text(max_size=8) | st.sampled_from(
+    [
+        "true",
+        '"completed": true',
+        '}\n\ndata: {"chunk": "x"}',
+        "\u2028",
+        "🍵",
+        "\x00",
+        "é茶",
+        "{",
+        "}",
+    ]
+)
+
+
+@st.composite
+def dumped(draw, value):
+    """`value` as JSON, in one of the ways that servers write it."""
+    tight = draw(st.booleans())
+    separators = (",", ":") if tight else (", ", ": ")
+    return json.dumps(value, ensure_ascii=draw(st.booleans()), separators=separators).encode()
+
+
+def answer_in(dialect, pieces):
+    """The events with which a server gives an answer of these pieces."""
+    whole = "".join(pieces)
+    if dialect == "cloud":
+        chunks = [{"chunk": piece, "completed": False, "request_id": "42"} for piece in pieces]
+        return [*chunks, {"completed": True, "chunk": "", "org_id": "o", "request_id": "42"}]
+    if dialect == "kestrel":
+        *first, last = pieces or [""]
+        chunks = [
+            {"chunk": piece, "completed": False, "token_index": i} for i, piece in enumerate(first)
+        ]
+        final = {"chunk": last, "completed": True, "caption": whole, "finish_reason": "stop"}
+        return [*chunks, final]
+    if dialect == "Station":
+        stats = [{"stats": {"tokens": len(pieces)}}] if pieces else []
+        return [*({"chunk": piece} for piece in pieces), *stats, {"completed": True}]
+    if dialect == "old":
+        chunks = [{"chunk": piece, "completed": False} for piece in pieces]
+        return [*chunks, {"chunk": "", "completed": True}]
+    if dialect == "segment":
+        deltas = [
+            {"type": "path_delta", "chunk": piece, "completed": False, "token_index": i}
+            for i, piece in enumerate(pieces)
+        ]
+        # It says "path", which stands in for the answer only where nothing was streamed.
+        final = {"type": "final", "chunk": "", "completed": True, "path": whole}
+        return [{"type": "bbox", "bbox": None}, *deltas, final]
+    return [*({"id": "42", **chat(content=piece)} for piece in pieces), STOP, b"[DONE]"]
+
+
+def randomly_cut(draw, stream):
+    places = draw(st.lists(st.integers(0, len(stream)), max_size=12))
+    return [stream[i:j] for i, j in pairwise((0, *sorted(places), len(stream)))]
+
+
+# What is mostly sent, so that the short way is taken and then left.
+plain = st.builds(
+    lambda chunk, extra: {"chunk": chunk, **extra},
+    words,
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "completed": st.sampled_from([False]),
+            "request_id": st.sampled_from(["", "42", "43"]),
+            "token_index": st.integers(),
+            "type": st.just("path_delta"),
+        },
+    ),
+)
+plain_chat = st.builds(
+    lambda delta, choice, extra: {"choices": [{"delta": delta, **choice}], **extra},
+    st.fixed_dictionaries({"content": words}, optional={"role": st.just("assistant")}),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "index": st.integers(0, 2),
+            "finish_reason": st.sampled_from([None, None, "stop"]),
+            "logprobs": st.none(),
+        },
+    ),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "id": st.sampled_from(["", "42", "43"]),
+            "object": st.just("chat.completion.chunk"),
+            "created": st.integers(0, 2**70),
+            "usage": st.none(),
+        },
+    ),
+)
+odd_values = (
+    st.none()
+    | st.booleans()
+    | words
+    | st.integers()
+    | st.sampled_from([10**30, 1.5, [], {}, ["x"], {"text": "x"}, {"message": "x"}])
+)
+odd = st.dictionaries(
+    st.sampled_from(
+        """
+        chunk text completed error stats metrics reasoning request_id token_index type bbox path
+        parse_error usage choices id finish_reason caption answer message mood
+        """.split()  # noqa: SIM905 - many quoted words are no easier to read
+    ),
+    odd_values,
+    max_size=4,
+) | st.fixed_dictionaries({"choices": st.lists(odd_values | st.just({"delta": {}}), max_size=2)})
+whole_streams = st.sampled_from(["cloud", "kestrel", "Station", "old", "segment", "chat"]).flatmap(
+    lambda dialect: st.builds(answer_in, st.just(dialect), st.lists(words, max_size=4))
+)
+data_lines = st.one_of(
+    *[(plain | plain_chat).flatmap(dumped).map(lambda x: b"data: " + x)] * 6,
+    odd.flatmap(dumped).map(lambda x: b"data: " + x),
+    (plain | odd).flatmap(dumped).map(lambda x: b"data:" + x),
+    (plain | plain_chat | odd).flatmap(dumped).map(lambda x: b"data: " + x * 2),
+    (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x.replace(b" ", b"\ndata: ", 1)),
+    (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x.replace(b":", b":\n", 1)),
+    (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x[:-1] + b"\xff}"),
+    (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x.replace(b'"', b'"\0', 3)),
+    (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x + b" "),
+    st.sampled_from(
+        [
+            b"data: [DONE]",
+            b'data: {"completed": true}',
+            b"data: {}",
+            b"data: {",
+            b"data: }",
+            b"data",
+            b"event: error",
+            b"event: mood",
+            b"event",
+            b"id: 7",
+            b"retry: 5",
+            b": ping",
+            b"",
+            b"colour: grey",
+            b'data: {"chunk": "\\ud800"}',
+            b'data: {"chunk": "a", "token_index": ' + b"9" * 25 + b"}",
+            b'data: {"chunk": "a", "token_index": ' + b"9" * 5000 + b"}",
+            b'data: {"chunk": "a", "token_index": 1.0}',
+            b'data: {"chunk": "a", "chunk": "b"}',
+            b'data: {"chunk": "a"},',
+            b'data: [{"chunk": "a"}]',
+            b'data: {"chunk": "' + b"x" * 300 + b'"}',
+        ]
+    ),
+    st.binary(max_size=6),
+)
+line_ends = st.sampled_from(
+    [*[b"\n\n"] * 8, b"\n", b"\n", b"", b"\r\n\r\n", b"\r\n", b"\r", b"\n\n\n"]
+)
+streams = st.one_of(
+    st.lists(st.tuples(data_lines, line_ends).map(b"".join), max_size=12).map(b"".join),
+    st.tuples(whole_streams, line_ends).map(lambda x: sse(*x[0], end=x[1])),
+    st.binary(max_size=60),
+)
+
+
+# -- the promises --------------------------------------------------------------------------
+
+
+@thorough
+@given(
+    st.data(),
+    st.sampled_from(["cloud", "kestrel", "Station", "old", "segment", "chat"]),
+    st.lists(words, max_size=12),
+    st.sampled_from([b"\n\n", b"\n\n", b"\n", b"\r\n\r\n", b"\r\r"]),
+)
+def test_text_is_never_lost_and_never_given_twice(data, dialect, pieces, end):
+    bodies = answer_in(dialect, pieces)
+    lines = [body if isinstance(body, bytes) else data.draw(dumped(body)) for body in bodies]
+    skill = dialect if dialect in ("segment", "chat") else "caption"
+
+    events, last = decode(*randomly_cut(data.draw, sse(*lines, end=end)), skill=skill)
+
+    assert text(events) == "".join(pieces)
+    assert (last.completed, last.failure) == (True, None)
+
+
+def exact(value):
+    """`value` with its types, for 1 == 1.0 == True; the order of keys says nothing."""
+    if isinstance(value, StreamEvent):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, dict):
+        return {key: exact(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [exact(each) for each in value]
+    return type(value), value
+
+
+class LongWay(AnswerDecoder):
+    def _feed_plain(self, data):
+        return None
+
+
+class LongWayOfChat(ChatDecoder):
+    def _feed_plain(self, data):
+        return None
+
+
+@thorough
+@given(
+    data=st.data(),
+    skill=SKILLS,
+    start=st.sampled_from([b"", b"", b"\xef\xbb\xbf", b"\xef", b"\n", b"\r"]),
+    stream=streams,
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "max_event_bytes": st.sampled_from([20, 64, 128, 256]),
+            "secret": st.sampled_from(["x", "42"]),
+        },
+    ),
+)
+def test_the_short_way_gives_the_same_as_the_long_one(data, skill, start, stream, options):
+    stream = start + stream
+    short, long = (ChatDecoder, LongWayOfChat) if skill == "chat" else (AnswerDecoder, LongWay)
+
+    for packets in ([stream], byte_by_byte(stream), randomly_cut(data.draw, stream)):
+        expected = steps(long(skill, **options), packets)
+        actual = steps(short(skill, **options), packets)
+
+        assert actual == expected
+        assert exact(actual) == exact(expected)
+
+
+@thorough
+@given(skill=SKILLS, stream=streams, data=st.data())
+def test_where_a_stream_is_cut_makes_no_difference(skill, stream, data):
+    whole = decode(stream, skill=skill)
+
+    assert decode(*byte_by_byte(stream), skill=skill) == whole
+    assert decode(*randomly_cut(data.draw, stream), skill=skill) == whole
+
+
+@unhurried
+@given(skill=SKILLS, stream=streams)
+@example(skill="caption", stream=b"data: " + b"[" * 100_000)
+@example(skill="caption", stream=b'data: {"chunk": ' + b"[" * 900 + b"]" * 900 + b"}\n\n")
+@example(skill="caption", stream=b'data: {"error": ' + b"1" * 4300 + b"}\n\n")
+def test_any_bytes_are_events_or_one_of_our_errors(skill, stream):
+    events, last = decode(stream, skill=skill)
+
+    assert all(type(event.chunk) is str and type(event.raw) is dict for event in events)
+    assert last.completed == (last.failure is None)
+    if last.failure is not None:
+        assert issubclass(last.failure[0], md.StreamError)
+
+
+def test_an_error_nested_as_deep_as_json_goes_is_an_error():
+    """What can just be decoded can be too deep to be shown, from a deeper place."""
+
+    def fails(depth):
+        _, last = decode(sse(b'{"error": ' + b"[" * depth + b"]" * depth + b"}"))
+        return last.failure[0]
+
+    depths = [*range(2, 1100), 10_000, 100_000]  # {"error": []} is none
+
+    assert {fails(depth) for depth in depths} <= {md.StreamServerError, md.StreamProtocolError}
+
+
+class Watched(AnswerDecoder):
+    """Counts what goes the long way."""
+
+    long = 0
+
+    def _feed_any(self, data):
+        self.long += 1
+        return super()._feed_any(data)
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\n"], ids=["blank lines", "no blank lines"])
+@pytest.mark.parametrize("dialect", ["cloud", "kestrel", "Station", "old"])
+def test_the_short_way_is_taken_for_what_is_mostly_sent(dialect, end):
+    """Or else the comparisons above would compare the long way with itself."""
+    decoder = Watched("caption")
+    pieces = ["A ", "grey ", "“heron” ", "é茶 ", "🍵."]
+
+    for body in answer_in(dialect, pieces)[:4]:
+        assert len(decoder.feed(sse(body, end=end))) == 1
+
+    assert decoder.long == 0
