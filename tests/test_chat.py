@@ -220,6 +220,19 @@ async def test_thoughts_are_found_under_each_of_their_names(kind, stream):
     assert result.reasoning == md.Reasoning("Two boats.", grounding)
 
 
+@streamed_or_not
+async def test_chat_that_spent_all_its_tokens_on_thinking_has_an_empty_answer(stream):
+    said = {"role": "assistant", "content": None, "reasoning": "Well,"}
+    body = {"choices": [{"message": said, "finish_reason": "length"}]}
+    events = [delta(said), delta({}, finish_reason="length"), b"data: [DONE]\n\n"]
+    answer = STREAM_HEAD + in_chunks(*events) if stream else whole(body)
+    async with canned(answer) as (client, _):
+        result = await client.chat([{"role": "user", "content": "Why?"}], stream=stream)
+        assert (await result.text() if stream else result.message.content) == ""
+    assert result.reasoning == md.Reasoning("Well,")
+    assert result.finish_reason == "length"
+
+
 ANSWER = [delta({"role": "assistant", "content": "Two "}), delta({"content": "boats."})]
 STOP = delta({}, finish_reason="stop")
 USAGE = {"prompt_tokens": 740, "completion_tokens": 2, "total_tokens": 742}

@@ -113,7 +113,7 @@ def _read_chat(raw: dict[str, Any]) -> ChatResult:
     reasoning = find_reasoning(said)
     message = ChatMessage(
         role=to_id(said.get("role")) or "assistant",
-        content=_text(said["content"]),
+        content=_text("" if said["content"] is None else said["content"]),  # all was reasoning
         reasoning=None if reasoning is None else reasoning.text,
     )
     common = _common(raw)
