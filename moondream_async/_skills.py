@@ -31,6 +31,7 @@ from ._streams import (
 from .errors import NotFoundError, ServerError
 from .types import (
     CaptionResult,
+    ChatMessage,
     ChatResult,
     DetectResult,
     EncodedImage,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from ._calls import Caller
 
 AnySettings = Settings | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any] | ChatMessage]
 SpatialRefs = Sequence[Sequence[float]]
 
 
@@ -374,7 +376,7 @@ class Skills:
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         stream: Literal[False] = False,
         reasoning: bool | None = None,
@@ -385,7 +387,7 @@ class Skills:
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         stream: Literal[True],
         reasoning: bool | None = None,
@@ -396,7 +398,7 @@ class Skills:
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         stream: bool,
         reasoning: bool | None = None,
@@ -406,7 +408,7 @@ class Skills:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         stream: bool = False,
         reasoning: bool | None = None,
@@ -420,7 +422,8 @@ class Skills:
                 only, ``user`` or ``assistant``) and ``content``, a string or a list of
                 parts. A part is text or a picture: ``{"type": "image_url", "image_url":
                 {"url": picture}}`` or just the picture, given as for `caption` (a path
-                as a ``pathlib.Path``, since a string is text).
+                as a ``pathlib.Path``, since a string is text). An earlier result's
+                `message` goes in as it is.
             stream: Whether to get the answer as it is written.
             reasoning: Whether the model is to think first; None leaves it to the server.
             settings: Sampling settings; see `Settings`.

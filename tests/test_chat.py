@@ -124,6 +124,14 @@ async def test_conversation_of_several_turns_arrives_as_it_is(simulator, client,
     assert messages[1]["content"][0] is photo  # the caller's own list is left alone
 
 
+async def test_answer_goes_back_into_the_conversation_as_it_is(simulator, client, photo):
+    messages = [{"role": "user", "content": [photo, "What is this?"]}]
+    first = await client.chat(messages, reasoning=True)
+    await client.chat([*messages, first.message, {"role": "user", "content": QUESTION}])
+    said = simulator.requests[1].body["messages"][1]
+    assert said == {"role": "assistant", "content": first.message.content}
+
+
 async def test_chat_asks_for_usage_in_a_stream(simulator, client):
     async with client.chat([{"role": "user", "content": "Hi"}], stream=True, model="m") as stream:
         await stream.text()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from moondream_async.errors import RequestError
-from moondream_async.types import EncodedImage
+from moondream_async.types import ChatMessage, EncodedImage
 
 Skill = Literal["caption", "query", "detect", "point", "segment", "chat"]
 
@@ -237,7 +237,7 @@ def _object_payload(
 
 
 def chat_request(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, Any] | ChatMessage],
     *,
     stream: bool,
     reasoning: bool | None,
@@ -262,14 +262,14 @@ def chat_request(
     return Request("chat", "/chat/completions", payload, bearer=True)
 
 
-def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _messages(messages: Sequence[Mapping[str, Any] | ChatMessage]) -> list[dict[str, Any]]:
     """Check a conversation by the rules of the open engine, which answers 500 to a breach."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages must be a list of messages, not {messages!r:.100}")
     if not messages:
         raise RequestError("messages must not be empty")
     checked = []
-    for number, message in enumerate(messages):
+    for number, message in enumerate(map(_turn, messages)):
         role = message["role"] if isinstance(message, Mapping) and "role" in message else None
         if role not in _ROLES or "content" not in message:
             raise RequestError(
@@ -282,6 +282,13 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if checked[-1]["role"] != "user":
         raise RequestError("the last of the messages must be the user's")
     return checked
+
+
+def _turn(message: Any) -> Any:
+    """Return a message of the model's own as one to send; what it thought is no part of that."""
+    if isinstance(message, ChatMessage):
+        return {"role": message.role, "content": message.content}
+    return message
 
 
 def _content(where: str, content: Any, *, pictures: bool) -> Any:
