@@ -22,8 +22,8 @@ from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Reply, Route
-from .storage import Storage, take_page
-from .validation import QueryBody, RefusedError, make_id, read_body, read_typed
+from .storage import Storage, make_id, take_page
+from .validation import QueryBody, RefusedError, read_body, read_typed
 
 MAX_PART_BYTES = 100 * 1024 * 1024
 MAX_FILE_BYTES = 2 * 1024**3

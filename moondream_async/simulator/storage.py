@@ -1,4 +1,4 @@
-"""Files to download, and lists to page through: what batches and tuning have in common."""
+"""Files to download, lists to page through, and ids: what batches and tuning have in common."""
 
 from __future__ import annotations
 
@@ -71,6 +71,15 @@ def take_page(key: str, items: list[Body], query: Mapping[str, str], *, default:
         "next_cursor": base64.urlsafe_b64encode(str(stop).encode()).decode() if more else None,
         "has_more": more,
     }
+
+
+def make_id(number: int) -> str:
+    """Return an id that looks like the cloud's own: 26 characters that begin with 01.
+
+    >>> make_id(7)
+    '01SIM000000000000000000007'
+    """
+    return f"01SIM{number:021d}"
 
 
 def _refuse(status: int, code: str, message: str) -> Reply:

@@ -17,8 +17,8 @@ from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Reply, Route
-from .storage import Storage, take_page
-from .validation import RefusedError, make_id, read_body, read_typed
+from .storage import Storage, make_id, take_page
+from .validation import RefusedError, read_body, read_typed
 
 _SKILLS = ("query", "point", "detect")
 _NEAR = 0.05  # of the picture: a point this close to the truth is right

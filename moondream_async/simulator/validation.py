@@ -103,15 +103,6 @@ def read_typed(body: Any, kind: type[TypedT]) -> TypedT:
         raise _explain(str(error)) from error
 
 
-def make_id(number: int) -> str:
-    """Return an id that looks like the cloud's own: 26 characters that begin with 01.
-
-    >>> make_id(7)
-    '01SIM000000000000000000007'
-    """
-    return f"01SIM{number:021d}"
-
-
 def read_body(body: Any, kind: type[BodyT], *, needs_image: bool = True) -> BodyT:
     """Check the body of a skill and return it typed.
 
