@@ -340,12 +340,8 @@ class Call:
         caller.check_open()
         pool = caller.transport.pool()
         deadline = _Deadline(self._timeout, self.total_at)
-        pool.calls.add(deadline.scope)
-        try:
-            with deadline.scope:
-                return await step(pool, deadline)
-        finally:
-            pool.calls.discard(deadline.scope)
+        with pool.cancelled_on_close(deadline.scope), deadline.scope:
+            return await step(pool, deadline)
         if caller.closed or pool.closed:
             raise ClientClosedError("The client was closed during the call")
         raise deadline.error(caller.places)

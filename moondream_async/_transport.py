@@ -20,7 +20,7 @@ import socket
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -82,14 +82,21 @@ class Transport:
         self._proxy = proxy
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def pool(self) -> Pool:
-        """Return the running loop's pool; pools whose loop is gone are dropped."""
+        """Return the running loop's pool; pools whose loop is gone are dropped.
+
+        Raises:
+            ClientClosedError: There is none yet, and there will be none.
+        """
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is not None and not pool.closed:
             return pool
         with self._lock:
+            if self._closed:  # since the caller looked, by another thread
+                raise ClientClosedError("The client is closed")
             for other in [other for other in self._pools if other.is_closed()]:
                 self._pools.pop(other).abandon()
             self._pools[loop] = pool = Pool(
@@ -110,8 +117,8 @@ class Transport:
     async def aclose(self, grace: float | None = None) -> None:
         """Close what is open in every live loop."""
         with self._lock:
+            self._closed = True
             pools = list(self._pools.values())
-            self._pools.clear()
         here = asyncio.get_running_loop()
         async with anyio.create_task_group() as group:
             for pool in pools:
@@ -121,6 +128,8 @@ class Transport:
                     group.start_soon(_aclose_elsewhere, pool, grace)
                 else:
                     pool.abandon()
+        with self._lock:
+            self._pools.clear()
 
     def __del__(self) -> None:
         unclosed = [pool.drop() for pool in getattr(self, "_pools", {}).values()]
@@ -168,7 +177,7 @@ class Pool:
             timeout=_NO_TIMEOUT,
         )
         self._used: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
-        self._drained: asyncio.Event | None = None
+        self._idle = asyncio.Event()
         self._lifeline = _close_with_loop(weakref.ref(self))
         with contextlib.suppress(StopIteration):  # up to its yield; it doesn't wait on the way
             self._lifeline.__anext__().send(None)
@@ -267,27 +276,45 @@ class Pool:
                 raise _translate(error, url) from error
 
     async def aclose(self, grace: float | None = None) -> None:
-        """Close all connections; what still waits or reads gets a `ClientClosedError`."""
-        if grace and self.bodies:
-            self._drained = asyncio.Event()
-            with anyio.move_on_after(grace):
-                await self._drained.wait()
-        self.closed = True
-        for scope in tuple(self.calls):
-            scope.cancel()
-        for body in tuple(self.bodies):
-            body.close(by_client=True)
-        with anyio.CancelScope(shield=True):
-            if self._owns_session:
-                await self._session.close()
-            await self._lifeline.aclose()
-            await asyncio.sleep(0)  # the transports of the bodies close in this round
+        """Close all connections; what still waits or reads gets a `ClientClosedError`.
+
+        Cancelling it ends the `grace`: it closes all the same.
+        """
+        try:
+            if grace and (self.calls or self.bodies):
+                self._idle.clear()
+                with anyio.move_on_after(grace):
+                    await self._idle.wait()
+        finally:
+            self.closed = True
+            for scope in tuple(self.calls):
+                scope.cancel()
+            for body in tuple(self.bodies):
+                body.close(by_client=True)
+            with anyio.CancelScope(shield=True):
+                if self._owns_session:
+                    await self._session.close()
+                await self._lifeline.aclose()
+                await asyncio.sleep(0)  # the transports of the bodies close in this round
+
+    @contextlib.contextmanager
+    def cancelled_on_close(self, scope: anyio.CancelScope) -> Iterator[None]:
+        """Cancel `scope` when the client is closed meanwhile."""
+        self.calls.add(scope)
+        try:
+            yield
+        finally:
+            self.calls.discard(scope)
+            self._note_end()
 
     def discard(self, body: Body) -> None:
         """Forget a body that has ended."""
         self.bodies.discard(body)
-        if self._drained is not None and not self.bodies:
-            self._drained.set()
+        self._note_end()
+
+    def _note_end(self) -> None:
+        if not self.calls and not self.bodies and not self.loop.is_closed():
+            self._idle.set()
 
     def drop(self) -> bool:
         """Close, when the client was dropped; from any thread. Return whether that was too soon."""

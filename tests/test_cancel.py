@@ -91,7 +91,8 @@ async def assert_whole(client, server):
     assert (caller.places.taken, caller.places.waiting) == (0, 0)
     for pool in caller.transport._pools.values():
         assert (pool.calls, pool.bodies) == (set(), set())
-        assert pool._session.connector._acquired == set()
+        connector = pool._session.connector
+        assert connector is None or connector._acquired == set()
 
 
 async def assert_gone(server):
@@ -375,6 +376,10 @@ def stepping(coroutine, at, interrupt):
             resume = coroutine.send
 
 
+async def run_stepping(coroutine, at, interrupt):
+    return await stepping(coroutine, at, interrupt)
+
+
 def cancel_while_it_waits(_waited_for, task):
     task.cancel()
 
@@ -396,10 +401,7 @@ async def interrupted_everywhere(make, interrupt):
             reached.append(True)
             interrupt(waited_for, asyncio.current_task())
 
-        async def run(at=at, strike=strike):
-            return await stepping(make(), at, strike)
-
-        task = asyncio.ensure_future(run())
+        task = asyncio.ensure_future(run_stepping(make(), at, strike))
         await asyncio.wait([task])
         yield task, bool(reached)
         if not reached:
@@ -593,3 +595,83 @@ async def test_reading_cancelled_at_any_await_can_go_on(cancel):
             streams.append(await client.caption(IMAGE, stream=True))
         await streams[-1].aclose()
         await assert_whole(client, server)
+
+
+# -- closing the client ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grace", [None, 60])
+@pytest.mark.parametrize("cancel", [cancel_while_it_waits, cancel_as_it_goes_on])
+async def test_closing_cancelled_at_any_await_closes_all_the_same(cancel, grace):
+    at = 0
+    reached = True
+    async with RawServer(stall) as server:
+        while reached:
+            reached = False
+
+            def strike(waited_for):
+                nonlocal reached
+                reached = True
+                cancel(waited_for, asyncio.current_task())
+
+            client = client_of(server)
+            stream = await client.caption(IMAGE, stream=True)
+            await anext(stream)
+            closing = asyncio.ensure_future(run_stepping(client.aclose(grace), at, strike))
+            await rounds()
+            if cancel is cancel_as_it_goes_on or not reached:
+                await stream.aclose()  # so that there is nothing to wait for any more
+            with anyio.fail_after(30):
+                await asyncio.wait([closing])
+            assert closing.cancelled() is reached
+            with pytest.raises(md.ClientClosedError):
+                await stream.text()
+            await assert_gone(server)
+            await assert_whole(client, server)
+            at += 1
+    assert at > 1
+
+
+async def test_closing_at_once_ends_the_grace_of_closing_before():
+    async with RawServer(stall) as server:
+        client = client_of(server)
+        stream = await client.caption(IMAGE, stream=True)
+        patient = asyncio.ensure_future(client.aclose(grace=60))
+        await rounds()
+        assert await anext(stream) == WORDS[0]
+        await client.aclose()
+        with anyio.fail_after(30):
+            await patient
+        with pytest.raises(md.ClientClosedError):
+            await stream.text()
+        await assert_gone(server)
+
+
+async def test_closing_with_grace_lets_finish_what_is_under_way():
+    async with RawServer(answer_in_pieces) as server:
+        client = client_of(server)
+        stream = await client.caption(IMAGE, stream=True)
+        plain = asyncio.ensure_future(client.caption(IMAGE))
+        opening = asyncio.ensure_future(client.caption(IMAGE, stream=True))
+        await rounds(2)
+        closings = [asyncio.ensure_future(client.aclose(grace=60)) for _ in range(2)]
+        await rounds(2)
+        with pytest.raises(md.ClientClosedError):
+            await client.caption(IMAGE)
+        assert (await plain).caption == TEXT
+        assert await stream.text() == TEXT
+        assert not any(closing.done() for closing in closings)
+        assert await (await opening).text() == TEXT
+        with anyio.fail_after(30):
+            await asyncio.wait(closings)
+        await assert_gone(server)
+
+
+async def test_closing_with_grace_ends_what_takes_longer():
+    async with RawServer(stall) as server:
+        client = client_of(server)
+        stream = await client.caption(IMAGE, stream=True)
+        await client.aclose(grace=0.01)
+        with pytest.raises(md.ClientClosedError):
+            await stream.text()
+        await assert_gone(server)
