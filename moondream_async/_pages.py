@@ -1,0 +1,49 @@
+"""Lists that come page by page."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from ._protocol.requests import Request
+from .errors import RequestError, ServerError
+
+if TYPE_CHECKING:
+    from ._calls import Caller
+
+_MAX_LIMIT = 100  # the server's
+
+
+async def entries(
+    caller: Caller, path: str, key: str, *, limit: int, cursor: str | None
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the entries of a list, and ask for a page when the one before is used up.
+
+    Args:
+        caller: Makes the calls.
+        path: Where the list is.
+        key: The field of a page that holds its entries.
+        limit: Entries a page.
+        cursor: Where to begin; None is at the beginning.
+
+    Raises:
+        RequestError: `limit` is not between 1 and 100.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _MAX_LIMIT:
+        raise RequestError(f"limit must be a whole number from 1 to {_MAX_LIMIT}, not {limit!r}")
+    used: set[str] = set()
+    while True:
+        query = {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}
+        request = Request(None, f"{path}?{urlencode(query)}", method="GET")
+        page = await caller.call(request).json()
+        found = page.get(key)
+        for entry in found if isinstance(found, list) else ():
+            if isinstance(entry, dict):
+                yield entry
+        cursor = page.get("next_cursor")
+        if not isinstance(cursor, str) or not cursor or page.get("has_more") is False:
+            return
+        if cursor in used:
+            raise ServerError("The server's pages go round in circles", status=200, body=page)
+        used.add(cursor)

@@ -1,0 +1,433 @@
+"""The Batch API, without I/O: requests into the lines of a file, lines into results.
+
+A file is JSONL: one JSON object a line, UTF-8, no blank lines. What a file may be
+is checked here line by line, since the server says it only after all of it has
+been uploaded. Limits and fields are those of docs.moondream.ai/batch.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from moondream_async.errors import RequestError, ServerError
+from moondream_async.types import (
+    Batch,
+    BatchFailure,
+    BatchProgress,
+    BatchResult,
+    BatchUsage,
+    EncodedImage,
+    Length,
+    Result,
+)
+
+from .answers import decode_object, read_result
+from .requests import (
+    Request,
+    Skill,
+    caption_request,
+    detect_request,
+    point_request,
+    query_request,
+)
+from .values import read_failure, read_value
+
+# The documentation says GB and MB. Taken as powers of ten they keep either limit.
+MAX_FILE_BYTES = 2_000_000_000
+MAX_LINE_BYTES = 10_000_000
+MAX_LINES = 100_000
+
+MAX_IMAGE_BYTES = 7_400_000
+"""Of a request's pictures together, which in base64 leaves 130 kB of the line for the rest."""
+
+MAX_RESULT_BYTES = 16 * 1024 * 1024
+"""Of a line of results; they hold no pictures, so this is far above any."""
+
+_SLICE_BYTES = 768 * 1024  # of a picture, turned into base64 at once; a multiple of 3
+_SKILL_OF_KEY: dict[str, Skill] = {
+    "caption": "caption",
+    "answer": "query",
+    "objects": "detect",
+    "points": "point",
+}
+
+
+class BatchRequest(msgspec.Struct, frozen=True, eq=False):
+    """One line of a batch: a call that the server makes when it likes.
+
+    Made by `caption`, `query`, `detect` and `point`, which check their arguments as
+    the client's methods do. An `id` of yours comes back with the result; without
+    one, the result's `line_index` tells which it belongs to.
+
+    >>> BatchRequest.detect("street.jpg", "red car", id="street")
+    BatchRequest(skill='detect', id='street', fields={'object': 'red car'})
+    """
+
+    skill: str
+    id: str | int | None
+    fields: dict[str, Any]
+    """What goes into the line beside the pictures, under the API's names."""
+    images: tuple[Any, ...]
+    """The pictures, as they were given."""
+    several: bool = False
+    """Whether the pictures were given as `images`."""
+
+    @classmethod
+    def caption(
+        cls,
+        image: Any,
+        *,
+        length: Length = "normal",
+        settings: Mapping[str, Any] | None = None,
+        id: str | int | None = None,  # noqa: A002 - the API's word
+    ) -> BatchRequest:
+        """Describe a picture.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        request = caption_request(image, length=length, stream=False, settings=settings, model=None)
+        return cls._of(request, [image], id)
+
+    @classmethod
+    def query(
+        cls,
+        image: Any = None,
+        question: str | None = None,
+        *,
+        images: Sequence[Any] | None = None,
+        reasoning: bool | None = None,
+        settings: Mapping[str, Any] | None = None,
+        id: str | int | None = None,  # noqa: A002 - the API's word
+    ) -> BatchRequest:
+        """Answer a question about a picture, or about several.
+
+        Args:
+            image: The picture; or else
+            question: The question.
+            images: several pictures. Batches take no question about none.
+            reasoning: Whether the model is to think first. Other than elsewhere, it
+                does so in a batch unless told not to.
+            settings: Sampling settings; see `Settings`.
+            id: See above.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        if (image is None) == (not images):
+            raise RequestError("a query in a batch needs one of image and images")
+        pictures = [image] if not images else list(images)
+        request = query_request(
+            pictures[0],
+            question,
+            stream=False,
+            reasoning=reasoning,
+            spatial_refs=None,
+            settings=settings,
+            model=None,
+        )
+        return cls._of(request, pictures, id, several=bool(images))
+
+    @classmethod
+    def detect(
+        cls,
+        image: Any,
+        object: str,
+        *,
+        id: str | int | None = None,  # noqa: A002 - the API's word
+    ) -> BatchRequest:
+        """Find objects in a picture and put a box around each. There are no settings.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        return cls._of(detect_request(image, object, settings=None, model=None), [image], id)
+
+    @classmethod
+    def point(
+        cls,
+        image: Any,
+        object: str,
+        *,
+        id: str | int | None = None,  # noqa: A002 - the API's word
+    ) -> BatchRequest:
+        """Find objects in a picture and put a point in each. There are no settings.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        request = point_request(image, object, spatial_refs=None, settings=None, model=None)
+        return cls._of(request, [image], id)
+
+    @classmethod
+    def _of(
+        cls,
+        request: Request,
+        images: Sequence[Any],
+        id: str | int | None,  # noqa: A002 - the API's word
+        *,
+        several: bool = False,
+    ) -> BatchRequest:
+        if isinstance(id, bool) or not isinstance(id, (str, int, type(None))):
+            raise RequestError(f"id must be a string or a whole number, not {id!r}")
+        left_out = ("image_url", "stream")
+        fields = {key: value for key, value in request.payload.items() if key not in left_out}
+        assert request.skill is not None  # noqa: S101 - for the type checker
+        return cls(request.skill, id, fields, tuple(images), several)
+
+    def __repr__(self) -> str:
+        return f"BatchRequest(skill={self.skill!r}, id={self.id!r}, fields={self.fields!r})"
+
+    def line(self, images: Sequence[EncodedImage]) -> BatchLine:
+        """Return the line, with the pictures prepared."""
+        named = {} if self.id is None else {"id": self.id}
+        return BatchLine({**named, "skill": self.skill, **self.fields}, images, self.several)
+
+
+class BatchLine:
+    """A line that is still to be written, piece by piece: most of it is base64."""
+
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        images: Sequence[EncodedImage],
+        several: bool,  # noqa: FBT001 - the one way to make one is above
+    ) -> None:
+        start = msgspec.json.encode(fields).removesuffix(b"}")
+        key, end = (b',"images":[', b"]}\n") if several else (b',"image":', b"}\n")
+        self._parts: list[bytes | EncodedImage] = [start, key]
+        for number, image in enumerate(images):
+            self._parts += [b',"' if number else b'"', image, b'"']
+        self._parts.append(end)
+
+    def __len__(self) -> int:
+        return sum(
+            len(part) if isinstance(part, bytes) else (len(part.data) + 2) // 3 * 4
+            for part in self._parts
+        )
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._parts:
+            if isinstance(part, bytes):
+                yield part
+                continue
+            view = memoryview(part.data)
+            for start in range(0, len(view), _SLICE_BYTES):
+                yield binascii.b2a_base64(view[start : start + _SLICE_BYTES], newline=False)
+
+
+class Tally:
+    """Counts the lines of a file, and refuses the one that is too many, too long or a double."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.size = 0
+        self._ids: dict[bytes, int] = {}
+
+    @property
+    def where(self) -> str:
+        """What messages call the next line."""
+        return f"line {self.lines + 1} of the batch"
+
+    def add(self, size: int, id: Any) -> None:  # noqa: A002 - the API's word
+        """Count a line of `size` bytes, line break included.
+
+        Raises:
+            RequestError: It breaks one of the server's limits.
+        """
+        if self.lines == MAX_LINES:
+            raise RequestError(f"{self.where} is one too many: the limit is {MAX_LINES:,} lines")
+        if size - 1 > MAX_LINE_BYTES:
+            raise RequestError(
+                f"{self.where} is {size - 1:,} bytes long: the limit is {MAX_LINE_BYTES:,}"
+            )
+        if self.size + size > MAX_FILE_BYTES:
+            raise RequestError(
+                f"{self.where} makes the file too large: the limit is {MAX_FILE_BYTES:,} bytes"
+            )
+        if id is not None:
+            key = msgspec.json.encode(id)  # any JSON may be one
+            if key in self._ids:
+                raise RequestError(f"{self.where} has the id of line {self._ids[key]}: {id!r:.100}")
+            self._ids[key] = self.lines + 1
+        self.lines += 1
+        self.size += size
+
+    def check_any(self) -> None:
+        """Refuse a file without lines.
+
+        Raises:
+            RequestError: There was none.
+        """
+        if not self.lines:
+            raise RequestError("a batch needs at least one request")
+
+
+class _Line(msgspec.Struct):
+    """What is looked at in a line that somebody else has written."""
+
+    skill: str
+    id: Any = None
+    image: msgspec.Raw | None = None  # left as it is, since it is most of the line
+    images: msgspec.Raw | None = None
+
+
+class FileChecker:
+    """Checks a file that somebody else has written, as its bytes come by.
+
+    Skills and fields that are not known are the server's business: it fails those
+    lines, and no others.
+    """
+
+    def __init__(self) -> None:
+        self._tally = Tally()
+        self._lines = LineSplitter(MAX_LINE_BYTES)
+        self._decoder = msgspec.json.Decoder(_Line)
+
+    def feed(self, data: bytes) -> None:
+        """Check the lines that are complete with these bytes.
+
+        Raises:
+            RequestError: One of them makes the server refuse the file.
+        """
+        try:
+            for line in self._lines.feed(data):
+                self._check(line)
+        except OverflowError:
+            raise RequestError(
+                f"{self._tally.where} is too long: the limit is {MAX_LINE_BYTES:,} bytes"
+            ) from None
+
+    def close(self) -> None:
+        """Check what is left; the last line needs no line break.
+
+        Raises:
+            RequestError: It makes the server refuse the file.
+        """
+        rest = self._lines.rest()
+        if rest:
+            self._check(rest)
+        self._tally.check_any()
+
+    def _check(self, data: bytes) -> None:
+        where = self._tally.where
+        if not data.strip():
+            raise RequestError(f"{where} is blank")
+        try:
+            if not data.isascii():
+                data.decode()  # msgspec does not look at what it leaves as it is
+            line = self._decoder.decode(data)
+        except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
+            raise RequestError(f"{where} is no request: {error}") from error
+        if line.skill == "query" and _is_none(line.image) and _is_none(line.images):
+            raise RequestError(f"{where} is a query without a picture, which batches don't take")
+        self._tally.add(len(data) + 1, line.id)
+
+
+def _is_none(value: msgspec.Raw | None) -> bool:
+    if value is None:
+        return True
+    seen = memoryview(value)
+    return seen.nbytes <= 4 and bytes(seen) in (b"null", b'""', b"[]")
+
+
+class LineSplitter:
+    """Cuts bytes into lines, in linear time and with bounded memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._begun: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        r"""Yield the lines that these bytes complete, without their line breaks.
+
+        Raises:
+            OverflowError: The next line passed `max_bytes`.
+
+        >>> splitter = LineSplitter(10)
+        >>> list(splitter.feed(b"one\ntw")), list(splitter.feed(b"o\n\nthree")), splitter.rest()
+        ([b'one'], [b'two', b''], b'three')
+        """
+        head, *lines = data.split(b"\n")
+        self._begin(head)
+        for line in lines:
+            yield self.rest()
+            self._begin(line)
+
+    def rest(self) -> bytes:
+        """Return the line that has begun, and forget it."""
+        rest = b"".join(self._begun)
+        self._begun, self._size = [], 0
+        return rest
+
+    def _begin(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._max_bytes:
+            raise OverflowError
+        if data:
+            self._begun.append(data)
+
+
+def read_batch(raw: Any) -> Batch:
+    """Read the state of a batch.
+
+    Raises:
+        ServerError: It has no id.
+    """
+    fields = raw if isinstance(raw, Mapping) else {}
+    error = fields.get("error")
+    return read_value(
+        Batch,
+        raw,
+        raw=raw,
+        progress=read_value(BatchProgress, fields.get("progress")),
+        usage=_read_usage(fields.get("usage")),
+        error=_read_failure(error) if error else None,
+    )
+
+
+def read_batch_result(line: bytes) -> BatchResult:
+    """Read a line of results.
+
+    Raises:
+        ServerError: It is no JSON object.
+    """
+    raw = decode_object(line)
+    error = raw.get("error")
+    if not error and raw.get("status") == "error":
+        error = "the server does not say why"
+    return read_value(
+        BatchResult,
+        raw,
+        raw=raw,
+        result=None if error else _read_answer(raw.get("result")),
+        error=_read_failure(error) if error else None,
+        usage=_read_usage(raw.get("usage")),
+    )
+
+
+def _read_answer(raw: Any) -> Result:
+    """Read an answer; it does not say of which skill it is, but looks like it."""
+    if not isinstance(raw, dict):
+        return Result(raw={"result": raw})
+    for key, skill in _SKILL_OF_KEY.items():
+        if key in raw:
+            try:
+                return read_result(skill, raw)
+            except ServerError:
+                break
+    return Result(raw=raw)
+
+
+def _read_failure(error: Any) -> BatchFailure:
+    code, message = read_failure(error)
+    return BatchFailure(code=code, message=message)
+
+
+def _read_usage(raw: Any) -> BatchUsage | None:
+    return read_value(BatchUsage, raw) if isinstance(raw, Mapping) else None

@@ -1,0 +1,54 @@
+"""JSON objects into values, field by field: a field that does not fit is left out.
+
+So a server may add, drop and change fields without a client that fails; `raw` has
+them as they came. Only what a value can't be without must be there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from moondream_async.errors import ServerError
+
+from .answers import describe, show
+
+_EXCERPT = 500  # characters of a record, for the error message
+_StructT = TypeVar("_StructT", bound=msgspec.Struct)
+
+_fields = functools.cache(msgspec.structs.fields)  # it looks up all the annotations each time
+
+
+def read_value(kind: type[_StructT], record: Any, /, **known: Any) -> _StructT:
+    """Turn a decoded object into a value; `known` are fields that are not read from it.
+
+    Raises:
+        ServerError: Something is missing that the value can't be without.
+    """
+    values = dict(known)
+    fields = record if isinstance(record, Mapping) else {}
+    missing = []
+    for field in _fields(kind):
+        if field.name in known:
+            continue
+        try:
+            values[field.name] = msgspec.convert(fields[field.name], field.type)
+        except (KeyError, msgspec.ValidationError):
+            if field.required:
+                missing.append(field.name)
+    if missing:
+        raise ServerError(
+            f"The server's reply holds no {' and no '.join(missing)}: {show(record):.{_EXCERPT}}",
+            status=200,
+            body=record,
+        )
+    return kind(**values)
+
+
+def read_failure(error: Any) -> tuple[str | None, str]:
+    """Return the code and the message of an ``error`` in whichever shape it comes."""
+    message, fields = describe({"error": error})
+    return fields.get("code") or fields.get("type"), message
