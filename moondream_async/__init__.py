@@ -2,6 +2,7 @@
 
 from ._client import MoondreamClient, vl
 from ._fetch import fetch_image
+from ._protocol.batches import BatchRequest
 from ._streams import CaptionStream, ChatStream, QueryStream, SegmentStream
 from ._version import __version__
 from .errors import (
@@ -26,6 +27,12 @@ from .errors import (
     StreamStalledError,
 )
 from .types import (
+    Batch,
+    BatchFailure,
+    BatchOutput,
+    BatchProgress,
+    BatchResult,
+    BatchUsage,
     BboxEvent,
     CallEvent,
     CaptionResult,
@@ -64,6 +71,13 @@ __all__ = [
     "APITimeoutError",
     "AuthenticationError",
     "BadRequestError",
+    "Batch",
+    "BatchFailure",
+    "BatchOutput",
+    "BatchProgress",
+    "BatchRequest",
+    "BatchResult",
+    "BatchUsage",
     "BboxEvent",
     "CallEvent",
     "CaptionResult",

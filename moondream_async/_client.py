@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import Self
 
+    from .batch import Batches
+
 CLOUD = "https://api.moondream.ai/v1"
 
 _DEFAULT_TIMEOUT = Timeout()
@@ -121,6 +123,13 @@ class MoondreamClient(Skills):
     def endpoint(self) -> str:
         """The server's address."""
         return self._caller.endpoint
+
+    @property
+    def batches(self) -> Batches:
+        """The server's own batches: many requests in a file, done when it likes."""
+        from .batch import Batches  # noqa: PLC0415 - most programs have none
+
+        return Batches(self._caller, self._model)
 
     def stats(self) -> ClientStats:
         """Return what the client is doing and has done, in all its event loops."""

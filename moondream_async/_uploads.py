@@ -1,0 +1,235 @@
+"""A batch on its way up: requests into a file, and the file to the server in parts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from urllib.parse import quote, urlencode
+
+import anyio
+import anyio.to_thread
+
+from ._files import FileSlice, SharedFile
+from ._protocol.batches import (
+    MAX_FILE_BYTES,
+    MAX_IMAGE_BYTES,
+    BatchLine,
+    BatchRequest,
+    FileChecker,
+    Tally,
+)
+from ._protocol.requests import Request
+from .errors import ImageError, MoondreamError, RequestError, ServerError
+
+if TYPE_CHECKING:
+    from ._calls import Caller
+
+Requests: TypeAlias = Iterable[BatchRequest] | AsyncIterable[BatchRequest]
+Progress: TypeAlias = Callable[[int, int], object]
+
+_PICTURES_AT_ONCE = 4  # prepared together, and in memory
+_PARTS_AT_ONCE = 3  # one that is slow, or waits to be sent again, does not hold up the others
+_CHECK_BYTES = 1024 * 1024  # of a file, read and checked at once
+_ABORT_TIMEOUT = 10.0  # seconds
+
+
+@contextlib.asynccontextmanager
+async def open_checked(path: str | os.PathLike[str]) -> AsyncIterator[SharedFile]:
+    """Open a file of requests, and check it from one end to the other.
+
+    Raises:
+        RequestError: It can't be opened, or the server would refuse it.
+    """
+    async with _closing(_open(Path(path))) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise RequestError(f"{os.fspath(path)!r} is over the limit of {MAX_FILE_BYTES:,} bytes")
+        shared = SharedFile(file, size)
+        checker = FileChecker()
+        for start in range(0, size, _CHECK_BYTES):
+            await anyio.to_thread.run_sync(_check, shared, start, checker)
+        checker.close()
+        yield shared
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe might never end
+            raise RequestError(f"{str(path)!r} is not a regular file")
+        return path.open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or the one above
+        if isinstance(error, RequestError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{str(path)!r} can't be opened: {reason}") from error
+
+
+def _check(file: SharedFile, start: int, checker: FileChecker) -> None:
+    checker.feed(file.read(start, min(_CHECK_BYTES, file.size - start)))
+
+
+@contextlib.asynccontextmanager
+async def spooled(caller: Caller, requests: Requests) -> AsyncIterator[SharedFile]:
+    """Write requests to a temporary file, which has no name and is gone when it is closed.
+
+    Raises:
+        RequestError: The server would refuse the file.
+        ImageError: A picture can't be sent.
+        MoondreamError: The disk is full.
+    """
+    tally = Tally()
+    async with _closing(tempfile.TemporaryFile()) as file:
+        group: list[BatchRequest] = []
+        async for request in each(requests):
+            if not isinstance(request, BatchRequest):
+                where = f"line {tally.lines + len(group) + 1} of the batch"
+                raise RequestError(f"{where} must be a BatchRequest, not {request!r:.100}")
+            group.append(request)
+            if len(group) == _PICTURES_AT_ONCE:
+                await _write(caller, group, file, tally)
+                group.clear()
+        await _write(caller, group, file, tally)
+        tally.check_any()
+        yield SharedFile(file, tally.size)
+
+
+async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    """Iterate over items that come from either kind of iterable.
+
+    Raises:
+        RequestError: It is none.
+    """
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    elif isinstance(items, Iterable):
+        for item in items:
+            yield item
+    else:
+        raise RequestError(f"requests must come from an iterable, not {items!r:.100}")
+
+
+async def _write(
+    caller: Caller, requests: list[BatchRequest], file: BinaryIO, tally: Tally
+) -> None:
+    """Prepare the pictures of some requests together, and write the lines in their order."""
+
+    async def prepare(request: BatchRequest) -> BatchLine:
+        caller.check_open()
+        limit = MAX_IMAGE_BYTES // len(request.images)
+        return request.line([await caller.encode(one, max_bytes=limit) for one in request.images])
+
+    lines = await asyncio.gather(*map(prepare, requests), return_exceptions=True)
+    for request, line in zip(requests, lines, strict=True):
+        if isinstance(line, ImageError):
+            raise ImageError(f"{tally.where}: {line}") from line.__cause__
+        if isinstance(line, BaseException):
+            raise line
+        tally.add(len(line), request.id)
+        try:
+            await anyio.to_thread.run_sync(_write_line, file, line)
+        except OSError as error:
+            raise MoondreamError(
+                f"The batch can't be written to {tempfile.gettempdir()}: {error}. "
+                "TMPDIR may name a place with more room."
+            ) from error
+
+
+def _write_line(file: BinaryIO, line: BatchLine) -> None:
+    file.writelines(line)
+    file.flush()
+
+
+@contextlib.asynccontextmanager
+async def _closing(file: Any) -> AsyncIterator[BinaryIO]:
+    """Close a file in a thread: freeing the room of a large one takes a while."""
+    try:
+        yield file
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(file.close)
+
+
+class Upload:
+    """A file that goes up in parts, and is aborted if it does not get there."""
+
+    def __init__(self, caller: Caller, created: dict[str, Any]) -> None:
+        file_id, upload_id = created.get("fileId"), created.get("uploadId")
+        if not isinstance(file_id, str) or not isinstance(upload_id, str):
+            raise ServerError("The server gave no fileId and uploadId", status=200, body=created)
+        self.file_id = file_id
+        self._caller = caller
+        self._upload_id = upload_id
+        self._etags: dict[int, str] = {}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def begin(cls, caller: Caller) -> AsyncIterator[Upload]:
+        """Begin an upload; it is aborted if the block is left by an exception."""
+        upload = cls(caller, await caller.call(Request(None, "/batch?action=mpu-create")).json())
+        try:
+            yield upload
+        except BaseException:
+            await upload._abort()
+            raise
+
+    async def send(self, parts: list[FileSlice], on_progress: Progress | None) -> None:
+        """Send all parts, a few at once; each is tried as often as the client tries calls."""
+        total = sum(part.size for part in parts)
+        sent = 0
+        waiting = enumerate(parts, 1)
+        failures: list[Exception] = []
+
+        async def work() -> None:
+            nonlocal sent
+            try:
+                for number, part in waiting:
+                    await self._send_part(number, part)
+                    sent += part.size
+                    if on_progress is not None:
+                        on_progress(sent, total)
+            except Exception as error:  # noqa: BLE001 - raised below, in no group of exceptions
+                failures.append(error)
+                group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(min(_PARTS_AT_ONCE, len(parts))):
+                group.start_soon(work)
+        if failures:
+            raise failures[0]
+
+    async def complete(self, model: str | None) -> dict[str, Any]:
+        """Tell the server that all parts are there; return what it says of the batch."""
+        parts = [
+            {"partNumber": number, "etag": self._etags[number]} for number in sorted(self._etags)
+        ]
+        request = Request(None, self._path("mpu-complete"), {"parts": parts, "model": model})
+        return await self._caller.call(request).record()
+
+    async def _send_part(self, number: int, part: FileSlice) -> None:
+        path = self._path("mpu-uploadpart", partNumber=number)
+        reply = await self._caller.call(Request(None, path, method="PUT", upload=part)).json()
+        etag = reply.get("etag")
+        if not isinstance(etag, str):
+            raise ServerError("The server gave no etag for a part", status=200, body=reply)
+        self._etags[number] = etag
+
+    async def _abort(self) -> None:
+        """Tell the server to forget the upload, if it can be told."""
+        request = Request(None, self._path("mpu-abort"), method="DELETE")
+        with (
+            anyio.move_on_after(_ABORT_TIMEOUT, shield=True),
+            contextlib.suppress(MoondreamError),
+        ):
+            async with self._caller.apart() as caller:
+                await caller.call(request, max_retries=2).record()
+
+    def _path(self, action: str, **more: int) -> str:
+        query = urlencode({"action": action, "uploadId": self._upload_id, **more})
+        return f"/batch/{quote(self.file_id, safe='')}?{query}"
