@@ -8,7 +8,7 @@ import moondream_async as md
 
 
 @asynccontextmanager
-async def canned(*answers):
+async def canned(*answers, **options):
     """Give a client, and the server that plays it one answer for each request."""
 
     async def play(peer):
@@ -18,6 +18,6 @@ async def canned(*answers):
 
     async with (
         RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
+        md.MoondreamClient(endpoint=server.endpoint, **options) as client,
     ):
         yield client, server
