@@ -18,6 +18,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from ._clock import Clock, running_loop
 from ._protocol.events import AnswerDecoder, Event
 from .errors import (
     APIConnectionError,
@@ -31,13 +32,10 @@ from .errors import (
 from .types import Reasoning, Region, StreamEvent, Timeout, Usage
 
 if TYPE_CHECKING:
-    import asyncio
     from types import TracebackType
 
     import anyio
     from typing_extensions import Self
-
-_NEVER = float("inf")
 
 
 class ByteSource(Protocol):
@@ -164,9 +162,9 @@ class Stream:
         self._decoder = opening.decoder
         self._source = opening.source
         self._sent_at = opening.sent_at
-        self._clock: _Clock | None = None
+        self._clock: Clock | None = None
         if opening.source is not None:
-            self._clock = _Clock(opening.source, self._timeout, self._total_at, opening.waited)
+            self._clock = Clock(opening.source, self._timeout, self._total_at, opening.waited)
         self._block: list[Event] = []
         self._ready: Iterator[Event] = iter(self._block)
         if opening.events:
@@ -340,7 +338,7 @@ class Stream:
         self._block = events
         self._ready = iter(events)
         if self._ttft is None and self._sent_at is not None and any(e.chunk for e in events):
-            self._ttft = _now() - self._sent_at
+            self._ttft = running_loop().time() - self._sent_at
             if self._observer is not None:
                 self._observer.first_chunk(self.request_id)
 
@@ -591,92 +589,3 @@ class _Events:
             for event in stream._ready:  # noqa: SLF001 - a part of the stream
                 return event if isinstance(event, StreamEvent) else event.public()
             await stream._fill()  # noqa: SLF001
-
-
-class _Clock:
-    """Watches one source: closes it when it has kept a reader waiting for too long.
-
-    The time counts only while somebody waits, and adds up until an event comes;
-    bytes that complete no event change nothing. There is one timer at most, and
-    it is not moved with every event: when it goes off too early, it is set anew.
-    """
-
-    __slots__ = (
-        "_deadline",
-        "_idle",
-        "_limit",
-        "_loop",
-        "_phase",
-        "_source",
-        "_started",
-        "_timer",
-        "_total_at",
-        "_waited",
-        "expired",
-    )
-
-    def __init__(
-        self, source: ByteSource, timeout: Timeout, total_at: float | None, waited: float
-    ) -> None:
-        self.expired: Phase | None = None
-        """The limit that ran out."""
-        self._source = source
-        self._loop = _running_loop()
-        self._phase: Phase = "first_event"
-        self._limit = _NEVER if timeout.first_event is None else timeout.first_event
-        self._idle = _NEVER if timeout.idle is None else timeout.idle
-        self._total_at = _NEVER if total_at is None else total_at
-        self._waited = waited
-        self._started = 0.0
-        self._deadline = _NEVER  # while nobody waits
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        """Somebody begins to wait."""
-        self._started = now = self._loop.time()
-        self._deadline = min(now + self._limit - self._waited, self._total_at)
-        timer = self._timer
-        if self._deadline < (_NEVER if timer is None else timer.when()):
-            self._set(self._deadline)
-
-    def stop(self, *, progress: bool) -> None:
-        """The wait is over, with an event or without."""
-        self._deadline = _NEVER
-        if progress:
-            self._waited = 0.0
-            if self._phase != "idle":
-                self._phase = "idle"
-                self._limit = self._idle
-        else:
-            self._waited += self._loop.time() - self._started
-
-    def cancel(self) -> None:
-        """Watch no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _set(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._ring)
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self._deadline == _NEVER:
-            return
-        if self._loop.time() < self._deadline:
-            self._set(self._deadline)
-            return
-        self.expired = "total" if self._deadline == self._total_at else self._phase
-        self._source.close()
-
-
-def _running_loop() -> asyncio.AbstractEventLoop:
-    from asyncio import get_running_loop  # noqa: PLC0415 - importing the package stays light
-
-    return get_running_loop()
-
-
-def _now() -> float:
-    return _running_loop().time()

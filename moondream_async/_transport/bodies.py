@@ -1,0 +1,174 @@
+"""Bodies of answers, read as they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp import hdrs
+
+from moondream_async._protocol import MAX_BODY_BYTES
+from moondream_async.errors import APIConnectionError, ClientClosedError
+
+from .faults import FAULTS, say
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .pools import Pool
+
+READ_BUFFER_BYTES = 64 * 1024
+"""aiohttp stops reading from the socket at twice this much, until a reader has taken it."""
+
+_LINGER = 0.25  # seconds that a complete answer may wait for the end of its body
+_ERROR_BODY_BYTES = 64 * 1024
+
+
+class Body:
+    """The body of one answer, as bytes that arrive; what a stream reads from."""
+
+    def __init__(
+        self, pool: Pool, response: aiohttp.ClientResponse, on_close: Callable[[int], None]
+    ) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.closed = False
+        """Whether its connection is free again or dropped."""
+        self._pool = pool
+        self._response = response
+        self._on_close = on_close
+        self.received = 0
+        """Bytes, so far."""
+        self._closed_by_client = False
+        self._unread = b""
+        pool.bodies.add(self)
+
+    @property
+    def content_type(self) -> str:
+        """As ``text/event-stream``; "" where the server didn't say."""
+        return self.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """Return what has arrived, and wait if that is nothing.
+
+        Cancelling it loses nothing. What arrived before a fault comes before it.
+        """
+        if self._unread:
+            data, self._unread = self._unread, b""
+            return data
+        content = self._response.content
+        try:
+            data = await content.readany()
+        except FAULTS as error:
+            if not self.closed:
+                # aiohttp raises ahead of what it still holds; there is no public way
+                # to that.
+                data = content._read_nowait(-1)  # noqa: SLF001
+                if data:
+                    self.received += len(data)
+                    return data
+            by_client = self._closed_by_client
+            self.close()
+            if by_client:
+                raise ClientClosedError("The client was closed during the call") from error
+            raise APIConnectionError(f"The connection was lost: {say(error)}") from error
+        if data:
+            self.received += len(data)
+            return data
+        self._settle()
+        raise StopAsyncIteration
+
+    def unread(self, data: bytes) -> None:
+        """Put bytes back, to be read next."""
+        self._unread = data + self._unread
+
+    async def read(self, limit: int = MAX_BODY_BYTES) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            APIConnectionError: The connection was lost, or the body passed `limit` bytes.
+        """
+        parts: list[bytes] = []
+        size = 0
+        async for data in self:
+            size += len(data)
+            if size > limit:
+                self.close()
+                raise APIConnectionError(
+                    f"The server's reply is over the limit of {limit} bytes", permanent=True
+                )
+            parts.append(data)
+        return b"".join(parts)
+
+    async def read_error(self) -> bytes:
+        """Return as much of an error's body as can be had and is worth having."""
+        data = b""
+        try:
+            async for part in self:
+                data += part
+                if len(data) > _ERROR_BODY_BYTES:
+                    break
+        except APIConnectionError:
+            pass  # the status says enough
+        self.close()
+        return data[:_ERROR_BODY_BYTES]
+
+    async def finish(self) -> None:
+        """Wait, shortly, for the end of the body, so that its connection can be kept."""
+        content = self._response.content
+        # wait_eof() would wait for ever on a body that has failed already.
+        if not self.closed and not content.is_eof() and content.exception() is None:
+            timer = self._pool.loop.call_later(_LINGER, self.close)
+            try:
+                await content.wait_eof()
+            except FAULTS:
+                pass  # the answer is complete; only the connection is lost
+            finally:
+                timer.cancel()
+        self.close()
+
+    def close(self, *, by_client: bool = False) -> None:
+        """Free the connection now; from any thread. One that is still in use is dropped."""
+        if self.closed:
+            return
+        self._closed_by_client = by_client
+        loop = self._pool.loop
+        if loop.is_closed():
+            self._pool.abandon()
+        elif _is_running_here(loop) or not loop.is_running():
+            self._close()
+        else:
+            loop.call_soon_threadsafe(self._close)
+
+    def _close(self) -> None:
+        if self.closed:
+            return
+        connection = self._response.connection
+        if connection is not None and connection.transport is not None:
+            # Not close(): that would first send what is left of an upload, and say
+            # goodbye over TLS.
+            connection.transport.abort()
+        self._response.close()
+        self._settle()
+
+    def abandon(self) -> None:
+        """Give back what is held outside the loop."""
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._pool.discard(self)
+            self._on_close(self.received)
+
+
+def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

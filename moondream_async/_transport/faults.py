@@ -1,0 +1,55 @@
+"""What aiohttp raises, told apart and translated."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+
+import aiohttp
+
+from moondream_async.errors import APIConnectionError, MoondreamError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from yarl import URL
+
+# aiohttp's readers raise RuntimeError when the connection is gone before they wait.
+FAULTS = (aiohttp.ClientError, OSError, RuntimeError, asyncio.IncompleteReadError)
+
+
+def is_disconnect(error: BaseException) -> bool:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return False
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return True
+    # What a read raises, and what a write raises, wrapped by aiohttp and mostly without errno.
+    return any(
+        isinstance(each, ConnectionError)
+        or (isinstance(each, OSError) and each.errno in (errno.ECONNRESET, errno.EPIPE))
+        for each in (error, error.__cause__)
+    )
+
+
+def translate(error: BaseException, url: URL) -> MoondreamError:
+    """Turn what aiohttp raises before the answer into one of our errors."""
+    where = str(url.origin())
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return APIConnectionError(
+            f"The certificate of {where} can't be trusted: {say(error.certificate_error)}",
+            permanent=True,
+        )
+    if isinstance(error, aiohttp.InvalidURL):
+        return APIConnectionError(f"{where} is no valid address: {say(error)}", permanent=True)
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return APIConnectionError(
+            f"The proxy refused the connection to {where}: {error.status} {error.message}"
+        )
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return APIConnectionError(f"Could not connect to {where}: {say(error.os_error)}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        return APIConnectionError(f"What {where} answered is not HTTP: {error.message}")
+    return APIConnectionError(f"The connection to {where} was lost: {say(error)}")
+
+
+def say(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,89 @@
+"""Bodies of requests, written piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import aiohttp
+
+from moondream_async._files import FileSlice
+from moondream_async.types import EncodedImage
+
+Part = bytes | EncodedImage | FileSlice
+"""A part of a body: an image goes out as a data URL in quotes."""
+
+_SLICE_BYTES = 48 * 1024  # of a picture, encoded at once while sending: 64 KiB of base64
+_SMALL_BODY_BYTES = 64 * 1024  # a body up to here goes out in one piece, with the headers
+
+
+class Upload(aiohttp.payload.Payload):
+    """A body written piece by piece, with base64 made of each picture on the way.
+
+    So a picture of 5 MB costs its 5 MB while it is sent, and neither a copy in
+    base64 nor one in JSON, and a file of any size a few pieces; and no step of it
+    holds the event loop for long.
+    """
+
+    _autoclose = True
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        used: weakref.WeakSet[asyncio.BaseTransport],
+        on_send: Callable[[], None],
+    ) -> None:
+        is_file = any(isinstance(part, FileSlice) for part in parts)
+        kind = "application/octet-stream" if is_file else "application/json"
+        super().__init__(parts, content_type=kind)
+        self._parts = parts
+        self._size = sum(map(size_on_wire, parts))
+        self._used = used
+        self._on_send = on_send
+        self.reused = False
+        """Whether it went to a connection that an earlier request had used."""
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return b"".join(self._pieces()).decode(encoding, errors)
+
+    async def write(self, writer: Any) -> None:
+        transport = writer.transport
+        if transport is not None:  # else it is lost already, and the first write says so
+            self.reused = transport in self._used
+            self._used.add(transport)
+        self._on_send()
+        for part in self._parts:
+            if isinstance(part, FileSlice):
+                async for piece in part:
+                    await writer.write(piece)
+                    self._on_send()  # a slow line is no server that does not answer
+                return
+        if self._size is not None and self._size <= _SMALL_BODY_BYTES:
+            await writer.write(b"".join(self._pieces()))
+            return
+        for piece in self._pieces():
+            await writer.write(piece)
+            await asyncio.sleep(0)  # write() gives way only when the socket is full
+
+    def _pieces(self) -> Any:
+        for part in self._parts:
+            if isinstance(part, EncodedImage):
+                yield f'"data:{part.media_type};base64,'.encode()
+                view = memoryview(part.data)
+                for start in range(0, len(view), _SLICE_BYTES):
+                    yield binascii.b2a_base64(view[start : start + _SLICE_BYTES], newline=False)
+                yield b'"'
+            else:
+                yield part
+
+
+def size_on_wire(part: Part) -> int:
+    """Return how many bytes a part of a body is when it is sent."""
+    if isinstance(part, bytes):
+        return len(part)
+    if isinstance(part, FileSlice):
+        return part.size
+    return len(f'"data:{part.media_type};base64,"') + (len(part.data) + 2) // 3 * 4
