@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from typing import TYPE_CHECKING
 
 import aiohttp
 
 from moondream_async.errors import APIConnectionError, MoondreamError
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from yarl import URL
