@@ -10,6 +10,10 @@ data URIs.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from moondream_async.errors import ImageError, RequestError
 from moondream_async.types import EncodedImage
 
@@ -17,7 +21,10 @@ from . import gif, inputs, jpeg, png, webp
 from .header import Header, check_size
 from .inputs import ImageSource
 
-__all__ = ["ImageSource", "encode_image"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageSource", "decode_image", "encode_image"]
 
 
 def encode_image(
@@ -73,8 +80,31 @@ def encode_image(
         if few_pixels and len(image.data) <= max_bytes:
             return image
         image = image.data
-    try:
+    with _naming(image):
         return _encode(image, max_pixels, max_bytes)
+
+
+def decode_image(image: ImageSource | EncodedImage) -> Image:
+    """Return a picture decoded, as `encode_image` would send it but in its own size.
+
+    So it is upright and of mode RGB or L. It is nobody else's, and may be drawn on.
+
+    Raises:
+        ImageError: As for `encode_image`.
+    """
+    source = image.data if isinstance(image, EncodedImage) else image
+    with _naming(source):
+        source, header = _read(source)
+        from . import convert  # noqa: PLC0415 - loads Pillow
+
+        return convert.decode(source, orientation=None if header is None else header.orientation)
+
+
+@contextlib.contextmanager
+def _naming(image: ImageSource) -> Iterator[None]:
+    """Turn whatever goes wrong with a picture into an `ImageError` that names it."""
+    try:
+        yield
     except ImageError as error:
         raise ImageError(f"{inputs.describe(image)} {error}") from error.__cause__
     except Exception as error:  # Pillow, fed with what anybody may have made, raises anything
@@ -83,17 +113,11 @@ def encode_image(
 
 
 def _encode(image: ImageSource, max_pixels: int | None, max_bytes: int) -> EncodedImage:
-    header: Header | None = None
-    if not inputs.is_pillow(image) and not inputs.is_array(image):
-        data = inputs.read(image)
-        header = _parse(data)
-        if header is not None:
-            check_size(header.width, header.height)
-            data = header.cleaned(data)
-            few_pixels = max_pixels is None or header.width * header.height <= max_pixels
-            if header.plain and header.orientation == 1 and few_pixels and len(data) <= max_bytes:
-                return EncodedImage(data, header.media_type, header.width, header.height)
-        image = data
+    image, header = _read(image)
+    if header is not None and isinstance(image, bytes):
+        few_pixels = max_pixels is None or header.width * header.height <= max_pixels
+        if header.plain and header.orientation == 1 and few_pixels and len(image) <= max_bytes:
+            return EncodedImage(image, header.media_type, header.width, header.height)
     from . import convert  # noqa: PLC0415 - loads Pillow, which most pictures don't need
 
     return convert.encode(
@@ -103,6 +127,21 @@ def _encode(image: ImageSource, max_pixels: int | None, max_bytes: int) -> Encod
         max_bytes=max_bytes,
         may_be_png=header is None or header.media_type != "image/jpeg",
     )
+
+
+def _read(image: ImageSource) -> tuple[ImageSource, Header | None]:
+    """Return a Pillow image or an array as it is, and all else as bytes: cleaned, with a header.
+
+    The header is None where the file is of no format that servers take.
+    """
+    if inputs.is_pillow(image) or inputs.is_array(image):
+        return image, None
+    data = inputs.read(image)
+    header = _parse(data)
+    if header is None:
+        return data, None
+    check_size(header.width, header.height)
+    return header.cleaned(data), header
 
 
 def _parse(data: bytes) -> Header | None:

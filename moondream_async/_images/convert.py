@@ -54,28 +54,22 @@ _UPRIGHT: Final = {  # EXIF orientation -> what undoes it
 _loading = threading.Lock()
 
 
-def encode(
-    source: ImageSource,
-    *,
-    orientation: int | None,
-    max_pixels: int | None,
-    max_bytes: int,
-    may_be_png: bool,
-) -> EncodedImage:
-    """Decode a picture; make it plain, upright and small enough; encode it.
+def decode(
+    source: ImageSource, *, orientation: int | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Decode a picture; make it plain, upright and small enough.
 
     Args:
-        source: A file's bytes, a Pillow image or an array.
+        source: A file's bytes, a Pillow image (never changed) or an array.
         orientation: EXIF's; None to take the one that the picture brings along.
         max_pixels: Width times height at most.
-        max_bytes: The encoded size at most.
-        may_be_png: Whether to try PNG: not for what was a JPEG, whose artefacts
-            are not worth keeping exactly.
+
+    Returns:
+        A picture of mode RGB or L that is nobody else's.
 
     Raises:
-        ImageError: It is nothing that Pillow can read, is too large, or not even
-            one pixel of it fits into `max_bytes`. Pillow raises other exceptions
-            for what is damaged.
+        ImageError: It is nothing that Pillow can read, or is too large. Pillow
+            raises other exceptions for what is damaged.
     """
     if isinstance(source, bytes):
         image = _decoded(source, max_pixels)
@@ -97,6 +91,31 @@ def encode(
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     image.info = {}  # Pillow would write comments and profiles from there
+    return image
+
+
+def encode(
+    source: ImageSource,
+    *,
+    orientation: int | None,
+    max_pixels: int | None,
+    max_bytes: int,
+    may_be_png: bool,
+) -> EncodedImage:
+    """Decode a picture as `decode` does, and encode it.
+
+    Args:
+        source: As for `decode`.
+        orientation: As for `decode`.
+        max_pixels: As for `decode`.
+        max_bytes: The encoded size at most.
+        may_be_png: Whether to try PNG: not for what was a JPEG, whose artefacts
+            are not worth keeping exactly.
+
+    Raises:
+        ImageError: As for `decode`, or not even one pixel of it fits into `max_bytes`.
+    """
+    image = decode(source, orientation=orientation, max_pixels=max_pixels)
     if may_be_png and _is_drawn(image):
         data = _png(image)
         if len(data) <= max_bytes:
