@@ -134,6 +134,10 @@ SHAPES = [
         sse({"chunk": "a heron", "completed": True, "caption": "a heron"}),
         id="kestrel, all in the final event",
     ),
+    pytest.param(
+        sse({"chunk": "a heron", "completed": True, "caption": "A heron."}),
+        id="all in the final event, worded differently",
+    ),
     pytest.param(sse({"completed": True, "caption": "a heron"}), id="final without a chunk"),
     pytest.param(
         sse({"chunk": "", "completed": True, "caption": "a heron"}), id="final, empty chunk"
@@ -446,6 +450,12 @@ def test_a_plain_answer_that_is_none_raises(skill, body):
             md.StreamProtocolError,
             "no JSON object",
             id="two values in a line",
+        ),
+        pytest.param(
+            sse(CHUNK, b'{"chunk":\n"a"}'),
+            md.StreamProtocolError,
+            "no JSON object",
+            id="a line break in a value",
         ),
         pytest.param(
             sse(CHUNK, {"chunk": "x" * 1000}),

@@ -148,6 +148,7 @@ data_lines = st.one_of(
     (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x[:-1] + b"\xff}"),
     (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x.replace(b'"', b'"\0', 3)),
     (plain | odd).flatmap(dumped).map(lambda x: b"data: " + x + b" "),
+    plain.flatmap(dumped).map(lambda x: b"\xef\xbb\xbfdata: " + x),
     st.sampled_from(
         [
             b"data: [DONE]",
@@ -228,6 +229,13 @@ class LongWayOfChat(ChatDecoder):
         return None
 
 
+def test_a_byte_order_mark_is_one_only_at_the_start():
+    first, second = sse({"chunk": "a "}), b"\xef\xbb\xbf" + sse({"chunk": "heron"})
+
+    for packets in ([first, second], [first + second], byte_by_byte(first + second)):
+        assert text(decode(*packets)[0]) == "a "
+
+
 @thorough
 @given(
     data=st.data(),
@@ -306,7 +314,12 @@ def test_the_short_way_is_taken_for_what_is_mostly_sent(dialect, end):
     decoder = Watched("caption")
     pieces = ["A ", "grey ", "“heron” ", "é茶 ", "🍵."]
 
-    for body in answer_in(dialect, pieces)[:4]:
-        assert len(decoder.feed(sse(body, end=end))) == 1
+    first, *others = answer_in(dialect, pieces)[:4]
 
+    assert len(decoder.feed(sse(first, end=end))) == 1
     assert decoder.long == 0
+    assert decoder.feed(b": heartbeat\n\n") == []
+    assert decoder.long == 1
+    for body in others:
+        assert len(decoder.feed(sse(body, end=end))) == 1
+    assert decoder.long == 1
