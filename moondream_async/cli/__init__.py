@@ -11,18 +11,21 @@ from collections.abc import Sequence
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line with `args`, else with the process's own; return the exit status.
+    """Run the command line with `args`, else the process's own; return the exit status.
 
     That is 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, and 141 when
-    the reader of the output has gone away.
+    nobody reads the output any more.
     """
     try:
-        import rich  # noqa: F401, PLC0415 - only here can its absence be told
-        import typer  # noqa: F401, PLC0415 - likewise
-    except ImportError:
-        line = "moondream-async: the command line needs: pip install 'moondream-async[cli]'"
-        print(line, file=sys.stderr)  # noqa: T201 - this is a command's output
-        return 1
-    from ._program import run  # noqa: PLC0415 - it needs the extra
+        try:
+            import rich  # noqa: F401, PLC0415 - here its absence can be told
+            import typer  # noqa: F401, PLC0415 - likewise
+        except ImportError:
+            hint = "moondream-async: the command line needs: pip install 'moondream-async[cli]'"
+            print(hint, file=sys.stderr)  # noqa: T201 - a command may print
+            return 1
+        from ._program import run  # noqa: PLC0415 - needs the extra
 
-    return run(sys.argv[1:] if args is None else args)
+        return run(sys.argv[1:] if args is None else args)
+    except KeyboardInterrupt:
+        return 130  # 128 and the number of SIGINT, as shells have it

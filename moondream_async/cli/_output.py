@@ -41,7 +41,7 @@ def print_text(text: str, *, end: str = "\n") -> None:
     """Print a text, at once; on a terminal without the characters that it would obey."""
     if sys.stdout.isatty():
         text = text.translate(_CONTROLS)
-    typer.echo(text + end, nl=False)
+    typer.echo(text + end, nl=False, color=True)  # True: elsewhere, the text is left as it is
 
 
 async def print_pieces(stream: Stream) -> int:

@@ -75,11 +75,9 @@ def run(args: Sequence[str]) -> int:
     except MoondreamError as error:
         _complain(str(error))
         status = 1
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130  # 128 and the number of SIGINT, as shells have it
     except BrokenPipeError:
         _abandon_stdout()
-        status = 141  # likewise of SIGPIPE, which ends other programs in this place
+        status = 141  # 128 and the number of SIGPIPE, which ends other programs in this place
     except OSError as error:
         _abandon_stdout()
         _complain(str(error))

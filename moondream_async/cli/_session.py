@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Coroutine
 from typing import Any
 
 from moondream_async import MoondreamClient, Timeout
+
+_STDIN = 0  # by its number, since sys.stdin is None where it is closed
+_READ_BYTES = 1 << 20
 
 
 def make_client(
@@ -24,10 +28,12 @@ def read_image(path: str) -> str | bytes:
     """Return what a client takes for the argument IMAGE."""
     if path != "-":
         return path
-    # Here, since Ctrl-C would not end a read in one of the client's threads; and by its
-    # number, since sys.stdin may be closed.
-    with open(0, "rb", closefd=False) as stdin:
-        return stdin.read()
+    # Not left to the client, where Ctrl-C could not end a read in a thread. And piece by
+    # piece, since a signal between two reads of one call would wait for the second to end.
+    pieces = []
+    while piece := os.read(_STDIN, _READ_BYTES):
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
