@@ -226,16 +226,19 @@ class Batches:
         call = self._call_for(batch, place)
         while True:
             try:
-                async with contextlib.aclosing(self._read(call, failure)) as results:
-                    async for numbered in results:
-                        yield numbered
-            except APIConnectionError as error:
-                failure = error
+                body = await call.download(after=failure)
             except APIStatusError as error:
                 if renewed or not 400 <= error.status < 500:
                     raise
                 renewed, failure = True, None
                 call = self._call_for(await self.get(batch), place)
+                continue
+            try:
+                async with contextlib.aclosing(self._read(body)) as results:
+                    async for numbered in results:
+                        yield numbered
+            except APIConnectionError as error:
+                failure = error
             else:
                 return
 
@@ -247,14 +250,8 @@ class Batches:
             )
         return self._caller.call(Request(None, url, method="GET", elsewhere=True))
 
-    async def _read(
-        self, call: Call, failure: MoondreamError | None
-    ) -> AsyncGenerator[tuple[int, BatchResult], None]:
-        """Yield the results of one file, numbered, from its beginning.
-
-        `failure` is what ended the try before.
-        """
-        body = await call.download(after=failure)
+    async def _read(self, body: Body) -> AsyncGenerator[tuple[int, BatchResult], None]:
+        """Yield the results in the body of a download, numbered; close it."""
         splitter = LineSplitter(MAX_RESULT_BYTES)
         number = 0
         try:

@@ -272,8 +272,8 @@ class _Line(msgspec.Struct):
 
     skill: str
     id: Any = None
-    image: msgspec.Raw | None = None  # left as it is, since it is most of the line
-    images: msgspec.Raw | None = None
+    image: msgspec.Raw = msgspec.Raw()  # left as it is, since it is most of the line
+    images: msgspec.Raw = msgspec.Raw()
 
 
 class FileChecker:
@@ -328,11 +328,9 @@ class FileChecker:
         self._tally.add(len(data) + 1, line.id)
 
 
-def _is_none(value: msgspec.Raw | None) -> bool:
-    if value is None:
-        return True
+def _is_none(value: msgspec.Raw) -> bool:
     seen = memoryview(value)
-    return seen.nbytes <= 4 and bytes(seen) in (b"null", b'""', b"[]")
+    return seen.nbytes <= 4 and bytes(seen) in (b"", b"null", b'""', b"[]")
 
 
 class LineSplitter:
