@@ -3,7 +3,9 @@
 Both limits belong to the client and hold for all its event loops together, in
 whichever threads they run. The primitives of asyncio and anyio know one loop
 only; hence these two. A lock guards a few lines of bookkeeping and is never
-held while anything waits.
+held while anything waits. Its own thread can take it again: the garbage
+collector runs when it likes, also within those lines, and what it finds may be
+a stream, which gives its place back.
 """
 
 from __future__ import annotations
@@ -11,7 +13,44 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
+
+
+class _Turn:
+    """Somebody's place in a line."""
+
+    __slots__ = ("_future", "_loop", "given")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future = self._loop.create_future()
+        self.given = False
+        """Whether it is out of the line and has what it waited for, awake or not."""
+
+    @property
+    def is_void(self) -> bool:
+        """Whether nobody waits any more, since the loop was closed."""
+        return self._loop.is_closed()
+
+    async def come(self) -> None:
+        """Wait to be called."""
+        await self._future
+
+    def call(self) -> bool:
+        """Wake who waits, from any thread; return False if nobody will wake."""
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
+
+    def _wake(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+
+# A queue that can be left from the middle, at once however long it is.
+_Line = OrderedDict[_Turn, None]
 
 
 class Places:
@@ -19,9 +58,9 @@ class Places:
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = total
-        self._lock = threading.Lock()
-        self._line: deque[asyncio.Future[None]] = deque()
+        self._free = total  # 0 while anybody waits
+        self._lock = threading.RLock()
+        self._line: _Line = OrderedDict()
 
     @property
     def taken(self) -> int:
@@ -36,22 +75,19 @@ class Places:
     async def take(self) -> bool:
         """Take a place; return whether it had to be waited for.
 
-        Cancelling it leaves the line; a place that was granted in the same moment
+        Cancelling it leaves the line; a place that was given in the same moment
         goes to the next.
         """
+        turn = _Turn()
         with self._lock:
-            if self._free and not self._line:
+            if self._free:
                 self._free -= 1
                 return False
-            turn = asyncio.get_running_loop().create_future()
-            self._line.append(turn)
+            self._line[turn] = None
         try:
-            await turn
-        except asyncio.CancelledError:
-            with self._lock:
-                if turn in self._line:
-                    self._line.remove(turn)
-            if turn.done() and not turn.cancelled():
+            await turn.come()
+        except BaseException:  # GeneratorExit, too, where a loop was closed under its tasks
+            if self._has_left(turn):
                 self.give_back()
             raise
         return True
@@ -63,18 +99,17 @@ class Places:
                 if not self._line:
                     self._free += 1
                     return
-                turn = self._line.popleft()
-            try:
-                turn.get_loop().call_soon_threadsafe(self._grant, turn)
-            except RuntimeError:  # its loop is closed
-                continue
-            return
+                turn, _ = self._line.popitem(last=False)
+                turn.given = True
+            if turn.call() or not self._has_left(turn):
+                return
 
-    def _grant(self, turn: asyncio.Future[None]) -> None:
-        if turn.done():  # cancelled meanwhile
-            self.give_back()
-        else:
-            turn.set_result(None)
+    def _has_left(self, turn: _Turn) -> bool:
+        """Forget a turn; return whether it had been given a place, which is free now."""
+        with self._lock:
+            self._line.pop(turn, None)
+            given, turn.given = turn.given, False
+            return given
 
 
 class Pace:
@@ -87,43 +122,33 @@ class Pace:
     def __init__(self, rate: float) -> None:
         self._interval = 1 / rate
         self._next = 0.0
-        self._lock = threading.Lock()
-        self._line: deque[asyncio.Future[None]] = deque()  # whose first is the one at the front
+        self._lock = threading.RLock()
+        self._line: _Line = OrderedDict()  # whose first is the one at the front
 
     async def wait(self) -> None:
         """Wait for the turn. Cancelling it leaves the line, and costs nobody anything."""
-        loop = asyncio.get_running_loop()
-        turn = loop.create_future()
+        turn = _Turn()
         with self._lock:
-            while self._line and self._line[0].get_loop().is_closed():
-                self._line.popleft()
-            self._line.append(turn)
-            first = self._line[0] is turn
+            self._line[turn] = None
+            front = next(iter(self._line))
         try:
-            if not first:
-                await turn
+            if front is not turn:
+                if front.is_void:
+                    self._call_front()
+                await turn.come()
             delay = self._next - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
             self._next = max(time.monotonic(), self._next) + self._interval
         finally:
-            self._leave(turn)
+            with self._lock:
+                was_front = next(iter(self._line), None) is turn
+                self._line.pop(turn, None)
+            if was_front:
+                self._call_front()
 
-    def _leave(self, turn: asyncio.Future[None]) -> None:
+    def _call_front(self) -> None:
+        """Wake the first in line whose loop is still there."""
         with self._lock:
-            was_first = bool(self._line) and self._line[0] is turn
-            if turn in self._line:
-                self._line.remove(turn)
-            while was_first and self._line:
-                follower = self._line[0]
-                try:
-                    follower.get_loop().call_soon_threadsafe(_call_forward, follower)
-                except RuntimeError:  # its loop is closed
-                    self._line.popleft()
-                    continue
-                return
-
-
-def _call_forward(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_result(None)
+            while self._line and not next(iter(self._line)).call():
+                self._line.popitem(last=False)

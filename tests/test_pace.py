@@ -1,0 +1,627 @@
+"""When requests go out: the rate limit, the places, and the waits between retries.
+
+The time is the test's own wherever it is asked for, so that it is known to the digit.
+"""
+
+import asyncio
+import collections
+import gc
+import random
+import statistics
+import threading
+import time
+from email.utils import formatdate
+from itertools import pairwise
+
+import pytest
+from own_clock import OwnClock
+from raw_server import (
+    ANSWER,
+    DONE,
+    EVENTS,
+    STREAM,
+    STREAM_HEAD,
+    TEXT,
+    RawServer,
+    answer_all,
+    event,
+    head,
+    in_chunks,
+    whole,
+)
+
+import moondream_async as md
+from moondream_async._limits import Pace, Places
+from moondream_async._retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+TINY = 1e-6  # seconds: what is lost in adding up floats
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return OwnClock(monkeypatch)
+
+
+@pytest.fixture
+def anyio_backend(clock):
+    return "asyncio", {"loop_factory": clock.new_loop}
+
+
+def client_of(server, **options):
+    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
+
+
+async def rounds(count=20):
+    """Let everything run that can run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def timers():
+    """The timers of the running loop that may still go off."""
+    return [each for each in asyncio.get_running_loop()._scheduled if not each.cancelled()]
+
+
+# -- the pace -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, seed):
+    # Times are in milliseconds: whole ones for what comes and goes, halves for cancelling,
+    # so that nothing happens at the same moment.
+    choose = random.Random(seed)
+    interval = choose.randrange(1, 50)
+    pace = Pace(1000 / interval)
+    start = clock.now
+    went = {}
+    tasks = []
+
+    async def go(number):
+        await pace.wait()
+        went[number] = (clock.now - start) * 1000
+
+    plan = []  # when each asks, and when it is cancelled
+    at = 0
+    for _ in range(100):
+        at += choose.choice([0, 0, 1, 5, 20])
+        plan.append((at, at + choose.randrange(300) + 0.5 if choose.random() < 0.5 else None))
+    calls = [(asked, number, "ask") for number, (asked, _) in enumerate(plan)]
+    calls += [(left, number, "cancel") for number, (_, left) in enumerate(plan) if left]
+    for moment, number, what in sorted(calls):
+        while (delay := start + moment / 1000 - clock.now) > TINY:
+            await asyncio.sleep(delay)
+        if what == "ask":
+            tasks.append(asyncio.ensure_future(go(number)))
+            await asyncio.sleep(0)
+        else:
+            tasks[number].cancel()
+    await asyncio.wait(tasks)
+
+    expected = {}
+    free = 0
+    for number, (asked, left) in enumerate(plan):
+        at = max(asked, free)
+        if left is None or left > at:
+            expected[number] = at
+            free = at + interval
+    assert went == pytest.approx(expected, abs=TINY)
+
+
+async def test_those_who_wait_go_in_the_order_of_asking():
+    pace = Pace(10)
+    went = []
+
+    async def go(number):
+        await pace.wait()
+        went.append(number)
+
+    await asyncio.gather(*map(go, range(200)))
+    assert went == list(range(200))
+
+
+async def test_ten_thousand_that_wait_have_one_timer(clock):
+    pace = Pace(2)
+    await pace.wait()
+    tasks = [asyncio.ensure_future(pace.wait()) for _ in range(10_000)]
+    await rounds()
+    assert len(timers()) == 1
+    before = clock.now
+    for task in reversed(tasks[1:]):  # the last are the first to go, which is the hardest
+        task.cancel()
+    await rounds()
+    assert len(timers()) == 1
+    await tasks[0]
+    assert clock.now - before == pytest.approx(0.5)
+    assert not pace._line
+
+
+async def test_time_that_nobody_used_is_not_made_up_for(clock):
+    pace = Pace(10)
+    await pace.wait()
+    await asyncio.sleep(60)
+    went = []
+    for _ in range(3):
+        await pace.wait()
+        went.append(clock.now)
+    assert [b - a for a, b in pairwise(went)] == pytest.approx([0.1, 0.1])
+
+
+async def test_who_is_cancelled_while_being_called_forward_makes_way(clock):
+    pace = Pace(10)
+    await pace.wait()
+    first, second, third = (asyncio.ensure_future(pace.wait()) for _ in range(3))
+    first.add_done_callback(lambda _: second.cancel())
+    started = clock.now
+    await third
+    assert second.cancelled()
+    assert clock.now - started == pytest.approx(0.2)
+
+
+# -- more than one loop ---------------------------------------------------------------
+
+
+class Elsewhere:
+    """A loop in a thread of its own; left without ending what runs in it."""
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def begin(self, coroutine):
+        """Start it; return once it has to wait."""
+
+        async def begin():
+            task = self.loop.create_task(coroutine)
+            task._log_destroy_pending = False  # that it is left behind is what is tested
+            await rounds()
+            return task
+
+        return asyncio.run_coroutine_threadsafe(begin(), self.loop).result()
+
+    def stop(self):
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
+
+
+def run(coroutine):
+    """Run in a loop of the usual kind, on the usual clock."""
+    return asyncio.run(coroutine)
+
+
+@pytest.mark.parametrize("place", ["front", "middle"])
+def test_waiter_whose_loop_is_closed_does_not_block_those_behind(place):
+    pace = Pace(20)
+
+    async def after():
+        await pace.wait()
+        here = [asyncio.ensure_future(pace.wait()) for _ in range(place == "middle")]
+        await rounds()
+        with Elsewhere() as elsewhere:
+            left = elsewhere.begin(pace.wait())
+            here += [asyncio.ensure_future(pace.wait()) for _ in range(2)]
+            await rounds()
+        here.append(asyncio.ensure_future(pace.wait()))
+        await asyncio.gather(*here)
+        assert not left.done()
+        assert not pace._line
+
+    run(after())
+
+
+def test_waiter_whose_loop_is_closed_makes_way_when_it_is_collected():
+    pace = Pace(20)
+
+    async def after():
+        await pace.wait()
+        with Elsewhere() as elsewhere:
+            elsewhere.begin(pace.wait())
+            here = asyncio.ensure_future(pace.wait())
+            await rounds()
+        del elsewhere
+        gc.collect()
+        await here
+
+    run(after())
+
+
+def test_places_for_those_whose_loop_is_closed_go_to_the_next():
+    places = Places(1)
+
+    async def after():
+        await places.take()
+        with Elsewhere() as elsewhere:
+            left = elsewhere.begin(places.take())
+            here = asyncio.ensure_future(places.take())
+            await rounds()
+        places.give_back()
+        await here
+        assert not left.done()
+        places.give_back()
+        del left, elsewhere
+        gc.collect()  # which closes the coroutine that was left, and frees nothing twice
+        assert (places.taken, places.waiting) == (0, 0)
+
+    run(after())
+
+
+def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
+    places = Places(1)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(places.take())
+    task = loop.create_task(places.take())
+    task._log_destroy_pending = False
+    loop.run_until_complete(rounds())
+    places.give_back()  # it is told so, but never runs again
+    loop.close()
+    assert places.taken == 1
+    del task, loop
+    gc.collect()
+    assert (places.taken, places.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["waiting", "given"])
+async def test_who_is_cancelled_in_line_passes_on_a_place_that_was_given(told):
+    places = Places(1)
+    await places.take()
+    first, second = (asyncio.ensure_future(places.take()) for _ in range(2))
+    await rounds()
+    if told:
+        places.give_back()
+    first.cancel()
+    await rounds()
+    assert first.cancelled()
+    if not told:
+        places.give_back()
+    assert await second
+    places.give_back()
+    assert (places.taken, places.waiting) == (0, 0)
+
+
+def test_threads_share_the_pace_in_the_order_of_asking():
+    each, rate = 25, 200
+    pace = Pace(rate)
+    went = collections.defaultdict(list)
+
+    async def go(name, number):
+        await pace.wait()
+        went[name].append(number)
+
+    async def main(name):
+        await asyncio.gather(*(go(name, number) for number in range(each)))
+
+    started = time.monotonic()
+    threads = [threading.Thread(target=run, args=(main(name),)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started > (4 * each - 1) / rate - TINY
+    assert list(went.values()) == [list(range(each))] * 4
+
+
+def test_threads_share_places_whoever_is_cancelled():
+    places = Places(3)
+    most = []
+
+    async def use(choose):
+        await places.take()
+        try:
+            most.append(places.taken)
+            for _ in range(choose.randrange(3)):
+                await asyncio.sleep(0)
+        finally:
+            places.give_back()
+
+    async def main(seed):
+        choose = random.Random(seed)
+        for _ in range(50):
+            tasks = [asyncio.ensure_future(use(choose)) for _ in range(10)]
+            await rounds(choose.randrange(10))
+            for task in choose.sample(tasks, 5):
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    threads = [threading.Thread(target=run, args=(main(seed),)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 3
+    assert (places.taken, places.waiting) == (0, 0)
+
+
+class Lost:
+    """Garbage that only the collector finds, and that then gives a place back."""
+
+    def __init__(self, places):
+        self.places = places
+        self.self = self
+
+    def __del__(self):
+        self.places.give_back()
+
+
+async def test_place_that_the_collector_gives_back_while_one_is_taken_is_taken():
+    places = Places(1)
+    await places.take()
+    gc.collect()
+    threshold = gc.get_threshold()
+    gc.disable()
+    taking = places.take()
+    Lost(places)
+    gc.set_threshold(1)  # so it comes as soon as anything is made
+    gc.enable()
+    try:  # noqa: SIM105 - with suppress(), it would come too soon
+        taking.send(None)
+    except StopIteration:
+        pass
+    gc.set_threshold(*threshold)
+    taking.close()
+    await rounds()
+    assert places.waiting == 0
+
+
+# -- the pace of a client --------------------------------------------------------------
+
+
+def assert_spaced(times, interval):
+    """No two are nearer than the interval, so none of any number are."""
+    assert min(b - a for a, b in pairwise(times)) >= interval - TINY
+
+
+@pytest.mark.parametrize("rate", [2, 10, 0.5])
+async def test_no_window_of_time_has_more_requests_than_the_rate(clock, rate):
+    arrivals = []
+    choose = random.Random(7)
+
+    async def play(peer):
+        while True:
+            request = await peer.request()
+            arrivals.append(clock.now)
+            if choose.random() < 0.2:
+                await peer.send(head("Content-Length: 0", "Retry-After: 0", status="503 Busy"))
+            else:
+                await peer.send(STREAM if request.wants_stream else whole(ANSWER))
+
+    async def call(client):
+        if choose.random() < 0.5:
+            async with client.caption(IMAGE, stream=True) as stream:
+                await stream.text()
+        else:
+            await client.caption(IMAGE)
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, rate_limit=rate, max_retries=10, max_connections=5) as client,
+    ):
+        tasks = [asyncio.ensure_future(call(client)) for _ in range(40)]
+        await asyncio.sleep(5 / rate)
+        for task in choose.sample(tasks[10:], 15):
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert sum(task.cancelled() for task in tasks) == 15
+        assert client.stats().retries > 2
+    assert len(arrivals) >= 25
+    assert_spaced(arrivals, 1 / rate)
+    # Nor is any time lost: while somebody waits, they go at the rate exactly.
+    assert arrivals[20] - arrivals[0] == pytest.approx(20 / rate, abs=TINY)
+
+
+async def test_cancelled_calls_cost_the_others_nothing(clock):
+    arrivals = []
+
+    async def play(peer):
+        while True:
+            await peer.request()
+            arrivals.append(clock.now)
+            await peer.send(whole(ANSWER))
+
+    async with RawServer(play) as server, client_of(server, rate_limit=2) as client:
+        tasks = [asyncio.ensure_future(client.caption(IMAGE)) for _ in range(30)]
+        await asyncio.sleep(0.25)
+        for task in tasks[1:29]:  # the first has gone, and the second is at the front
+            task.cancel()
+        await tasks[29]
+    assert [b - a for a, b in pairwise(arrivals)] == pytest.approx([0.5])
+
+
+async def test_waiting_for_the_pace_is_not_waiting_for_a_place(clock):
+    timeout = md.Timeout(pool=1)
+    async with (
+        RawServer(answer_all) as server,
+        client_of(server, rate_limit=1, timeout=timeout, max_connections=1) as client,
+    ):
+        started = clock.now
+        await asyncio.gather(*(client.caption(IMAGE) for _ in range(20)))
+        assert clock.now - started >= 19
+
+
+# -- retries --------------------------------------------------------------------------
+
+
+async def refuse(peer):
+    while True:
+        await peer.request()
+        await peer.send(head("Content-Length: 0", status="503 Busy"))
+
+
+class Watch:
+    """Hooks that note the time of what happens."""
+
+    def __init__(self, clock):
+        self.delays = collections.defaultdict(list)  # by the number of the try that failed
+        self.waits = collections.defaultdict(list)
+        self.hooks = md.Hooks(request=self._request, retry=self._retry)
+        self._clock = clock
+        self._failed_at = None
+
+    def _retry(self, event):
+        self.delays[event.attempt].append(event.delay)
+        self._failed_at = self._clock.now
+
+    def _request(self, event):
+        if event.attempt > 1:
+            self.waits[event.attempt - 1].append(self._clock.now - self._failed_at)
+
+
+async def test_waits_between_tries_are_anything_up_to_a_doubling_limit(clock):
+    watch = Watch(clock)
+    random.seed(16)
+    async with RawServer(refuse) as server:
+        for _ in range(10):
+            async with client_of(server, hooks=watch.hooks, max_retries=7) as client:
+                client._caller.budget = Budget(10**6)
+                for _ in range(10):
+                    with pytest.raises(md.ServerError):
+                        await client.caption(IMAGE)
+    assert list(watch.delays) == [1, 2, 3, 4, 5, 6, 7]
+    for attempt, limit in enumerate([0.5, 1, 2, 4, 8, 16, 30], start=1):
+        delays = watch.delays[attempt]
+        assert watch.waits[attempt] == pytest.approx(delays, abs=TINY)
+        assert len(delays) == 100
+        assert all(0 <= delay <= limit for delay in delays)
+        # Spread evenly, as far as a hundred can tell.
+        assert statistics.quantiles(delays) == pytest.approx(
+            [limit / 4, limit / 2, limit * 3 / 4], abs=limit / 8
+        )
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (lambda: "0", 0),
+        (lambda: "7", 7),
+        (lambda: "2.5", 2.5),
+        (lambda: "86400", LONGEST_RETRY_AFTER),
+        (lambda: formatdate(time.time() + 86400, usegmt=True), LONGEST_RETRY_AFTER),
+        (lambda: formatdate(0, usegmt=True), 0),
+    ],
+    ids=["at-once", "seconds", "fraction", "a-day", "tomorrow", "the-past"],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+async def test_server_that_says_when_is_asked_again_then_up_to_the_cap(
+    clock, header, seconds, stream
+):
+    async def play(peer):
+        await peer.request()
+        retry_after = f"Retry-After: {header()}"
+        await peer.send(head("Content-Length: 0", retry_after, status="429 Slow Down"))
+        await answer_all(peer)
+
+    watch = Watch(clock)
+    async with (
+        RawServer(play) as server,
+        client_of(server, hooks=watch.hooks, max_retries=1) as client,
+    ):
+        answer = await client.caption(IMAGE, stream=stream)
+        if stream:
+            assert await answer.text() == TEXT
+        assert len(server.requests) == 2
+    assert watch.waits[1] == pytest.approx([seconds], abs=TINY)
+
+
+async def test_retries_stop_while_all_calls_fail_and_come_back_with_those_that_succeed():
+    well = False
+
+    async def play(peer):
+        while True:
+            await peer.request()
+            await peer.send(whole(ANSWER) if well else head("Content-Length: 0", status="503 No"))
+
+    async with RawServer(play) as server, client_of(server, max_retries=1000) as client:
+
+        async def retries_of_a_failure():
+            before = client.stats().retries
+            with pytest.raises(md.ServerError):
+                await client.caption(IMAGE)
+            return client.stats().retries - before
+
+        assert await retries_of_a_failure() == BUDGET // RETRY_COST
+        assert await retries_of_a_failure() == 0
+        well = True
+        for _ in range(3 * RETRY_COST):
+            await client.caption(IMAGE)
+        well = False
+        assert await retries_of_a_failure() == 3
+        assert await retries_of_a_failure() == 0
+
+
+async def test_retry_that_helps_costs_the_budget_nothing():
+    turn = [0]
+
+    async def play(peer):
+        while True:
+            await peer.request()
+            turn[0] += 1
+            fails = turn[0] % 2
+            await peer.send(head("Content-Length: 0", status="503 No") if fails else whole(ANSWER))
+
+    async with RawServer(play) as server, client_of(server, max_retries=1) as client:
+        calls = 2 * BUDGET // RETRY_COST
+        for _ in range(calls):
+            assert (await client.caption(IMAGE)).caption == TEXT
+        assert client.stats().retries == calls
+
+
+# What comes after the first event, on a connection that then breaks.
+BEGINNINGS = {
+    "chunk": EVENTS[0],
+    "empty-chunk": event(""),
+    "bbox": event(type="bbox", bbox={"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}),
+    "stats": event(stats={"tokens": 1}),
+    "unknown": event(something="else"),
+    "error": event(error="no more memory"),
+}
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+async def test_nothing_is_asked_again_after_the_first_event(beginning):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD + in_chunks(BEGINNINGS[beginning], end=False))
+        await rounds()
+        peer.reset()
+
+    async with RawServer(play) as server, client_of(server, max_retries=3) as client:
+        async with client.caption(IMAGE, stream=True) as stream:
+            with pytest.raises(md.StreamError):
+                await stream.text()
+            with pytest.raises(md.StreamError):
+                await stream.text()
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [b"", b": heartbeat\n\n", b"retry: 10\n\n", EVENTS[0][:-4]],
+    ids=["nothing", "comment", "retry-field", "half-an-event"],
+)
+async def test_stream_lost_before_its_first_event_is_asked_for_again(clock, beginning):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        if len(server.peers) == 3:
+            await peer.send(in_chunks(*EVENTS, DONE))
+        elif beginning:
+            await peer.send(in_chunks(beginning, end=False))
+
+    watch = Watch(clock)
+    async with (
+        RawServer(play) as server,
+        client_of(server, max_retries=3, hooks=watch.hooks) as client,
+    ):
+        async with client.caption(IMAGE, stream=True) as stream:
+            assert await stream.text() == TEXT
+        assert len(server.requests) == 3
+    assert watch.waits[1] == pytest.approx(watch.delays[1], abs=TINY)
+    assert watch.waits[2] == pytest.approx(watch.delays[2], abs=TINY)
