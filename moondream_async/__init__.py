@@ -26,13 +26,15 @@ from .errors import (
     StreamServerError,
     StreamStalledError,
 )
-from .types import (
+from .records import (
     Batch,
     BatchFailure,
     BatchOutput,
     BatchProgress,
     BatchResult,
     BatchUsage,
+)
+from .types import (
     BboxEvent,
     CallEvent,
     CaptionResult,

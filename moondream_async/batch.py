@@ -41,7 +41,7 @@ from .errors import (
     RequestError,
     ServerError,
 )
-from .types import Batch, BatchResult
+from .records import Batch, BatchResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,6 @@ Coordinates are 0-1 of the picture's width and height, from the top left.
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
@@ -377,105 +376,6 @@ class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     """A try failed, and another will follow after `CallEvent.delay`."""
     end: Callable[[CallEvent], object] | None = None
     """A call or stream has ended, one way or another."""
-
-
-class _Record(_Value, frozen=True, kw_only=True):
-    """What the server keeps, as it was when it was asked."""
-
-    raw: dict[str, Any] = {}
-    """The decoded record, whole."""
-
-    def __repr__(self) -> str:
-        fields = ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name in self.__struct_fields__
-            if name != "raw" and getattr(self, name) is not None
-        )
-        return f"{type(self).__name__}({fields})"
-
-
-class BatchProgress(_Value, frozen=True, kw_only=True):
-    """How many lines of a batch are done."""
-
-    total: int = 0
-    """How many there are; 0 until the server has counted them."""
-    completed: int = 0
-    failed: int = 0
-
-
-class BatchUsage(_Value, frozen=True, kw_only=True):
-    """How many tokens a batch, or a line of one, took."""
-
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-class BatchFailure(_Value, frozen=True, kw_only=True):
-    """Why a batch, or a line of one, came to nothing."""
-
-    code: str | None = None
-    """The server's name for it, as ``validation_error`` or ``image_decode_failed``."""
-    message: str = ""
-    """In the server's words."""
-
-
-class BatchOutput(_Value, frozen=True, kw_only=True):
-    """A file of results."""
-
-    index: int | None = None
-    url: str
-    """Whoever has this address can read the file, until the address expires."""
-
-    def __repr__(self) -> str:
-        return f"BatchOutput(index={self.index})"  # the address is a secret
-
-
-class Batch(_Record, frozen=True, kw_only=True):
-    """A batch, as it was when the server was asked."""
-
-    id: str
-    status: str = "unknown"
-    """``chunking`` (the file is being checked), ``processing``, ``completed`` or ``failed``;
-    or what a later server may say."""
-    model: str | None = None
-    progress: BatchProgress = BatchProgress()
-    usage: BatchUsage | None = None
-    """Known when it is completed."""
-    outputs: tuple[BatchOutput, ...] = ()
-    """Where the results are; ``batches.results`` reads them."""
-    created_at: dt.datetime | None = None
-    completed_at: dt.datetime | None = None
-    expires_at: dt.datetime | None = None
-    """When the results will be deleted: 7 days after the end, says docs.moondream.ai/batch."""
-    error: BatchFailure | None = None
-    """Why it failed, if it did."""
-    size: int | None = None
-    """Bytes that were uploaded; told once, by ``batches.create``."""
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        ended = self.status in ("completed", "failed")
-        return ended or self.completed_at is not None or self.error is not None
-
-
-class BatchResult(_Record, frozen=True, kw_only=True):
-    """What became of one line of a batch."""
-
-    id: Any = None
-    """The id that the request had."""
-    line_index: int | None = None
-    """The request's place in the batch, from 0."""
-    result: Result | None = None
-    """The answer, typed as that of the skill; None where the line failed."""
-    error: BatchFailure | None = None
-    """Why the line failed, if it did."""
-    usage: BatchUsage | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is an answer."""
-        return self.error is None
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):

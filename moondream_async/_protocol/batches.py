@@ -14,16 +14,14 @@ from typing import Any
 import msgspec
 
 from moondream_async.errors import RequestError, ServerError
-from moondream_async.types import (
+from moondream_async.records import (
     Batch,
     BatchFailure,
     BatchProgress,
     BatchResult,
     BatchUsage,
-    EncodedImage,
-    Length,
-    Result,
 )
+from moondream_async.types import EncodedImage, Length, Result
 
 from .answers import decode_object, read_result
 from .requests import (
