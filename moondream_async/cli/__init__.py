@@ -28,4 +28,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
         return run(sys.argv[1:] if args is None else args)
     except KeyboardInterrupt:
+        if sys.stderr is not None and sys.stderr.isatty():
+            print(file=sys.stderr)  # noqa: T201 - the terminal shows ^C, and a prompt comes next
         return 130  # 128 and the number of SIGINT, as shells have it

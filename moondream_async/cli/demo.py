@@ -60,26 +60,21 @@ async def _demo(
             make_client(endpoint=endpoint, model=model, timeout=timeout)
         )
         if simulated:
-            note(
-                f"Server: a simulator in this program, at {endpoint}. No model is looking at "
-                "the picture; the simulator tells what it measures in it."
-            )
+            note(f"No model is looking at the picture: a simulator answers, at {endpoint}")
         else:
             note(f"Server: {client.endpoint}")
         if image is None:
-            note(f"Picture: {SAMPLE_IMAGE}, which comes with this program.")
+            note(f"Picture: {SAMPLE_IMAGE} (comes with moondream-async)")
         else:
-            note(f"Picture: {image if isinstance(image, str) else 'read from stdin'}")
+            note(f"Picture: {image if isinstance(image, str) else 'from stdin'}")
+        note("")
         async with client.caption(SAMPLE_IMAGE if image is None else image, stream=True) as stream:
             pieces = await print_pieces(stream)
-    note(
-        f"Request {stream.request_id or 'without an id'}: first piece after "
-        f"{stream.ttft or 0:.2f} seconds, {pieces} pieces."
-    )
+    note("")
+    first = "" if stream.ttft is None else f", the first after {stream.ttft:.2f} seconds"
+    note(f"Request {stream.request_id or 'without an id'}: {pieces} pieces{first}")
     if simulated:
-        note(
-            "Next: moondream-async demo PICTURE. With MOONDREAM_API_KEY set, the model answers it."
-        )
-        note("For programs of your own, this simulator runs as: moondream-async serve")
+        note("Next: set MOONDREAM_API_KEY and run it again, or: moondream-async demo PICTURE")
+        note("To try programs of your own with the simulator: moondream-async serve")
     else:
         note("Next: moondream-async query PICTURE 'What is there to see?'")
