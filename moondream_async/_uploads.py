@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 
 from ._files import FileSlice, SharedFile
+from ._items import each
 from ._protocol.batches import (
     MAX_FILE_BYTES,
     MAX_IMAGE_BYTES,
@@ -97,22 +98,6 @@ async def spooled(caller: Caller, requests: Requests) -> AsyncIterator[SharedFil
         await _write(caller, group, file, tally)
         tally.check_any()
         yield SharedFile(file, tally.size)
-
-
-async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    """Iterate over items that come from either kind of iterable.
-
-    Raises:
-        RequestError: It is none.
-    """
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    elif isinstance(items, Iterable):
-        for item in items:
-            yield item
-    else:
-        raise RequestError(f"requests must come from an iterable, not {items!r:.100}")
 
 
 async def _write(

@@ -28,7 +28,7 @@ from urllib.parse import quote
 
 import anyio
 
-from ._pages import entries
+from ._items import entries
 from ._protocol.batches import MAX_RESULT_BYTES, LineSplitter, read_batch, read_batch_result
 from ._protocol.requests import Request
 from ._retry import is_worth_retrying

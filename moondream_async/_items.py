@@ -1,8 +1,8 @@
-"""Lists that come page by page."""
+"""Items one by one: from the server's pages, or from either kind of iterable."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -18,7 +18,7 @@ _MAX_LIMIT = 100  # the server's
 async def entries(
     caller: Caller, path: str, key: str, *, limit: int, cursor: str | None
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the entries of a list, and ask for a page when the one before is used up.
+    """Yield the entries of a server's list; each page is asked for when it is needed.
 
     Args:
         caller: Makes the calls.
@@ -47,3 +47,19 @@ async def entries(
         if cursor in used:
             raise ServerError("The server's pages go round in circles", status=200, body=page)
         used.add(cursor)
+
+
+async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+    """Iterate over items that come from either kind of iterable.
+
+    Raises:
+        RequestError: It is none.
+    """
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    elif isinstance(items, Iterable):
+        for item in items:
+            yield item
+    else:
+        raise RequestError(f"requests must come from an iterable, not {items!r:.100}")
