@@ -10,7 +10,7 @@ Coordinates are 0-1 of the picture's width and height, from the top left.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
 
 import msgspec
@@ -212,29 +212,63 @@ class CaptionResult(Result, frozen=True, kw_only=True):
     caption: str
 
 
-class QueryResult(Result, frozen=True, kw_only=True):
-    """An answer about a picture."""
+class _Drawable(Result, frozen=True, kw_only=True):
+    """A result that knows places in its picture."""
+
+    def draw(
+        self,
+        image: ImageInput,
+        *,
+        labels: str | Sequence[str] | None = None,
+        line_width: float | None = None,
+    ) -> PIL.Image.Image:
+        """Return a copy of the picture, upright, with what was found drawn over it.
+
+        Each box, point, outline or span of the reasoning has a colour of its own. It
+        takes some tenths of a second; in an event loop, use
+        ``await asyncio.to_thread(result.draw, image)``.
+
+        Args:
+            image: The picture, in any form that calls take.
+            labels: What to write at each: one text for all, or as many as there are.
+                None writes the words that the reasoning has for a place, if any.
+            line_width: In pixels; None is what suits the picture's size.
+
+        Raises:
+            ImageError: The picture can't be read.
+            RequestError: There are more or fewer labels than places; the server sent an
+                outline that is no SVG path, or without its `bbox`.
+            ImportError: An outline needs the extra ``draw``, and it isn't there.
+        """
+        # The one import that goes up: whoever calls this has Pillow, and no one else needs it.
+        from ._draw import draw  # noqa: PLC0415 - importing the package stays light
+
+        return draw(self, image, labels=labels, line_width=line_width)
+
+
+class QueryResult(_Drawable, frozen=True, kw_only=True):
+    """An answer about a picture. What is drawn are the places that its reasoning speaks of."""
 
     answer: str
     reasoning: Reasoning | None = None
     """Present when the call asked for it and the server gave it."""
 
 
-class DetectResult(Result, frozen=True, kw_only=True):
+class DetectResult(_Drawable, frozen=True, kw_only=True):
     """Where in the picture the objects are."""
 
     objects: tuple[Region, ...]
     """A box each."""
 
 
-class PointResult(Result, frozen=True, kw_only=True):
+class PointResult(_Drawable, frozen=True, kw_only=True):
     """Where in the picture the objects are."""
 
     points: tuple[Point, ...]
     """A place in each."""
 
 
-class SegmentResult(Result, frozen=True, kw_only=True):
+class SegmentResult(_Drawable, frozen=True, kw_only=True):
     """The outline of an object."""
 
     path: str
@@ -251,6 +285,21 @@ class SegmentResult(Result, frozen=True, kw_only=True):
         None where the server gave no `bbox`.
         """
         return None if self.bbox is None else _transform(self.bbox)
+
+    def whole_path(self) -> str | None:
+        """Return SVG path data whose coordinates are 0-1 of the picture, not of `bbox`.
+
+        None where the server gave no `bbox`. Arcs become short lines.
+
+        Raises:
+            RequestError: The server sent an outline that is no SVG path.
+            ImportError: The extra ``draw`` isn't there.
+        """
+        if self.bbox is None:
+            return None
+        from ._draw import whole_path  # noqa: PLC0415 - as for `draw`
+
+        return whole_path(self.path, self.bbox)
 
 
 def _transform(bbox: Region) -> str:

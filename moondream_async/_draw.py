@@ -1,0 +1,312 @@
+"""Results drawn over their picture. Loads Pillow, and for outlines `svg.path`.
+
+All marks go onto one transparent sheet, several times as large as the picture where
+that is small, so that lines and text get soft edges when the sheet is laid over it.
+
+SVG paths are read by `svg.path`, of the extra ``draw``: it is small, pure Python,
+typed, MIT-licensed and still released. (`svgelements` has had no release since 2023,
+`svgpathtools` brings SciPy, `fonttools` and `skia-python` are many times the size.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
+
+from ._images import decode_image
+from .errors import RequestError
+from .types import (
+    DetectResult,
+    PointResult,
+    QueryResult,
+    Reasoning,
+    Region,
+    Result,
+    SegmentResult,
+)
+
+Place = tuple[float, float]
+Outline = tuple[Place, ...]
+Segment = Any  # one of svg.path's, whose common class does not have what all of them have
+
+# Apart from each other, and rare in photos in this strength.
+_COLOURS = ("#00c2ff", "#ff2e88", "#ffb000", "#7c4dff", "#18d860", "#ff6b1a", "#ffe83d", "#00a88f")
+_SHADE = (0, 0, 0, 110)  # around lines and dots, so that they show on their own colour
+_OPACITY = 0.35  # of the inside of an outline
+_SHEET_PIXELS = 16_000_000  # of four bytes: 64 MB at most, unless the picture itself has more
+_FINEST = 4  # how many times as large as the picture the sheet is at most
+_CURVE_STEPS = 32  # straight lines in place of a curve; a path has many curves, each short
+
+
+class _Mark(NamedTuple):
+    """What gets one colour and one label. Places are 0-1 of the picture."""
+
+    box: Region | None = None
+    outlines: tuple[Outline, ...] = ()
+    """What is to be drawn in place of the box."""
+    points: tuple[Place, ...] = ()
+    words: str = ""
+    """The label, where the caller gives none."""
+
+
+def draw(
+    result: Result,
+    image: Any,
+    *,
+    labels: str | Sequence[str] | None = None,
+    line_width: float | None = None,
+) -> Image.Image:
+    """Draw what was found over a copy of its picture; see the results' own ``draw``."""
+    marks = _marks(result)
+    texts = _texts(marks, labels)
+    picture = decode_image(image).convert("RGB")
+    if line_width is None:
+        line_width = max(1.5, math.sqrt(picture.width * picture.height) / 170)
+    elif not (isinstance(line_width, (int, float)) and 0 < line_width < math.inf):
+        raise RequestError(f"line_width must be a positive number of pixels, not {line_width!r}")
+    sheet = _Sheet(picture.size, line_width)
+    colours = itertools.cycle(_COLOURS)
+    painted = list(zip(marks, texts, colours, strict=False))
+    for mark, _, colour in painted:
+        sheet.add(mark, colour)
+    for mark, text, colour in painted:  # over all the lines
+        sheet.write(mark, text, colour)
+    sheet.lay_over(picture)
+    return picture
+
+
+def whole_path(path: str, bbox: Region) -> str:
+    """Return a path whose coordinates are 0-1 of the picture; see `SegmentResult.whole_path`."""
+    if not path.strip():
+        return ""  # nothing was found
+    segments = _placed(path, bbox)
+    from svg.path import Path  # noqa: PLC0415 - an extra, which was there
+
+    return Path(*segments).d()
+
+
+def _marks(result: Result) -> list[_Mark]:
+    if isinstance(result, DetectResult):
+        return [_Mark(box=box) for box in result.objects]
+    if isinstance(result, PointResult):
+        return [_Mark(points=((point.x, point.y),)) for point in result.points]
+    if isinstance(result, SegmentResult):
+        return _outline_marks(result)
+    if isinstance(result, QueryResult):
+        return [] if result.reasoning is None else _grounding_marks(result.reasoning)
+    raise RequestError(f"a {type(result).__name__} has no places to draw")
+
+
+def _outline_marks(result: SegmentResult) -> list[_Mark]:
+    if not result.path.strip():
+        return []  # nothing was found
+    box = result.bbox
+    if box is None:
+        raise RequestError("The outline has no place: the server gave no bbox with it")
+    return [_Mark(box, _outlines(_placed(result.path, box)))]
+
+
+def _grounding_marks(reasoning: Reasoning) -> list[_Mark]:
+    return [
+        _Mark(
+            points=tuple((point[0], point[1]) for point in span.points if len(point) > 1),
+            words=reasoning.text[span.start_idx : span.end_idx].strip(),
+        )
+        for span in reasoning.grounding
+    ]
+
+
+def _texts(marks: list[_Mark], labels: str | Sequence[str] | None) -> list[str]:
+    if labels is None:
+        return [mark.words for mark in marks]
+    if isinstance(labels, str):
+        return [labels] * len(marks)
+    texts = list(labels)
+    if len(texts) != len(marks) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"labels must be one string, or {len(marks)}: one for each mark")
+    return texts
+
+
+# -- the sheet ------------------------------------------------------------------------
+
+
+class _Sheet:
+    """What is drawn on. Its methods take places in 0-1; its pixels are finer than the picture's."""
+
+    def __init__(self, size: tuple[int, int], line_width: float) -> None:
+        room = _SHEET_PIXELS / (size[0] * size[1])
+        self._fineness = max(1, min(_FINEST, int(math.sqrt(room))))
+        self._width, self._height = (side * self._fineness for side in size)
+        self._image = Image.new("RGBA", (self._width, self._height))
+        self._pen = ImageDraw.Draw(self._image)
+        self._line = line_width * self._fineness
+        self._font = ImageFont.load_default(max(5 * self._line, 11 * self._fineness))
+
+    def add(self, mark: _Mark, colour: str) -> None:
+        """Draw the shapes of a mark."""
+        if mark.outlines:
+            outlines = [list(map(self._to_pixels, outline)) for outline in mark.outlines]
+            self._fill(outlines, colour)
+            for outline in outlines:
+                self._trace(outline, colour)
+        elif mark.box is not None:
+            # All of the line is to be seen where a box ends with the picture.
+            x0, y0, x1, y1 = mark.box.to_pixels(self._width, self._height)
+            inset = self._line / 2
+            x0, x1 = (max(inset, min(x, self._width - inset)) for x in (x0, x1))
+            y0, y1 = (max(inset, min(y, self._height - inset)) for y in (y0, y1))
+            self._trace([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
+        for x, y in map(self._to_pixels, mark.points):
+            self._disc(x, y, 3.6 * self._line, _SHADE)
+            self._disc(x, y, 3 * self._line, "white")
+            self._disc(x, y, 2.2 * self._line, colour)
+
+    def write(self, mark: _Mark, text: str, colour: str) -> None:
+        """Write the label of a mark, on one line."""
+        text = " ".join(text.split())
+        if not text:
+            return
+        gap = self._line
+        _, high_letter, _, low_letter = self._pen.textbbox((0, 0), "Ág", self._font)
+        wide = self._pen.textlength(text, self._font) + 3 * gap
+        high = low_letter - high_letter + 2 * gap
+        ink = "black" if _is_light(colour) else "white"
+        for x, y in self._spots(mark, wide, high):
+            left = max(0, min(x, self._width - wide))
+            top = max(0, min(y, self._height - high))
+            self._pen.rounded_rectangle((left, top, left + wide, top + high), gap, fill=colour)
+            self._pen.text((left + 1.5 * gap, top + gap - high_letter), text, ink, self._font)
+
+    def _spots(self, mark: _Mark, wide: float, high: float) -> Iterator[Place]:
+        """Yield the upper left corners of a mark's labels: on top of it, below it, or beside it."""
+        gap = self._line
+        if mark.box is not None:
+            left, top, right, bottom = mark.box.to_pixels(self._width, self._height)
+            if mark.outlines:  # which most likely does not reach into the box's corner
+                left = (left + right - wide) / 2
+            above, below = top - gap / 2 - high, bottom + gap / 2
+            yield left - gap / 2, below if above < 0 and below + high <= self._height else above
+        for x, y in map(self._to_pixels, mark.points):
+            beside = x + 4 * gap
+            fits = beside + wide <= self._width
+            yield beside if fits else x - 4 * gap - wide, y - high / 2
+
+    def lay_over(self, picture: Image.Image) -> None:
+        """Put the sheet on the picture that it was made for."""
+        sheet = self._image.reduce(self._fineness)
+        picture.paste(sheet, (0, 0), sheet)
+
+    def _to_pixels(self, place: Place) -> Place:
+        return place[0] * self._width, place[1] * self._height
+
+    def _trace(self, corners: list[Place], colour: str) -> None:
+        """Draw a closed line, with a shade on both sides."""
+        ring = [*corners, *corners[:2]]  # one more than closed, so that its last joint is round
+        for fill, width in ((_SHADE, 1.7 * self._line), (colour, self._line)):
+            self._pen.line(ring, fill, max(1, round(width)), joint="curve")
+
+    def _fill(self, outlines: list[list[Place]], colour: str) -> None:
+        """Tint what lies inside, by SVG's rule: where the outlines wind round other than 0 times.
+
+        So an outline within another, drawn the other way round, is a hole. How often
+        is counted for all pixels at once, in a picture of one byte each.
+        """
+        winding = Image.new("L", self._image.size)
+        for outline in outlines:
+            once = Image.new("L", self._image.size)
+            ImageDraw.Draw(once).polygon(outline, fill=1)
+            count = ImageChops.add_modulo if _is_clockwise(outline) else ImageChops.subtract_modulo
+            winding = count(winding, once)
+        opacity = round(255 * _OPACITY)
+        tint = Image.new("RGBA", self._image.size, (*ImageColor.getrgb(colour)[:3], opacity))
+        self._image.paste(tint, mask=winding.point([0] + [255] * 255))
+
+    def _disc(self, x: float, y: float, radius: float, colour: str | tuple[int, ...]) -> None:
+        self._pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+
+def _is_light(colour: str) -> bool:
+    red, green, blue = ImageColor.getrgb(colour)[:3]
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
+
+
+def _is_clockwise(outline: list[Place]) -> bool:
+    area = 0.0
+    for (x0, y0), (x1, y1) in itertools.pairwise([*outline, outline[0]]):
+        area += x0 * y1 - x1 * y0
+    return area > 0
+
+
+# -- paths ----------------------------------------------------------------------------
+
+
+def _placed(path: str, bbox: Region) -> list[Segment]:
+    """Read a path that is relative to `bbox`; return it relative to the picture.
+
+    Raises:
+        RequestError: It is no SVG path.
+        ImportError: The extra is not installed.
+    """
+    width, height = bbox.x_max - bbox.x_min, bbox.y_max - bbox.y_min
+    try:
+        segments = _read(path)
+        for segment in segments:
+            for name in ("start", "control", "control1", "control2", "end"):
+                if hasattr(segment, name):
+                    point = getattr(segment, name)
+                    x, y = bbox.x_min + point.real * width, bbox.y_min + point.imag * height
+                    setattr(segment, name, complex(_finite(x), _finite(y)))
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise RequestError(f"The outline is no SVG path, {path!r:.80}: {error}") from error
+    return segments
+
+
+def _read(path: str) -> list[Segment]:
+    """Read a path; arcs become short lines, since `svg.path` has none that are stretched."""
+    try:
+        from svg.path import Arc, Line, parse_path  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ImportError("Outlines need an extra: pip install 'moondream-async[draw]'") from error
+
+    if path.lstrip()[:1] not in ("M", "m"):
+        raise ValueError("it does not begin with M")
+    segments: list[Segment] = []
+    for segment in parse_path(path):
+        if isinstance(segment, Arc):
+            segments += itertools.starmap(Line, itertools.pairwise(_points(segment)))
+        else:
+            segments.append(segment)
+    return segments
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("it leads to infinity")
+    return value
+
+
+def _outlines(segments: list[Segment]) -> tuple[Outline, ...]:
+    """Return the closed lines that a path consists of, curves as short straight ones."""
+    from svg.path import Close, Line, Move  # noqa: PLC0415 - an extra, which was there
+
+    outlines: list[list[complex]] = []
+    closed = True
+    for segment in segments:
+        if closed or isinstance(segment, Move):
+            outlines.append([segment.start])
+        straight = isinstance(segment, (Move, Line, Close))
+        outlines[-1] += [segment.end] if straight else _points(segment)[1:]
+        closed = isinstance(segment, Close)
+    return tuple(
+        tuple((point.real, point.imag) for point in outline)
+        for outline in outlines
+        if len(outline) > 2
+    )
+
+
+def _points(segment: Segment) -> list[complex]:
+    return [segment.point(step / _CURVE_STEPS) for step in range(_CURVE_STEPS + 1)]

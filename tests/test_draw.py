@@ -1,0 +1,432 @@
+"""Results drawn over their picture: looked at by their pixels."""
+
+import asyncio
+import contextlib
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageChops, ImageColor
+
+import moondream_async as md
+from moondream_async._draw import _COLOURS, _OPACITY, draw
+
+WHITE = (255, 255, 255)
+FIRST, SECOND = map(ImageColor.getrgb, _COLOURS[:2])
+TINTED = tuple(round(255 * (1 - _OPACITY) + value * _OPACITY) for value in FIRST)
+
+BOX = md.Region(0.25, 0.2, 0.75, 0.8)  # of 200x100 pixels: 50, 20, 150, 80
+SQUARE = "M 0 0 L 1 0 L 1 1 L 0 1 Z"
+FORWARD = "M 0.25 0.25 L 0.75 0.25 L 0.75 0.75 L 0.25 0.75 Z"
+BACKWARD = "M 0.25 0.25 L 0.25 0.75 L 0.75 0.75 L 0.75 0.25 Z"
+
+
+@pytest.fixture
+def sheet():
+    return Image.new("RGB", (200, 100), "white")
+
+
+def detected(*boxes):
+    return md.DetectResult(objects=boxes)
+
+
+def pointed(*places):
+    return md.PointResult(points=tuple(md.Point(*place) for place in places))
+
+
+def outlined(path, bbox=BOX):
+    return md.SegmentResult(path=path, bbox=bbox)
+
+
+def thought(text, *spans):
+    grounding = tuple(md.Grounding(start, end, points) for start, end, points in spans)
+    return md.QueryResult(answer="", reasoning=md.Reasoning(text, grounding))
+
+
+def changed(before, after):
+    """Return where two pictures differ: left, top, right, bottom; None if nowhere."""
+    return ImageChops.difference(before, after).getbbox()
+
+
+def is_near(pixel, colour):
+    return all(abs(one - other) <= 2 for one, other in zip(pixel, colour, strict=True))
+
+
+# -- shapes ---------------------------------------------------------------------------
+
+
+def test_box_is_drawn_on_its_edges_and_nowhere_else(sheet):
+    drawn = detected(BOX).draw(sheet, line_width=3)
+    for edge in [(50, 50), (150, 50), (100, 20), (100, 80)]:
+        assert drawn.getpixel(edge) == FIRST
+    assert changed(sheet, drawn) == (47, 17, 153, 83)
+    inside = (55, 25, 145, 75)
+    assert changed(sheet.crop(inside), drawn.crop(inside)) is None
+
+
+def test_box_at_the_rim_is_seen_whole(sheet):
+    drawn = detected(md.Region(0, 0, 1, 1)).draw(sheet, line_width=4)
+    for edge in [(0, 50), (2, 50), (199, 50), (100, 1), (100, 98)]:
+        assert is_near(drawn.getpixel(edge), FIRST)
+    assert drawn.getpixel((100, 50)) == WHITE
+
+
+def test_point_is_a_dot_of_its_colour_with_a_rim(sheet):
+    drawn = pointed((0.5, 0.5)).draw(sheet, line_width=3)
+    assert drawn.getpixel((100, 50)) == FIRST
+    assert drawn.getpixel((108, 50)) == WHITE
+    left, top, right, bottom = changed(sheet, drawn)
+    assert (left + right, top + bottom) == (200, 100)
+    assert right - left == bottom - top < 30
+
+
+def test_outline_lies_in_its_box_and_tints_what_is_inside(sheet):
+    drawn = outlined(SQUARE).draw(sheet, line_width=3)
+    assert drawn.getpixel((50, 50)) == FIRST
+    assert is_near(drawn.getpixel((100, 50)), TINTED)
+    assert drawn.getpixel((40, 50)) == drawn.getpixel((100, 10)) == WHITE
+
+
+@pytest.mark.parametrize(
+    ("path", "hole"),
+    [
+        (f"{SQUARE} {BACKWARD}", True),
+        (f"{BACKWARD} {SQUARE}", True),
+        (f"{SQUARE} {FORWARD}", False),
+        (f"{SQUARE} {FORWARD} {BACKWARD} {BACKWARD}", True),
+    ],
+    ids=["other way round", "hole first", "same way round", "many"],
+)
+def test_hole_is_what_svg_says_it_is(sheet, path, hole):
+    drawn = outlined(path).draw(sheet, line_width=2)
+    assert is_near(drawn.getpixel((62, 50)), TINTED)
+    assert is_near(drawn.getpixel((100, 50)), WHITE if hole else TINTED)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "M 0.5 0 A 0.5 0.5 0 1 1 0.5 1 A 0.5 0.5 0 1 1 0.5 0 Z",
+        "M 0.5 0 C 0.776 0 1 0.224 1 0.5 S 0.776 1 0.5 1 S 0 0.776 0 0.5 S 0.224 0 0.5 0 Z",
+        "M 0.5 0 Q 1 0 1 0.5 T 0.5 1 T 0 0.5 T 0.5 0 Z",
+        "m .5 0 c .3 0 .5 .2 .5 .5 c 0 .3-.2 .5-.5 .5 c-.3 0-.5-.2-.5-.5 c 0-.3 .2-.5 .5-.5 z",
+    ],
+    ids=["arcs", "cubic", "quadratic", "relative"],
+)
+def test_curve_is_drawn_as_one(sheet, path):
+    drawn = outlined(path).draw(sheet, line_width=2)
+    assert is_near(drawn.getpixel((100, 50)), TINTED)
+    assert is_near(drawn.getpixel((75, 35)), TINTED)
+    assert drawn.getpixel((55, 25)) == drawn.getpixel((145, 75)) == WHITE
+
+
+def test_each_object_has_a_colour_of_its_own(sheet):
+    boxes = [md.Region(0.1 * n, 0.4, 0.1 * n + 0.05, 0.6) for n in range(8)]
+    drawn = detected(*boxes).draw(sheet, line_width=3)
+    found = [drawn.getpixel((round(20 * n) + 1, 50)) for n in range(8)]
+    assert len(set(found)) == 8
+    many = detected(*[BOX] * 30).draw(sheet)
+    assert changed(sheet, many)
+
+
+def test_reasoning_is_drawn_where_it_looks_with_its_own_words(sheet):
+    result = thought(
+        "A heron, two boats.", (2, 7, ((0.2, 0.5),)), (9, 18, ((0.4, 0.5), (0.6, 0.5)))
+    )
+    drawn = result.draw(sheet, labels="", line_width=2)
+    assert drawn.getpixel((40, 50)) == FIRST
+    assert drawn.getpixel((80, 50)) == drawn.getpixel((120, 50)) == SECOND
+    assert result.draw(sheet, line_width=2) == result.draw(
+        sheet, labels=["heron", "two boats"], line_width=2
+    )
+    assert md.QueryResult(answer="No thoughts.").draw(sheet) == sheet
+
+
+@pytest.mark.parametrize(
+    "result",
+    [detected(), pointed(), outlined(""), outlined("", None), thought("Nothing.")],
+    ids=["detect", "point", "segment", "segment without a box", "query"],
+)
+def test_nothing_found_is_the_picture_as_it_was(sheet, result):
+    drawn = result.draw(sheet)
+    assert drawn == sheet
+    assert drawn is not sheet
+
+
+def test_line_suits_the_size_of_the_picture():
+    def width(size):
+        sheet = Image.new("RGB", size, "white")
+        drawn = detected(md.Region(0.25, 0.25, 0.75, 0.75)).draw(sheet)
+        return sum(drawn.getpixel((x, size[1] // 2)) == FIRST for x in range(size[0] // 2))
+
+    assert 2 <= width((640, 480)) <= 4
+    assert width((6400, 4800)) == pytest.approx(10 * 3.3, abs=2)
+
+
+# -- labels ---------------------------------------------------------------------------
+
+
+def test_label_stands_on_its_box_in_its_colour(sheet):
+    box = md.Region(0.25, 0.4, 0.75, 0.8)
+    plain = detected(box).draw(sheet, line_width=2)
+    labelled = detected(box).draw(sheet, labels="heron", line_width=2)
+    left, top, right, bottom = changed(plain, labelled)
+    assert 47 <= left <= 50
+    assert 10 < top < bottom <= 41
+    assert 70 < right < 120
+    assert labelled.getpixel((left + 1, top + 4)) == FIRST
+
+
+def test_label_that_has_no_room_above_stands_below(sheet):
+    plain = detected(md.Region(0.25, 0, 0.75, 0.5)).draw(sheet, line_width=2)
+    labelled = detected(md.Region(0.25, 0, 0.75, 0.5)).draw(sheet, labels="heron", line_width=2)
+    assert changed(plain, labelled)[1] >= 50
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)], ids=str)
+def test_label_stays_within_the_picture(sheet, place):
+    long = "a heron in shallow water, and much more"
+    plain = pointed(place).draw(sheet, line_width=1)
+    short = pointed(place).draw(sheet, labels="heron", line_width=1)
+    left, top, right, bottom = changed(plain, short)
+    assert right - left > 25
+    assert bottom - top > 10
+    assert changed(plain, pointed(place).draw(sheet, labels=long))
+
+
+def test_labels_are_one_for_all_or_one_for_each(sheet):
+    result = detected(md.Region(0.1, 0.4, 0.4, 0.8), md.Region(0.6, 0.4, 0.9, 0.8))
+    same = result.draw(sheet, labels="heron")
+    assert same == result.draw(sheet, labels=["heron", "heron"])
+    assert same != result.draw(sheet, labels=["heron", "stork"])
+    assert result.draw(sheet, labels=["", ""]) == result.draw(sheet)
+
+
+def test_label_is_one_line(sheet):
+    result = thought("A tall\n\theron.", (2, 13, ((0.2, 0.5),)))
+    assert result.draw(sheet) == result.draw(sheet, labels="tall heron")
+    assert result.draw(sheet, labels=" \n") == result.draw(sheet, labels="")
+
+
+@pytest.mark.parametrize("labels", [["one"], ["one", "two", "three"], [], ["one", 2]], ids=repr)
+def test_labels_that_do_not_fit_are_refused(sheet, labels):
+    with pytest.raises(md.RequestError, match="labels must be one string, or 2"):
+        detected(BOX, BOX).draw(sheet, labels=labels)
+
+
+@pytest.mark.parametrize("width", [0, -1, float("nan"), float("inf"), "3"], ids=repr)
+def test_line_width_that_is_none_is_refused(sheet, width):
+    with pytest.raises(md.RequestError, match="line_width"):
+        detected(BOX).draw(sheet, line_width=width)
+
+
+# -- pictures -------------------------------------------------------------------------
+
+
+def as_file(photo):
+    return io.BytesIO(photo.read_bytes())
+
+
+def as_pillow(photo):
+    with Image.open(photo) as image:
+        image.load()
+    return image
+
+
+FORMS = [str, lambda photo: photo, lambda photo: photo.read_bytes(), as_file, as_pillow]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["text", "path", "bytes", "file", "pillow"])
+def test_picture_may_come_in_any_form_and_is_left_as_it_is(photo, form):
+    image = form(photo)
+    drawn = detected(BOX).draw(image)
+    assert drawn.size == (640, 480)
+    assert drawn == detected(BOX).draw(photo)
+    if isinstance(image, Image.Image):
+        assert image == as_pillow(photo)
+
+
+async def test_prepared_picture_is_drawn_over_in_a_thread(client, photo):
+    image = await client.encode_image(photo)
+    drawn = await asyncio.to_thread(detected(BOX).draw, image)
+    assert drawn == detected(BOX).draw(photo)
+
+
+def test_places_are_those_of_the_upright_picture():
+    lying = Image.new("RGB", (40, 20), "white")  # the upper half of the upright one is blue
+    lying.paste("blue", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    file = io.BytesIO()
+    lying.save(file, "PNG", exif=exif)
+    file.seek(0)
+    drawn = pointed((0.5, 0.25)).draw(file, line_width=1)
+    assert drawn.size == (20, 40)
+    assert drawn.getpixel((10, 10)) == FIRST
+    assert drawn.getpixel((1, 1)) == (0, 0, 255)
+    assert drawn.getpixel((1, 38)) == WHITE
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_picture_of_any_mode_becomes_one_of_colours(mode):
+    drawn = detected(BOX).draw(Image.new(mode, (200, 100)), line_width=3)
+    assert drawn.mode == "RGB"
+    assert drawn.getpixel((50, 50)) == FIRST
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (7, 5)], ids=str)
+def test_picture_may_be_tiny(size):
+    sheet = Image.new("RGB", size, "white")
+    for result in (detected(BOX), pointed((0.5, 0.5)), outlined(SQUARE)):
+        assert result.draw(sheet, labels="heron").size == size
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    with pytest.raises(md.ImageError, match="does not exist"):
+        detected(BOX).draw(tmp_path / "nowhere.jpg")
+    with pytest.raises(md.ImageError):
+        detected(BOX).draw(b"no picture")
+
+
+# -- what the server should not have sent ---------------------------------------------
+
+
+def test_outline_without_a_box_has_no_place(sheet):
+    with pytest.raises(md.RequestError, match="no bbox"):
+        outlined(SQUARE, None).draw(sheet)
+    assert outlined(SQUARE, None).whole_path() is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "M 0 0 L 0.5",
+        "hello",
+        "0 0 L 1 1",
+        "L 1 1 Z",
+        "Z",
+        "M",
+        "M 0 0 A 1 1 0 2",
+        "M nan 0 L 1 1",
+        "M 1e999 0 L 1 1 Z",
+    ],
+)
+def test_outline_that_is_no_path_is_refused(sheet, path):
+    with pytest.raises(md.RequestError, match="no SVG path"):
+        outlined(path).draw(sheet)
+    with pytest.raises(md.RequestError, match="no SVG path"):
+        outlined(path).whole_path()
+
+
+@settings(deadline=None)
+@given(
+    path=st.text("MmLlHhVvCcSsQqTtAaZz 0123456789.,-+eE\n#"),
+    bbox=st.builds(md.Region, *[st.floats()] * 4),
+)
+def test_any_path_and_any_box_are_drawn_or_refused(path, bbox):
+    sheet = Image.new("RGB", (20, 10), "white")
+    with contextlib.suppress(md.RequestError):
+        assert outlined(path, bbox).draw(sheet, labels="x").size == (20, 10)
+
+
+@settings(deadline=None)
+@given(x=st.floats(), y=st.floats())
+def test_any_place_is_drawn(x, y):
+    sheet = Image.new("RGB", (20, 10), "white")
+    for result in (
+        pointed((x, y)),
+        detected(md.Region(x, y, y, x)),
+        thought("x", (0, 1, ((x, y),))),
+    ):
+        assert result.draw(sheet, labels="x").size == (20, 10)
+
+
+def test_result_without_places_cannot_be_drawn(sheet):
+    with pytest.raises(md.RequestError, match="a CaptionResult has no places"):
+        draw(md.CaptionResult(caption="A heron."), sheet)
+
+
+# -- the whole path -------------------------------------------------------------------
+
+
+def places(path):
+    numbers = [float(number) for number in re.findall(r"-?[\d.]+(?:E-?\d+)?", path)]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_whole_path_is_where_the_transform_puts_the_path():
+    result = outlined("M 0 0.5 L 1 1 C 0 0.25 0.5 0.75 1 0 Z")
+    move, scale = re.fullmatch(r"translate\((.+)\) scale\((.+)\)", result.transform).groups()
+    dx, dy = map(float, move.split())
+    width, height = map(float, scale.split())
+    moved = [(dx + x * width, dy + y * height) for x, y in places(result.path)]
+    assert places(result.whole_path()) == [pytest.approx(place, abs=1e-5) for place in moved]
+    assert re.sub(r"[-\d., E]", "", result.whole_path()) == "MLCZ"
+
+
+@pytest.mark.parametrize(
+    ("path", "whole"),
+    [
+        ("", ""),
+        ("M 0 0 L 1 1 Z", "M 0.5,0.5 L 0.75,1 Z"),
+        ("m 0 0 l 1 0 v 1 h -0.5 z", "m 0.5,0.5 l 0.25,0 v 0.5 h -0.125 z"),
+        ("M 0 0 Q 1 0 1 1 T 1 2", "M 0.5,0.5 Q 0.75,0.5 0.75,1 T 0.75,1.5"),
+        (
+            "M 0 0 1 1 1 0 z m 0.5 0.5 l 0.25 0",
+            "M 0.5,0.5 L 0.75,1 L 0.75,0.5 z m 0.125,0.25 l 0.0625,0",
+        ),
+    ],
+    ids=["nothing", "lines", "relative", "smooth", "two"],
+)
+def test_whole_path_keeps_the_form_of_the_path(path, whole):
+    assert outlined(path, md.Region(0.5, 0.5, 0.75, 1)).whole_path() == whole
+
+
+def test_arcs_of_a_whole_path_are_stretched_with_it():
+    circle = "M 0.5 0 A 0.5 0.5 0 1 1 0.5 1 A 0.5 0.5 0 1 1 0.5 0 Z"
+    whole = outlined(circle, md.Region(0, 0, 1, 0.5)).whole_path()
+    for x, y in places(whole):
+        assert (2 * x - 1) ** 2 + (4 * y - 1) ** 2 == pytest.approx(1, abs=1e-4)
+
+
+# -- what it needs --------------------------------------------------------------------
+
+
+def test_missing_extra_is_named_where_it_is_needed(sheet, monkeypatch):
+    for name in ("svg", "svg.path"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in (outlined(SQUARE).draw, lambda _: outlined(SQUARE).whole_path()):
+        with pytest.raises(ImportError, match=re.escape("pip install 'moondream-async[draw]'")):
+            call(sheet)
+    assert detected(BOX).draw(sheet) != sheet
+
+
+def test_nothing_of_it_is_loaded_before_it_is_called():
+    program = (
+        "import sys, moondream_async as md\n"
+        "md.DetectResult(objects=(md.Region(0, 0, 1, 1),))\n"
+        "assert not {'PIL', 'svg', 'moondream_async._draw'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# -- real answers ---------------------------------------------------------------------
+
+
+async def test_answers_of_a_server_are_drawn_over_its_picture(client, photo):
+    before = as_pillow(photo)
+    box = (await client.detect(photo, "red circle")).draw(photo)
+    dot = (await client.point(photo, "red circle")).draw(photo)
+    area = (await client.segment(photo, "red circle")).draw(photo)
+    thoughts = (await client.query(photo, "What is red?", reasoning=True)).draw(photo)
+    assert box.getpixel((60, 260)) == FIRST
+    assert box.getpixel((140, 260)) == before.getpixel((140, 260))
+    assert dot.getpixel((140, 260)) == FIRST
+    assert area.getpixel((140, 260)) not in (FIRST, before.getpixel((140, 260)))
+    assert changed(before, area)[:2] == pytest.approx((60, 180), abs=8)
+    assert changed(before, area)[2:] == pytest.approx((220, 340), abs=8)
+    assert thoughts.getpixel((140, 260)) == SECOND
