@@ -130,6 +130,7 @@ class Stream:
         "_timeout",
         "_total_at",
         "_ttft",
+        "_unread",
     )
 
     _key: ClassVar[str] = "chunk"
@@ -156,7 +157,10 @@ class Stream:
         self._timed_out: Phase | None = None
         self._reading = False
         self._closed = False
+        self._unread = False  # text, when it was closed
         self._attach(opening)
+        if opening.events:
+            self._take(opening.events)
 
     def _attach(self, opening: Opening) -> None:
         self._decoder = opening.decoder
@@ -167,8 +171,6 @@ class Stream:
             self._clock = Clock(opening.source, self._timeout, self._total_at, opening.waited)
         self._block: list[Event] = []
         self._ready: Iterator[Event] = iter(self._block)
-        if opening.events:
-            self._take(opening.events)
 
     # -- reading ------------------------------------------------------------------
 
@@ -289,8 +291,13 @@ class Stream:
             self._close()
 
     def _close(self) -> None:
-        self._closed = True
-        self._keep_text(self.text_so_far)
+        text = self.text_so_far
+        if not self._closed:
+            self._closed = True
+            self._unread = not self.completed or any(event.chunk for event in self._ready)
+        self._text = [text]
+        self._block = []
+        self._ready = iter(self._block)
         self._drop_source()
         self._report(None)
         if self._reopening is not None:
@@ -342,11 +349,6 @@ class Stream:
             if self._observer is not None:
                 self._observer.first_chunk(self.request_id)
 
-    def _keep_text(self, text: str) -> None:
-        self._text = [text]
-        self._block = []
-        self._ready = iter(self._block)
-
     async def _fill(self) -> None:
         """Wait until there are events to hand out.
 
@@ -358,11 +360,15 @@ class Stream:
         self._reading = True
         try:
             while True:
-                self._check()
-                if self._decoder.completed:
-                    await self._finish()
-                    raise StopAsyncIteration  # noqa: TRY301 - once a stream
-                events = await self._receive()
+                reopen = self._another_try()
+                if reopen is not None:
+                    events = await self._try_again(reopen)
+                else:
+                    self._check()
+                    if self._decoder.completed:
+                        await self._finish()
+                        raise StopAsyncIteration  # noqa: TRY301 - once a stream
+                    events = await self._receive()
                 if events:
                     self._reopen = None  # from here on, trying again would say things twice
                     self._take(events)
@@ -384,7 +390,7 @@ class Stream:
             raise decoder.failure(partial=self.text_so_far) from self._cause
         if self._timed_out is not None:
             raise self._timeout_error(self._timed_out)
-        if self._closed and not decoder.completed:
+        if self._unread:
             raise ClientClosedError("The stream was closed before its end")
 
     async def _finish(self) -> None:
@@ -425,27 +431,32 @@ class Stream:
             events = self._decoder.feed(data)
         finally:
             clock.stop(progress=bool(events))
-        failure = self._decoder.failure
-        if failure is not None and not events and self._reopen is not None:
-            await self._try_again(failure())
         return events
 
-    async def _try_again(self, error: MoondreamError) -> None:
-        """Ask again, where the connection was lost before the first event."""
-        if not isinstance(error, StreamInterruptedError) or self._reopen is None:
-            return
+    def _another_try(self) -> Reopen | None:
+        """Return how to ask again, where the connection was lost before the first event."""
+        failure = self._decoder.failure
+        lost = failure is not None and isinstance(failure(), StreamInterruptedError)
+        return self._reopen if lost and not self._closed else None
+
+    async def _try_again(self, reopen: Reopen) -> list[Event]:
+        """Ask again; return the answer, if it comes whole.
+
+        Cancelling it changes nothing: whoever reads next tries again.
+        """
         from anyio import CancelScope  # noqa: PLC0415 - importing the package stays light
 
         self._drop_source()
-        lost = APIConnectionError(str(error))
+        lost = APIConnectionError("The stream ended before the answer was complete")
         lost.__cause__ = self._cause
         self._reopening = scope = CancelScope()
         with scope:
             try:
-                opening = await self._reopen(lost)
-            except APIConnectionError as again:
-                if again is lost:  # no try left
-                    return
+                opening = await reopen(lost)
+            except MoondreamError as error:
+                self._reopen = None
+                if error is lost:  # no try left
+                    return []
                 raise
             finally:
                 self._reopening = None
@@ -456,8 +467,8 @@ class Stream:
             else:
                 self._cause = None
                 self._attach(opening)
-        if self._closed:
-            raise ClientClosedError("The stream was closed while it was read")
+                return opening.events
+        raise ClientClosedError("The stream was closed while it was read")
 
     def _timeout_error(self, phase: Phase) -> MoondreamError:
         seconds = getattr(self._timeout, phase)

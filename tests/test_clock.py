@@ -1,0 +1,183 @@
+"""The limits of a stream: which one runs out when, and what does not count.
+
+Time is the tests' own, so that each happens at its second.
+"""
+
+import asyncio
+
+import anyio
+import pytest
+from decoding import sse
+from own_clock import OwnClock
+from sources import (
+    DONE,
+    END,
+    HERON,
+    TEXT,
+    Source,
+    opened,
+)
+
+import moondream_async as md
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return OwnClock(monkeypatch)
+
+
+@pytest.fixture
+def anyio_backend(clock):
+    return "asyncio", {"loop_factory": clock.new_loop}
+
+
+async def fails_at(stream, clock, cls, start):
+    """Read until it fails; return the error, and after how many seconds."""
+    with pytest.raises(cls) as caught:
+        await stream.text()
+    return caught.value, clock.now - start
+
+
+async def test_first_event_is_the_limit_until_anything_comes(clock):
+    source = Source()
+    stream = opened(source, timeout=md.Timeout(first_event=5, idle=2))
+
+    error, seconds = await fails_at(stream, clock, md.APITimeoutError, clock.now)
+
+    assert (error.phase, seconds) == ("first_event", 5)
+    assert not isinstance(error, md.StreamError)
+    assert "did not begin within 5 seconds (Timeout.first_event)" in error.message
+    assert source.closed
+
+
+async def test_what_opening_took_counts_towards_the_first_event(clock):
+    stream = opened(Source(), timeout=md.Timeout(first_event=5), waited=3.0)
+
+    _, seconds = await fails_at(stream, clock, md.APITimeoutError, clock.now)
+
+    assert seconds == 2
+
+
+async def test_idle_is_the_limit_between_two_events(clock):
+    source = Source(4, sse(HERON[0]), 1.5, sse(HERON[1]))
+    stream = opened(source, timeout=md.Timeout(first_event=5, idle=2))
+
+    error, seconds = await fails_at(stream, clock, md.StreamStalledError, clock.now)
+
+    assert (error.phase, error.partial, seconds) == ("idle", "A grey heron ", 7.5)
+    assert "Nothing came for 2 seconds (Timeout.idle)" in error.message
+    assert source.closed
+
+
+@pytest.mark.parametrize(
+    "script",
+    [[], [sse(HERON[0])], [sse(HERON[0]), 6, sse(HERON[1])]],
+    ids=["before the first event", "between two events", "later"],
+)
+async def test_total_is_the_limit_of_all(clock, script):
+    total = md.Timeout(first_event=20, idle=20, total=10)
+    stream = opened(Source(*script), timeout=total, total_at=clock.now + 10)
+
+    error, seconds = await fails_at(stream, clock, md.StreamStalledError, clock.now)
+
+    assert (error.phase, seconds) == ("total", 10)
+    assert "not complete within 10 seconds (Timeout.total)" in error.message
+    assert error.partial == stream.text_so_far
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [b": ping\n\n", b"\n", b"event: mood\n\n", b" "],
+    ids=["comment", "blank", "no data", "half"],
+)
+@pytest.mark.parametrize(
+    ("before", "phase", "seconds"),
+    [([], "first_event", 5), ([sse(HERON[0])], "idle", 3)],
+    ids=["first_event", "idle"],
+)
+async def test_bytes_that_are_no_event_are_no_progress(clock, packet, before, phase, seconds):
+    timeout = md.Timeout(first_event=5, idle=3)
+    stream = opened(Source(*before, *[1, packet] * 10), timeout=timeout)
+
+    error, passed = await fails_at(stream, clock, md.APITimeoutError, clock.now)
+
+    assert (error.phase, passed) == (phase, seconds)
+
+
+async def test_half_events_are_no_progress(clock):
+    half = [byte for each in sse(HERON[1]) for byte in (1, bytes([each]))]
+    stream = opened(Source(sse(HERON[0]), *half), timeout=md.Timeout(idle=10))
+
+    error, seconds = await fails_at(stream, clock, md.StreamStalledError, clock.now)
+
+    assert (error.phase, error.partial, seconds) == ("idle", "A grey ", 10)
+
+
+async def test_every_event_is_progress(clock):
+    script = [part for body in [{"type": "mood"}, *HERON, DONE] for part in (2.5, sse(body))]
+    stream = opened(Source(*script, END), timeout=md.Timeout(first_event=3, idle=3))
+
+    assert await stream.text() == TEXT
+
+
+async def test_a_slow_reader_never_runs_out_of_time():
+    source = Source(*[sse(body) for body in HERON], 2, sse(DONE), END)
+    stream = opened(source, timeout=md.Timeout(first_event=3, idle=3))
+    await asyncio.sleep(1000)
+
+    async for _ in stream:
+        await asyncio.sleep(1000)
+
+    assert stream.text_so_far == TEXT
+
+
+async def test_the_time_adds_up_over_readers_who_gave_up(clock):
+    stream = opened(Source(sse(HERON[0])), timeout=md.Timeout(idle=10))
+    await anext(stream)
+    for _ in range(3):
+        with anyio.move_on_after(3):
+            await stream.text()
+        await asyncio.sleep(1000)  # nobody waits
+
+    error, seconds = await fails_at(stream, clock, md.StreamStalledError, clock.now)
+
+    assert (error.phase, seconds) == ("idle", 1)
+
+
+async def test_no_limit_is_for_ever(clock):
+    source = Source(1e6, sse(HERON[0]), 1e6, sse(*HERON[1:], DONE), END)
+
+    assert await opened(source, timeout=md.Timeout(first_event=None, idle=None)).text() == TEXT
+
+
+async def test_out_of_time_stays_so(clock):
+    source = Source(sse(HERON[0]))
+    stream = opened(source, timeout=md.Timeout(idle=3))
+    for _ in range(3):
+        error, _ = await fails_at(stream, clock, md.StreamStalledError, clock.now)
+        source.send(sse(*HERON[1:], DONE))
+        assert error.partial == "A grey "
+
+    await stream.aclose()
+    await fails_at(stream, clock, md.StreamStalledError, clock.now)
+
+
+async def test_a_stream_makes_few_timers(monkeypatch):
+    """However many events: none is made for each."""
+    loop = asyncio.get_running_loop()
+    made = []
+    call_at = loop.call_at
+    monkeypatch.setattr(
+        loop, "call_at", lambda *args, **kw: made.append(args) or call_at(*args, **kw)
+    )
+    source = Source()
+    stream = opened(source)
+
+    for _ in range(1000):
+        reader = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        source.send(sse(HERON[0]))
+        await reader
+    await stream.aclose()
+
+    assert len(made) <= 2

@@ -1,0 +1,590 @@
+"""Streams over bytes in memory: what readers get, and what becomes of the source.
+
+No sockets: a `Source` is told what arrives, and when. Time is the tests' own.
+"""
+
+import asyncio
+import contextlib
+
+import anyio
+import pytest
+from decoding import CUTS, STOP, chat, cuts, sse
+from own_clock import OwnClock
+from sources import (
+    DONE,
+    END,
+    HERON,
+    TEXT,
+    Source,
+    answered,
+    closed_by_client,
+    lost,
+    no_cycles,
+    opened,
+    read_all,
+    until_idle,
+)
+
+import moondream_async as md
+from moondream_async._protocol.events import decoder_for
+from moondream_async._streams import (
+    CaptionStream,
+    ChatStream,
+    Opening,
+    QueryStream,
+    SegmentStream,
+    StreamCall,
+)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return OwnClock(monkeypatch)
+
+
+@pytest.fixture
+def anyio_backend(clock):
+    return "asyncio", {"loop_factory": clock.new_loop}
+
+
+# -- reading -------------------------------------------------------------------------------
+
+
+async def test_pieces_come_as_they_arrive_and_nothing_is_asked_for_before():
+    source = Source()
+    stream = opened(source)
+    await until_idle()
+    assert source.asked == 0
+
+    for number, body in enumerate(HERON, start=1):
+        source.send(sse(body))
+        assert await anext(stream) == body["chunk"]
+        assert source.asked == number
+    await stream.aclose()
+
+
+async def test_a_packet_of_many_events_is_handed_out_piece_by_piece():
+    source = Source(sse(*HERON, DONE), END)
+    stream = opened(source)
+
+    assert await anext(stream) == "A grey "
+    assert stream.text_so_far == "A grey "
+    assert await read_all(stream) == ["heron ", "stands."]
+    assert source.asked == 1
+
+
+@pytest.mark.parametrize("cut", range(len(CUTS)), ids=CUTS)
+async def test_the_text_is_the_same_however_it_is_cut(cut):
+    packets = list(cuts(sse(*HERON, DONE)))[cut]
+
+    assert await opened(Source(*packets, END)).text() == TEXT
+
+
+READERS = {
+    "the stream": lambda stream: stream,
+    "chunk": lambda stream: stream.chunk,
+    "['chunk']": lambda stream: stream["chunk"],
+    "['caption']": lambda stream: stream["caption"],
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+async def test_the_pieces_have_several_names(reader):
+    assert await read_all(reader(answered(*HERON, DONE))) == ["A grey ", "heron ", "stands."]
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+async def test_all_names_are_one_iterator(reader):
+    stream = answered(*HERON, DONE)
+    first = reader(stream)
+
+    assert await anext(first) == "A grey "
+    assert await anext(reader(stream)) == "heron "
+    assert await anext(stream.chunk) == "stands."
+    assert await read_all(first) == []
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+async def test_the_iterator_alone_keeps_its_stream(reader):
+    with no_cycles():
+        pieces = reader(answered(*HERON, DONE))
+
+        assert await read_all(pieces) == ["A grey ", "heron ", "stands."]
+
+
+@pytest.mark.parametrize(
+    ("stream", "skill", "key", "bodies"),
+    [
+        (CaptionStream, "caption", "caption", [*HERON, DONE]),
+        (QueryStream, "query", "answer", [*HERON, DONE]),
+        (ChatStream, "chat", "message", [chat(content=TEXT), STOP, b"[DONE]"]),
+    ],
+)
+async def test_every_stream_has_the_key_of_the_official_sdk(stream, skill, key, bodies):
+    opened_ = opened(Source(sse(*bodies), END), stream, skill)
+
+    assert "".join(await read_all(opened_[key])) == TEXT
+
+
+@pytest.mark.parametrize("key", ["answer", "path", "text", "_clock", "", "events"])
+async def test_there_are_no_other_keys(key):
+    async with answered(DONE) as stream:
+        with pytest.raises(KeyError) as caught:
+            stream[key]
+
+    assert caught.value.args == (key,)
+
+
+async def test_text_is_the_rest_and_text_so_far_all():
+    stream = answered(*HERON, DONE)
+    await anext(stream)
+
+    assert await stream.text() == "heron stands."
+    assert stream.text_so_far == TEXT
+    assert await stream.text() == ""
+
+
+async def test_empty_pieces_are_not_handed_out():
+    stream = answered({"chunk": ""}, HERON[0], {"chunk": None}, {"chunk": "", "completed": True})
+
+    assert await read_all(stream) == ["A grey "]
+
+
+async def test_events_tell_all_that_arrives():
+    bodies = [HERON[0], {"type": "mood", "value": "calm"}, {"stats": {"tokens": 1}}, DONE]
+
+    assert await read_all(answered(*bodies).events) == [
+        md.ChunkEvent(chunk="A grey ", raw=bodies[0]),
+        md.UnknownEvent(event="mood", raw=bodies[1]),
+        md.MetricsEvent(metrics={"tokens": 1}, raw=bodies[2]),
+        md.FinalEvent(raw=bodies[3]),
+    ]
+
+
+async def test_events_alone_keep_their_stream():
+    with no_cycles():
+        events = answered(*HERON, DONE).events
+
+        assert len(await read_all(events)) == 4
+
+
+@pytest.mark.parametrize("packets", [[sse(*HERON, DONE)], [sse(x) for x in [*HERON, DONE]]])
+async def test_text_and_events_can_be_read_by_turns(packets):
+    stream = opened(Source(*packets, END))
+
+    assert await anext(stream) == "A grey "
+    assert (await anext(stream.events)).chunk == "heron "
+    assert stream.text_so_far == "A grey heron "
+    assert await anext(stream) == "stands."
+    assert isinstance(await anext(stream.events), md.FinalEvent)
+    assert await read_all(stream) == []
+    assert stream.text_so_far == TEXT
+
+
+async def test_what_is_known_is_there_as_soon_as_it_has_arrived():
+    source = Source(sse({**HERON[0], "request_id": "42"}))
+    stream = opened(source)
+    assert (stream.request_id, stream.finish_reason, stream.metrics) == (None, None, None)
+
+    await anext(stream)
+    assert (stream.request_id, stream.completed) == ("42", False)
+
+    source.send(sse({**DONE, "reasoning": "Look."}), END)
+    assert await stream.text() == ""
+    assert (stream.finish_reason, stream.metrics, stream.completed) == ("stop", {"tokens": 3}, True)
+    assert stream.reasoning == md.Reasoning("Look.")
+    for key in ("request_id", "finish_reason", "metrics", "reasoning", "usage"):
+        assert stream[key] == getattr(stream, key)
+
+
+async def test_segment_says_where_before_it_says_what():
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+    final = {"type": "final", "path": "M 1 1 Z", "parse_error": "odd", "completed": True}
+    source = Source(sse({"type": "bbox", "bbox": box}, {"type": "path_delta", "chunk": "M 0 0 Z"}))
+    stream = opened(source, SegmentStream, "segment")
+
+    assert await anext(stream) == "M 0 0 Z"
+    assert stream.bbox == stream["bbox"] == md.Region(**box)
+    assert stream.path is None
+
+    source.send(sse(final), END)
+    assert await stream.text() == ""
+    assert stream.path == stream["path"] == "M 1 1 Z"
+    assert stream.parse_error == stream["parse_error"] == "odd"
+
+
+async def test_ttft_is_the_time_from_sending_to_the_first_text(clock):
+    sent_at = clock.now
+    source = Source(3.0, sse({"type": "mood"}), 2.5, sse(HERON[0]), 9.0, sse(DONE), END)
+    stream = opened(source, sent_at=sent_at)
+    await anext(stream.events)
+    assert stream.ttft is None
+
+    await stream.text()
+
+    assert stream.ttft == 5.5
+
+
+async def test_repr_tells_the_state():
+    source = Source(sse(HERON[0]))
+    stream = opened(source)
+    assert repr(stream) == "<CaptionStream open, 0 characters, request None>"
+    await anext(stream)
+    assert repr(stream) == "<CaptionStream open, 7 characters, request None>"
+    source.send(sse(DONE), END)
+    await stream.text()
+    assert repr(stream) == "<CaptionStream complete, 7 characters, request 42>"
+    other = opened(Source())
+    await other.aclose()
+    assert repr(other) == "<CaptionStream closed, 0 characters, request None>"
+
+
+# -- the end -------------------------------------------------------------------------------
+
+
+async def test_a_stream_read_to_its_end_gives_its_connection_back():
+    source = Source(sse(*HERON, DONE))
+    stream = opened(source)
+
+    await stream.text()
+
+    assert (source.finished, source.closed) == (True, True)
+
+
+@pytest.mark.parametrize("reader", ["chunk", "events"])
+async def test_a_complete_stream_says_so_again_and_again(reader):
+    stream = answered(*HERON, DONE)
+    await stream.text()
+
+    for _ in range(3):
+        with pytest.raises(StopAsyncIteration):
+            await anext(getattr(stream, reader))
+        await stream.aclose()
+
+
+async def test_what_is_lost_after_the_end_does_not_matter():
+    assert await opened(Source(sse(*HERON, DONE), lost)).text() == TEXT
+
+
+async def test_a_plain_answer_is_a_stream_of_one_piece():
+    decoder = decoder_for("caption")
+    events = decoder.body(b'{"caption": "A grey heron.", "request_id": "42"}')
+    stream = CaptionStream(Opening(decoder, events=events, sent_at=0.0))
+
+    assert stream.request_id == "42"
+    assert await read_all(stream) == ["A grey heron."]
+    assert await read_all(stream) == []
+    await stream.aclose()
+    assert stream.ttft is not None
+
+
+# -- failures ------------------------------------------------------------------------------
+
+FAILURES = [
+    pytest.param([END], md.StreamInterruptedError, "ended before the answer", id="ended early"),
+    pytest.param(
+        [lost], md.StreamInterruptedError, "ended before the answer", id="connection lost"
+    ),
+    pytest.param(
+        [b'data: {"chunk": "lost', END], md.StreamInterruptedError, "ended", id="half an event"
+    ),
+    pytest.param([sse({"error": "boom"})], md.StreamServerError, "boom", id="error event"),
+    pytest.param([b"data: odd\n\n"], md.StreamProtocolError, "no JSON object: odd", id="no JSON"),
+]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "in one packet"])
+@pytest.mark.parametrize(("script", "cls", "says"), FAILURES)
+async def test_a_failure_comes_after_the_text_and_holds_it(script, cls, says, together):
+    packets = [sse(*HERON[:2]), *script]
+    if together and isinstance(script[0], bytes):
+        packets = [packets[0] + script[0], *script[1:]]
+    source = Source(*packets)
+    stream = opened(source)
+
+    assert await anext(stream) == "A grey "
+    assert await anext(stream) == "heron "
+    for _ in range(3):
+        with pytest.raises(cls, match=says) as caught:
+            await anext(stream)
+        assert caught.value.partial == stream.text_so_far == "A grey heron "
+    assert source.closed
+    assert not stream.completed
+    await stream.aclose()
+
+
+@pytest.mark.parametrize(("script", "cls", "says"), FAILURES)
+async def test_text_that_fails_leaves_what_had_arrived(script, cls, says):
+    stream = opened(Source(sse(*HERON[:2]), *script))
+
+    with pytest.raises(cls, match=says) as caught:
+        await stream.text()
+
+    assert caught.value.partial == stream.text_so_far == "A grey heron "
+
+
+async def test_a_lost_connection_is_the_cause():
+    stream = opened(Source(sse(HERON[0]), lost))
+
+    with pytest.raises(md.StreamInterruptedError) as caught:
+        await stream.text()
+
+    assert isinstance(caught.value.__cause__, md.APIConnectionError)
+    assert "reset" in str(caught.value.__cause__)
+
+
+async def test_a_failure_is_not_changed_by_closing():
+    stream = opened(Source(sse(HERON[0]), END))
+    with pytest.raises(md.StreamInterruptedError):
+        await stream.text()
+
+    await stream.aclose()
+
+    with pytest.raises(md.StreamInterruptedError) as caught:
+        await stream.text()
+    assert caught.value.partial == "A grey "
+
+
+async def test_a_client_that_closes_says_so():
+    source = Source(sse(HERON[0]), closed_by_client)
+    stream = opened(source)
+
+    for _ in range(2):
+        with pytest.raises(md.ClientClosedError):
+            await stream.text()
+    assert source.closed
+
+
+# -- two readers ---------------------------------------------------------------------------
+
+
+async def test_a_second_reader_is_refused_and_the_first_reads_on():
+    source = Source()
+    stream = opened(source)
+    first = asyncio.create_task(stream.text())
+    await until_idle()
+
+    for reader in (stream, stream.chunk, stream.events):
+        with pytest.raises(md.MoondreamError, match="Another task is already reading"):
+            await anext(reader)
+
+    source.send(sse(*HERON, DONE), END)
+    assert await first == TEXT
+
+
+async def test_readers_may_take_turns():
+    source = Source(sse(*HERON, DONE), END)
+    stream = opened(source)
+
+    async def read_one():
+        return await anext(stream)
+
+    tasks = [asyncio.create_task(read_one()) for _ in HERON]
+
+    assert "".join(await asyncio.gather(*tasks)) == TEXT
+    await stream.aclose()
+
+
+# -- closing -------------------------------------------------------------------------------
+
+
+async def test_an_unfinished_stream_drops_its_connection_when_it_is_closed():
+    source = Source(sse(HERON[0]))
+    stream = opened(source)
+    await anext(stream)
+
+    await stream.aclose()
+    await stream.aclose()
+
+    assert (source.closed, source.finished) == (True, False)
+
+
+async def test_a_finished_stream_gives_its_connection_back_when_it_is_closed():
+    source = Source(sse(*HERON, DONE))
+    stream = opened(source)
+    await anext(stream)
+
+    await stream.aclose()
+
+    assert (source.closed, source.finished) == (True, True)
+
+
+async def leave_by_end(stream):
+    async with stream:
+        pass
+
+
+async def leave_by_break(stream):
+    async with stream:
+        async for _ in stream:
+            break
+
+
+async def leave_by_error(stream):
+    with contextlib.suppress(ZeroDivisionError):
+        async with stream:
+            1 / 0  # noqa: B018 - raises
+
+
+async def leave_by_cancelling(stream):
+    with anyio.CancelScope() as scope:
+        async with stream:
+            scope.cancel()
+            await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_by_end, leave_by_break, leave_by_error, leave_by_cancelling]
+)
+async def test_leaving_the_block_closes_the_stream(leave):
+    source = Source(sse(HERON[0]))
+
+    await leave(opened(source))
+
+    assert (source.closed, source.finished) == (True, False)
+
+
+@pytest.mark.parametrize("packets", [[sse(*HERON)], [sse(*HERON, DONE)]], ids=["open", "complete"])
+async def test_a_closed_stream_does_not_pass_for_one_that_was_read(packets):
+    stream = opened(Source(*packets))
+    await anext(stream)
+
+    await stream.aclose()
+
+    for reader in (stream, stream.events):
+        with pytest.raises(md.ClientClosedError):
+            await anext(reader)
+    with pytest.raises(md.ClientClosedError):
+        await stream.text()
+    assert stream.text_so_far == "A grey "
+
+
+async def test_a_stream_closed_after_its_last_piece_is_at_its_end():
+    stream = opened(Source(sse(*HERON, DONE)))
+    for _ in HERON:
+        await anext(stream)
+
+    await stream.aclose()
+
+    assert await read_all(stream) == []
+
+
+async def test_closing_wakes_who_waits():
+    source = Source(sse(HERON[0]))
+    stream = opened(source)
+    reader = asyncio.create_task(stream.text())
+    await until_idle()
+
+    await stream.aclose()
+
+    with pytest.raises(md.ClientClosedError, match="closed while it was read"):
+        await reader
+    assert source.closed
+    assert stream.text_so_far == "A grey "
+
+
+async def test_closing_a_complete_stream_can_be_cancelled_and_closes_all_the_same():
+    class Slow(Source):
+        async def finish(self):
+            await anyio.sleep_forever()
+
+    source = Slow(sse(*HERON, DONE))
+    stream = opened(source)
+    await anext(stream)
+    with anyio.move_on_after(5):
+        await stream.aclose()
+
+    assert source.closed
+
+
+# -- cancelling ----------------------------------------------------------------------------
+
+
+async def test_cancelling_a_reader_that_waits_loses_nothing():
+    source = Source()
+    stream = opened(source)
+    got = []
+    for packet in (b'data: {"chu', b'nk": "A grey "}\n', b"\n" + sse(*HERON[1:], DONE)):
+        reader = asyncio.create_task(anext(stream))
+        await until_idle()
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        source.send(packet)
+        with anyio.move_on_after(1):
+            got.append(await anext(stream))
+
+    assert "".join([*got, await stream.text()]) == TEXT
+
+
+@pytest.mark.parametrize("size", [1, 5, 30])
+async def test_a_reader_cancelled_again_and_again_gets_everything_once(size):
+    whole = sse(*HERON, DONE)
+    script = []
+    for start in range(0, len(whole), size):
+        script += [0.3, whole[start : start + size]]
+    stream = opened(Source(*script, END), timeout=md.Timeout(first_event=None, idle=None))
+
+    got = []
+    done = False
+    while not done:
+        with anyio.move_on_after(1):
+            async for piece in stream:
+                got += [piece]
+            done = True
+
+    assert "".join(got) == stream.text_so_far == TEXT
+
+
+# -- a call with stream=True ---------------------------------------------------------------
+
+
+async def call(source):
+    await asyncio.sleep(0)
+    return opened(source)
+
+
+async def test_a_call_is_awaited():
+    stream = await StreamCall(call(Source(sse(*HERON, DONE))))
+
+    assert await stream.text() == TEXT
+
+
+async def test_a_call_is_entered():
+    source = Source(sse(*HERON))
+    async with StreamCall(call(source)) as stream:
+        assert await anext(stream) == "A grey "
+
+    assert source.closed
+
+
+async def test_a_call_goes_wherever_a_coroutine_can():
+    sources = [Source(sse(*HERON, DONE)) for _ in range(3)]
+    streams = [
+        await asyncio.create_task(StreamCall(call(sources[0]))),
+        await asyncio.wait_for(StreamCall(call(sources[1])), 5),
+        *await asyncio.gather(StreamCall(call(sources[2]))),
+    ]
+
+    assert [await stream.text() for stream in streams] == [TEXT] * 3
+    unused = StreamCall(call(Source()))
+    assert asyncio.iscoroutine(unused)
+    unused.close()
+
+
+async def test_a_call_that_fails_raises_where_it_is_awaited_or_entered():
+    async def refuse():
+        raise md.RequestError("bad")
+
+    with pytest.raises(md.RequestError):
+        await StreamCall(refuse())
+    with pytest.raises(md.RequestError):
+        async with StreamCall(refuse()):
+            pytest.fail("it was not entered")
+
+
+async def test_a_call_that_is_never_awaited_warns_like_any_other():
+    with pytest.warns(RuntimeWarning, match="never awaited"):
+        StreamCall(call(Source()))
+
+    StreamCall(call(Source())).close()

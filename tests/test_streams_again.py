@@ -1,0 +1,215 @@
+"""Another try at a stream: before its first event, and never after."""
+
+import asyncio
+from collections import deque
+
+import anyio
+import pytest
+from decoding import sse
+from own_clock import OwnClock
+from sources import (
+    DONE,
+    END,
+    HERON,
+    TEXT,
+    Source,
+    closed_by_client,
+    lost,
+    opened,
+    read_all,
+    until_idle,
+)
+
+import moondream_async as md
+from moondream_async._protocol.events import decoder_for
+from moondream_async._streams import (
+    Opening,
+)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return OwnClock(monkeypatch)
+
+
+@pytest.fixture
+def anyio_backend(clock):
+    return "asyncio", {"loop_factory": clock.new_loop}
+
+
+class Reopening:
+    """Gives one opening after the other, or raises what stands in its place."""
+
+    def __init__(self, *openings):
+        self.failures = []
+        self._openings = deque(openings)
+
+    async def __call__(self, error):
+        self.failures.append(error)
+        opening = self._openings.popleft() if self._openings else error
+        if isinstance(opening, Exception):
+            raise opening
+        return opening
+
+
+def opening(*script, sent_at=None):
+    return Opening(decoder_for("caption"), Source(*script), sent_at=sent_at)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [[END], [lost], [b": ping\n\n", END], [b"id: 7\n", lost], [b'data: {"chunk": "A', END]],
+    ids=["ended", "lost", "ended after a heartbeat", "lost after an id", "half an event"],
+)
+async def test_a_stream_lost_before_its_first_event_is_asked_for_again(script):
+    first = Source(*script)
+    reopen = Reopening(opening(sse(*HERON, DONE), END))
+    stream = opened(first, reopen=reopen)
+
+    assert await stream.text() == TEXT
+    assert first.closed
+    [failure] = reopen.failures
+    assert isinstance(failure, md.APIConnectionError)
+    assert not failure.permanent
+
+
+async def test_it_may_be_lost_more_than_once():
+    reopen = Reopening(opening(END), opening(lost), opening(sse(*HERON, DONE)))
+
+    assert await opened(Source(END), reopen=reopen).text() == TEXT
+    assert len(reopen.failures) == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [HERON[0], {"type": "mood"}, {"chunk": ""}],
+    ids=["text", "an unknown event", "an empty chunk"],
+)
+async def test_after_an_event_a_stream_is_never_asked_for_again(body):
+    reopen = Reopening(opening(sse(*HERON, DONE)))
+    stream = opened(Source(sse(body), lost), reopen=reopen)
+
+    with pytest.raises(md.StreamInterruptedError):
+        await stream.text()
+
+    assert reopen.failures == []
+
+
+@pytest.mark.parametrize(
+    ("script", "cls"),
+    [
+        ([sse({"error": "boom"})], md.StreamServerError),
+        ([b"data: odd\n\n"], md.StreamProtocolError),
+        ([200], md.APITimeoutError),
+        ([closed_by_client], md.ClientClosedError),
+    ],
+    ids=["error event", "no JSON", "timeout", "client closed"],
+)
+async def test_what_another_try_would_not_help_is_not_tried(script, cls):
+    reopen = Reopening(opening(sse(*HERON, DONE)))
+    stream = opened(Source(*script), reopen=reopen)
+
+    with pytest.raises(cls):
+        await stream.text()
+
+    assert reopen.failures == []
+
+
+async def test_when_no_try_is_left_the_stream_was_interrupted():
+    stream = opened(Source(lost), reopen=Reopening())
+
+    for _ in range(2):
+        with pytest.raises(md.StreamInterruptedError) as caught:
+            await stream.text()
+        assert str(caught.value.__cause__) == "The connection was lost: reset"
+
+
+async def test_a_try_that_fails_raises_what_it_raised():
+    refused = md.BadRequestError("no", status=400)
+    stream = opened(Source(END), reopen=Reopening(refused))
+
+    with pytest.raises(md.BadRequestError) as caught:
+        await stream.text()
+
+    assert caught.value is refused
+    with pytest.raises(md.MoondreamError):
+        await stream.text()
+
+
+async def test_another_try_that_is_answered_in_one_piece_is_read():
+    decoder = decoder_for("caption")
+    events = decoder.body(b'{"caption": "A grey heron stands.", "request_id": "43"}')
+    stream = opened(Source(END), reopen=Reopening(Opening(decoder, events=events)))
+
+    assert await read_all(stream) == [TEXT]
+    assert (stream.completed, stream.request_id, stream.text_so_far) == (True, "43", TEXT)
+
+
+async def test_ttft_is_counted_from_the_try_that_was_answered(clock):
+    reopen = Reopening(opening(7, sse(*HERON, DONE), sent_at=clock.now + 50))
+    stream = opened(Source(50, END), reopen=reopen, sent_at=clock.now)
+
+    await stream.text()
+
+    assert stream.ttft == 7
+
+
+async def test_another_try_starts_its_own_clock():
+    reopen = Reopening(opening(4, sse(*HERON, DONE)))
+    stream = opened(Source(4, END), reopen=reopen, timeout=md.Timeout(first_event=5))
+
+    assert await stream.text() == TEXT
+
+
+class Waiting:
+    """A try that takes long."""
+
+    def __init__(self, *openings):
+        self.tried = 0
+        self.go = asyncio.Event()
+        self._openings = deque(openings)
+
+    async def __call__(self, error):
+        self.tried += 1
+        await self.go.wait()
+        return self._openings.popleft()
+
+
+async def test_closing_ends_a_try_under_way():
+    reopen = Waiting()
+    stream = opened(Source(END), reopen=reopen)
+    reader = asyncio.create_task(stream.text())
+    await until_idle()
+
+    await stream.aclose()
+
+    with pytest.raises(md.ClientClosedError):
+        await reader
+    assert reopen.tried == 1
+
+
+async def test_a_try_that_succeeds_as_the_stream_is_closed_is_closed_too():
+    late = opening(sse(*HERON, DONE))
+    stream = None
+
+    async def reopen(error):
+        await stream.aclose()
+        return late
+
+    stream = opened(Source(END), reopen=reopen)
+
+    with pytest.raises(md.ClientClosedError):
+        await stream.text()
+    assert late.source.closed
+
+
+async def test_a_reader_cancelled_during_a_try_can_read_on():
+    reopen = Waiting(opening(sse(*HERON, DONE)))
+    stream = opened(Source(END), reopen=reopen)
+    with anyio.move_on_after(5):
+        await stream.text()
+
+    reopen.go.set()
+
+    assert await stream.text() == TEXT
+    assert reopen.tried == 2
