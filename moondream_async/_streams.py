@@ -410,7 +410,8 @@ class Stream:
         if source is None or clock is None:  # closed meanwhile
             raise ClientClosedError("The stream was closed before its end")
         events: list[Event] = []
-        clock.start()
+        if not source.closed:  # as it is when its event loop is gone; then there is no wait
+            clock.start()
         try:
             data = await source.__anext__()
         except StopAsyncIteration:

@@ -12,6 +12,7 @@ from aiohttp import hdrs
 from moondream_async._protocol import MAX_BODY_BYTES
 from moondream_async.errors import APIConnectionError, ClientClosedError
 
+from .abandoned import close_response
 from .faults import FAULTS, say
 
 if TYPE_CHECKING:
@@ -138,12 +139,14 @@ class Body:
             return
         self._closed_by_client = by_client
         loop = self._pool.loop
-        if loop.is_closed():
-            self._pool.abandon()
-        elif _is_running_here(loop) or not loop.is_running():
+        if _is_running_here(loop):
             self._close()
-        else:
+        elif loop.is_running():
             loop.call_soon_threadsafe(self._close)
+        elif loop.is_closed():
+            self._pool.abandon()
+        else:
+            self.abandon()
 
     def _close(self) -> None:
         if self.closed:
@@ -157,8 +160,11 @@ class Body:
         self._settle()
 
     def abandon(self) -> None:
-        """Give back what is held outside the loop."""
-        self._settle()
+        """Close it at once; its loop may be closed, or at rest."""
+        if not self.closed:
+            self._closed_by_client = True
+            close_response(self._response)
+            self._settle()
 
     def _settle(self) -> None:
         if not self.closed:

@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import aiohttp
 import anyio
@@ -23,6 +23,7 @@ from yarl import URL
 
 from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamError
 
+from .abandoned import close_connector
 from .bodies import READ_BUFFER_BYTES, Body
 from .faults import FAULTS, is_disconnect, translate
 from .uploads import Part, Upload
@@ -290,27 +291,25 @@ class Pool:
 
     def drop(self) -> bool:
         """Close, when the client was dropped; from any thread. Return whether that was too soon."""
-        if self.closed or self.loop.is_closed():
+        too_soon = self._owns_session and not self.closed and not self.loop.is_closed()
+        if self.loop.is_running():
+            # No task: one that starts as the loop ends is cancelled before its first step.
+            self.loop.call_soon_threadsafe(self.abandon)
+        else:
             self.abandon()
-            return False
-        self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.aclose()))
-        return self._owns_session
+        return too_soon
 
     def abandon(self) -> None:
-        """Let go of everything, without noise, when the loop is gone."""
+        """Close everything at once and without noise; the loop may be closed, or at rest."""
         self.closed = True
         for body in tuple(self.bodies):
             body.abandon()
         connector = self._session.connector
-        if not self._owns_session or connector is None or connector.closed:
-            return
-        self._session.detach()
-        # asyncio has no way to close a transport without its loop, and complains of
-        # those that are left. Hence a look under the covers, of both libraries.
-        protocols = [kept for line in connector._conns.values() for kept, _ in line]  # noqa: SLF001
-        for protocol in (*protocols, *connector._acquired):  # noqa: SLF001
-            _close_without_loop(protocol.transport)
-        connector._close()  # noqa: SLF001
+        if self._owns_session and connector is not None and not connector.closed:
+            self._session.detach()
+            close_connector(connector)
+        with contextlib.suppress(StopIteration, RuntimeError):  # it has nothing left to wait for
+            self._lifeline.aclose().__await__().send(None)
 
 
 async def _close_with_loop(pool: weakref.ref[Pool]) -> AsyncGenerator[None, None]:
@@ -325,18 +324,6 @@ async def _close_with_loop(pool: weakref.ref[Pool]) -> AsyncGenerator[None, None
             if living._owns_session:  # noqa: SLF001 - a part of the pool
                 await living._session.close()  # noqa: SLF001
             await asyncio.sleep(0)
-
-
-def _close_without_loop(transport: Any) -> None:
-    """Close a transport's socket, and that of the one below it where it does TLS."""
-    below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
-    for each in (transport, below):
-        if hasattr(each, "_closed"):
-            vars(each)["_closed"] = True
-        sock = getattr(each, "_sock", None)
-        if sock is not None:
-            sock.close()
-            vars(each)["_sock"] = None
 
 
 def _follow(method: str, url: URL, status: int, location: str, *, leave_origin: bool) -> URL:

@@ -1,0 +1,542 @@
+"""One client, several event loops: one after the other, at once, closed by hand, left at exit.
+
+The server runs in a thread and a loop of its own. Whatever complains, by a warning
+or in the log, fails the test.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+
+import anyio
+import pytest
+from anyio.from_thread import start_blocking_portal
+from raw_server import (
+    EVENTS,
+    STREAM_HEAD,
+    TEXT,
+    RawServer,
+    answer_all,
+    in_chunks,
+)
+
+import moondream_async as md
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+
+
+async def answer_then_stall(peer):
+    """Answer plain calls, and leave streams after a word."""
+    while True:
+        request = await peer.request()
+        if request.wants_stream:
+            await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+            await peer.until_gone()
+        peer.requests.pop()
+        await peer.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 40\r\n\r\n"
+            + b'{"caption": "A cat sleeps."}'.ljust(40)
+        )
+
+
+class Remote:
+    """A server in another thread."""
+
+    def __init__(self, portal, server):
+        self.endpoint = server.endpoint
+        self.server = server
+        self._portal = portal
+
+    def wait_until_idle(self):
+        async def wait():
+            with anyio.fail_after(30):
+                await self.server.until_idle()
+
+        self._portal.call(wait)
+
+    @property
+    def open(self):
+        return self._portal.call(lambda: self.server.open)
+
+
+@contextlib.contextmanager
+def serving(play):
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(RawServer(play)) as server,
+    ):
+        yield Remote(portal, server)
+
+
+@pytest.fixture
+def server():
+    with serving(answer_all) as server:
+        yield server
+
+
+@pytest.fixture
+def stalling():
+    with serving(answer_then_stall) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _silence(_nothing_left_open, caplog):
+    """No log record, and, once all garbage is gone, no warning."""
+    yield
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left(_silence):
+    before = set(threading.enumerate())
+    yield
+    left = set(threading.enumerate()) - before
+    assert left == set()
+
+
+def client_of(server, **options):
+    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
+
+
+async def call_both_ways(client, times=3):
+    for _ in range(times):
+        assert (await client.caption(IMAGE)).caption == TEXT
+        async with client.caption(IMAGE, stream=True) as stream:
+            assert await stream.text() == TEXT
+
+
+# -- one after the other --------------------------------------------------------------
+
+
+def test_client_serves_several_runs_of_asyncio(server, photo):
+    client = client_of(server)
+    for number in range(3):
+        asyncio.run(call_both_ways(client))
+        asyncio.run(client.encode_image(photo))
+        server.wait_until_idle()  # its connections went with their loop
+        assert len(server.server.peers) == number + 1
+    asyncio.run(client.aclose())
+
+
+def test_client_serves_several_runs_in_debug_mode(server, caplog):
+    caplog.set_level(logging.WARNING)  # asyncio tells of its selector at a lower one
+    client = client_of(server)
+    for _ in range(3):
+        asyncio.run(call_both_ways(client), debug=True)
+    asyncio.run(client.aclose(), debug=True)
+
+
+def test_client_serves_anyio_too(server):
+    client = client_of(server)
+    for _ in range(3):
+        anyio.run(call_both_ways, client)
+    anyio.run(client.aclose)
+
+
+def test_stream_left_open_at_the_end_of_a_run_is_closed_with_it(stalling):
+    client = client_of(stalling)
+    kept = []
+
+    async def leave_one():
+        kept.append(await client.caption(IMAGE, stream=True))
+        await anext(kept[-1])
+
+    for _ in range(3):
+        asyncio.run(leave_one())
+        stalling.wait_until_idle()
+    assert repr(client).endswith("0 open>")
+    asyncio.run(client.aclose())
+    for stream in kept:
+        assert stream.text_so_far == "A "
+        with pytest.raises(md.ClientClosedError):
+            asyncio.run(stream.text())
+
+
+def test_reader_left_alone_at_the_end_of_a_run_is_cancelled_with_it(stalling):
+    client = client_of(stalling)
+    readers = []
+
+    async def leave_one():
+        stream = await client.caption(IMAGE, stream=True)
+        readers.append(asyncio.ensure_future(stream.text()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    asyncio.run(leave_one())
+    assert readers[0].cancelled()
+    stalling.wait_until_idle()
+    asyncio.run(client.aclose())
+
+
+def test_client_made_inside_a_run_and_dropped_warns_once_and_no_more(server):
+    async def forget():
+        await call_both_ways(client_of(server))
+
+    with pytest.warns(ResourceWarning) as caught:
+        asyncio.run(forget())
+    assert ["MoondreamClient was dropped" in str(each.message) for each in caught] == [True]
+    server.wait_until_idle()
+
+
+def test_client_dropped_after_its_loops_are_gone_is_silent(server):
+    client = client_of(server)
+    asyncio.run(call_both_ways(client))
+    del client
+    gc.collect()
+    server.wait_until_idle()
+
+
+# -- at once --------------------------------------------------------------------------
+
+
+def in_threads(number, work):
+    """Run `work(index)` in so many threads at once; raise what one of them raises."""
+    failures = []
+
+    def run(index):
+        try:
+            work(index)
+        except BaseException as error:  # noqa: BLE001 - raised below, in the test's own thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    if failures:
+        raise failures[0]
+
+
+def test_client_serves_the_loops_of_several_threads_at_once(server, photo):
+    client = client_of(server, max_connections=3)  # fewer than are asked for at once
+
+    async def work():
+        await asyncio.gather(*[call_both_ways(client, 5) for _ in range(4)])
+        assert (await client.caption(photo)).caption == TEXT
+
+    in_threads(4, lambda _: [asyncio.run(work()) for _ in range(3)])
+    assert repr(client).endswith("0 open>")
+    server.wait_until_idle()
+    asyncio.run(client.aclose())
+
+
+def test_closing_from_any_loop_closes_the_streams_of_all(stalling):
+    client = client_of(stalling)
+    opened = threading.Barrier(4)
+
+    def read(index):
+        async def work():
+            stream = await client.caption(IMAGE, stream=True)
+            assert await anext(stream) == "A "
+            reader = asyncio.ensure_future(stream.text())
+            await asyncio.get_running_loop().run_in_executor(None, opened.wait)
+            with pytest.raises(md.ClientClosedError):
+                await reader
+            with pytest.raises(md.ClientClosedError):
+                await client.caption(IMAGE)
+            await client.aclose()
+
+        asyncio.run(work())
+
+    def close():
+        opened.wait()
+        asyncio.run(client.aclose())
+        asyncio.run(client.aclose())
+
+    in_threads(4, lambda index: close() if index == 3 else read(index))
+    stalling.wait_until_idle()
+
+
+def test_closing_from_another_loop_may_leave_time_to_finish(server):
+    client = client_of(server)
+    opened, closing = threading.Event(), threading.Event()
+
+    async def read():
+        stream = await client.caption(IMAGE, stream=True)
+        opened.set()
+        await asyncio.get_running_loop().run_in_executor(None, closing.wait)
+        assert await stream.text() == TEXT
+
+    async def close():
+        task = asyncio.ensure_future(client.aclose(grace=60))
+        await asyncio.sleep(0)
+        closing.set()
+        await task
+
+    def close_from_here():
+        opened.wait()
+        asyncio.run(close())
+
+    in_threads(2, lambda index: close_from_here() if index else asyncio.run(read()))
+    server.wait_until_idle()
+
+
+@pytest.fixture
+def quick_switches():
+    """Threads take turns as often as can be, so that they meet in every place."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_calls_that_begin_as_the_client_is_closed_leave_nothing_open(server, quick_switches):
+    async def call(client):
+        with contextlib.suppress(md.ClientClosedError):
+            while True:
+                await client.caption(IMAGE)
+
+    async def work(index, client, start, closed):
+        start.wait()
+        if index:
+            await call(client)  # and then the loop lives on: only the client closes connections
+            await asyncio.to_thread(closed.wait)
+        else:
+            await client.aclose()
+            try:
+                await asyncio.to_thread(server.wait_until_idle)
+            finally:
+                closed.set()
+
+    for _ in range(30):
+        arguments = (client_of(server), threading.Barrier(4), threading.Event())
+        in_threads(4, lambda index, each=arguments: asyncio.run(work(index, *each)))
+
+
+# -- loops closed by hand -------------------------------------------------------------
+
+
+def run_by_hand(loop, coroutine):
+    return loop.run_until_complete(asyncio.wait_for(coroutine, 30))
+
+
+def test_loop_closed_by_hand_with_idle_connections_is_dropped_in_silence(server):
+    client = client_of(server)
+    for _ in range(3):
+        loop = asyncio.new_event_loop()
+        run_by_hand(loop, call_both_ways(client))
+        loop.close()
+        del loop
+        gc.collect()
+    asyncio.run(call_both_ways(client))
+    server.wait_until_idle()
+    asyncio.run(client.aclose())
+
+
+@pytest.mark.parametrize("after", ["another call", "close", "drop"])
+def test_loop_closed_by_hand_with_an_open_stream_is_dropped_in_silence(stalling, after):
+    client = client_of(stalling, max_connections=1)
+    loop = asyncio.new_event_loop()
+    stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
+    assert run_by_hand(loop, stream.__anext__()) == "A "
+    loop.close()
+    if after == "another call":  # which gets the place of the one that is gone
+        assert asyncio.run(asyncio.wait_for(client.caption(IMAGE), 30)).caption == TEXT
+    if after == "drop":
+        with pytest.warns(ResourceWarning, match="CaptionStream was dropped"):
+            del stream
+    else:
+        asyncio.run(client.aclose())
+        assert stream.text_so_far == "A "
+    stalling.wait_until_idle()
+    asyncio.run(client.aclose())
+
+
+def test_stream_dropped_while_its_loop_rests_is_closed_as_the_loop_goes(stalling):
+    client = client_of(stalling)
+    loop = asyncio.new_event_loop()
+    stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
+    with pytest.warns(ResourceWarning, match="CaptionStream was dropped"):
+        del stream
+    loop.close()
+    stalling.wait_until_idle()
+    asyncio.run(client.aclose())
+
+
+def test_client_closed_while_a_loop_rests_leaves_that_loop_usable(stalling):
+    loop = asyncio.new_event_loop()
+    for _ in range(5):
+        client = client_of(stalling)
+        run_by_hand(loop, client.caption(IMAGE))
+        stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
+        asyncio.run(client.aclose())
+        stalling.wait_until_idle()
+        with pytest.raises(md.ClientClosedError):
+            run_by_hand(loop, stream.text())
+    loop.close()
+
+
+def test_client_dropped_while_a_loop_rests_is_closed_when_it_goes_on(server):
+    client = client_of(server)
+    loop = asyncio.new_event_loop()
+    run_by_hand(loop, client.caption(IMAGE))
+    with pytest.warns(ResourceWarning, match="MoondreamClient was dropped"):
+        del client
+    run_by_hand(loop, asyncio.sleep(0))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    server.wait_until_idle()
+    loop.close()
+
+
+def test_client_dropped_while_a_loop_rests_is_closed_when_that_is_closed(server):
+    client = client_of(server)
+    loop = asyncio.new_event_loop()
+    run_by_hand(loop, client.caption(IMAGE))
+    with pytest.warns(ResourceWarning, match="MoondreamClient was dropped"):
+        del client
+    loop.close()
+    del loop
+    gc.collect()
+    server.wait_until_idle()
+
+
+def test_place_in_line_of_a_loop_that_is_gone_goes_to_the_next(server):
+    client = client_of(server, max_connections=1)
+    loop = asyncio.new_event_loop()
+
+    async def stand_in_line():
+        task = asyncio.ensure_future(client.caption(IMAGE))
+        await asyncio.sleep(0)
+        return task
+
+    async def work():
+        stream = await client.caption(IMAGE, stream=True)
+        task = await asyncio.to_thread(run_by_hand, loop, stand_in_line())
+        loop.close()
+        next_in_line = asyncio.ensure_future(client.caption(IMAGE))
+        await asyncio.sleep(0)
+        assert await stream.text() == TEXT
+        assert (await asyncio.wait_for(next_in_line, 30)).caption == TEXT
+        task._log_destroy_pending = False  # whose fault that is, is clear here
+        await client.aclose()
+
+    asyncio.run(work())
+
+
+def test_session_of_the_caller_outlives_the_client_in_its_loop(server):
+    import aiohttp
+
+    async def work():
+        async with aiohttp.ClientSession() as session:
+            for _ in range(2):
+                async with client_of(server, session=session) as client:
+                    await call_both_ways(client)
+            client = client_of(server, session=session)
+            await call_both_ways(client)
+            del client  # it has nothing of its own to close
+            gc.collect()
+            await asyncio.sleep(0)
+            assert not session.closed
+
+    asyncio.run(work())
+    server.wait_until_idle()
+    assert len(server.server.peers) == 1
+
+
+# -- the end of the interpreter -------------------------------------------------------
+
+START = """
+    import asyncio, sys
+    import moondream_async as md
+    image = md.EncodedImage(b"jpeg", "image/jpeg", 8, 8)
+    client = md.MoondreamClient(endpoint=sys.argv[1])
+
+    async def open_stream():
+        stream = await client.caption(image, stream=True)
+        await stream.__anext__()
+        return stream
+"""
+
+ENDS = {
+    "nothing open": "asyncio.run(client.caption(image))",
+    "closed": """
+        async def main():
+            async with client:
+                await open_stream()
+        asyncio.run(main())
+    """,
+    "stream kept after a run": "stream = asyncio.run(open_stream())",
+    "stream dropped after a run": "asyncio.run(open_stream())",
+    "stream in a loop that rests": """
+        loop = asyncio.new_event_loop()
+        stream = loop.run_until_complete(open_stream())
+    """,
+    "stream in a loop closed by hand": """
+        loop = asyncio.new_event_loop()
+        stream = loop.run_until_complete(open_stream())
+        loop.close()
+    """,
+    "idle connection in a loop that rests": """
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(client.caption(image))
+    """,
+    "exit inside a stream": """
+        async def main():
+            async for piece in await client.caption(image, stream=True):
+                sys.exit()
+        asyncio.run(main())
+    """,
+    "exit inside an entered stream": """
+        async def main():
+            async with client, client.caption(image, stream=True) as stream:
+                async for piece in stream:
+                    sys.exit()
+        asyncio.run(main())
+    """,
+    "reader left running": """
+        async def main():
+            global reader
+            reader = asyncio.ensure_future((await open_stream()).text())
+            await asyncio.sleep(0)
+        asyncio.run(main())
+    """,
+    "stream in a daemon thread": """
+        import threading
+        opened = threading.Event()
+        async def main():
+            stream = await open_stream()
+            opened.set()
+            await stream.text()
+        threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()
+        opened.wait()
+    """,
+}
+
+
+# What may be said with warnings on: our own, how Python comments on them, that the script's
+# loop was not closed, and, in debug mode, that a loaded machine was slow.
+EXPECTED = re.compile(
+    r".*ResourceWarning: (CaptionStream|A MoondreamClient) was dropped"
+    r"|ResourceWarning: Enable tracemalloc"
+    r"|Object allocated at|  "
+    r"|.*ResourceWarning: unclosed event loop"
+    r"|.*ResourceWarning: unclosed <socket\.socket .* family=(1|AddressFamily.AF_UNIX),"
+    r"|Executing <"
+)
+
+
+@pytest.mark.parametrize("flags", [[], ["-W", "always"], ["-X", "dev"]], ids=["", "-W", "-X dev"])
+@pytest.mark.parametrize("end", ENDS)
+def test_interpreter_ends_in_silence(stalling, end, flags):
+    script = textwrap.dedent(START) + textwrap.dedent(ENDS[end])
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", script, stalling.endpoint],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    if not flags:
+        assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if not EXPECTED.match(line)] == []
