@@ -285,7 +285,7 @@ class Stream:
         finished one gives its connection back. Cancelling it drops the connection.
         """
         try:
-            if self.completed and self._source is not None and not self._reading:
+            if self.completed and self._source is not None:
                 await self._source.finish()
         finally:
             self._close()

@@ -114,7 +114,9 @@ async def test_half_events_are_no_progress(clock):
 
 
 async def test_every_event_is_progress(clock):
-    script = [part for body in [{"type": "mood"}, *HERON, DONE] for part in (2.5, sse(body))]
+    script = []
+    for body in [{"type": "mood"}, *HERON, DONE]:
+        script += [2, b": ping\n\n", 0.5, sse(body)]
     stream = opened(Source(*script, END), timeout=md.Timeout(first_event=3, idle=3))
 
     assert await stream.text() == TEXT
@@ -142,6 +144,17 @@ async def test_the_time_adds_up_over_readers_who_gave_up(clock):
     error, seconds = await fails_at(stream, clock, md.StreamStalledError, clock.now)
 
     assert (error.phase, seconds) == ("idle", 1)
+
+
+async def test_a_stream_that_nobody_reads_has_no_timer_in_the_end():
+    stream = opened(Source(sse(HERON[0])))
+    with anyio.move_on_after(5):
+        await stream.text()
+
+    await asyncio.sleep(1000)
+
+    assert [timer for timer in asyncio.get_running_loop()._scheduled if timer.when() > 0] == []
+    await stream.aclose()
 
 
 async def test_no_limit_is_for_ever(clock):

@@ -450,6 +450,7 @@ async def test_a_closed_stream_does_not_pass_for_one_that_was_read(packets):
     await anext(stream)
 
     await stream.aclose()
+    await stream.aclose()
 
     for reader in (stream, stream.events):
         with pytest.raises(md.ClientClosedError):

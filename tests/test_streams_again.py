@@ -124,6 +124,15 @@ async def test_when_no_try_is_left_the_stream_was_interrupted():
         assert str(caught.value.__cause__) == "The connection was lost: reset"
 
 
+async def test_what_was_lost_before_is_no_cause_of_what_is_lost_later():
+    stream = opened(Source(lost), reopen=Reopening(opening(sse(HERON[0]), END)))
+
+    with pytest.raises(md.StreamInterruptedError) as caught:
+        await stream.text()
+
+    assert caught.value.__cause__ is None
+
+
 async def test_a_try_that_fails_raises_what_it_raised():
     refused = md.BadRequestError("no", status=400)
     stream = opened(Source(END), reopen=Reopening(refused))
@@ -213,3 +222,17 @@ async def test_a_reader_cancelled_during_a_try_can_read_on():
 
     assert await stream.text() == TEXT
     assert reopen.tried == 2
+
+
+async def test_a_closed_stream_is_not_asked_for_again():
+    reopen = Waiting(opening(sse(*HERON, DONE)))
+    stream = opened(Source(END), reopen=reopen)
+    with anyio.move_on_after(5):
+        await stream.text()
+
+    await stream.aclose()
+
+    reopen.go.set()
+    with pytest.raises(md.MoondreamError):
+        await stream.text()
+    assert reopen.tried == 1
