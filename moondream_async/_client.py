@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from ._skills import Skills
 from .errors import RequestError
-from .types import ClientStats, Hooks, Timeout
+from .types import ClientStats, Hooks, Length, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .batch import Batches
+    from .bulk.items import ItemT
+    from .bulk.run import BulkRun, Items
 
 CLOUD = "https://api.moondream.ai/v1"
 
@@ -130,6 +132,76 @@ class MoondreamClient(Skills):
         from .batch import Batches  # noqa: PLC0415 - most programs have none
 
         return Batches(self._caller, self._model)
+
+    def bulk(
+        self,
+        items: Items[ItemT],
+        skill: str = "caption",
+        *,
+        ordered: bool = False,
+        concurrency: int | None = None,
+        max_retries: int | None = None,
+        **arguments: Any,
+    ) -> BulkRun[ItemT]:
+        """Ask the same about many pictures; iterate over what becomes of each.
+
+        ::
+
+            async with client.bulk(Path("photos").rglob("*.jpg"), "detect", object="dog") as run:
+                async for each in run:
+                    print(each.item, each.result.objects if each.ok else each.error)
+
+        As many requests are open as the server keeps up with: few at first, more while
+        that goes well, fewer when it fails or grows slow; after a 429 they are also
+        spaced out in time. `max_connections` and `rate_limit` hold. Items are taken only
+        when their turn comes, and none while twice as many as that wait for the reader.
+
+        What fails is tried again as in other calls, and so is what runs out of time. A
+        refusal (429) does not count while the server lets others in. An item that fails
+        for good is a result with an `error`, and the run goes on; a wrong key, a closed
+        client, and what `items` itself raises end it, after the results that are there.
+
+        Args:
+            items: Pictures as `caption` takes them, `BulkItem`s, or mappings with the
+                keys of one; from any iterable or asynchronous iterable. An ordinary one
+                is read in the event loop, and should not block it.
+            skill: ``caption``, ``query``, ``detect``, ``point`` or ``segment``.
+            ordered: Whether results come in the order of the items, or as they finish.
+            concurrency: How many requests may be open at most, below `max_connections`.
+            max_retries: How often an item that failed is tried again; None is the client's.
+            arguments: The skill's own, for all items: `question`, `object`, `length`,
+                `settings`, `model`, ...
+
+        Raises:
+            RequestError: An argument can't be right; nothing was sent.
+        """
+        from .bulk.items import Asking  # noqa: PLC0415 - most programs need it not
+        from .bulk.run import BulkRun, check_items  # noqa: PLC0415 - likewise
+
+        check_items(items)
+        if concurrency is not None:
+            _check_count("concurrency", concurrency, least=1)
+        if max_retries is not None:
+            _check_count("max_retries", max_retries, least=0)
+        return BulkRun(
+            self._caller,
+            items,
+            Asking(skill, arguments, model=self._model),
+            ordered=ordered,
+            concurrency=concurrency,
+            max_retries=max_retries,
+        )
+
+    def caption_many(
+        self,
+        images: Items[ItemT],
+        *,
+        length: Length = "normal",
+        ordered: bool = False,
+        **options: Any,
+    ) -> BulkRun[ItemT]:
+        """Describe many pictures; the same as `bulk` with the skill ``caption``."""
+        return self.bulk(images, "caption", ordered=ordered, length=length, **options)
 
     def stats(self) -> ClientStats:
         """Return what the client is doing and has done, in all its event loops."""

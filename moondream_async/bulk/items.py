@@ -1,0 +1,126 @@
+"""What goes into a bulk run and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+
+from moondream_async._protocol.requests import (
+    Request,
+    Skill,
+    caption_request,
+    detect_request,
+    point_request,
+    query_request,
+    segment_request,
+)
+from moondream_async.errors import MoondreamError, RequestError
+from moondream_async.types import EncodedImage, Result
+
+ItemT = TypeVar("ItemT")
+Make = Callable[[EncodedImage], Request]
+
+_FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
+    "caption": (caption_request, {"length": "normal", "stream": False}),
+    "query": (
+        query_request,
+        {"question": None, "stream": False, "reasoning": None, "spatial_refs": None},
+    ),
+    "detect": (detect_request, {"object": None}),
+    "point": (point_request, {"object": None, "spatial_refs": None}),
+    "segment": (segment_request, {"object": None, "stream": False, "spatial_refs": None}),
+}
+_OWN = ("question", "object", "length")  # what an item may say for itself
+_NO_PICTURE = EncodedImage(b"", "image/jpeg", 0, 0)
+
+
+class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture with what is to be asked about it; None is what the run asks about all.
+
+    A mapping with the same keys does as well.
+    """
+
+    image: Any
+    """The picture, as `caption` takes it."""
+    id: Any = None
+    """Anything of yours, to know the result by."""
+    question: str | None = None
+    object: str | None = None
+    length: str | None = None
+
+
+class BulkResult(msgspec.Struct, Generic[ItemT], frozen=True, kw_only=True):
+    """What became of one item: a result or an error."""
+
+    item: ItemT
+    """The item, as it was handed in."""
+    index: int
+    """Its place among the items, from 0."""
+    result: Result | None = None
+    """The answer, typed as that of the skill."""
+    error: MoondreamError | None = None
+    """Why there is none."""
+    tries: int = 0
+    """How many requests were sent for it; 0 where the picture could not be."""
+    seconds: float = 0.0
+    """From when it was its turn until it was done, waiting between tries included."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a result."""
+        return self.error is None
+
+    @property
+    def id(self) -> Any:
+        """The item's own id, if it has one."""
+        if isinstance(self.item, Mapping):
+            return self.item.get("id")
+        return self.item.id if isinstance(self.item, BulkItem) else None
+
+
+class Asking:
+    """What a run asks: a skill and the arguments that hold for all its items.
+
+    Raises:
+        RequestError: There is no such skill, or an argument can't be right. An item may
+            bring what is still missing here.
+    """
+
+    def __init__(self, skill: str, arguments: Mapping[str, Any], *, model: str | None) -> None:
+        if skill not in _FIELDS:
+            raise RequestError(f"skill must be one of {', '.join(_FIELDS)}, not {skill!r}")
+        self.skill = cast("Skill", skill)
+        self._make, defaults = _FIELDS[skill]
+        known = {name for name in defaults if name != "stream"} | {"settings", "model"}
+        if unknown := set(arguments) - known:
+            raise RequestError(f"{skill} has no argument {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in arguments.items() if value is not None}
+        self._arguments = {**defaults, "settings": None, "model": model, **given}
+        # A mistake that holds for every item is told before the first of them.
+        needed = {"query": "question"}.get(skill, "object")
+        may_come = {} if self._arguments.get(needed, "") is not None else {needed: "?"}
+        self._make(_NO_PICTURE, **{**self._arguments, **may_come})
+
+    def about(self, item: Any) -> tuple[Any, Make]:
+        """Return an item's picture, and what makes its request once that is prepared.
+
+        Raises:
+            RequestError: The item is none.
+        """
+        if isinstance(item, Mapping):
+            item = self._read(item)
+        if not isinstance(item, BulkItem):
+            return item, lambda image: self._make(image, **self._arguments)
+        own = {name: getattr(item, name) for name in _OWN if getattr(item, name) is not None}
+        if unknown := set(own) - set(self._arguments):
+            raise RequestError(f"{self.skill} has no argument {', '.join(sorted(unknown))}")
+        arguments = {**self._arguments, **own}
+        return item.image, lambda image: self._make(image, **arguments)
+
+    def _read(self, item: Mapping[str, Any]) -> BulkItem:
+        known = BulkItem.__struct_fields__
+        if "image" not in item:
+            raise RequestError("an item that is a mapping needs the key 'image'")
+        return BulkItem(**{key: value for key, value in item.items() if key in known})

@@ -1,0 +1,480 @@
+"""Many pictures through one client: what comes out, how fast it goes, and what is left behind."""
+
+import asyncio
+import gc
+import heapq
+import io
+
+import anyio
+import anyio.lowlevel
+import pytest
+from PIL import Image
+
+import moondream_async as md
+from moondream_async.bulk import BulkItem, BulkResult, Control
+from moondream_async.simulator import Simulator
+
+
+def picture(number=0):
+    file = io.BytesIO()
+    Image.new("RGB", (8 + number % 50, 8), (number % 256, 80, 20)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def tasks_of_runs():
+    return [task for task in asyncio.all_tasks() if "bulk" in task.get_name()]
+
+
+async def nothing_left():
+    """Wait until no task of a run is left; the test's own time limit is the only one."""
+    while tasks_of_runs():
+        await anyio.lowlevel.checkpoint()
+
+
+@pytest.fixture
+async def impatient(simulator):
+    """A client whose failed calls are over at once."""
+    async with md.MoondreamClient(endpoint=simulator.endpoint, max_retries=0) as client:
+        yield client
+
+
+# -- results ------------------------------------------------------------------------
+
+
+async def test_every_item_comes_out_once_with_its_own_answer(client):
+    pictures = [picture(number) for number in range(60)]
+    expected = [(await client.caption(each)).caption for each in pictures]
+    results = [result async for result in client.bulk(pictures)]
+    assert sorted(result.index for result in results) == list(range(60))
+    assert all(result.item is pictures[result.index] for result in results)
+    assert all(result.result.caption == expected[result.index] for result in results)
+    assert all(result.ok and result.tries == 1 and result.seconds > 0 for result in results)
+
+
+async def test_ordered_results_come_in_the_order_of_the_items(simulator, client):
+    simulator.faults.append("slow_start=0.05,times=3")
+    results = [each async for each in client.bulk(map(picture, range(30)), ordered=True)]
+    assert [result.index for result in results] == list(range(30))
+
+
+async def test_results_come_as_they_finish(simulator, client):
+    simulator.faults.append("slow_start=30")
+    async with client.bulk(map(picture, range(9))) as run:
+        first = {(await anext(run)).index for _ in range(8)}
+    assert len(first) == 8  # and not the ninth, which takes half a minute
+
+
+async def test_caption_many_takes_a_length(client):
+    short = [each async for each in client.caption_many([picture()], length="short")]
+    assert (
+        short[0].result == await client.caption(picture(), length="short")
+        or short[0].result.caption == (await client.caption(picture(), length="short")).caption
+    )
+
+
+@pytest.mark.parametrize(
+    ("skill", "arguments", "field"),
+    [
+        ("caption", {"settings": {"max_tokens": 5}}, "caption"),
+        ("query", {"question": "How wide is it?"}, "answer"),
+        ("detect", {"object": "red"}, "objects"),
+        ("point", {"object": "red"}, "points"),
+        ("segment", {"object": "red"}, "path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_every_skill_of_one_picture_is_there(client, photo, skill, arguments, field):
+    async with client.bulk([photo], skill, **arguments) as run:
+        (result,) = [each async for each in run]
+    assert result.error is None
+    assert result.result[field]
+
+
+async def test_an_item_may_bring_its_own_question_and_id(simulator, client, photo):
+    items = [
+        {"image": photo, "question": "What colour is it?", "id": 7, "of_mine": "kept"},
+        BulkItem(image=photo, question="How bright is it?", id="b"),
+        BulkItem(image=photo),
+    ]
+    run = client.bulk(items, "query", question="How wide is it?", ordered=True)
+    results = [each async for each in run]
+    assert [each.id for each in results] == [7, "b", None]
+    asked = [request.body["question"] for request in simulator.requests]
+    assert sorted(asked) == ["How bright is it?", "How wide is it?", "What colour is it?"]
+    assert results[0].item["of_mine"] == "kept"
+
+
+async def test_items_may_come_from_an_asynchronous_iterable(client):
+    async def pictures():
+        for number in range(5):
+            await anyio.lowlevel.checkpoint()
+            yield picture(number)
+
+    assert len([each async for each in client.bulk(pictures())]) == 5
+
+
+async def test_no_items_are_no_results(simulator, client):
+    assert [each async for each in client.bulk([])] == []
+    assert simulator.requests == []
+
+
+# -- errors -------------------------------------------------------------------------
+
+
+async def test_a_bad_picture_is_a_result_with_its_error_and_without_a_request(
+    simulator, client, photo, tmp_path
+):
+    run = client.bulk([photo, b"no picture", tmp_path / "missing.jpg", photo], ordered=True)
+    results = [each async for each in run]
+    assert [type(each.error) for each in results] == [
+        type(None),
+        md.ImageError,
+        md.ImageError,
+        type(None),
+    ]
+    assert [each.tries for each in results] == [1, 0, 0, 1]
+    assert "missing.jpg" in str(results[2].error)
+    assert len(simulator.requests) == 2
+
+
+async def test_a_refused_request_is_a_result_with_its_error(simulator, client, photo):
+    simulator.faults.append("status=413")
+    results = [each async for each in client.bulk([photo] * 5)]
+    assert [type(each.error) for each in results if each.error] == [md.PayloadTooLargeError]
+
+
+async def test_a_missing_question_fails_only_its_item(client, photo):
+    items = [BulkItem(image=photo), BulkItem(image=photo, question="How wide is it?")]
+    results = [each async for each in client.bulk(items, "query", ordered=True)]
+    assert isinstance(results[0].error, md.RequestError)
+    assert results[1].ok
+
+
+async def test_what_can_pass_is_tried_again_and_counted(simulator, client, photo):
+    simulator.faults.extend(["status=500", "status=503"])
+    (result,) = [each async for each in client.bulk([photo])]
+    assert result.ok
+    assert result.tries == 3
+
+
+async def test_without_retries_one_failure_is_the_end_of_an_item(simulator, impatient, photo):
+    simulator.faults.append("status=500")
+    (result,) = [each async for each in impatient.bulk([photo])]
+    assert isinstance(result.error, md.ServerError)
+    assert result.tries == 1
+
+
+async def test_refusals_fail_nothing_while_others_are_let_in(simulator, client):
+    simulator.faults.extend(["status=429,times=3"])
+    async with client.bulk(map(picture, range(12)), max_retries=1) as run:
+        results = [each async for each in run]
+    assert all(each.ok for each in results)
+
+
+async def test_retry_after_holds_up_all_of_the_run(simulator, client):
+    simulator.faults.append("status=429,retry_after=0.3")
+    results = [each async for each in client.bulk(map(picture, range(12)), concurrency=1)]
+    assert all(each.ok for each in results)
+    first = simulator.requests[0]
+    assert all(each.ended_at - first.ended_at >= 0.28 for each in simulator.requests[1:])
+
+
+async def test_a_wrong_key_ends_the_run():
+    async with (
+        Simulator(api_key="right") as simulator,
+        md.MoondreamClient("wrong", endpoint=simulator.endpoint) as client,
+        client.bulk(picture() for _ in iter(int, 1)) as run,
+    ):
+        with pytest.raises(md.AuthenticationError):
+            await anext(run)
+        with pytest.raises(StopAsyncIteration):
+            await anext(run)
+    assert tasks_of_runs() == []
+
+
+async def test_a_client_that_is_closed_ends_the_run(simulator, client):
+    simulator.faults.append("slow_start=30,times=always")
+    run = client.bulk(picture() for _ in iter(int, 1))
+    async with anyio.create_task_group() as group:
+
+        async def close():
+            await simulator.wait_until(lambda: len(simulator.requests) > 1)
+            await client.aclose()
+
+        group.start_soon(close)
+        with pytest.raises(md.ClientClosedError):
+            await anext(run)
+    await run.aclose()
+
+
+async def test_what_the_source_raises_comes_after_the_results_before_it(client):
+    def pictures():
+        yield picture(0)
+        yield picture(1)
+        raise OSError("the disk is gone")
+
+    async with client.bulk(pictures(), ordered=True) as run:
+        assert [(await anext(run)).index for _ in range(2)] == [0, 1]
+        with pytest.raises(OSError, match="the disk is gone"):
+            await anext(run)
+
+
+@pytest.mark.parametrize(
+    ("items", "skill", "arguments"),
+    [
+        ("photo.jpg", "caption", {}),
+        (b"a picture", "caption", {}),
+        (7, "caption", {}),
+        ([], "chat", {}),
+        ([], "caption", {"length": "huge"}),
+        ([], "caption", {"question": "Why?"}),
+        ([], "query", {"question": " "}),
+        ([], "caption", {"settings": {"temperature": -1}}),
+        ([], "caption", {"concurrency": 0}),
+        ([], "caption", {"max_retries": -1}),
+    ],
+    ids=str,
+)
+async def test_an_argument_that_cannot_be_right_is_refused_at_once(
+    simulator, client, items, skill, arguments
+):
+    with pytest.raises(md.RequestError):
+        client.bulk(items, skill, **arguments)
+    assert simulator.requests == []
+
+
+# -- bounds -------------------------------------------------------------------------
+
+
+class Source:
+    """A source without an end, which counts what was taken from it."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def __iter__(self):
+        while True:
+            self.taken += 1
+            yield picture()
+
+
+async def test_nothing_is_taken_ahead_of_a_server_that_is_busy(simulator, client):
+    simulator.faults.append("slow_start=30,times=always")
+    source = Source()
+    async with client.bulk(source, concurrency=3) as run, anyio.create_task_group() as group:
+        group.start_soon(anext, run)
+        await simulator.wait_until(lambda: len(simulator.requests) == 3)
+        await anyio.wait_all_tasks_blocked()
+        assert source.taken <= 6
+        assert len(simulator.requests) == 3
+        group.cancel_scope.cancel()
+
+
+async def test_nothing_is_taken_ahead_of_a_reader_that_is_busy(client):
+    source = Source()
+    async with client.bulk(source, concurrency=3) as run:
+        for taken in range(1, 20):
+            await anext(run)
+            while run.in_flight:  # nobody reads meanwhile
+                await anyio.sleep(0.001)
+            assert source.taken <= taken + 6
+
+
+async def test_no_more_are_open_than_max_connections(simulator):
+    most = 0
+
+    def look(_event):
+        nonlocal most
+        most = max(most, simulator.connections.open)
+
+    hooks = md.Hooks(end=look)
+    async with md.MoondreamClient(
+        endpoint=simulator.endpoint, max_connections=5, hooks=hooks
+    ) as client:
+        results = [each async for each in client.bulk(map(picture, range(200)))]
+    assert len(results) == 200
+    assert 1 < most <= 5
+
+
+# -- its end ------------------------------------------------------------------------
+
+
+async def test_leaving_the_run_leaves_no_task_and_no_request(simulator, client):
+    simulator.faults.append("slow_start=30,times=always")
+    async with client.bulk(Source()) as run:
+        with anyio.move_on_after(0.05):
+            await anext(run)
+        await simulator.wait_until(lambda: len(simulator.requests) == 4)
+    assert tasks_of_runs() == []
+    await simulator.wait_until(lambda: simulator.connections.open == 0)
+
+
+async def test_a_break_leaves_no_task(simulator, client):
+    async for result in client.bulk(Source()):
+        assert result.ok
+        break
+    await nothing_left()
+    await simulator.wait_until(lambda: all(r.ended.is_set() for r in simulator.requests))
+
+
+async def test_a_dropped_run_is_freed_without_the_cyclic_collector(client):
+    gc.disable()
+    try:
+        run = client.bulk(Source())
+        await anext(run)
+        del run
+        await nothing_left()
+    finally:
+        gc.enable()
+
+
+async def test_cancelling_a_reader_outside_async_with_ends_the_run(simulator, client):
+    simulator.faults.append("slow_start=30,times=always")
+    run = client.bulk(Source())
+    with anyio.move_on_after(0.05):
+        await anext(run)
+    assert tasks_of_runs() == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(run)
+
+
+async def test_cancelling_a_reader_inside_async_with_loses_nothing(simulator, client):
+    simulator.faults.append("slow_start=0.1,times=4")
+    async with client.bulk(map(picture, range(8))) as run:
+        with anyio.move_on_after(0.02):
+            await anext(run)
+        assert sorted([each.index async for each in run]) == list(range(8))
+
+
+async def test_stop_takes_no_more_and_finishes_what_is_under_way(client):
+    source = Source()
+    async with client.bulk(source) as run:
+        seen = [await anext(run)]
+        run.stop()
+        taken = source.taken
+        seen += [each async for each in run]
+    assert source.taken == taken == len(seen)
+    assert all(each.ok for each in seen)
+
+
+async def test_closing_twice_and_reading_after_that_do_no_harm(client):
+    run = client.bulk(Source())
+    await anext(run)
+    await run.aclose()
+    await run.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(run)
+
+
+def test_a_run_that_was_never_read_needs_no_end():
+    client = md.MoondreamClient(endpoint="http://127.0.0.1:9")
+    client.bulk([])
+    asyncio.run(client.aclose())
+
+
+async def test_results_hold_on_to_no_frames(client):
+    (result,) = [each async for each in client.bulk([b"no picture"])]
+    assert isinstance(result, BulkResult)
+    assert result.error.__traceback__ is None
+
+
+# -- how much a server takes: arithmetic, with a clock of its own ---------------------
+
+
+def test_the_limit_grows_while_the_server_keeps_up_and_stops_at_the_most():
+    control = Control(40)
+    for answer in range(400):
+        control.succeeded(answer / 100, 0.5, full=True)
+    assert control.limit == 40
+
+
+def test_the_limit_grows_only_where_all_places_are_taken():
+    control = Control(40)
+    for answer in range(400):
+        control.succeeded(answer / 100, 0.5, full=False)
+    assert control.limit == 4
+
+
+def test_the_limit_falls_by_half_once_for_all_that_was_sent_before():
+    control = Control(64)
+    for _ in range(60):
+        control.succeeded(0, 0.5, full=True)
+    assert control.limit == 64
+    for _ in range(10):
+        control.overloaded(1.0, sent_at=0.5)
+    assert control.limit == 32
+    control.overloaded(2.0, sent_at=1.5)
+    assert control.limit == 16
+    for moment in range(3, 30):
+        control.overloaded(moment, sent_at=moment)
+    assert control.limit == 1
+
+
+def test_after_a_fall_the_limit_grows_by_one_a_round():
+    control = Control(64)
+    for _ in range(28):
+        control.succeeded(0, 0.5, full=True)
+    control.overloaded(1.0, sent_at=0.5)
+    assert control.limit == 16
+    for _ in range(17):
+        control.succeeded(2, 0.5, full=True)
+    assert control.limit == 17
+
+
+def test_the_limit_falls_when_answers_take_longer_and_recovers():
+    control = Control(64)
+    for _ in range(60):
+        control.succeeded(0, 0.5, full=True)
+    for _ in range(300):
+        control.succeeded(1, 5.0, full=True)
+    slow = control.limit
+    assert 4 <= slow < 40
+    for _ in range(3000):
+        control.succeeded(2, 0.5, full=True)
+    assert control.limit > slow
+
+
+def test_retry_after_is_kept():
+    control = Control(10)
+    control.refused(5.0, sent_at=4.5, retry_after=7.0)
+    assert control.delay(5.0) == 7.0
+    assert control.delay(12.0) == 0.0
+
+
+def throughput(*, allowed, burst, seconds, items):
+    """Run items against a server that allows so many a second; return its accepted per second,
+    counted over the second half of them, and how many were refused."""
+    control, now, refilled, tokens = Control(100), 0.0, 0.0, burst
+    under_way, again, waiting, done, refusals, half = [], 0, items, 0, 0, 0.0
+    while done < items:
+        while (waiting or again) and len(under_way) < control.limit and not control.delay(now):
+            control.started(now)
+            waiting, again = (waiting, again - 1) if again else (waiting - 1, again)
+            tokens, refilled = min(burst, tokens + (now - refilled) * allowed), now
+            let_in = tokens >= 1
+            tokens -= let_in
+            heapq.heappush(under_way, (now + (seconds if let_in else 0.001), let_in, now))
+        soonest = [under_way[0][0]] if under_way else []
+        if (waiting or again) and len(under_way) < control.limit:
+            soonest.append(now + control.delay(now))
+        now = min(soonest)
+        while under_way and under_way[0][0] <= now:
+            full = len(under_way) >= control.limit
+            _, let_in, sent_at = heapq.heappop(under_way)
+            if let_in:
+                done += 1
+                half = now if done == items // 2 else half
+                control.succeeded(now, seconds, full=full)
+            else:
+                again, refusals = again + 1, refusals + 1
+                control.refused(now, sent_at=sent_at)
+    return (items - items // 2) / (now - half), refusals
+
+
+@pytest.mark.parametrize("seconds", [0.002, 0.5])
+@pytest.mark.parametrize("allowed", [2, 10, 100])
+def test_the_rate_settles_at_what_the_server_allows(allowed, seconds):
+    items = allowed * 120
+    reached, refusals = throughput(allowed=allowed, burst=allowed, seconds=seconds, items=items)
+    assert reached > 0.97 * allowed
+    assert refusals < items / 6
