@@ -50,14 +50,19 @@ async def entries(
 
 
 async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
-    """Iterate over items that come from either kind of iterable.
+    """Iterate over items that come from either kind of iterable; close it with this.
 
     Raises:
         RequestError: It is none.
     """
     if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
+        iterator = aiter(items)
+        try:
+            async for item in iterator:
+                yield item
+        finally:
+            if isinstance(iterator, AsyncGenerator):
+                await iterator.aclose()
     elif isinstance(items, Iterable):
         for item in items:
             yield item

@@ -85,9 +85,12 @@ async def spooled(caller: Caller, requests: Requests) -> AsyncIterator[SharedFil
         MoondreamError: The disk is full.
     """
     tally = Tally()
-    async with _closing(tempfile.TemporaryFile()) as file:
+    async with (
+        _closing(tempfile.TemporaryFile()) as file,
+        contextlib.aclosing(each(requests)) as given,
+    ):
         group: list[BatchRequest] = []
-        async for request in each(requests):
+        async for request in given:
             if not isinstance(request, BatchRequest):
                 where = f"line {tally.lines + len(group) + 1} of the batch"
                 raise RequestError(f"{where} must be a BatchRequest, not {request!r:.100}")
