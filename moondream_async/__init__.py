@@ -3,6 +3,7 @@
 from ._client import MoondreamClient, vl
 from ._fetch import fetch_image
 from ._protocol.batches import BatchRequest
+from ._protocol.tuning import TrainGroup, TuningRequest
 from ._streams import CaptionStream, ChatStream, QueryStream, SegmentStream
 from ._version import __version__
 from .errors import (
@@ -33,6 +34,14 @@ from .records import (
     BatchProgress,
     BatchResult,
     BatchUsage,
+    Checkpoint,
+    CheckpointDownload,
+    Finetune,
+    MetricsLog,
+    Rollout,
+    RolloutOutput,
+    Rollouts,
+    TrainStep,
 )
 from .types import (
     BboxEvent,
@@ -87,18 +96,22 @@ __all__ = [
     "ChatMessage",
     "ChatResult",
     "ChatStream",
+    "Checkpoint",
+    "CheckpointDownload",
     "ChunkEvent",
     "ClientClosedError",
     "ClientStats",
     "DetectResult",
     "EncodedImage",
     "FinalEvent",
+    "Finetune",
     "Grounding",
     "Health",
     "Hooks",
     "ImageError",
     "ImageInput",
     "MetricsEvent",
+    "MetricsLog",
     "Model",
     "MoondreamClient",
     "MoondreamError",
@@ -115,6 +128,9 @@ __all__ = [
     "Region",
     "RequestError",
     "Result",
+    "Rollout",
+    "RolloutOutput",
+    "Rollouts",
     "SegmentResult",
     "SegmentStream",
     "ServerError",
@@ -127,6 +143,9 @@ __all__ = [
     "StreamServerError",
     "StreamStalledError",
     "Timeout",
+    "TrainGroup",
+    "TrainStep",
+    "TuningRequest",
     "UnknownEvent",
     "Usage",
     "__version__",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .batch import Batches
     from .bulk.items import ItemT
     from .bulk.run import BulkRun, Items
+    from .tuning import Tuning
 
 CLOUD = "https://api.moondream.ai/v1"
 
@@ -202,6 +203,13 @@ class MoondreamClient(Skills):
     ) -> BulkRun[ItemT]:
         """Describe many pictures; the same as `bulk` with the skill ``caption``."""
         return self.bulk(images, "caption", ordered=ordered, length=length, **options)
+
+    @property
+    def tuning(self) -> Tuning:
+        """Finetunes: the cloud's model, trained on tasks of yours."""
+        from .tuning import Tuning  # noqa: PLC0415 - most programs have none
+
+        return Tuning(self._caller)
 
     def stats(self) -> ClientStats:
         """Return what the client is doing and has done, in all its event loops."""

@@ -1,0 +1,324 @@
+"""The tuning API, without I/O: what goes into rollouts and training, and what comes out.
+
+Facts are those of docs.moondream.ai (finetuning, HTTP API reference) and of the
+official SDK, moondream 2.6.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from moondream_async.errors import RequestError
+from moondream_async.records import Finetune, Rollout, RolloutOutput, Rollouts
+
+from .answers import decode_reasoning
+from .requests import Picture, Request, detect_request, point_request, query_request
+from .values import read_value
+
+RANKS = (8, 16, 24, 32)
+MAX_ROLLOUTS = 16
+LEARNING_RATE = 2e-4
+"""The SDK's. It is always sent, since the server's own default has changed before."""
+
+SpatialRefs = Sequence[Sequence[float]]
+
+
+class TuningRequest(msgspec.Struct, frozen=True, eq=False):
+    """What a model is asked while it is trained, and what would be right.
+
+    Made by `query`, `detect` and `point`, which check their arguments as the client's
+    methods do.
+
+    >>> TuningRequest.point("street.jpg", "red car", ground_truth={"points": [{"x": 0, "y": 1}]})
+    TuningRequest(skill='point', fields={'object': 'red car'})
+    """
+
+    skill: str
+    fields: dict[str, Any]
+    """What is sent beside the picture, under the API's names."""
+    image: Any = None
+    """The picture, as it was given."""
+    ground_truth: Mapping[str, Any] | None = None
+    context: Any = None
+    """Yours; it is not sent."""
+
+    @classmethod
+    def query(
+        cls,
+        image: Any = None,
+        question: str | None = None,
+        *,
+        reasoning: bool | None = None,
+        spatial_refs: SpatialRefs | None = None,
+        settings: Mapping[str, Any] | None = None,
+        context: Any = None,
+    ) -> TuningRequest:
+        """Ask a question about a picture, or about none. The server computes no rewards for it.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        request = query_request(
+            image,
+            question,
+            stream=False,
+            reasoning=reasoning,
+            spatial_refs=spatial_refs,
+            settings=settings,
+            model=None,
+        )
+        return cls._of(request, image, None, context)
+
+    @classmethod
+    def detect(
+        cls,
+        image: Any,
+        object: str,
+        *,
+        ground_truth: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        context: Any = None,
+    ) -> TuningRequest:
+        """Ask for boxes round objects.
+
+        Args:
+            image: The picture.
+            object: What to look for.
+            ground_truth: ``{"boxes": [...]}``, each a `Region` or a mapping like one, if
+                the server is to compute rewards.
+            settings: Sampling settings; `max_objects` limits how many are found.
+            context: Anything, to tell requests apart by.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        request = detect_request(image, object, settings=settings, model=None)
+        return cls._of(request, image, ground_truth, context)
+
+    @classmethod
+    def point(
+        cls,
+        image: Any,
+        object: str,
+        *,
+        ground_truth: Mapping[str, Any] | None = None,
+        spatial_refs: SpatialRefs | None = None,
+        settings: Mapping[str, Any] | None = None,
+        context: Any = None,
+    ) -> TuningRequest:
+        """Ask for points in objects.
+
+        Args:
+            image: The picture.
+            object: What to look for.
+            ground_truth: ``{"points": [...]}``, each a `Point` or a mapping like one, or
+                ``{"boxes": [...]}``, in which points are right, if the server is to
+                compute rewards.
+            spatial_refs: Places that `object` speaks of.
+            settings: Sampling settings; `max_objects` limits how many are found.
+            context: Anything, to tell requests apart by.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        request = point_request(
+            image, object, spatial_refs=spatial_refs, settings=settings, model=None
+        )
+        return cls._of(request, image, ground_truth, context)
+
+    @classmethod
+    def _of(
+        cls, request: Request, image: Any, ground_truth: Mapping[str, Any] | None, context: Any
+    ) -> TuningRequest:
+        if ground_truth is not None and not isinstance(ground_truth, Mapping):
+            raise RequestError(f"ground_truth must be a mapping, not {ground_truth!r:.100}")
+        left_out = ("image_url", "stream")
+        fields = {key: value for key, value in request.payload.items() if key not in left_out}
+        assert request.skill is not None  # noqa: S101 - for the type checker
+        return cls(request.skill, fields, image, ground_truth, context)
+
+    def __repr__(self) -> str:
+        return f"TuningRequest(skill={self.skill!r}, fields={self.fields!r})"
+
+    def payload(self) -> dict[str, Any]:
+        """Return what is sent of it, with a place for the picture."""
+        picture = {} if self.image is None else {"image_url": Picture(self.image)}
+        return {"skill": self.skill, **self.fields, **picture}
+
+
+class TrainGroup(msgspec.Struct, frozen=True, eq=False):
+    """What a training step learns from one request: from rewards (`rl`) or a target (`sft`)."""
+
+    payload: dict[str, Any]
+    """What is sent of it."""
+
+    @classmethod
+    def rl(cls, rollouts: Rollouts, rewards: Iterable[float] | None = None) -> TrainGroup:
+        """Learn which of some rollouts were better.
+
+        Args:
+            rollouts: All tries at one request, as they came.
+            rewards: How good each was, in their order; else those that came with them.
+
+        Raises:
+            RequestError: There are no rewards, or not one for each rollout.
+        """
+        found = rollouts.rewards if rewards is None else rewards
+        if found is None:
+            raise RequestError("the rollouts came without rewards: pass rewards=")
+        numbers = [finite_number("a reward", reward) for reward in found]
+        if len(numbers) != len(rollouts.rollouts) or not numbers:
+            raise RequestError(
+                f"there are {len(numbers)} rewards for {len(rollouts.rollouts)} rollouts"
+            )
+        return cls(
+            {
+                "mode": "rl",
+                "request": rollouts.request,
+                # As they came, with whatever this version doesn't know.
+                "rollouts": [rollout.raw for rollout in rollouts.rollouts],
+                "rewards": numbers,
+            }
+        )
+
+    @classmethod
+    def sft(cls, request: TuningRequest, target: Mapping[str, Any]) -> TrainGroup:
+        """Learn the right answer.
+
+        Args:
+            request: What is asked; its ground truth is not sent.
+            target: The answer: ``{"answer": ...}`` for a query, with ``"reasoning"`` if
+                the request wants that; ``{"points": [...]}`` or ``{"boxes": [...]}`` for
+                a point; ``{"boxes": [...]}`` for detect.
+
+        Raises:
+            RequestError: The target is no mapping.
+        """
+        if not isinstance(request, TuningRequest):
+            raise RequestError(f"request must be a TuningRequest, not {request!r:.100}")
+        if not isinstance(target, Mapping) or not target:
+            raise RequestError(f"target must be a mapping that is not empty, not {target!r:.100}")
+        return cls({"mode": "sft", "request": request.payload(), "target": dict(target)})
+
+    def __repr__(self) -> str:
+        return f"TrainGroup(mode={self.payload.get('mode')!r})"  # the rest holds pictures
+
+
+def create_request(name: str, rank: int) -> Request:
+    """Check the arguments of ``create`` and return its request."""
+    if not isinstance(name, str) or not name.strip():
+        raise RequestError(f"name must be a string that is not empty, not {name!r}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in RANKS:
+        raise RequestError(f"rank must be one of {', '.join(map(str, RANKS))}, not {rank!r}")
+    return Request(None, "/tuning/finetunes", {"name": name, "rank": rank})
+
+
+def rollouts_request(finetune_id: str, request: TuningRequest, num_rollouts: int) -> Request:
+    """Check the arguments of ``rollouts`` and return its request."""
+    if not isinstance(request, TuningRequest):
+        raise RequestError(f"request must be a TuningRequest, not {request!r:.100}")
+    whole = isinstance(num_rollouts, int) and not isinstance(num_rollouts, bool)
+    if not whole or not 1 <= num_rollouts <= MAX_ROLLOUTS:
+        raise RequestError(
+            f"num_rollouts must be a whole number from 1 to {MAX_ROLLOUTS}, not {num_rollouts!r}"
+        )
+    payload = {
+        "finetune_id": finetune_id,
+        "num_rollouts": num_rollouts,
+        "request": request.payload(),
+        "ground_truth": request.ground_truth,
+    }
+    return Request(None, "/tuning/rollouts", payload)
+
+
+def train_step_request(
+    finetune_id: str,
+    groups: Iterable[TrainGroup | Mapping[str, Any]],
+    lr: float,
+    more: Mapping[str, Any],
+) -> Request:
+    """Check the arguments of ``train_step`` and return its request."""
+    if isinstance(groups, (str, Mapping, TrainGroup)) or not isinstance(groups, Iterable):
+        raise RequestError(f"groups must be a list of groups, not {groups!r:.100}")
+    payloads = [_group_payload(group) for group in groups]
+    if not payloads:
+        raise RequestError("groups must not be empty")
+    if finite_number("lr", lr) <= 0:
+        raise RequestError(f"lr must be over 0, not {lr!r}")
+    payload = {"finetune_id": finetune_id, "groups": payloads, "lr": lr, **more}
+    return Request(None, "/tuning/train_step", payload, repeatable=False)
+
+
+def _group_payload(group: Any) -> dict[str, Any]:
+    if isinstance(group, TrainGroup):
+        return group.payload
+    if not isinstance(group, Mapping):
+        raise RequestError(f"a group must be a TrainGroup or a mapping, not {group!r:.100}")
+    request = group.get("request")
+    if isinstance(request, TuningRequest):
+        return {**group, "request": request.payload()}
+    if isinstance(request, Mapping) and request.get("image") is not None:  # as the SDK takes it
+        rest = {key: value for key, value in request.items() if key != "image"}
+        return {**group, "request": {**rest, "image_url": Picture(request["image"])}}
+    return dict(group)
+
+
+def metrics_request(path: str, step: int, metrics: Mapping[str, float]) -> Request:
+    """Check the arguments of ``log_metrics`` and return its request."""
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise RequestError(f"step must be a whole number, not {step!r}")
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise RequestError(f"metrics must be a mapping that is not empty, not {metrics!r:.100}")
+    numbers = {name: finite_number(f"metrics[{name!r}]", value) for name, value in metrics.items()}
+    return Request(None, path, {"step": step, "metrics": numbers})
+
+
+def finite_number(what: str, value: Any) -> float:
+    """Return a number of any kind as one that JSON can say.
+
+    Raises:
+        RequestError: It is none, or not finite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{what} must be a number, not {value!r:.100}") from error
+    if isinstance(value, str) or not math.isfinite(number):
+        raise RequestError(f"{what} must be a finite number, not {value!r:.100}")
+    return number
+
+
+def read_finetune(raw: Mapping[str, Any], **known: Any) -> Finetune:
+    """Read a finetune; newer servers wrap it in ``{"finetune": ...}``.
+
+    Raises:
+        ServerError: It has no id.
+    """
+    inner = raw.get("finetune")
+    return read_value(Finetune, inner if isinstance(inner, Mapping) else raw, raw=raw, **known)
+
+
+def read_rollouts(raw: Mapping[str, Any]) -> Rollouts:
+    """Read rollouts."""
+    found = raw.get("rollouts")
+    return read_value(
+        Rollouts,
+        raw,
+        raw=raw,
+        rollouts=tuple(map(_read_rollout, found if isinstance(found, list) else ())),
+    )
+
+
+def _read_rollout(raw: Any) -> Rollout:
+    output = raw.get("output") if isinstance(raw, Mapping) else None
+    reasoning = decode_reasoning(output.get("reasoning")) if isinstance(output, Mapping) else None
+    return read_value(
+        Rollout,
+        raw,
+        raw=raw,
+        output=read_value(RolloutOutput, output, raw=output or {}, reasoning=reasoning),
+    )
