@@ -1,0 +1,706 @@
+"""Finetunes: what is sent, what comes back, and what is never sent twice."""
+
+import asyncio
+import collections
+import contextlib
+import json
+import math
+import sys
+
+import pytest
+from raw_server import RawServer, whole
+
+import moondream_async as md
+from moondream_async.simulator import Simulator
+
+KEY = "a-key-of-some-length"
+IMAGE = md.EncodedImage(b"\xff\xd8 as nobody will look", "image/jpeg", 8, 8)
+STEP = {"step": 7, "applied": True, "kl": 0.1, "grad_norm": None}
+
+
+@pytest.fixture
+async def client(simulator):
+    async with md.MoondreamClient(KEY, endpoint=simulator.endpoint) as client:
+        yield client
+
+
+@pytest.fixture
+async def finetune(client):
+    return await client.tuning.create("find-doors", rank=16)
+
+
+def replying(*replies):
+    """Give these replies, one after the other, the last one for ever."""
+    waiting = list(replies)
+
+    async def play(peer):
+        while True:
+            await peer.request()
+            reply = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            await peer.send(reply if isinstance(reply, bytes) else whole(reply))
+
+    return RawServer(play)
+
+
+@contextlib.asynccontextmanager
+async def tuning_of(server, **options):
+    async with server, md.MoondreamClient(endpoint=server.endpoint, **options) as client:
+        yield client.tuning
+
+
+# -- finetunes ------------------------------------------------------------------------
+
+
+async def test_finetune_of_a_name_is_made_once(client, simulator):
+    made = await client.tuning.create("a", rank=8)
+    again = await client.tuning.create("a", rank=8)
+    other = await client.tuning.create("b", rank=32)
+    assert made == again
+    assert (made.name, made.rank) == ("a", 8)
+    assert other.finetune_id not in ("", made.finetune_id)
+    assert [request.body for request in simulator.requests][::2] == [
+        {"name": "a", "rank": 8},
+        {"name": "b", "rank": 32},
+    ]
+    assert simulator.requests[0].headers["X-Moondream-Auth"] == KEY
+
+
+async def test_name_that_is_taken_with_another_rank_is_a_conflict(client):
+    await client.tuning.create("a", rank=8)
+    with pytest.raises(md.APIStatusError, match="rank") as caught:
+        await client.tuning.create("a", rank=16)
+    assert caught.value.status == 409
+    assert type(caught.value) is md.APIStatusError
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "message"),
+    [
+        ("", 8, "name"),
+        (None, 8, "name"),
+        ("a", 7, "rank"),
+        ("a", 8.0, "rank"),
+        ("a", True, "rank"),
+        ("a", "8", "rank"),
+    ],
+)
+async def test_finetune_that_cannot_be_is_refused(client, simulator, name, rank, message):
+    with pytest.raises(md.RequestError, match=message):
+        await client.tuning.create(name, rank=rank)
+    assert simulator.requests == []
+
+
+INFO = {"finetune_id": "01HX", "name": "a", "rank": 8, "created_at_ms": 1, "updated_at_ms": 2}
+
+
+@pytest.mark.parametrize("reply", [INFO, {"finetune": INFO}], ids=["bare", "wrapped"])
+async def test_finetune_is_read_wrapped_or_not(reply):
+    async with tuning_of(replying(reply)) as tuning:
+        finetune = await tuning.get("01HX")
+    assert {name: finetune[name] for name in INFO} == INFO
+    assert finetune.raw == reply
+
+
+async def test_finetune_is_had_and_deleted_by_value_or_id(client, finetune):
+    assert (await client.tuning.get(finetune)).name == "find-doors"
+    assert (await client.tuning.get(finetune.finetune_id)).updated_at_ms > 0
+    assert await client.tuning.delete(finetune) is None
+    with pytest.raises(md.NotFoundError):
+        await client.tuning.get(finetune)
+    with pytest.raises(md.NotFoundError):
+        await client.tuning.delete(finetune.finetune_id)
+
+
+async def test_deletion_that_is_answered_with_nothing_is_one():
+    async with tuning_of(replying(whole(b"", status="204 No Content", kind=""))) as tuning:
+        assert await tuning.delete("01HX") is None
+
+
+async def test_finetunes_are_listed_over_all_pages_oldest_first(client, simulator):
+    names = [f"finetune-{number}" for number in range(5)]
+    for name in names:
+        await client.tuning.create(name, rank=8)
+    simulator.requests.clear()
+    assert [finetune.name async for finetune in client.tuning.list(limit=2)] == names
+    assert len(simulator.requests) == 3
+
+
+async def test_pages_that_go_round_in_circles_end_with_an_error():
+    page = {"finetunes": [INFO], "next_cursor": "c", "has_more": True}
+    async with tuning_of(replying(page)) as tuning:
+        finetunes = tuning.list()
+        assert [(await anext(finetunes)).finetune_id for _ in range(2)] == ["01HX"] * 2
+        with pytest.raises(md.ServerError, match="circles"):
+            await anext(finetunes)
+
+
+async def test_finetune_without_an_id_is_an_error():
+    async with tuning_of(replying({"name": "a"})) as tuning:
+        with pytest.raises(md.ServerError, match="finetune_id"):
+            await tuning.get("01HX")
+
+
+@pytest.mark.parametrize("finetune", ["", None, 7])
+async def test_what_names_no_finetune_is_refused(client, simulator, finetune):
+    request = md.TuningRequest.query(None, "Why?")
+    for call in (
+        client.tuning.get(finetune),
+        client.tuning.delete(finetune),
+        client.tuning.rollouts(finetune, request),
+        client.tuning.train_step(finetune, [md.TrainGroup.sft(request, {"answer": "so"})]),
+        client.tuning.log_metrics(finetune, 1, {"a": 1}),
+        client.tuning.save_checkpoint(finetune),
+        anext(client.tuning.list_checkpoints(finetune)),
+    ):
+        with pytest.raises(md.RequestError, match="finetune"):
+            await call
+    assert simulator.requests == []
+
+
+async def test_id_cannot_leave_its_place_in_the_path(client, simulator):
+    with pytest.raises(md.NotFoundError):
+        await client.tuning.get("../x?y#z")
+    assert simulator.requests[0].params["id"] == "../x?y#z"
+
+
+def test_model_of_a_finetune_is_named_as_the_server_wants_it():
+    finetune = md.Finetune(finetune_id="01HX")
+    assert finetune.model(500) == "moondream3-preview/01HX@500"
+    newer = md.Checkpoint(finetune_id="01HX", step=3).model(base_model="moondream3.1-9B-A2B")
+    assert newer == "moondream3.1-9B-A2B/01HX@3"
+    with pytest.raises(md.RequestError, match="step"):
+        finetune.model("500")
+
+
+# -- rollouts -------------------------------------------------------------------------
+
+
+async def test_rollouts_come_with_rewards_where_the_truth_is_known(
+    client, simulator, finetune, photo
+):
+    found = (await client.point(photo, "red")).points
+    request = md.TuningRequest.point(photo, "red", ground_truth={"points": found})
+    rollouts = await client.tuning.rollouts(finetune, request, num_rollouts=4)
+    assert len(rollouts.rollouts) == len(rollouts.rewards) == 4
+    assert rollouts.rollouts[0].output.points == found
+    assert rollouts.rewards[0] == max(rollouts.rewards) > min(rollouts.rewards)
+    assert rollouts.rollouts[0].skill == "point"
+    assert rollouts.rollouts[0].answer_tokens
+    body = simulator.requests[-1].body
+    assert body["ground_truth"] == {"points": [{"x": point.x, "y": point.y} for point in found]}
+    assert body["request"]["image_url"].startswith("data:image/jpeg;base64,")
+    assert "base64" not in repr(rollouts)
+    plain = await client.tuning.rollouts(finetune, md.TuningRequest.detect(photo, "red"))
+    assert plain.rewards is None
+    assert plain.rollouts[0].output.objects == (await client.detect(photo, "red")).objects
+
+
+async def test_rollouts_of_a_query_need_no_picture(client, simulator, finetune):
+    request = md.TuningRequest.query(
+        None, "Why?", reasoning=True, settings={"temperature": 0}, context="mine"
+    )
+    rollouts = await client.tuning.rollouts(finetune, request, num_rollouts=2)
+    assert rollouts.rollouts[0].output.answer
+    assert rollouts.rollouts[0].output.reasoning.text
+    assert simulator.requests[-1].body == {
+        "finetune_id": finetune.finetune_id,
+        "num_rollouts": 2,
+        "request": {
+            "skill": "query",
+            "question": "Why?",
+            "reasoning": True,
+            "settings": {"temperature": 0},
+        },
+    }
+
+
+@pytest.mark.parametrize("num_rollouts", [0, 17, True, 2.0, "2"])
+async def test_number_of_rollouts_has_limits(client, simulator, finetune, num_rollouts):
+    request = md.TuningRequest.query(None, "Why?")
+    simulator.requests.clear()
+    with pytest.raises(md.RequestError, match="num_rollouts"):
+        await client.tuning.rollouts(finetune, request, num_rollouts=num_rollouts)
+    with pytest.raises(md.RequestError, match="TuningRequest"):
+        await client.tuning.rollouts(finetune, {"skill": "query"})
+    assert simulator.requests == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda: md.TuningRequest.query(IMAGE), "question", id="no question"),
+        pytest.param(lambda: md.TuningRequest.detect(None, "a"), "image", id="no image"),
+        pytest.param(lambda: md.TuningRequest.point(IMAGE, ""), "object", id="no object"),
+        pytest.param(
+            lambda: md.TuningRequest.point(IMAGE, "a", spatial_refs=[[2, 0]]), "spatial", id="refs"
+        ),
+        pytest.param(
+            lambda: md.TuningRequest.point(IMAGE, "a", ground_truth=[1]), "mapping", id="truth"
+        ),
+    ],
+)
+def test_request_that_cannot_be_right_is_refused_when_it_is_made(make, message):
+    with pytest.raises(md.RequestError, match=message):
+        make()
+
+
+async def test_rollouts_are_read_as_far_as_they_make_sense():
+    odd = {"rollouts": [{"output": None, "coords": "x", "new": 1}, "no rollout"], "rewards": "?"}
+    async with tuning_of(replying(odd)) as tuning:
+        rollouts = await tuning.rollouts("01HX", md.TuningRequest.query(None, "Why?"))
+    assert len(rollouts.rollouts) == 2
+    assert rollouts.rollouts[0].raw["new"] == 1
+    assert (rollouts.rewards, rollouts.raw) == (None, odd)
+
+
+# -- many rollouts --------------------------------------------------------------------
+
+
+class Gate:
+    """A server that answers each rollout when it is told to, by its question."""
+
+    def __init__(self):
+        self.asked = []
+        self.server = RawServer(self._play)
+        self._news = asyncio.Event()
+        self._open = collections.defaultdict(asyncio.Event)
+
+    async def _play(self, peer):
+        while True:
+            question = (await peer.request()).json["request"]["question"]
+            self.asked.append(question)
+            self._news.set()
+            await self._open[question].wait()
+            await peer.send(whole({"rollouts": [{"output": {"answer": question}}]}))
+
+    def let_through(self, *questions):
+        for question in questions:
+            self._open[question].set()
+
+    async def until_asked(self, count):
+        while len(self.asked) < count:
+            self._news.clear()
+            await self._news.wait()
+
+
+def questions(text):
+    return [md.TuningRequest.query(None, each, context=each) for each in text]
+
+
+async def test_rollouts_of_many_come_as_they_are_done_and_a_few_at_once():
+    gate = Gate()
+    taken = []
+
+    def requests():
+        for request in questions("abcde"):
+            taken.append(request.context)
+            yield request
+
+    async with tuning_of(gate.server) as tuning:
+        stream = tuning.rollout_stream("01HX", requests(), max_concurrency=2)
+        reading = asyncio.ensure_future(anext(stream))
+        await gate.until_asked(2)
+        assert taken == ["a", "b"]
+        gate.let_through("b")
+        request, rollouts = await reading
+        assert request.context == rollouts.rollouts[0].output.answer == "b"
+        gate.let_through(*"acde")
+        rest = [request.context async for request, _ in stream]
+        assert sorted(rest) == ["a", "c", "d", "e"]
+
+
+async def test_rollouts_that_were_begun_go_on_while_the_reader_is_busy():
+    gate = Gate()
+    async with tuning_of(gate.server) as tuning:
+        stream = tuning.rollout_stream("01HX", questions("abcd"), max_concurrency=3)
+        gate.let_through("a")
+        async with contextlib.aclosing(stream):
+            await anext(stream)
+            await gate.until_asked(3)  # while nobody reads
+            assert sorted(gate.asked) == ["a", "b", "c"]
+
+
+async def test_source_that_waits_for_results_is_served():
+    """Each request is made from the result before, as when training decides what is next."""
+    gate = Gate()
+    gate.let_through("a", "aa", "aaa")
+    done = asyncio.Queue()
+
+    async def requests():
+        [first] = questions("a")
+        yield first
+        for _ in range(2):
+            yield md.TuningRequest.query(None, "a" + await done.get())
+
+    async with tuning_of(gate.server) as tuning:
+        seen = []
+        async for _, rollouts in tuning.rollout_stream("01HX", requests()):
+            seen.append(rollouts.rollouts[0].output.answer)
+            done.put_nowait(seen[-1])
+    assert seen == ["a", "aa", "aaa"]
+
+
+async def test_rollouts_that_are_broken_off_leave_nothing_running():
+    gate = Gate()
+    closed = []
+
+    async def requests():
+        try:
+            for request in questions("abcdefgh"):
+                yield request
+        finally:
+            closed.append(True)
+
+    async with tuning_of(gate.server) as tuning:
+        gate.let_through("a")
+        async with contextlib.aclosing(tuning.rollout_stream("01HX", requests())) as stream:
+            await anext(stream)
+        assert closed == [True]
+        assert tuning._caller.stats().open_streams == 0
+
+
+async def test_cancelled_reader_of_rollouts_leaves_nothing_running():
+    gate = Gate()
+    async with tuning_of(gate.server) as tuning:
+
+        async def read():
+            async for _ in tuning.rollout_stream("01HX", questions("abcd")):
+                pass
+
+        task = asyncio.create_task(read())
+        await gate.until_asked(4)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert tuning._caller.stats().open_streams == 0
+
+
+async def test_rollouts_that_fail_end_the_stream(client, finetune, photo):
+    requests = [md.TuningRequest.detect(photo, "red"), md.TuningRequest.detect("gone.jpg", "red")]
+    with pytest.raises(md.ImageError, match=r"gone\.jpg"):
+        async for _ in client.tuning.rollout_stream(finetune, requests):
+            pass
+
+
+async def test_what_the_source_of_requests_raises_is_raised(client, finetune):
+    def requests():
+        yield md.TuningRequest.query(None, "Why?")
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError, match="no more"):
+        async for _ in client.tuning.rollout_stream(finetune, requests()):
+            pass
+
+
+async def test_no_requests_are_no_rollouts(client, finetune):
+    assert [each async for each in client.tuning.rollout_stream(finetune, [])] == []
+
+
+@pytest.mark.parametrize("max_concurrency", [0, -1, True, 1.5])
+async def test_bad_concurrency_is_refused(client, max_concurrency):
+    with pytest.raises(md.RequestError, match="max_concurrency"):
+        await anext(client.tuning.rollout_stream("01HX", [], max_concurrency=max_concurrency))
+
+
+# -- training -------------------------------------------------------------------------
+
+
+async def test_step_learns_from_rollouts_as_they_came(client, simulator, finetune, photo):
+    request = md.TuningRequest.point(
+        photo, "red", ground_truth={"boxes": [md.Region(0.1, 0.1, 0.9, 0.9)]}
+    )
+    rollouts = await client.tuning.rollouts(finetune, request, num_rollouts=3)
+    step = await client.tuning.train_step(finetune, [md.TrainGroup.rl(rollouts)])
+    assert (step.step, step.applied, step.sft_loss) == (1, True, None)
+    assert step.reward_mean == pytest.approx(sum(rollouts.rewards) / 3)
+    body = simulator.requests[-1].body
+    assert body["lr"] == 2e-4
+    assert body["groups"] == [
+        {
+            "mode": "rl",
+            "request": rollouts.raw["request"],
+            "rollouts": rollouts.raw["rollouts"],
+            "rewards": list(rollouts.rewards),
+        }
+    ]
+    own = md.TrainGroup.rl(rollouts, rewards=[1, 0, 0])
+    assert (await client.tuning.train_step(finetune, [own])).step == 2
+    assert simulator.requests[-1].body["groups"][0]["rewards"] == [1, 0, 0]
+
+
+async def test_step_learns_the_right_answer(photo):
+    request = md.TuningRequest.query(photo, "Where?", reasoning=False)
+    group = md.TrainGroup.sft(request, {"answer": "At home"})
+    server = replying(STEP)
+    async with tuning_of(server) as tuning:
+        step = await tuning.train_step("01HX", [group], lr=1e-3, momentum=0.5)
+    assert (step.step, step.kl, step.grad_norm) == (7, 0.1, None)
+    body = server.requests[0].json
+    [sent] = body["groups"]
+    assert sent["request"].pop("image_url").startswith("data:image/jpeg;base64,")
+    assert sent == {
+        "mode": "sft",
+        "request": {"skill": "query", "question": "Where?", "reasoning": False},
+        "target": {"answer": "At home"},
+    }
+    assert (body["lr"], body["momentum"]) == (1e-3, 0.5)
+
+
+async def test_group_may_be_in_the_servers_own_format(client, simulator, finetune, photo):
+    group = {
+        "mode": "sft",
+        "request": {"skill": "point", "object": "red", "image": photo},
+        "targets": [{"points": [md.Point(0.5, 0.5)]}],
+    }
+    assert (await client.tuning.train_step(finetune, [group])).sft_loss > 0
+    [sent] = simulator.requests[-1].body["groups"]
+    assert sent["request"]["image_url"].startswith("data:image/jpeg;base64,")
+    assert "image" not in sent["request"]
+    assert sent["targets"] == [{"points": [{"x": 0.5, "y": 0.5}]}]
+
+
+ROLLOUTS = md.Rollouts(rollouts=(md.Rollout(), md.Rollout()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS), "without rewards", id="no rewards"),
+        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1]), "1 rewards for 2", id="too few"),
+        pytest.param(lambda: md.TrainGroup.rl(md.Rollouts(), []), "0 rewards", id="nothing"),
+        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1, math.nan]), "finite", id="nan"),
+        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1, "1"]), "finite", id="text"),
+        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1, None]), "number", id="None"),
+        pytest.param(lambda: md.TrainGroup.sft({}, {"answer": "a"}), "TuningRequest", id="dict"),
+        pytest.param(
+            lambda: md.TrainGroup.sft(md.TuningRequest.query(None, "?"), {}), "target", id="empty"
+        ),
+    ],
+)
+def test_group_that_cannot_be_right_is_refused_when_it_is_made(make, message):
+    with pytest.raises(md.RequestError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("groups", "lr", "message"),
+    [
+        ([], 1e-4, "empty"),
+        ({"mode": "rl"}, 1e-4, "list"),
+        (7, 1e-4, "list"),
+        (["rl"], 1e-4, "TrainGroup"),
+        ([{"mode": "sft"}], 0, "lr"),
+        ([{"mode": "sft"}], math.inf, "lr"),
+        ([{"mode": "sft", "x": object()}], 1e-4, "JSON"),
+    ],
+)
+async def test_step_that_cannot_be_right_is_refused(client, simulator, groups, lr, message):
+    with pytest.raises(md.RequestError, match=message):
+        await client.tuning.train_step("01HX", groups, lr=lr)
+    assert simulator.requests == []
+
+
+GROUPS = [{"mode": "sft", "request": {"skill": "query", "question": "?"}}]
+
+
+@pytest.mark.parametrize("status", [408, 500, 502, 503, 504, 520])
+async def test_step_is_not_sent_again_when_the_server_may_have_made_it(status):
+    server = replying(whole({"error": "oh"}, "Retry-After: 0", status=f"{status} Oh"), STEP)
+    async with tuning_of(server) as tuning:
+        with pytest.raises(md.APIStatusError) as caught:
+            await tuning.train_step("01HX", GROUPS)
+    assert caught.value.status == status
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [425, 429])
+async def test_step_that_was_turned_away_is_sent_again(status):
+    server = replying(whole({"error": "later"}, "Retry-After: 0", status=f"{status} Later"), STEP)
+    async with tuning_of(server) as tuning:
+        assert (await tuning.train_step("01HX", GROUPS)).step == 7
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new connection", "kept connection"])
+async def test_step_whose_connection_breaks_is_not_sent_again(kept):
+    """Also on a connection that was kept, where another call would go again at once."""
+
+    async def play(peer):
+        if kept:
+            await peer.request()
+            await peer.send(whole(INFO))
+        await peer.request()
+        peer.reset()
+
+    server = RawServer(play)
+    async with tuning_of(server) as tuning:
+        if kept:
+            await tuning.get("01HX")
+        with pytest.raises(md.APIConnectionError):
+            await tuning.train_step("01HX", GROUPS)
+    assert [request.method for request in server.requests] == ["GET"] * kept + ["POST"]
+    assert len(server.peers) == 1
+
+
+async def test_step_that_found_no_connection_is_sent_again():
+    async with Simulator() as simulator:
+        endpoint, port = simulator.endpoint, int(simulator.origin.rpartition(":")[2])
+    tries = []
+
+    def retried(event):
+        tries.append(event)
+        started.set()
+
+    started = asyncio.Event()
+    async with md.MoondreamClient(endpoint=endpoint, hooks=md.Hooks(retry=retried)) as client:
+        step = asyncio.create_task(client.tuning.train_step("01HX", GROUPS))
+        await started.wait()
+        async with Simulator(port=port):
+            with pytest.raises(md.NotFoundError):  # which is an answer
+                await step
+    assert tries
+
+
+async def test_other_calls_are_sent_again_as_ever():
+    away = whole({"error": "oh"}, "Retry-After: 0", status="503 Oh")
+    server = replying(away, away, INFO)
+    async with tuning_of(server) as tuning:
+        assert (await tuning.get("01HX")).rank == 8
+    assert len(server.requests) == 3
+
+
+async def test_step_waits_longer_than_other_calls():
+    """The limit of the others passes while the server trains."""
+    waited = asyncio.Event()
+
+    async def play(peer):
+        request = await peer.request()
+        if "train_step" in request.target:
+            await waited.wait()
+            await peer.send(whole(STEP))
+        else:
+            await peer.until_gone()
+
+    limits = md.Timeout(first_event=0.05)
+    async with tuning_of(RawServer(play), timeout=limits, max_retries=0) as tuning:
+        step = asyncio.create_task(tuning.train_step("01HX", GROUPS))
+        with pytest.raises(md.APITimeoutError):
+            await tuning.get("01HX")
+        waited.set()
+        assert (await step).step == 7
+
+
+async def test_step_waits_as_long_as_it_is_told():
+    async def play(peer):
+        await peer.request()
+        await peer.until_gone()
+
+    server = RawServer(play)
+    async with tuning_of(server) as tuning:
+        with pytest.raises(md.APITimeoutError) as caught:
+            await tuning.train_step("01HX", GROUPS, timeout=0.05)
+    assert caught.value.phase == "first_event"
+    assert len(server.requests) == 1
+
+
+async def test_bad_timeout_of_a_step_is_refused(client, simulator):
+    with pytest.raises(md.RequestError, match="first_event"):
+        await client.tuning.train_step("01HX", GROUPS, timeout=-1)
+    assert simulator.requests == []
+
+
+async def test_metrics_are_logged(client, simulator, finetune):
+    logged = await client.tuning.log_metrics(finetune, 3, {"eval/f1": 0.5, "loss": 1})
+    assert logged.ok is True
+    assert simulator.requests[-1].body == {"step": 3, "metrics": {"eval/f1": 0.5, "loss": 1}}
+
+
+@pytest.mark.parametrize(
+    ("step", "metrics", "message"),
+    [
+        (-1, {"a": 1}, "step"),
+        (True, {"a": 1}, "step"),
+        (1, {}, "metrics"),
+        (1, [("a", 1)], "metrics"),
+        (1, {"a": math.nan}, "metrics.*finite"),
+        (1, {"a": None}, "metrics.*number"),
+    ],
+)
+async def test_metrics_that_are_no_numbers_are_refused(client, simulator, step, metrics, message):
+    with pytest.raises(md.RequestError, match=message):
+        await client.tuning.log_metrics("01HX", step, metrics)
+    assert simulator.requests == []
+
+
+# -- checkpoints ----------------------------------------------------------------------
+
+
+async def train(client, finetune, photo, steps):
+    request = md.TuningRequest.detect(photo, "red")
+    rollouts = await client.tuning.rollouts(finetune, request)
+    for _ in range(steps):
+        await client.tuning.train_step(finetune, [md.TrainGroup.rl(rollouts, [1])])
+        yield await client.tuning.save_checkpoint(finetune)
+
+
+async def test_checkpoints_are_saved_listed_and_deleted(client, finetune, photo):
+    tuning = client.tuning
+    saved = [each async for each in train(client, finetune, photo, 3)]
+    assert [checkpoint.step for checkpoint in saved] == [1, 2, 3]
+    assert await tuning.save_checkpoint(finetune) == saved[-1]
+    listed = [each async for each in tuning.list_checkpoints(finetune, limit=2)]
+    assert [each.checkpoint_id for each in listed] == [each.checkpoint_id for each in saved]
+    assert listed[0].finetune_id == finetune.finetune_id
+    assert await tuning.delete_checkpoint(finetune, 2) is None
+    assert [each.step async for each in tuning.list_checkpoints(finetune)] == [1, 3]
+    with pytest.raises(md.NotFoundError):
+        await tuning.delete_checkpoint(finetune, 9)
+    with pytest.raises(md.APIStatusError) as caught:
+        await tuning.delete_checkpoint(finetune, 2)
+    assert caught.value.status == 410
+
+
+async def test_address_of_a_checkpoint_is_not_shown(client, finetune, photo):
+    [checkpoint] = [each async for each in train(client, finetune, photo, 1)]
+    download = await client.tuning.checkpoint_url(finetune, checkpoint.step)
+    assert "X-Signature" in download.url
+    assert download.expires_in == 3600
+    assert "Signature" not in repr(download)
+
+
+async def test_checkpoint_before_any_step_is_not_found(client, finetune):
+    with pytest.raises(md.NotFoundError):
+        await client.tuning.save_checkpoint(finetune)
+
+
+async def test_checkpoint_is_a_model_like_any_other(client, simulator, finetune, photo):
+    [checkpoint] = [each async for each in train(client, finetune, photo, 1)]
+    await client.point(photo, "red", model=checkpoint.model())
+    expected = f"moondream3-preview/{finetune.finetune_id}@1"
+    assert simulator.requests[-1].body["model"] == finetune.model(1) == expected
+    batch = await client.batches.create([md.BatchRequest.caption(photo)], model=checkpoint.model())
+    assert (await client.batches.wait(batch, interval=0.001)).model == expected
+
+
+@pytest.mark.parametrize("step", [-1, True, "1", None])
+async def test_bad_step_is_refused(client, simulator, step):
+    for call in (client.tuning.delete_checkpoint, client.tuning.checkpoint_url):
+        with pytest.raises(md.RequestError, match="step"):
+            await call("01HX", step)
+    assert simulator.requests == []
+
+
+async def test_programs_that_tune_nothing_do_not_load_it():
+    code = (
+        "import sys, moondream_async as md\n"
+        "client = md.MoondreamClient(endpoint='http://127.0.0.1:1')\n"
+        "assert 'moondream_async.tuning' not in sys.modules\n"
+        "client.tuning\n"
+        "assert 'moondream_async.tuning' in sys.modules\n"
+    )
+    program = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    assert await program.wait() == 0
+
+
+def test_values_are_json_when_their_raw_is():
+    assert json.dumps(md.Finetune(finetune_id="a", raw=INFO).raw) == json.dumps(INFO)
