@@ -1,0 +1,275 @@
+"""Who may import whom, read from the syntax trees; and what importing the package loads.
+
+A room is a module or a package right below `moondream_async`. Imports run one way, also
+those inside functions: from the end of `ROOMS` towards its beginning.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import moondream_async
+
+PACKAGE = Path(moondream_async.__file__).parent
+
+# Each imports of those before it only. A new room takes its place here.
+ROOMS = [
+    "_version",
+    "errors",
+    "types",
+    "records",
+    # without I/O, clock and chance
+    "_sse",
+    "_retry",
+    "_protocol",
+    "_images",
+    "_draw",
+    # bytes come and go
+    "_clock",
+    "_limits",
+    "_files",
+    "_transport",
+    "_streams",
+    "_fetch",
+    # calls
+    "_calls",
+    "_items",
+    "_uploads",
+    "_skills",
+    # many of them
+    "batch",
+    "bulk",
+    "tuning",
+    # the surface
+    "_client",
+    "__init__",
+    "integrations",
+    "simulator",
+    "cli",
+    "__main__",
+]
+PURE = {"_version", "errors", "types", "records", "_sse", "_retry", "_protocol", "_images"}
+
+EXCEPTIONS = {
+    # A result draws itself over its picture, and only then is Pillow needed.
+    ("types", "_draw"),
+}
+
+
+class Import(NamedTuple):
+    """One name that one module imports."""
+
+    file: str
+    line: int
+    target: str
+    """In full, as ``moondream_async.types.Point`` or ``aiohttp.web``."""
+    name: str
+    """What is taken from it, or "" where that is the whole."""
+    for_types: bool
+    """Whether it stands in an ``if TYPE_CHECKING:``."""
+
+    @property
+    def importer(self):
+        """The room that it stands in."""
+        return room_of(PACKAGE / self.file)
+
+    @property
+    def room(self):
+        """The room that it reaches into; None outside the package."""
+        parts = self.target.split(".")
+        if parts[0] != PACKAGE.name:
+            return None
+        return parts[1] if len(parts) > 1 else "__init__"
+
+
+def sources():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """Every import of a file, wherever in it it stands."""
+    file = path.relative_to(PACKAGE)
+    package = (PACKAGE.name, *file.parts[:-1])  # of this module, or that it is
+
+    def walk(node, *, for_types):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for statement in child.body:
+                    yield from walk(ast.Module([statement], []), for_types=True)
+                for statement in child.orelse:
+                    yield from walk(ast.Module([statement], []), for_types=for_types)
+            elif isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(str(file), child.lineno, alias.name, "", for_types)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) + 1 - child.level] if child.level else ()
+                for alias in child.names:
+                    names = [*base, *(child.module or "").split("."), alias.name]
+                    target = ".".join(filter(None, names))
+                    yield Import(str(file), child.lineno, target, alias.name, for_types)
+            else:
+                yield from walk(child, for_types=for_types)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), for_types=False)
+
+
+IMPORTS = [each for path in sources() for each in imports_of(path)]
+
+
+def public_room(each):
+    """The room of an import; what is imported from the package itself is the surface."""
+    return each.room if each.room in ROOMS else "__init__"
+
+
+def test_every_room_has_its_place():
+    assert {room_of(path) for path in sources()} <= set(ROOMS)
+
+
+def test_the_tests_see_imports_of_every_kind():
+    """Or else the promises below would be kept by nobody looking."""
+    seen = {(each.importer, public_room(each)) for each in IMPORTS if each.room}
+
+    assert ("_streams", "_protocol") in seen  # from ._protocol.events import ...
+    assert ("_images", "errors") in seen  # from ..errors import ...
+    assert ("cli", "__init__") in seen  # import moondream_async
+    assert ("_client", "_calls") in seen  # inside a function
+    assert any(each.for_types and each.target == "asyncio" for each in IMPORTS)
+    assert any(each.target == "aiohttp.web" for each in IMPORTS)
+
+
+def test_imports_run_one_way():
+    against = [
+        each
+        for each in IMPORTS
+        if each.room is not None
+        and public_room(each) != each.importer
+        and (each.importer, public_room(each)) not in EXCEPTIONS
+        and ROOMS.index(public_room(each)) > ROOMS.index(each.importer)
+    ]
+
+    assert against == []
+
+
+def test_every_exception_is_needed():
+    assert {(each.importer, public_room(each)) for each in IMPORTS} >= EXCEPTIONS
+
+
+def test_no_module_imports_from_the_package_as_a_whole_from_inside():
+    """It would work only when all of it has been loaded."""
+    outside = {"__main__", "cli", "simulator", "integrations"}
+
+    inside = [each for each in IMPORTS if each.room and each.importer not in outside]
+
+    assert [each for each in inside if public_room(each) == "__init__"] == []
+
+
+def test_the_pure_rooms_know_no_loop_no_clock_and_no_chance():
+    forbidden = {
+        "aiohttp", "anyio", "asyncio", "concurrent", "http", "multiprocessing", "random", "secrets",
+        "select", "selectors", "socket", "ssl", "subprocess", "time", "urllib3", "uuid", "yarl",
+    }  # fmt: skip
+
+    found = [
+        each
+        for each in IMPORTS
+        if each.importer in PURE and not each.for_types and each.target.split(".")[0] in forbidden
+    ]
+
+    assert found == []
+
+
+def test_the_pure_rooms_do_not_ask_for_the_date():
+    asked = [
+        (path.name, node.lineno)
+        for path in sources()
+        if room_of(path) in PURE
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("now", "utcnow", "today")
+    ]
+
+    assert asked == []
+
+
+def test_the_transport_alone_imports_the_client_of_aiohttp():
+    importers = {
+        each.importer
+        for each in IMPORTS
+        if each.target.split(".")[0] == "aiohttp" and not each.for_types
+    }
+    of_the_simulator = {
+        each.target
+        for each in IMPORTS
+        if each.importer == "simulator" and each.target.startswith("aiohttp")
+    }
+
+    assert importers == {"_transport", "simulator"}
+    assert of_the_simulator <= {"aiohttp.hdrs", "aiohttp.web"}
+
+
+def test_the_simulator_shares_nothing_with_the_client_but_its_types():
+    """A shared decoder would share its mistakes."""
+    shared = {each.room for each in IMPORTS if each.importer == "simulator" and each.room}
+
+    assert shared <= {"simulator", "types"}
+
+
+def test_nothing_imports_an_integration():
+    assert {each.importer for each in IMPORTS if each.room == "integrations"} <= {"integrations"}
+
+
+# -- what is loaded when -------------------------------------------------------------------
+
+HEAVY = ["aiohttp", "anyio", "asyncio", "PIL", "typer", "rich"]
+
+
+def loaded_by(code):
+    """Run `code` in a fresh Python; return which of the heavy modules it has loaded."""
+    script = (
+        f"{code}\nimport json, sys\nprint(json.dumps([x for x in {HEAVY} if x in sys.modules]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=False, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert loaded_by("import moondream_async") == []
+
+
+def test_making_a_client_loads_what_its_first_call_would_wait_for():
+    code = "import moondream_async as md; md.MoondreamClient(endpoint='http://127.0.0.1:9/v1')"
+
+    assert loaded_by(code) == ["aiohttp", "anyio", "asyncio"]
+
+
+def test_the_version_is_known_without_loading_anything():
+    assert loaded_by("from moondream_async import __version__; assert __version__") == []
+
+
+def test_every_module_can_be_the_first_to_be_imported():
+    pytest.importorskip("typer", reason="the command line is an extra")
+    names = [
+        ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in sources()
+    ]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    code = f"""
+import importlib, sys
+for name in {names}:
+    for loaded in [each for each in sys.modules if each.partition(".")[0] == "{PACKAGE.name}"]:
+        del sys.modules[loaded]
+    importlib.import_module(name)
+"""
+
+    loaded_by(code)
