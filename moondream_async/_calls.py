@@ -240,7 +240,7 @@ class Call:
             raise
 
     async def download(self, after: MoondreamError | None = None) -> Body:
-        """Return the body of the answer, to be read as it arrives, and closed.
+        """Return the body of the answer, to be read as it arrives, and closed; then say `ended`.
 
         Again, from its beginning, where reading it failed with `after` and another try
         can help; else raise that.

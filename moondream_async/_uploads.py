@@ -192,7 +192,7 @@ class Upload:
         if failures:
             raise failures[0]
 
-    async def complete(self, model: str | None) -> dict[str, Any]:
+    async def complete(self, model: str) -> dict[str, Any]:
         """Tell the server that all parts are there; return what it says of the batch."""
         parts = [
             {"partNumber": number, "etag": self._etags[number]} for number in sorted(self._etags)

@@ -41,7 +41,7 @@ from .errors import (
     RequestError,
     ServerError,
 )
-from .records import Batch, BatchResult
+from .records import BASE_MODEL, Batch, BatchResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,14 +83,16 @@ class Batches:
         calls, and made smaller where a line would pass its limit. Nothing is sent
         before the last request is checked.
 
-        Cancelling it, like any failure, aborts the upload, which may take a moment.
-        In the last moment, when all parts are there, it may be too late for that.
+        Cancelling it, like any failure, aborts the upload, which may take a moment. Only
+        at its ends is there nothing to abort: while the server is first asked for an
+        upload, which then may stay there empty, and when it has all and begins.
 
         Args:
             requests: The requests, from any iterable or asynchronous iterable; or the
                 path of a JSONL file in the server's format, sent as it is.
-            model: A model other than the client's, for all lines. A finetune's is
-                `Finetune.model`.
+            model: A model other than the client's, for all lines, as a finetune's (see
+                `Finetune.model`). Where neither is named it is ``moondream3-preview``: by
+                the documentation's latest word batches must name one.
             part_bytes: How much goes up in one part.
             on_progress: Called with the bytes that the server has and those of the whole
                 file, after each part. What it raises ends the upload.
@@ -116,7 +118,7 @@ class Batches:
                 raise RequestError(f"part_bytes={part_bytes} makes more than {MAX_PARTS:,} parts")
             async with Upload.begin(self._caller) as upload:
                 await upload.send(parts, on_progress)
-                return await self._complete(upload, self._model if model is None else model)
+                return await self._complete(upload, model or self._model or BASE_MODEL)
 
     async def get(self, batch: Batch | str) -> Batch:
         """Return a batch as it is now. One that failed is returned like any other."""
@@ -207,7 +209,7 @@ class Batches:
                         seen.add(key)
                         yield result
 
-    async def _complete(self, upload: Upload, model: str | None) -> Batch:
+    async def _complete(self, upload: Upload, model: str) -> Batch:
         try:
             return read_batch(await upload.complete(model))
         except (APIConnectionError, APITimeoutError, APIStatusError):
@@ -220,27 +222,40 @@ class Batches:
     async def _output(
         self, batch: Batch, place: int
     ) -> AsyncGenerator[tuple[int, BatchResult], None]:
-        """Yield the results of one file, numbered; again from the first where it broke off."""
-        failure: MoondreamError | None = None
+        """Yield the results of one file, numbered; ask for its address where that has expired."""
         renewed = False
-        call = self._call_for(batch, place)
         while True:
+            call = self._call_for(batch, place)
             try:
-                body = await call.download(after=failure)
+                async with contextlib.aclosing(self._download(call)) as results:
+                    async for numbered in results:
+                        yield numbered
             except APIStatusError as error:
                 if renewed or not 400 <= error.status < 500:
                     raise
-                renewed, failure = True, None
-                call = self._call_for(await self.get(batch), place)
-                continue
-            try:
-                async with contextlib.aclosing(self._read(body)) as results:
-                    async for numbered in results:
-                        yield numbered
-            except APIConnectionError as error:
-                failure = error
+                renewed = True
+                batch = await self.get(batch)
             else:
                 return
+
+    async def _download(self, call: Call) -> AsyncGenerator[tuple[int, BatchResult], None]:
+        """Yield the results of one file, numbered; again from the first where it broke off."""
+        failure: MoondreamError | None = None
+        try:
+            while True:
+                body = await call.download(after=failure)
+                try:
+                    async with contextlib.aclosing(self._read(body)) as results:
+                        async for numbered in results:
+                            yield numbered
+                except APIConnectionError as error:
+                    failure = error
+                else:
+                    break
+        except BaseException as error:
+            call.ended(error=error if isinstance(error, Exception) else None)
+            raise
+        call.ended(completed=True)
 
     def _call_for(self, batch: Batch, place: int) -> Call:
         url = batch.outputs[place].url if place < len(batch.outputs) else ""
