@@ -2,18 +2,25 @@
 
 import asyncio
 import base64
+import contextlib
 import datetime as dt
 import json
+import re
+import shutil
 import signal
+import ssl
 import sys
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import anyio
 import pytest
+import trustme
 from raw_server import GoneError, RawServer, head, whole
+from yarl import URL
 
 import moondream_async as md
+from moondream_async._files import SharedFile
 from moondream_async._protocol import batches as protocol
 from moondream_async._protocol.batches import FileChecker, Tally
 from moondream_async.simulator import Simulator
@@ -378,7 +385,11 @@ async def test_model_is_that_of_the_call_or_else_the_client(simulator, photo):
     async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
         await client.batches.create(requests)
     bodies = [each.body for each in simulator.requests if each.query["action"] == "mpu-complete"]
-    assert [body.get("model") for body in bodies] == ["of-the-client", "of-the-call", None]
+    assert [body["model"] for body in bodies] == [
+        "of-the-client",
+        "of-the-call",
+        "moondream3-preview",
+    ]
 
 
 async def test_picture_too_large_for_a_line_is_made_smaller(client, simulator):
@@ -541,6 +552,25 @@ async def test_file_that_becomes_shorter_meanwhile_aborts_the_upload(client, tmp
 
     with pytest.raises(md.RequestError, match="shorter"):
         await client.batches.create(path, part_bytes=1_000_000, on_progress=shorten)
+
+
+async def test_each_piece_of_a_part_is_progress(client, simulator, tmp_path):
+    """So the limit of silence begins anew with it, and a slow line may take its time."""
+    path = tmp_path / "part"
+    path.write_bytes(bytes(1_000_000))
+    told = []
+    with path.open("rb") as file:
+        [part] = SharedFile(file, 1_000_000).slices(1_000_000)
+        body = await client._caller.transport.pool().request(
+            "PUT",
+            URL(f"{simulator.endpoint}/batch/f?action=mpu-uploadpart"),
+            headers={},
+            body=[part],
+            on_send=lambda: told.append(True),
+            on_close=lambda _: None,
+        )
+        await body.read()
+    assert len(told) == 1 + 4
 
 
 # -- uploads that are broken off ------------------------------------------------------
@@ -812,6 +842,21 @@ async def test_redirect_of_results_is_followed_to_another_origin_without_the_key
     assert KEY not in str(request.headers)
 
 
+async def test_redirect_of_results_that_would_leave_tls_is_not_followed():
+    authority = trustme.CA()
+    serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(serving)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    storage = Storage(
+        head("Location: http://127.0.0.1:9/", "Content-Length: 0", status="302 Found")
+    )
+    storage.server = RawServer(storage._play_storage, ssl_context=serving)
+    async with storage:
+        with pytest.raises(md.APIStatusError, match="without TLS"):
+            await storage.results(ssl_context=trusting)
+
+
 async def test_results_are_read_as_they_arrive():
     sent = asyncio.Event()
 
@@ -921,6 +966,35 @@ async def test_download_that_stalls_ends_with_the_idle_limit():
         with pytest.raises(md.APITimeoutError) as caught:
             await storage.results(timeout=md.Timeout(idle=0.05))
     assert caught.value.phase == "idle"
+
+
+@pytest.mark.parametrize("end", ["whole", "broken off", "failed", "expired"])
+async def test_hooks_are_told_of_the_end_of_each_download(end):
+    answers = {
+        "whole": [file(output_line(0), output_line(1))],
+        "broken off": [cut(output_line(0), "\n", output_line(1))],
+        "failed": [file(output_line(0), "no JSON")],
+        "expired": [whole(b"", status="403 Forbidden"), file(output_line(0))],
+    }[end]
+    ends = []
+    async with Storage(*answers) as storage:
+        hooks = md.Hooks(end=ends.append)
+        async with md.MoondreamClient(endpoint=storage.api.endpoint, hooks=hooks) as client:
+            with contextlib.suppress(md.ServerError):
+                async with contextlib.aclosing(client.batches.results("b")) as results:
+                    async for _ in results:
+                        if end == "broken off":
+                            break
+    told = [(event.completed, event.error is not None) for event in ends]
+    assert (
+        told
+        == {
+            "whole": [(True, False), (True, False)],  # what the batch is, and its results
+            "broken off": [(True, False), (False, False)],
+            "failed": [(True, False), (False, True)],
+            "expired": [(True, False), (False, True), (True, False), (True, False)],
+        }[end]
+    )
 
 
 async def test_reader_that_breaks_off_frees_the_connection():
@@ -1098,6 +1172,20 @@ async def test_programs_that_have_no_batches_do_not_load_them(simulator):
     )
     program = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     assert await program.wait() == 0
+
+
+async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
+    from moondream_async import batch
+
+    (tmp_path / "photos").mkdir()
+    shutil.copy(photo, tmp_path / "photos" / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
+    example = re.search(r"::\n\n((?: {4}.*\n)+)", batch.__doc__)[1]
+    namespace = {"md": md, "Path": Path}
+    exec(f"async def example():\n{example}", namespace)
+    await namespace["example"]()
+    assert capsys.readouterr().out.startswith("photo.jpg A bright 640")
 
 
 async def test_simulator_refuses_a_key_at_its_storage(photo):

@@ -5,6 +5,8 @@ import collections
 import contextlib
 import json
 import math
+import re
+import shutil
 import sys
 
 import pytest
@@ -700,6 +702,19 @@ async def test_programs_that_tune_nothing_do_not_load_it():
     )
     program = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     assert await program.wait() == 0
+
+
+async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
+    from moondream_async import tuning
+
+    shutil.copy(photo, tmp_path / "hall.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
+    example = re.search(r"::\n\n((?: {4}.*\n)+)", tuning.__doc__)[1]
+    namespace = {"md": md}
+    exec(f"async def example():\n{example}", namespace)
+    await namespace["example"]()
+    assert re.match(r"1 [\d.]+\nPointResult\(", capsys.readouterr().out)
 
 
 def test_values_are_json_when_their_raw_is():
