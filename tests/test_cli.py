@@ -326,6 +326,13 @@ async def test_output_that_cannot_be_written_is_an_error(simulator, photo, full)
     assert is_one_line(errors)
 
 
+async def test_a_closed_stdout_is_no_error(simulator, photo):
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", *PROGRAM]
+    arguments = ("caption", photo, "--endpoint", simulator.endpoint)
+    async with start(*arguments, command=shell) as program:
+        assert await program.end() == (0, "", "")
+
+
 # -- answers as JSON --------------------------------------------------------------------
 
 KEYS = {

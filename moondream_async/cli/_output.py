@@ -39,7 +39,7 @@ def print_json(value: Any) -> None:
 
 def print_text(text: str, *, end: str = "\n") -> None:
     """Print a text, at once; on a terminal without the characters that it would obey."""
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: it is closed
         text = text.translate(_CONTROLS)
     typer.echo(text + end, nl=False, color=True)  # True: elsewhere, the text is left as it is
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -56,8 +56,11 @@ def serve(
     """
     if api_key is not None and dialect != "cloud":
         raise UsageError(f"'--api-key' has no effect with '--dialect {dialect}'", context)
-    from moondream_async.simulator import Fault, describe_faults  # noqa: PLC0415 - loads aiohttp
-    from moondream_async.simulator import serve as serve_simulator  # noqa: PLC0415 - likewise
+    from moondream_async.simulator import (  # noqa: PLC0415 - loads aiohttp
+        Fault,
+        Simulator,
+        describe_faults,
+    )
 
     if fault and "help" in fault:
         typer.echo(describe_faults())
@@ -66,24 +69,23 @@ def serve(
         faults = [Fault.parse(text) for text in fault or ()]
     except ValueError as error:
         raise UsageError(f"Invalid value for '--fault': {error}", context) from error
-    serving = serve_simulator(
-        host,
-        port,
-        dialect=dialect,
-        rate=rate,
-        api_key=api_key,
-        faults=faults,
-        on_listening=partial(_announce, needs_key=api_key is not None),
-    )
-    try:
-        run(serving)
-    except BrokenPipeError:  # nobody reads the announcement: that is not about listening
-        raise
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that can't be a name
-        errno = getattr(error, "errno", None) or 0
-        # The system's words: asyncio puts the address in front, once more.
-        reason = os.strerror(errno) if errno > 0 else str(error)
-        raise MoondreamError(f"Can't listen on {host}:{port}: {reason}") from error
+    simulator = Simulator(dialect, rate, api_key, faults, host=host, port=port, keep=0)
+    run(_serve(simulator, f"{host}:{port}", needs_key=api_key is not None))
+
+
+async def _serve(simulator: Simulator, address: str, *, needs_key: bool) -> None:
+    import anyio  # noqa: PLC0415 - --help and errors of usage do without
+
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(simulator)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that can't be a name
+            errno = getattr(error, "errno", None) or 0
+            # The system's words: asyncio would name the address once more.
+            reason = os.strerror(errno) if errno > 0 else str(error)
+            raise MoondreamError(f"Can't listen on {address}: {reason}") from error
+        _announce(simulator, needs_key=needs_key)
+        await anyio.sleep_forever()
 
 
 def _announce(simulator: Simulator, *, needs_key: bool) -> None:

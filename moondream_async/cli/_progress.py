@@ -1,0 +1,119 @@
+"""How far a bulk run is: a bar on a terminal, a line now and then elsewhere; all on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from ._output import note
+
+INPUT_PRICE, OUTPUT_PRICE = 0.30e-6, 2.50e-6  # dollars a token (docs.moondream.ai/pricing)
+BATCH_DISCOUNT = 0.5
+
+_WINDOW = 15.0  # seconds over which the rate is told
+_BETWEEN_LINES = 5.0  # seconds
+
+
+class Progress:
+    """Counts what becomes of the pictures, and shows it.
+
+    Used as a context manager; `show` is to be called now and then.
+    """
+
+    def __init__(self, *, price: float = 1.0) -> None:
+        self.total: int | None = None
+        """How many pictures there are, done before or not; None until that is known."""
+        self.answered = self.failed = self.skipped = 0
+        self.tokens = 0
+        self.cost = 0.0
+        self._price = price
+        self._began = time.monotonic()
+        self._marks: deque[tuple[float, int]] = deque([(self._began, 0)])
+        self._bar: Any = None
+        self._shown_at = self._began
+
+    def __enter__(self) -> Progress:
+        from rich.console import Console  # noqa: PLC0415 - takes a while to load
+
+        console = Console(stderr=True, highlight=False)
+        if console.is_terminal:
+            from rich.progress import BarColumn, TextColumn  # noqa: PLC0415 - likewise
+            from rich.progress import Progress as Bars  # noqa: PLC0415 - likewise
+
+            text = TextColumn("{task.description}", markup=False)
+            self._bar = Bars(BarColumn(bar_width=24), text, console=console, auto_refresh=False)
+            self._bar.add_task("", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._refresh()
+            self._bar.stop()
+
+    @property
+    def done(self) -> int:
+        """How many pictures need nothing more, those of earlier runs included."""
+        return self.answered + self.failed + self.skipped
+
+    def count(self, metrics: Mapping[str, Any] | None, *, failed: bool) -> None:
+        """Count a picture, with what the server says that it cost."""
+        self.failed += failed
+        self.answered += not failed
+        tokens = [(metrics or {}).get(name) for name in ("input_tokens", "output_tokens")]
+        spent, written = (each if isinstance(each, int) else 0 for each in tokens)
+        self.tokens += spent + written
+        self.cost += (spent * INPUT_PRICE + written * OUTPUT_PRICE) * self._price
+
+    def show(self) -> None:
+        """Show the state: the bar each time, a line at most every few seconds."""
+        now = time.monotonic()
+        self._marks.append((now, self.answered + self.failed))
+        while len(self._marks) > 2 and self._marks[0][0] < now - _WINDOW:
+            self._marks.popleft()
+        if self._bar is not None:
+            self._refresh()
+        elif now - self._shown_at >= _BETWEEN_LINES:
+            self._shown_at = now
+            note(self.describe())
+
+    def describe(self) -> str:
+        """Return the state in a line."""
+        (start, before), (end, after) = self._marks[0], self._marks[-1]
+        rate = (after - before) / (end - start) if end > start else 0.0
+        of = "" if self.total is None else f" of {self.total:,}"
+        parts = [f"{self.done:,}{of}", f"{rate:.1f}/s"]
+        if self.total is not None and rate and self.total > self.done:
+            parts.append(f"{_clock((self.total - self.done) / rate)} left")
+        parts += [f"{self.failed:,} failed", self._spent()]
+        return ", ".join(parts)
+
+    def summary(self) -> str:
+        """Return what came of it all, in a line."""
+        seconds = time.monotonic() - self._began
+        parts = [f"{self.answered:,} answered", f"{self.failed:,} failed"]
+        if self.skipped:
+            parts.append(f"{self.skipped:,} done before")
+        rate = (self.answered + self.failed) / seconds if seconds else 0.0
+        parts += [self._spent(), f"{_clock(seconds)} ({rate:.1f}/s)"]
+        return ", ".join(parts)
+
+    def _spent(self) -> str:
+        return f"{self.tokens:,} tokens, ${self.cost:.4f}"
+
+    def _refresh(self) -> None:
+        self._bar.update(0, total=self.total, completed=self.done, description=self.describe())
+        self._bar.refresh()
+
+
+def _clock(seconds: float) -> str:
+    r"""Return a duration as people write it.
+
+    >>> _clock(7), _clock(125), _clock(7384)
+    ('0:07', '2:05', '2:03:04')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
