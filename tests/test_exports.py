@@ -1,0 +1,196 @@
+"""The surface: its names, each once and explained, and the errors as they are drawn."""
+
+import ast
+import importlib
+import inspect
+import re
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import moondream_async as md
+from moondream_async import errors, records
+from moondream_async import types as values
+
+INIT = Path(md.__file__)
+
+# Classes of the public modules that are no names of the surface.
+INTERNAL = {
+    "Array",  # says only what of a numpy array is used
+}
+
+TREE = """
+MoondreamError
+  RequestError(ValueError)
+    ImageError
+  APIConnectionError
+  APITimeoutError(TimeoutError)
+  APIStatusError
+    BadRequestError
+    AuthenticationError
+    PermissionDeniedError
+    NotFoundError
+    PayloadTooLargeError
+    RateLimitError
+    ServerError
+  StreamError
+    StreamInterruptedError
+    StreamStalledError(APITimeoutError)
+    StreamProtocolError
+    StreamServerError
+  ClientClosedError
+"""
+
+
+def with_names():
+    """Every module that says which names are its own."""
+    names = [
+        "moondream_async",
+        *(f"moondream_async.{path.parent.name}" for path in INIT.parent.glob("*/__init__.py")),
+    ]
+    modules = [importlib.import_module(name) for name in names if not name.endswith(".cli")]
+    return [module for module in modules if hasattr(module, "__all__")]
+
+
+every_module = pytest.mark.parametrize("module", with_names(), ids=lambda each: each.__name__)
+
+
+@every_module
+def test_names_are_sorted_and_each_is_there_once(module):
+    def constants_classes_and_the_rest(name):
+        return (not name.isupper(), not name[0].isupper(), name)
+
+    assert module.__all__ == sorted(set(module.__all__), key=constants_classes_and_the_rest)
+
+
+@every_module
+def test_every_name_is_there(module):
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+
+
+def test_everything_that_is_imported_is_a_name_of_the_surface():
+    tree = ast.parse(INIT.read_text(encoding="utf-8"))
+    imported = [
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+
+    assert sorted(imported) == md.__all__
+
+
+def test_the_surface_has_no_logic_of_its_own():
+    docstring, *statements = ast.parse(INIT.read_text(encoding="utf-8")).body
+
+    assert isinstance(docstring, ast.Expr)
+    for statement in statements:
+        assert isinstance(statement, (ast.ImportFrom, ast.Assign)), ast.unparse(statement)
+
+
+def test_a_star_import_brings_the_surface():
+    names = {}
+    exec("from moondream_async import *", names)
+
+    assert sorted(names.keys() - {"__builtins__"}) == md.__all__
+
+
+@pytest.mark.parametrize("module", [errors, values, records], ids=lambda each: each.__name__)
+def test_every_public_class_is_a_name_of_the_surface(module):
+    own = {
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    }
+
+    assert own - INTERNAL <= set(md.__all__)
+
+
+@pytest.mark.parametrize("name", ["MoondreamClient", "vl", "Timeout", "CaptionStream", "errors"])
+def test_names_are_reached_from_the_package(name):
+    assert getattr(md, name)
+
+
+def test_the_package_says_that_it_is_typed():
+    assert INIT.with_name("py.typed").is_file()
+
+
+# -- explained -----------------------------------------------------------------------------
+
+
+def explained_aliases():
+    """Names that are assigned and explained by a string below, as attributes are."""
+    found = set()
+    for path in INIT.parent.glob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node, after in pairwise(body):
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in md.__all__ if name != "__version__"])
+def test_every_name_is_explained(name):
+    value = getattr(md, name)
+
+    if isinstance(value, (type, types.FunctionType)):
+        assert value.__doc__
+        assert value.__doc__.strip()
+    else:
+        assert name in explained_aliases()
+
+
+def methods():
+    """The public methods and properties of the surface's classes, by whichever class has them."""
+    for name in md.__all__:
+        cls = getattr(md, name)
+        for base in getattr(cls, "__mro__", ()):
+            if not base.__module__.startswith("moondream_async"):
+                continue
+            for attribute, value in vars(base).items():
+                known = isinstance(value, (types.FunctionType, property, classmethod))
+                if known and not attribute.startswith("_"):
+                    yield pytest.param(value, id=f"{name}.{attribute}")
+
+
+@pytest.mark.parametrize("method", list(methods()))
+def test_every_public_method_and_property_is_explained(method):
+    assert inspect.getdoc(method)
+
+
+@pytest.mark.parametrize("name", ["caption", "query", "detect", "point", "segment", "chat"])
+def test_every_skill_says_what_it_raises_and_what_cancelling_does(name):
+    doc = inspect.getdoc(getattr(md.MoondreamClient, name))
+
+    for part in ("Args:", "Returns:", "Raises:", "ancelling"):
+        assert part in doc
+
+
+# -- the errors ----------------------------------------------------------------------------
+
+
+def drawn(cls, indent=0):
+    """The errors from `cls` on, each below its first base, with its other bases."""
+    others = ", ".join(base.__name__ for base in cls.__bases__[1:])
+    yield " " * indent + cls.__name__ + (f"({others})" if others else "")
+    for each in vars(errors).values():
+        if isinstance(each, type) and each.__bases__[0] is cls:
+            yield from drawn(each, indent + 2)
+
+
+def test_errors_are_one_tree():
+    assert list(drawn(md.MoondreamError)) == TREE.strip().splitlines()
+
+
+def test_the_tree_at_the_top_of_the_errors_is_the_one_that_grows_there():
+    picture = re.findall(r"^    ( *)(\w+Error(?:\(\w+\))?)(?:  |$)", errors.__doc__, re.MULTILINE)
+
+    assert [indent + name for indent, name in picture] == TREE.strip().splitlines()
