@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
 
 import msgspec
 import typer
 
 from moondream_async._streams import Stream
-from moondream_async.types import FinalEvent, MetricsEvent, StreamEvent, UnknownEvent
+from moondream_async.types import (
+    BboxEvent,
+    FinalEvent,
+    MetricsEvent,
+    ReasoningEvent,
+    StreamEvent,
+    UnknownEvent,
+)
 
 # A terminal obeys these, and what a model says may come from the picture.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
@@ -22,6 +33,19 @@ def one_line(text: str) -> str:
     'Bad gateway [2J'
     """
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` once it is whole, and otherwise never was."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def note(text: str) -> None:
@@ -72,6 +96,10 @@ async def print_events(stream: Stream) -> None:
 def _describe(event: StreamEvent) -> dict[str, Any]:
     if isinstance(event, UnknownEvent):
         return {"event": "unknown", "name": event.event, "raw": event.raw}
+    if isinstance(event, BboxEvent):
+        return {"event": "bbox", "bbox": event.bbox}
+    if isinstance(event, ReasoningEvent):
+        return {"event": "reasoning", "text": event.text}
     if isinstance(event, MetricsEvent):
         return {"event": "metrics", "metrics": event.metrics}
     return {"event": "chunk", "chunk": event.chunk}

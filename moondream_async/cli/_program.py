@@ -18,7 +18,7 @@ import typer
 from moondream_async._version import __version__
 from moondream_async.errors import MoondreamError
 
-from . import demo, serve, skills
+from . import batch, chat, demo, places, serve, server, skills
 from ._options import UsageError
 from ._output import one_line
 
@@ -29,8 +29,19 @@ app = typer.Typer(
     rich_markup_mode=None,  # help without boxes: it is piped, searched and read in narrow windows
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo.demo, skills.caption, skills.query, serve.serve):
+for _command in (
+    demo.demo,
+    skills.caption,
+    skills.query,
+    places.detect,
+    places.point,
+    places.segment,
+    chat.chat,
+    server.models,
+    serve.serve,
+):
     app.command()(_command)
+app.add_typer(batch.app, name="batch")
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer passes it like this

@@ -1,0 +1,205 @@
+"""The command group ``batch``: the server's own Batch API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from moondream_async import Batch, BatchRequest, MoondreamClient
+from moondream_async.types import Length
+
+from . import _options as options
+from ._options import UsageError
+from ._output import note, print_json, print_text, replacing
+from ._session import make_client, run
+
+app = typer.Typer(
+    help="Hand many pictures to the server, at half price, and fetch the answers later.",
+    no_args_is_help=False,
+)
+
+Skill = Literal["caption", "query", "detect", "point"]
+BatchId = Annotated[str, typer.Argument(metavar="ID", help="The batch's id.", show_default=False)]
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    *,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="Pictures; or one .jsonl file in the server's own format.",
+            show_default=False,
+        ),
+    ],
+    skill: Annotated[Skill, typer.Option(help="What to ask of each picture.")] = "caption",
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="For query: the question.")
+    ] = None,
+    object: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="For detect and point: what to look for.")
+    ] = None,
+    length: Annotated[Length, typer.Option(help="For caption: how much to say.")] = "normal",
+    as_json: options.AsJson = False,
+    endpoint: options.Endpoint = None,
+    model: options.Model = None,
+    timeout: options.Timeout = None,
+) -> None:
+    """Upload a batch, and print its id. Each picture's path is the id of its answer.
+
+    Ctrl-C aborts the upload, on the server too.
+    """
+    if len(files) == 1 and files[0].endswith(".jsonl"):
+        requests: str | list[BatchRequest] = files[0]
+    else:
+        requests = [
+            _request(context, path, skill, question=question, object=object, length=length)
+            for path in files
+        ]
+
+    async def upload(client: MoondreamClient) -> None:
+        batch = await client.batches.create(requests, on_progress=_tell_progress)
+        _print_batch(batch, as_json=as_json)
+
+    _run(upload, endpoint, model, timeout)
+
+
+@app.command("list")
+def list_(
+    *,
+    as_json: options.AsJson = False,
+    endpoint: options.Endpoint = None,
+    timeout: options.Timeout = None,
+) -> None:
+    """List the account's batches, a line each."""
+
+    async def show(client: MoondreamClient) -> None:
+        async for batch in client.batches.list():
+            _print_batch(batch, as_json=as_json)
+
+    _run(show, endpoint, None, timeout)
+
+
+@app.command()
+def get(
+    *,
+    batch: BatchId,
+    as_json: options.AsJson = False,
+    endpoint: options.Endpoint = None,
+    timeout: options.Timeout = None,
+) -> None:
+    """Tell how far a batch is."""
+
+    async def show(client: MoondreamClient) -> None:
+        _print_batch(await client.batches.get(batch), as_json=as_json)
+
+    _run(show, endpoint, None, timeout)
+
+
+@app.command()
+def wait(
+    *,
+    batch: BatchId,
+    as_json: options.AsJson = False,
+    endpoint: options.Endpoint = None,
+    timeout: options.Timeout = None,
+) -> None:
+    """Wait until a batch has ended; --timeout limits each question, not the wait."""
+
+    async def show(client: MoondreamClient) -> None:
+        _print_batch(await client.batches.wait(batch), as_json=as_json)
+
+    _run(show, endpoint, None, timeout)
+
+
+@app.command()
+def results(
+    *,
+    batch: BatchId,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write them there, once all have arrived."
+        ),
+    ] = None,
+    endpoint: options.Endpoint = None,
+    timeout: options.Timeout = None,
+) -> None:
+    """Print the answers of a batch that has completed, a JSON object a line, in no order.
+
+    Lines that failed are among them, with their error.
+    """
+
+    async def fetch(client: MoondreamClient) -> None:
+        if output is None:
+            async for result in client.batches.results(batch):
+                print_json(result.raw)
+            return
+        failed = total = 0
+        with replacing(output) as file:
+            async for result in client.batches.results(batch):
+                file.write(msgspec.json.encode(result.raw) + b"\n")
+                total += 1
+                failed += not result.ok
+        note(f"Written: {output}, {total} answers, of which {failed} failed")
+
+    _run(fetch, endpoint, None, timeout)
+
+
+def _run(
+    work: Callable[[MoondreamClient], Coroutine[Any, Any, None]],
+    endpoint: str | None,
+    model: str | None,
+    timeout: float | None,
+) -> None:
+    async def with_client() -> None:
+        async with make_client(endpoint=endpoint, model=model, timeout=timeout) as client:
+            await work(client)
+
+    run(with_client())
+
+
+def _request(
+    context: typer.Context,
+    path: str,
+    skill: Skill,
+    *,
+    question: str | None,
+    object: str | None,
+    length: Length,
+) -> BatchRequest:
+    if skill == "caption":
+        return BatchRequest.caption(path, length=length, id=path)
+    if skill == "query":
+        if question is None:
+            raise UsageError("--skill query needs a --question", context)
+        return BatchRequest.query(path, question, id=path)
+    if object is None:
+        raise UsageError(f"--skill {skill} needs an --object", context)
+    make = BatchRequest.detect if skill == "detect" else BatchRequest.point
+    return make(path, object, id=path)
+
+
+def _tell_progress(sent: int, total: int) -> None:
+    note(f"{sent / 1e6:.1f} of {total / 1e6:.1f} MB uploaded")
+
+
+def _print_batch(batch: Batch, *, as_json: bool) -> None:
+    if as_json:
+        print_json(batch.raw)
+        return
+    done = batch.progress
+    said: Sequence[str] = (
+        batch.id,
+        batch.status,
+        f"{done.completed} of {done.total} done, {done.failed} failed",
+    )
+    print_text("  ".join(said))
+    if batch.error is not None:
+        note(f"{batch.error.code}: {batch.error.message}")
