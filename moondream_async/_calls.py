@@ -209,7 +209,7 @@ class Call:
         self._images: list[EncodedImage] | None = None
         self._failures = 0
         self._tries = 0
-        self._began = current_time()
+        self._began = time.monotonic()
 
     async def json(self) -> dict[str, Any]:
         """Return the whole answer, decoded; or raise the error that it says it is."""
@@ -273,7 +273,7 @@ class Call:
             skill=self._request.skill,
             stream=self._request.stream,
             attempt=self._tries,
-            seconds=current_time() - self._began,
+            seconds=time.monotonic() - self._began,  # maybe after the loop's end
             **what,
         )
         try:

@@ -310,12 +310,12 @@ class Stream:
             observer.ended(error=error, completed=self.completed, request_id=self.request_id)
 
     def _drop_source(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
         if self._source is not None:
             self._source.close()
             self._source = None
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
 
     def _is_over(self) -> bool:
         return self._source is None or self._source.closed
@@ -325,8 +325,8 @@ class Stream:
             over = self._is_over() or self.completed
             self._drop_source()
             self._report(None)
-        except AttributeError:  # its construction failed
-            return
+        except (AttributeError, ImportError):
+            return  # its construction failed; the interpreter ends, and asyncio is in debug mode
         if not over:
             where = f", opened at {self._opened_at}" if self._opened_at else ""
             warnings.warn(

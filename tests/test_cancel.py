@@ -497,7 +497,7 @@ async def read_in_line(client):
         await read_entered(client)
     finally:
         other.cancel()
-        await asyncio.wait([other])
+        await asyncio.gather(other, return_exceptions=True)
 
 
 # What is called, what the server plays, and the client's options.

@@ -363,6 +363,18 @@ def test_stream_dropped_while_its_loop_rests_is_closed_as_the_loop_goes(stalling
     asyncio.run(client.aclose())
 
 
+def test_stream_dropped_after_its_loop_is_gone_is_reported(stalling):
+    ended = []
+    client = client_of(stalling, hooks=md.Hooks(end=ended.append))
+    loop = asyncio.new_event_loop()
+    stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
+    loop.close()
+    with pytest.warns(ResourceWarning, match="CaptionStream was dropped"):
+        del stream
+    assert [event.completed for event in ended] == [False]
+    asyncio.run(client.aclose())
+
+
 def test_client_closed_while_a_loop_rests_leaves_that_loop_usable(stalling):
     loop = asyncio.new_event_loop()
     for _ in range(5):
@@ -525,6 +537,7 @@ EXPECTED = re.compile(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["-W", "always"], ["-X", "dev"]], ids=["", "-W", "-X dev"])
 @pytest.mark.parametrize("end", ENDS)
 def test_interpreter_ends_in_silence(stalling, end, flags):

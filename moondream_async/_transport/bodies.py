@@ -39,6 +39,8 @@ class Body:
         """Whether its connection is free again or dropped."""
         self._pool = pool
         self._response = response
+        connection = response.connection  # None if the body is whole already
+        self._transport = None if connection is None else connection.transport
         self._on_close = on_close
         self.received = 0
         """Bytes, so far."""
@@ -151,11 +153,10 @@ class Body:
     def _close(self) -> None:
         if self.closed:
             return
-        connection = self._response.connection
-        if connection is not None and connection.transport is not None:
-            # Not close(): that would first send what is left of an upload, and say
-            # goodbye over TLS.
-            connection.transport.abort()
+        if self._response.connection is not None and self._transport is not None:
+            # Not close(): that would first send what is left of an upload, and say goodbye
+            # over TLS. One that is lost is told, too: Python 3.10 wants that of TLS.
+            self._transport.abort()
         self._response.close()
         self._settle()
 

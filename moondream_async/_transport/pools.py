@@ -104,7 +104,10 @@ class Transport:
             self._pools.clear()
 
     def __del__(self) -> None:
-        unclosed = [pool.drop() for pool in getattr(self, "_pools", {}).values()]
+        try:
+            unclosed = [pool.drop() for pool in getattr(self, "_pools", {}).values()]
+        except ImportError:  # the interpreter ends, and asyncio is in debug mode
+            return
         if any(unclosed):  # warned of at the end, since that may raise
             warnings.warn(
                 "A MoondreamClient was dropped while it had connections. "
