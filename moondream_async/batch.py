@@ -100,7 +100,8 @@ class Batches:
         Raises:
             RequestError: The server would refuse the file: over 2 GB, 100,000 lines or
                 10 MB a line; a blank line, one that is no JSON, a query without a
-                picture, or an id that is there twice. The message names the line.
+                picture, or an id that is there twice. The message names the line,
+                counted from 1.
             ImageError: A picture can't be read, or is none; the message names the line.
         """
         if isinstance(part_bytes, bool) or not isinstance(part_bytes, int) or part_bytes < 1:
