@@ -46,6 +46,7 @@ class Body:
         """Bytes, so far."""
         self._closed_by_client = False
         self._unread = b""
+        self._finishing = asyncio.Lock()
         pool.bodies.add(self)
 
     @property
@@ -124,16 +125,17 @@ class Body:
     async def finish(self) -> None:
         """Wait, shortly, for the end of the body, so that its connection can be kept."""
         content = self._response.content
-        # wait_eof() would wait for ever on a body that has failed already.
-        if not self.closed and not content.is_eof() and content.exception() is None:
-            timer = self._pool.loop.call_later(_LINGER, self.close)
-            try:
-                await content.wait_eof()
-            except FAULTS:
-                pass  # the answer is complete; only the connection is lost
-            finally:
-                timer.cancel()
-        self.close()
+        async with self._finishing:  # wait_eof() is for one at a time
+            # And it would wait for ever on a body that has failed already.
+            if not self.closed and not content.is_eof() and content.exception() is None:
+                timer = self._pool.loop.call_later(_LINGER, self.close)
+                try:
+                    await content.wait_eof()
+                except FAULTS:
+                    pass  # the answer is complete; only the connection is lost
+                finally:
+                    timer.cancel()
+            self.close()
 
     def close(self, *, by_client: bool = False) -> None:
         """Free the connection now; from any thread. One that is still in use is dropped."""
