@@ -6,6 +6,8 @@ Whatever complains, by a warning or in the log, fails the test.
 import asyncio
 import gc
 import logging
+import random
+import threading
 
 import pytest
 from raw_server import (
@@ -14,6 +16,7 @@ from raw_server import (
     STREAM_HEAD,
     TEXT,
     RawServer,
+    answer_all,
     in_chunks,
 )
 
@@ -76,3 +79,76 @@ async def test_complete_stream_is_ended_by_two_tasks_at_once(first, second):
         if "read" in (first, second):
             assert stream.text_so_far == TEXT
         assert client.stats().open_streams == 0
+
+
+# -- between loops --------------------------------------------------------------------
+
+
+def in_thread(coroutine):
+    """Run in a loop and a thread of its own, which is returned."""
+    thread = threading.Thread(target=asyncio.run, args=(coroutine,))
+    thread.start()
+    return thread
+
+
+async def joined(thread):
+    while thread.is_alive():
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("grace", [None, 60], ids=["at-once", "with-grace"])
+async def test_client_is_closed_while_the_loop_of_another_thread_ends(grace):
+    async def read(client, kept, turns):
+        kept.append(await client.caption(IMAGE, stream=True))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    choose = random.Random(5)
+    async with RawServer(stall) as server:
+        for _ in range(100):
+            kept = []
+            client = client_of(server)
+            thread = in_thread(read(client, kept, choose.randrange(12)))
+            while not kept:
+                await asyncio.sleep(0)
+            await rounds(choose.randrange(3))
+            await client.aclose(grace)
+            await joined(thread)
+            with pytest.raises(md.ClientClosedError):
+                await kept[0].text()
+        await server.until_idle()
+
+
+async def test_closing_does_not_wait_for_a_loop_that_rests():
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    async with RawServer(stall) as server:
+        client = client_of(server)
+        thread.start()
+        opening = asyncio.run_coroutine_threadsafe(client.caption(IMAGE, stream=True), loop)
+        stream = await asyncio.wrap_future(opening)
+        closing = asyncio.ensure_future(client.aclose(grace=3600))
+        await rounds()
+        loop.call_soon_threadsafe(loop.stop)
+        await joined(thread)
+        await closing
+        await server.until_idle()
+        with pytest.raises(md.ClientClosedError):
+            await stream.text()
+        loop.close()
+
+
+def test_client_in_a_generator_that_nobody_finished_is_closed_with_its_loop():
+    async def captions(endpoint):
+        async with md.MoondreamClient(endpoint=endpoint) as client:
+            while True:
+                yield (await client.caption(IMAGE)).caption
+
+    async def main():
+        async with RawServer(answer_all) as server:
+            generators = [captions(server.endpoint) for _ in range(20)]
+            for generator in generators:
+                assert await anext(generator) == TEXT
+            return generators
+
+    asyncio.run(main())

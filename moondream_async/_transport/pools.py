@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
+_LOOK = 0.005  # seconds between two looks at what another thread's loop does
+_RESTS = 5  # looks in a row that find a loop at rest; asyncio.run starts its loop several times
+_PATIENCE = 5.0  # seconds that a busy loop of another thread may take to close its connections
+
 # The client keeps its own deadlines; aiohttp's would neither name their phase nor
 # know an event from a heartbeat.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
@@ -94,12 +98,8 @@ class Transport:
         here = asyncio.get_running_loop()
         async with anyio.create_task_group() as group:
             for pool in pools:
-                if pool.loop is here:
-                    group.start_soon(pool.aclose, grace)
-                elif pool.loop.is_running():
-                    group.start_soon(_aclose_elsewhere, pool, grace)
-                else:
-                    pool.abandon()
+                close = pool.aclose if pool.loop is here else pool.aclose_from_elsewhere
+                group.start_soon(close, grace)
         with self._lock:
             self._pools.clear()
 
@@ -115,13 +115,6 @@ class Transport:
                 ResourceWarning,
                 stacklevel=2,
             )
-
-
-async def _aclose_elsewhere(pool: Pool, grace: float | None) -> None:
-    future = asyncio.run_coroutine_threadsafe(pool.aclose(grace), pool.loop)
-    # If that loop stops just now, nobody will ever complete the future.
-    with anyio.move_on_after((grace or 0) + 5):
-        await asyncio.wrap_future(future)
 
 
 class Pool:
@@ -270,8 +263,38 @@ class Pool:
             with anyio.CancelScope(shield=True):
                 if self._owns_session:
                     await self._session.close()
-                await self._lifeline.aclose()
+                with contextlib.suppress(RuntimeError):  # the loop is ending, and about to do it
+                    await self._lifeline.aclose()
                 await asyncio.sleep(0)  # the transports of the bodies close in this round
+
+    async def aclose_from_elsewhere(self, grace: float | None = None) -> None:
+        """Do the same from another thread or loop; this one's may rest, or end at any moment.
+
+        Then nobody would hear of it, hence the looking. And no task is made there:
+        one that comes while a loop ends is dropped unfinished.
+        """
+        try:
+            with anyio.move_on_after(grace or 0):
+                await self._look_until(lambda: not self.calls and not self.bodies)
+        finally:
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                self.loop.call_soon_threadsafe(self._cut)
+        with anyio.move_on_after(_PATIENCE):
+            await self._look_until(lambda: self.closed)
+        if not self.loop.is_running():
+            self.abandon()
+
+    async def _look_until(self, is_done: Callable[[], bool]) -> None:
+        """Return when it is, or when the loop does not run."""
+        rests = 0
+        while not is_done() and not self.loop.is_closed() and rests < _RESTS:
+            rests = 0 if self.loop.is_running() else rests + 1
+            await anyio.sleep(_LOOK)
+
+    def _cut(self) -> None:
+        for scope in tuple(self.calls):
+            scope.cancel()
+        self.abandon()
 
     @contextlib.contextmanager
     def cancelled_on_close(self, scope: anyio.CancelScope) -> Iterator[None]:
