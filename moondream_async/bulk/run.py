@@ -8,6 +8,7 @@ so a reader who drops that, as with a plain ``break``, ends the run.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import random
 from collections import deque
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 import anyio
+import anyio.to_thread
 from anyio import current_time
 
 from moondream_async._protocol.answers import read_result
@@ -210,9 +212,12 @@ class _Work:
 
     async def run(self) -> None:
         """Do all items."""
-        self._door = anyio.Lock()
-        self._feeding = anyio.CancelScope()
         try:
+            # Here, and not by the first of many threads that meets a picture which needs it:
+            # the others would find it half loaded.
+            await anyio.to_thread.run_sync(importlib.import_module, "PIL.Image")
+            self._door = anyio.Lock()
+            self._feeding = anyio.CancelScope()
             async with anyio.create_task_group() as group:
                 try:
                     with self._feeding:

@@ -67,8 +67,8 @@ class Job:
         self._arguments: list[str] = []
         self._lists: list[str] = []
         self._seen: set[int] | None = None
-        self._scope = anyio.CancelScope()
-        self._stop: Callable[[], None] = self._scope.cancel
+        self._scope: anyio.CancelScope  # around the asking; made in the loop
+        self._stop: Callable[[], None]
         self._grace = 0.0
 
     @property
@@ -89,6 +89,8 @@ class Job:
             MoondreamError: It can't go on; what is done is kept.
         """
         self._grace = grace
+        self._scope = anyio.CancelScope()
+        self._stop = self._scope.cancel
         folder = Path(self._output.journal).parent
         with _told("create", str(folder)):
             folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import typer
 from moondream_async._version import __version__
 from moondream_async.errors import MoondreamError
 
-from . import batch, chat, demo, places, serve, server, skills
+from . import batch, bulk, chat, demo, places, serve, server, skills
 from ._options import UsageError
 from ._output import one_line
 
@@ -38,6 +38,7 @@ for _command in (
     places.segment,
     chat.chat,
     server.models,
+    bulk.bulk,
     serve.serve,
 ):
     app.command()(_command)

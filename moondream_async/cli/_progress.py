@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._output import note
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 INPUT_PRICE, OUTPUT_PRICE = 0.30e-6, 2.50e-6  # dollars a token (docs.moondream.ai/pricing)
 BATCH_DISCOUNT = 0.5
@@ -34,7 +37,7 @@ class Progress:
         self._bar: Any = None
         self._shown_at = self._began
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         from rich.console import Console  # noqa: PLC0415 - takes a while to load
 
         console = Console(stderr=True, highlight=False)

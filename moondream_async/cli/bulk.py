@@ -45,7 +45,7 @@ def bulk(
     question: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The question, for query.")
     ] = None,
-    object: Annotated[  # noqa: A002 - the API's word
+    object: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to look for, for detect and point.")
     ] = None,
     length: Annotated[Length | None, typer.Option(help="How much to say, for caption.")] = None,

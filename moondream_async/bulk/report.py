@@ -1,0 +1,134 @@
+"""One page that shows pictures with what was said of them. It needs nothing from anywhere else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from .journal import replacing
+
+MOST = 1000
+"""Pictures on a page: a browser has to hold them all. Those that failed come first."""
+_SIDE = 240  # pixels, of the longer side of a small picture
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Moondream report</title>
+<style>
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
+main { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+figure { border: 1px solid #8886; border-radius: .5rem; margin: 0; overflow: hidden; }
+.picture { background: #8882; display: grid; min-height: 6rem; place-items: center; }
+.frame { display: inline-block; line-height: 0; position: relative; }
+.frame img { max-width: 100%; }
+.frame svg { height: 100%; inset: 0; position: absolute; width: 100%; }
+rect { fill: none; stroke: #e0115f; stroke-width: 2; vector-effect: non-scaling-stroke; }
+ellipse { fill: #e0115f; stroke: #fff; vector-effect: non-scaling-stroke; }
+figcaption { padding: .6rem .8rem .8rem; overflow-wrap: anywhere; }
+.path { font-size: .8rem; margin: 0 0 .3rem; opacity: .7; }
+.error { border-color: #c22; }
+.error .said { color: #c22; }
+p { margin: 0; }
+</style>
+"""
+
+
+def write_report(
+    records: Callable[[], Iterable[dict[str, Any]]], path: str, *, most: int = MOST
+) -> None:
+    """Write the page. It blocks, and takes some milliseconds a picture.
+
+    Args:
+        records: Gives the lines of a journal; it is asked more than once.
+        path: Where the page goes.
+        most: How many pictures are shown.
+
+    Raises:
+        OSError: It can't be written; what was there stays.
+    """
+    failed = sum(1 for record in records() if record.get("error"))
+    total = sum(1 for _ in records())
+    shown = list(islice((r for r in records() if r.get("error")), most))
+    shown += islice((r for r in records() if not r.get("error")), most - len(shown))
+    asked = shown[0] if shown else {}
+    what = [asked.get(name) for name in ("skill", "question", "object", "length")]
+    with replacing(path) as file:
+
+        def write(text: str) -> None:
+            file.write(text.encode("utf-8", "replace"))
+
+        write(_HEAD)
+        write(f"<h1>{_text(': '.join(str(each) for each in what if each) or 'No pictures')}</h1>\n")
+        left = f"; {len(shown):,} of them are shown" if len(shown) < total else ""
+        write(f"<p>{total - failed:,} answered, {failed:,} failed{left}.</p><br>\n<main>\n")
+        for record in shown:
+            write(_figure(record))
+        write("</main>\n</html>\n")
+
+
+def _figure(record: dict[str, Any]) -> str:
+    error = record.get("error")
+    picture = _thumbnail(str(record["path"]))
+    if picture:
+        marks = "".join(_marks(record))
+        drawn = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{marks}</svg>' if marks else ""
+        picture = f'<span class="frame"><img alt="" src="{picture}">{drawn}</span>'
+    return (
+        f'<figure{" class=error" if error else ""}><div class="picture">'
+        f"{picture or 'no picture'}</div><figcaption>"
+        f'<p class="path">{_text(record["path"])}</p>'
+        f'<p class="said">{_text(_said(record))}</p></figcaption></figure>\n'
+    )
+
+
+def _said(record: dict[str, Any]) -> str:
+    if error := record.get("error"):
+        return f"{error.get('type')}: {error.get('message')}"
+    for name in ("caption", "answer"):
+        if name in record:
+            return str(record[name])
+    for name in ("objects", "points"):
+        if name in record:
+            return f"{len(record[name])} found"
+    return ""
+
+
+def _marks(record: dict[str, Any]) -> Iterator[str]:
+    """Yield boxes and points as SVG, in 0-1 of the picture."""
+    for box in record.get("objects") or ():
+        x, y = float(box["x_min"]), float(box["y_min"])
+        width, height = float(box["x_max"]) - x, float(box["y_max"]) - y
+        yield f'<rect x="{x:.4f}" y="{y:.4f}" width="{width:.4f}" height="{height:.4f}"/>'
+    for point in record.get("points") or ():
+        x, y = float(point["x"]), float(point["y"])
+        yield f'<ellipse cx="{x:.4f}" cy="{y:.4f}" rx="0.02" ry="0.02"/>'
+
+
+def _thumbnail(path: str) -> str | None:
+    """Return a small copy as a data URI, upright as the server saw it; None if there is none."""
+    from PIL import Image, ImageOps  # noqa: PLC0415 - slow to load, and only needed here
+
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # JPEGs are decoded small at once
+            small = ImageOps.exif_transpose(picture).convert("RGBA")
+            small.thumbnail((_SIDE, _SIDE))
+            white = Image.new("RGBA", small.size, "white")
+            file = io.BytesIO()
+            Image.alpha_composite(white, small).convert("RGB").save(file, "JPEG", quality=80)
+    except Exception:  # noqa: BLE001 - Pillow, fed with what anybody may have made, raises anything
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
