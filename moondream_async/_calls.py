@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+import anyio._backends._asyncio  # what the first await would load else, holding up the loop
 import anyio.to_thread
 from anyio import CancelScope, current_time
 from yarl import URL

@@ -3,10 +3,13 @@
 import asyncio
 import io
 import re
+import sys
+import textwrap
 
 import aiohttp
 import pytest
 from PIL import Image
+from raw_server import RawServer, answer
 
 import moondream_async as md
 from moondream_async.simulator import DIALECTS, Simulator
@@ -303,6 +306,32 @@ async def test_session_of_the_caller_may_have_its_own_ways(simulator, photo, opt
         simulator.faults.append("status=401")
         with pytest.raises(md.AuthenticationError, match="Simulated error 401"):
             await client.caption(photo)
+
+
+FIRST_CALL = """
+    import asyncio, sys
+    import moondream_async as md
+
+    async def main():
+        client = md.MoondreamClient(endpoint=sys.argv[1])
+        loaded = set(sys.modules)
+        async with client.caption(md.EncodedImage(b"jpeg", "image/jpeg", 8, 8), stream=True) as it:
+            await it.text()
+        await client.aclose()
+        print(*sorted(set(sys.modules) - loaded))
+
+    asyncio.run(main())
+"""
+
+
+async def test_first_call_imports_nothing():
+    async with RawServer(answer) as server:
+        script = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", textwrap.dedent(FIRST_CALL), server.endpoint),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        said, _ = await script.communicate()
+    assert said.decode().split() == []
 
 
 # -- the client itself ----------------------------------------------------------------
