@@ -1,6 +1,6 @@
 """The server's own Batch API: a file of requests goes up, files of results come down.
 
-It takes hours rather than seconds, and half the price (docs.moondream.ai/batch)::
+For what can wait: the price is half of that of calls (docs.moondream.ai/batch)::
 
     async with md.MoondreamClient() as client:
         batch = await client.batches.create(
