@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import inspect
+import re
 import warnings
 import weakref
 
 import pytest
 from decoding import sse
 from own_clock import OwnClock
+from raw_server import STREAM_HEAD, RawServer
 from sources import (
     DONE,
     END,
@@ -204,3 +207,24 @@ async def test_a_dropped_stream_leaves_no_timer():
         del stream
 
     assert [timer for timer in loop._scheduled if not timer.cancelled()] == []
+
+
+async def never_ends(peer):
+    await peer.request()
+    await peer.send(STREAM_HEAD)
+    await peer.until_gone()
+
+
+@pytest.mark.parametrize("ask", ["caption", "query", "segment"])
+async def test_the_warning_names_the_line_that_opened_the_stream(ask):
+    image = md.EncodedImage(b"a picture, to a server that does not look", "image/png", 1, 1)
+    more = () if ask == "caption" else ("What?",)
+    async with (
+        RawServer(never_ends) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+    ):
+        stream = await getattr(client, ask)(image, *more, stream=True)
+        here = inspect.currentframe().f_lineno - 1
+
+        with pytest.warns(ResourceWarning, match=f"opened at {re.escape(__file__)}:{here}: "):
+            del stream

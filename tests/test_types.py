@@ -46,19 +46,64 @@ VALUES = [
     Result(raw={"ok": True}),
     CAPTION,
     QUERY,
+    md.DetectResult(objects=(Region(0.1, 0.2, 0.5, 0.6),)),
+    md.PointResult(points=(Point(0.25, 0.75),)),
+    md.SegmentResult(path="M 0 0 Z", bbox=Region(0.1, 0.2, 0.5, 0.6)),
+    md.ChatResult(message=md.ChatMessage(role="assistant", content="Two."), usage=md.Usage()),
+    md.ChatMessage(role="assistant", content="Two.", reasoning="Count them."),
+    md.Usage(prompt_tokens=740, completion_tokens=2, total_tokens=742),
+    md.Model(id="moondream3-preview", raw={"id": "moondream3-preview"}),
+    md.Health(ok=False, status="starting"),
+    md.ServerStats(workers=1, default_timeout=30.0),
+    md.Batch(id="b", status="completed", outputs=(md.BatchOutput(url="https://example.com"),)),
+    md.BatchProgress(total=3, completed=1),
+    md.BatchUsage(input_tokens=5),
+    md.BatchFailure(code="timeout", message="too late"),
+    md.BatchOutput(index=0, url="https://example.com"),
+    md.Finetune(finetune_id="f", rank=8),
+    md.Checkpoint(finetune_id="f", step=3),
+    md.CheckpointDownload(url="https://example.com", expires_in=3600.0),
+    md.Rollout(output=md.RolloutOutput(answer="two")),
+    md.RolloutOutput(points=(Point(0.25, 0.75),)),
+    md.Rollouts(rollouts=(md.Rollout(),), rewards=(0.5,)),
+    md.TrainStep(step=3, applied=True),
+    md.MetricsLog(ok=True),
 ]
-every_value = pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+# Those that no server sends, or that hold what JSON can't tell the type of.
+OURS = [
+    md.BatchResult(id=7, result=CAPTION),
+    md.CallEvent(skill="caption", stream=True, attempt=1, seconds=0.5),
+    md.ClientStats(**dict.fromkeys(md.ClientStats.__struct_fields__, 1)),
+]
+every_value = pytest.mark.parametrize(
+    "value", [*VALUES, *OURS], ids=lambda value: type(value).__name__
+)
 
 FROZEN = [
     *VALUES,
+    *OURS,
     Timeout(),
     EncodedImage(b"\xff\xd8", "image/jpeg", 4, 3),
     ChunkEvent(chunk="a ", raw={"chunk": "a "}),
     MetricsEvent(metrics={"tokens": 3}, raw={"stats": {"tokens": 3}}),
     FinalEvent(raw={"completed": True}),
     UnknownEvent(event="mood", raw={"type": "mood"}),
+    md.ReasoningEvent(text="Look.", raw={}),
+    md.BboxEvent(bbox=Region(0.1, 0.2, 0.5, 0.6), raw={}),
+    md.Hooks(),
 ]
 every_frozen = pytest.mark.parametrize("value", FROZEN, ids=lambda value: type(value).__name__)
+
+
+def test_every_value_of_the_surface_is_among_the_examples_here():
+    frozen = {
+        value
+        for value in vars(md).values()
+        if isinstance(value, type) and issubclass(value, msgspec.Struct)
+    }
+    made_by_callers = {md.BatchRequest, md.TrainGroup, md.TuningRequest}
+
+    assert frozen - {md.StreamEvent} - made_by_callers == {type(value) for value in FROZEN}
 
 
 # -- results -------------------------------------------------------------------------------
@@ -126,7 +171,7 @@ def test_values_can_be_copied_and_pickled(value, duplicate):
     assert msgspec.structs.asdict(other) == msgspec.structs.asdict(value)
 
 
-@every_value
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_values_can_be_written_as_json(value):
     assert msgspec.json.decode(msgspec.json.encode(value), type=type(value)) == value
 
