@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ._protocol.requests import Request
 
 _NEVER = float("inf")
+_SHORTEST_SECRET = 8
 _log = logging.getLogger("moondream_async")
 _T = TypeVar("_T")
 
@@ -184,9 +185,17 @@ class Caller:
             headers["X-Moondream-Auth"] = self.key
         return headers
 
+    @property
+    def secret(self) -> str:
+        """What is to be taken out of a server's errors, where they quote it: the key.
+
+        Nothing where that is so short that it stands in other words too; no real key is.
+        """
+        return self.key if self.key is not None and len(self.key) >= _SHORTEST_SECRET else ""
+
     def redact(self, data: bytes) -> bytes:
-        """Take out the key, where a server quotes it."""
-        return data if self.key is None else data.replace(self.key.encode(), b"***")
+        """Take the secret out of an error's body. Answers are left alone."""
+        return data.replace(self.secret.encode(), b"***") if self.secret else data
 
     async def aclose(self, grace: float | None) -> None:
         """Refuse further calls, and close what is open in every loop."""
@@ -352,19 +361,25 @@ class Call:
     ) -> dict[str, Any]:
         body = await self._send(pool, deadline, accept="application/json")
         try:
-            return decode(self._caller.redact(await body.read()), status=body.status)
+            return self._decoded(partial(decode, status=body.status), await body.read())
         finally:
             body.close()
+
+    def _decoded(self, decode: Callable[[bytes], _T], data: bytes) -> _T:
+        with contextlib.suppress(APIStatusError):
+            return decode(data)
+        # Out here, so that the error with the key in it is not the context of this one.
+        return decode(self._caller.redact(data))
 
     async def _open(self, pool: Pool, deadline: _Deadline) -> Opening:
         skill = self._request.skill
         assert skill is not None  # noqa: S101 - only skills stream
         accept = "text/event-stream" if self._request.stream else "application/json"
         body = await self._send(pool, deadline, accept=accept)
-        decoder = decoder_for(skill, secret=self._caller.key or "")
+        decoder = decoder_for(skill, secret=self._caller.secret)
         try:
             if await _is_json(body):
-                events = decoder.body(self._caller.redact(await body.read()))
+                events = self._decoded(decoder.body, await body.read())
                 return Opening(decoder, events=events, sent_at=deadline.sent_at)
         except BaseException:
             body.close()

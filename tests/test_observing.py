@@ -2,12 +2,17 @@
 
 import asyncio
 import logging
+import traceback
 
 import pytest
+from aiohttp import web
 
 import moondream_async as md
 from moondream_async._retry import BUDGET, RETRY_COST
 from moondream_async.simulator import Fault, Simulator
+
+
+KEY = "md-0123456789-secret"  # no local: these are shown below
 
 
 @pytest.fixture
@@ -183,3 +188,39 @@ def test_a_key_may_go_near_or_over_tls(endpoint):
 def test_a_host_may_be_allowed_by_name():
     md.MoondreamClient("a key", endpoint="http://example.com", insecure_hosts=["example.com"])
     md.MoondreamClient(endpoint="http://example.com")  # no key, nothing to read
+
+
+async def test_an_answer_keeps_words_that_are_the_key_too(simulator, photo):
+    plain = md.MoondreamClient("measurements", endpoint=simulator.endpoint)
+    async with plain as client:
+        assert "measurements" in (await client.caption(photo)).caption
+        stream = await client.caption(photo, stream=True)
+        assert "measurements" in await stream.text()
+        simulator.faults.append("json")
+        stream = await client.caption(photo, stream=True)
+        assert "measurements" in await stream.text()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_an_error_that_quotes_the_key_is_shown_without_it(streamed):
+    async def answer(request):
+        return web.json_response({"error": f"Bad thing: {KEY}", "status": "error"})
+
+    app = web.Application()
+    app.router.add_post("/v1/caption", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    image = md.EncodedImage(b"\xff\xd8", "image/jpeg", 1, 1)
+    try:
+        async with md.MoondreamClient(KEY, endpoint=endpoint) as client:
+            with pytest.raises(md.ServerError, match="Bad thing") as caught:
+                await client.caption(image, stream=streamed)
+    finally:
+        await runner.cleanup()
+    shown = "".join(
+        traceback.TracebackException.from_exception(caught.value, capture_locals=True).format()
+    )
+    assert KEY not in shown
+    assert KEY not in repr(caught.value.body)
