@@ -368,8 +368,10 @@ class Call:
     def _decoded(self, decode: Callable[[bytes], _T], data: bytes) -> _T:
         with contextlib.suppress(APIStatusError):
             return decode(data)
-        # Out here, so that the error with the key in it is not the context of this one.
-        return decode(self._caller.redact(data))
+        # Out here, so that the error with the key in it is not the context of this one; and
+        # by the same name, so that no traceback finds it among the variables.
+        data = self._caller.redact(data)
+        return decode(data)
 
     async def _open(self, pool: Pool, deadline: _Deadline) -> Opening:
         skill = self._request.skill
