@@ -124,11 +124,11 @@ class RawServer:
         peers: All connections there were, the oldest first.
     """
 
-    def __init__(self, play, *, ssl_context=None, host="127.0.0.1", name=None):
+    def __init__(self, play, *, ssl_context=None, host="127.0.0.1", name=None, sock=None):
         self.peers = []
         self._play = play
         self._ssl_context = ssl_context
-        self._address = (host, 0)
+        self._where = {"host": host, "port": 0} if sock is None else {"sock": sock}
         self._name = name or host
         self._playing = {}
         self._failures = []
@@ -168,7 +168,7 @@ class RawServer:
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(
-            self._accept, *self._address, ssl=self._ssl_context, limit=MAX_HEAD_BYTES, backlog=1024
+            self._accept, **self._where, ssl=self._ssl_context, limit=MAX_HEAD_BYTES, backlog=1024
         )
         return self
 
