@@ -18,7 +18,7 @@ from ._output import note, print_json, print_text, replacing
 from ._session import make_client, run
 
 app = typer.Typer(
-    help="Hand many pictures to the server, at half price, and fetch the answers later.",
+    help="Hand many pictures over, and fetch the answers later.",
     no_args_is_help=False,
 )
 
