@@ -1,0 +1,1 @@
+"""Moondream inside other people's frameworks: a module for each, loaded by whoever uses it."""
