@@ -221,6 +221,7 @@ def test_reasoning_comes_in_several_shapes(value, reasoning):
         b'{"choices": [{"message": "Two."}]}',
         b'{"choices": [{"message": {"content": ["Two."]}}]}',
         b"\xff\xfe",
+        b'{"caption": "\xff", "answer": "\xff"}',
     ],
 )
 def test_a_body_without_the_answer_is_a_server_error_that_shows_it(skill, body):

@@ -587,6 +587,7 @@ def test_half_a_character_in_a_question_is_refused():
             "messages[0], part 0: only the user's messages can have pictures",
         ),
     ],
+    ids=lambda value: f"{value!r:.70}",
 )
 def test_conversations_that_break_the_rules_of_the_engine_are_refused(messages, says):
     with pytest.raises(RequestError) as caught:
