@@ -47,9 +47,17 @@ def translate(error: BaseException, url: URL) -> MoondreamError:
     if isinstance(error, aiohttp.ClientConnectorError):
         return APIConnectionError(f"Could not connect to {where}: {say(error.os_error)}")
     if isinstance(error, aiohttp.ClientResponseError):
-        return APIConnectionError(f"What {where} answered is not HTTP: {error.message}")
+        return APIConnectionError(f"What {where} answered is not HTTP: {one_line(error.message)}")
     return APIConnectionError(f"The connection to {where} was lost: {say(error)}")
 
 
 def say(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    """Return what happened in a line."""
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the server closed it"  # aiohttp may have what had arrived for its message
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Return the first line, which is where aiohttp's parser says what it found."""
+    return text.strip().partition("\n")[0].rstrip(":")
