@@ -59,3 +59,27 @@ async def client(simulator):
 @pytest.fixture
 def photo():
     return SAMPLE_IMAGE
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fault-report", action="store_true", help="print the fault table")
+
+
+_fault_report = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config):
+    config.stash[_fault_report] = []
+
+
+@pytest.fixture
+def fault_report(request):
+    """Where the fault table notes a line a fault."""
+    return request.config.stash[_fault_report]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--fault-report"):
+        terminalreporter.section("faults")
+        for line in config.stash[_fault_report]:
+            terminalreporter.write_line(line)

@@ -1,0 +1,584 @@
+"""The fault table: what can go wrong on the way, and what the caller gets.
+
+Each row is played by a server of bare sockets that shares nothing with the client, to a
+streamed and to a plain call. Afterwards no task, socket or place may be left.
+``pytest tests/test_faults.py --fault-report`` prints the table as it went.
+"""
+
+# ruff: noqa: E501 - a fault is a line, as far as it goes
+
+import asyncio
+import contextlib
+import datetime as dt
+import gzip
+import json
+import socket
+import ssl
+import time
+from typing import NamedTuple
+
+import pytest
+import trustme
+from raw_server import (
+    ANSWER,
+    CHUNKED,
+    DONE,
+    EVENT_STREAM,
+    EVENTS,
+    STREAM,
+    STREAM_HEAD,
+    TEXT,
+    RawServer,
+    answer,
+    event,
+    head,
+    in_chunks,
+    whole,
+)
+
+import moondream_async as md
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(9_000_000), "image/jpeg", 8, 8)
+TIMEOUT = md.Timeout(pool=2, connect=5, first_event=0.4, idle=0.4)
+BODY = json.dumps(ANSWER).encode()
+
+
+class Row(NamedTuple):
+    name: str
+    play: object  # a coroutine function over a Peer
+    streamed: object  # the text that comes, or an error as `fails` describes it
+    plain: object
+    options: dict | None = None
+    image: md.EncodedImage = IMAGE
+
+
+class Fails(NamedTuple):
+    kind: type
+    attributes: dict
+
+
+def fails(kind, **attributes):
+    return Fails(kind, attributes)
+
+
+def sends(stream, plain=None, *, then="close"):
+    """Play: take a request, send the one or the other, and close, reset or fall silent."""
+
+    async def play(peer):
+        request = await peer.request()
+        data = stream if request.wants_stream or plain is None else plain
+        await peer.send(*([data] if isinstance(data, bytes) else data))
+        if then == "reset":
+            peer.reset()
+        elif then == "silence":
+            await peer.until_gone()
+
+    return play
+
+
+def dribbles(stream, plain, pause=0.0):
+    """Play: send it byte by byte."""
+
+    async def play(peer):
+        request = await peer.request()
+        data = stream if request.wants_stream else plain
+        for place in range(len(data)):
+            await peer.send(data[place : place + 1])
+            await asyncio.sleep(pause)
+        await peer.until_gone()
+
+    return play
+
+
+def repeats(first, again, pause=0.0):
+    """Play: send something, and then something again and again."""
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(first)
+        while True:
+            await peer.send(again)
+            await asyncio.sleep(pause)
+
+    return play
+
+
+async def goes_away(peer):
+    del peer
+
+
+async def resets(peer):
+    peer.reset()
+
+
+def in_turn(*plays):
+    """Play each to one request, the last to all further ones."""
+    played = []
+
+    async def play(peer):
+        played.append(peer)
+        await plays[min(len(played), len(plays)) - 1](peer)
+
+    return play
+
+
+LOST = fails(md.APIConnectionError)
+SLOW = fails(md.APITimeoutError, phase="first_event")
+
+
+def cut(partial):
+    return fails(md.StreamInterruptedError, partial=partial)
+
+
+def stalled(partial):
+    return fails(md.StreamStalledError, phase="idle", partial=partial)
+
+
+def nonsense(partial=""):
+    return fails(md.StreamProtocolError, partial=partial)
+
+
+def zipped(data, *headers):
+    packed = gzip.compress(data)
+    return head(f"Content-Length: {len(packed)}", "Content-Encoding: gzip", *headers) + packed
+
+
+def status_row(name, status, body, kind, message, **attributes):
+    """A row for an error status, which a stream and a plain call get alike."""
+    data = json.dumps(body).encode() if not isinstance(body, bytes) else body
+    media = "application/json" if not isinstance(body, bytes) else "text/html"
+    failure = fails(kind, status=int(status[:3]), message=message, **attributes)
+    return Row(name, sends(whole(data, status=status, kind=media)), failure, failure)
+
+
+def body_row(name, body, kind, **attributes):
+    """A row for an error in a body that comes with status 200."""
+    failure = fails(kind, status=200, **attributes)
+    return Row(name, sends(whole(body)), failure, failure)
+
+
+def event_row(name, data, message):
+    """A row for an error that is reported in the middle of a stream."""
+    failure = fails(md.StreamServerError, message=message, partial="A ")
+    return Row(name, sends(STREAM_HEAD + in_chunks(EVENTS[0], data), whole(ANSWER)), failure, TEXT)
+
+
+def retry_after_row(name, value, seconds):
+    failure = fails(md.RateLimitError, status=429, retry_after=seconds)
+    answer_429 = whole({"error": "slow down"}, f"Retry-After: {value}", status="429 Too Many")
+    return Row(name, sends(answer_429), failure, failure)
+
+
+def redirect_row(name, status, location):
+    failure = fails(md.APIStatusError, status=status)
+    return Row(
+        name,
+        sends(head(f"Location: {location}", "Content-Length: 0", status=f"{status} There")),
+        failure,
+        failure,
+    )
+
+
+def burst_row(name, status):
+    refusal = sends(whole({"error": "busy"}, "Retry-After: 0", status=status))
+    return Row(name, in_turn(refusal, refusal, answer), TEXT, TEXT, {"max_retries": 2})
+
+
+ERROR = {"message": "No.", "type": "kind", "param": "question", "code": "c1"}
+IN_AN_HOUR = dt.datetime(2100, 1, 1, tzinfo=dt.timezone.utc)
+INSIDE = STREAM_HEAD + in_chunks(EVENTS[0], EVENTS[1][:12], end=False)
+CHUNK_CUT = STREAM_HEAD + in_chunks(EVENTS[0], end=False) + b"20\r\n" + EVENTS[1][:9]
+ACCENT = 'data: {"chunk": "é"}'.encode()
+LONG = b"data: " + b"x" * 17_000_000
+
+ROWS = [
+    # -- no answer at all
+    Row("closed at once", goes_away, LOST, LOST),
+    Row("reset at once", resets, LOST, LOST),
+    Row("closed after the request", sends(b""), LOST, LOST),
+    Row("reset after the request", sends(b"", then="reset"), LOST, LOST),
+    Row("cut in the status line", sends(b"HTTP/1."), LOST, LOST),
+    Row("cut in the headers", sends(b"HTTP/1.1 200 OK\r\nContent-Ty"), LOST, LOST),
+    Row("reset in the headers", sends(b"HTTP/1.1 200 OK\r\n", then="reset"), LOST, LOST),
+    Row("no HTTP", sends(b"220 smtp ready\r\n\r\n"), LOST, LOST),
+    Row("headers without end", repeats(b"HTTP/1.1 200 OK\r\n", b"X-More: 1\r\n" * 50), LOST, LOST),
+    Row(
+        "a header line without end",
+        repeats(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x" * 4096),
+        LOST,
+        LOST,
+    ),
+    # -- silence
+    Row("never answers", sends(b"", then="silence"), SLOW, SLOW),
+    Row("silent in the headers", sends(b"HTTP/1.1 200 OK\r\n", then="silence"), SLOW, SLOW),
+    Row("silent after the headers", sends(STREAM_HEAD, then="silence"), SLOW, SLOW),
+    Row(
+        "silent in the middle",
+        sends(
+            STREAM_HEAD + in_chunks(EVENTS[0], end=False), whole(ANSWER)[:-9], then="silence"
+        ),
+        stalled("A "),
+        SLOW,
+    ),
+    Row("only heartbeats", repeats(STREAM_HEAD, in_chunks(b": ping\n\n", end=False), 0.05), SLOW, SLOW),
+    Row(
+        "heartbeats after an event",
+        repeats(STREAM_HEAD + in_chunks(EVENTS[0], end=False), in_chunks(b":\n\n", end=False), 0.05),
+        stalled("A "),
+        SLOW,
+    ),
+    Row(
+        "an event that never ends, byte by byte",
+        repeats(
+            STREAM_HEAD + in_chunks(EVENTS[0], b"data: ", end=False), in_chunks(b"x", end=False), 0.02
+        ),
+        stalled("A "),
+        SLOW,
+    ),
+    Row(
+        "headers byte by byte for ever",
+        repeats(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02),
+        SLOW,
+        SLOW,
+    ),
+    # -- cut
+    Row("closed after the headers", sends(STREAM_HEAD), cut(""), LOST),
+    Row("reset after the headers", sends(STREAM_HEAD, then="reset"), cut(""), LOST),
+    Row(
+        "closed between two events",
+        sends(STREAM_HEAD + in_chunks(*EVENTS[:2], end=False), whole(ANSWER)[:-9]),
+        cut("A cat "),
+        LOST,
+    ),
+    Row(
+        "reset between two events",
+        sends(STREAM_HEAD + in_chunks(*EVENTS[:2], end=False), whole(ANSWER)[:-9], then="reset"),
+        cut("A cat "),
+        LOST,
+    ),
+    Row(
+        "ended in good order before completed",
+        sends(STREAM_HEAD + in_chunks(*EVENTS), whole(BODY[:-9])),
+        cut(TEXT),
+        fails(md.ServerError, status=200),
+    ),
+    Row("ended with no event", sends(STREAM_HEAD + in_chunks(), whole(b"")), cut(""), fails(md.ServerError)),
+    Row("cut inside an event", sends(INSIDE, whole(ANSWER)[:-20]), cut("A "), LOST),
+    Row("reset inside an event", sends(INSIDE, whole(ANSWER)[:-20], then="reset"), cut("A "), LOST),
+    Row("cut inside a chunk", sends(CHUNK_CUT, STREAM_HEAD + b"20\r\n{"), cut("A "), LOST),
+    Row(
+        "cut inside a character",
+        sends(STREAM_HEAD + in_chunks(EVENTS[0], ACCENT[:-3], end=False), whole(ANSWER)[:-1]),
+        cut("A "),
+        LOST,
+    ),
+    Row(
+        "shorter than its Content-Length",
+        sends(head(EVENT_STREAM, "Content-Length: 9999") + EVENTS[0], whole(ANSWER)[:-1]),
+        cut("A "),
+        LOST,
+    ),
+    Row(
+        "longer than its Content-Length",
+        sends(
+            head(EVENT_STREAM, f"Content-Length: {len(EVENTS[0])}") + b"".join(EVENTS) + DONE,
+            head("Content-Type: application/json", "Content-Length: 9") + BODY,
+        ),
+        LOST,
+        LOST,
+    ),
+    Row(
+        "HTTP/1.0, closed too early",
+        sends(head(EVENT_STREAM, version="HTTP/1.0") + EVENTS[0], head(version="HTTP/1.0") + BODY[:9]),
+        cut("A "),
+        fails(md.ServerError, status=200),
+    ),
+    # -- not what was asked for, and still an answer
+    Row("byte by byte", dribbles(STREAM, whole(ANSWER)), TEXT, TEXT),
+    Row(
+        "HTTP/1.0, closed at the end",
+        sends(
+            head(EVENT_STREAM, version="HTTP/1.0") + b"".join(EVENTS) + DONE,
+            head("Content-Type: application/json", version="HTTP/1.0") + BODY,
+        ),
+        TEXT,
+        TEXT,
+    ),
+    Row("events as plain text", sends(
+        head("Content-Type: text/plain", CHUNKED) + in_chunks(*EVENTS, DONE), whole(ANSWER, kind="text/plain")
+    ), TEXT, TEXT),
+    Row("events without a type", sends(head(CHUNKED) + in_chunks(*EVENTS, DONE), whole(ANSWER, kind=None)), TEXT, TEXT),
+    Row("JSON without a type", sends(whole(ANSWER, kind=None)), TEXT, TEXT),
+    Row("JSON where a stream was asked for", sends(whole(ANSWER)), TEXT, TEXT),
+    Row("gzip that was not asked for", sends(
+        zipped(b"".join(EVENTS) + DONE, EVENT_STREAM), zipped(BODY, "Content-Type: application/json")
+    ), TEXT, TEXT),
+    Row("100 Continue first", sends(
+        head(status="100 Continue") + STREAM, head(status="100 Continue") + whole(ANSWER)
+    ), TEXT, TEXT),
+    Row("reset after the end", sends(
+        STREAM_HEAD + in_chunks(*EVENTS, DONE, end=False), whole(ANSWER), then="reset"
+    ), TEXT, TEXT),
+    Row("noise after the end", repeats(
+        STREAM_HEAD + in_chunks(*EVENTS, DONE, end=False), in_chunks(b"data: [", end=False), 0.001
+    ), TEXT, fails(md.APITimeoutError)),
+    Row("invalid UTF-8", sends(
+        STREAM_HEAD + in_chunks(b'data: {"chunk": "\xff!"}\n\n', DONE), whole(b'{"caption": "\xff"}')
+    ), "\N{REPLACEMENT CHARACTER}!", fails(md.ServerError, status=200)),
+    # -- nonsense
+    Row("malformed JSON", sends(STREAM_HEAD + in_chunks(EVENTS[0], b"data: {oops\n\n"), whole(b"{oops")),
+        nonsense("A "), fails(md.ServerError, status=200)),
+    Row("JSON that is no object", sends(STREAM_HEAD + in_chunks(EVENTS[0], b"data: [1]\n\n"), whole(b"[1]")),
+        nonsense("A "), fails(md.ServerError, status=200)),
+    Row("a chunk that is no text", sends(STREAM_HEAD + in_chunks(EVENTS[0], event(7)), whole({"caption": 7})),
+        nonsense("A "), fails(md.ServerError, status=200)),
+    Row("an answer without the answer", sends(whole({"request_id": "1"})),
+        fails(md.ServerError, status=200), fails(md.ServerError, status=200)),
+    Row("JSON as deep as it gets", sends(STREAM_HEAD + in_chunks(b"data: " + b"[" * 100_000 + b"\n\n"), whole(b"[" * 100_000)),
+        nonsense(), fails(md.ServerError, status=200)),
+    Row("HTML in place of events", sends(whole(b"<html>Hello</html>", kind="text/html")),
+        nonsense(), fails(md.ServerError, status=200)),
+    Row("broken gzip", sends(
+        head(EVENT_STREAM, "Content-Encoding: gzip", "Content-Length: 8") + b"no gzip!",
+        head("Content-Encoding: gzip", "Content-Length: 8") + b"no gzip!",
+    ), cut(""), LOST),
+    Row("an event over the limit", sends(STREAM_HEAD + in_chunks(EVENTS[0], LONG), whole(LONG)),
+        nonsense("A "), fails(md.ServerError, status=200), {"timeout": md.Timeout()}),
+    Row("a gzip bomb", sends(
+        zipped(EVENTS[0] + b"data: " + bytes(100_000_000), EVENT_STREAM),
+        zipped(b" " * 100_000_000, "Content-Type: application/json"),
+    ), nonsense("A "), LOST, {"timeout": md.Timeout()}),
+    # -- errors by status
+    status_row("400 object", "400 Bad", {"error": ERROR}, md.BadRequestError, "No.", type="kind", param="question", code="c1"),
+    status_row("400 string", "400 Bad", {"error": "Field 'stream' must be a boolean"}, md.BadRequestError, "Field 'stream' must be a boolean"),
+    status_row("401", "401 No", {"error": "Invalid API key"}, md.AuthenticationError, "Invalid API key"),
+    status_row("403 of a gateway", "403 No", b"error code: 1010", md.PermissionDeniedError, "error code: 1010"),
+    status_row("404 text", "404 No", b"Not Found", md.NotFoundError, "Not Found"),
+    status_row("405 text", "405 No", b"Method Not Allowed", md.APIStatusError, "Method Not Allowed"),
+    status_row("409", "409 No", {"error": {"message": "Other rank"}}, md.APIStatusError, "Other rank"),
+    status_row("413", "413 Big", {"error": {"message": "Too large"}}, md.PayloadTooLargeError, "Too large"),
+    status_row("422 of FastAPI", "422 No", {"detail": [{"loc": ["body", "q"], "msg": "missing", "type": "x"}]}, md.BadRequestError, "body.q: missing"),
+    status_row("429", "429 Slow", {"error": {"message": "Slow down", "type": "rate_limit_exceeded"}}, md.RateLimitError, "Slow down", type="rate_limit_exceeded"),
+    status_row("500 of kestrel", "500 No", {"error": "Inference failed", "detail": "boom"}, md.ServerError, "Inference failed: boom"),
+    status_row("500 text", "500 No", b"Internal Server Error", md.ServerError, "Internal Server Error"),
+    status_row("500 empty", "500 No", b"", md.ServerError, "HTTP status 500: an empty body"),
+    status_row("502 HTML", "502 Bad", b"<h1>Bad gateway</h1>", md.ServerError, "<h1>Bad gateway</h1>"),
+    status_row("503 of Station", "503 No", {"detail": "Inference service not running"}, md.ServerError, "Inference service not running"),
+    status_row("503 of kestrel", "503 No", {"error": "Engine is not ready"}, md.ServerError, "Engine is not ready"),
+    status_row("524", "524 Late", b"<html>A timeout occurred</html>", md.ServerError, "<html>A timeout occurred</html>"),
+    # -- errors with status 200, and in the stream
+    body_row("rejected", {"error": "Queue is full", "status": "rejected"}, md.ServerError, message="Queue is full"),
+    body_row("timed out in the server", {"error": "Request timeout", "status": "timeout"}, md.ServerError),
+    body_row("failed in the server", {"error": "bad thing", "status": "error"}, md.ServerError),
+    body_row("no such function", {"error": "Function 'caption' not available"}, md.NotFoundError),
+    event_row("an error event", event(error="Out of memory"), "Out of memory"),
+    event_row("an error event with an object", event(error={"message": "Out of memory"}), "Out of memory"),
+    event_row("an event named error", b"event: error\ndata: out of memory\n\n", "out of memory"),
+    event_row("an error in the answer's place", event("An error occurred during caption generation.", completed=True), "An error occurred during caption generation."),
+    # -- when to come again
+    retry_after_row("Retry-After in seconds", "7", 7.0),
+    retry_after_row("Retry-After absurd", "999999999", 999999999.0),
+    retry_after_row("Retry-After negative", "-5", None),
+    retry_after_row("Retry-After in words", "soon", None),
+    retry_after_row("Retry-After in the past", "Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    burst_row("503 in a burst", "503 Busy"),
+    burst_row("429 in a burst", "429 Slow"),
+    Row("lost once, before the first event", in_turn(sends(STREAM_HEAD, b""), answer), TEXT, TEXT, {"max_retries": 1}),
+    # -- elsewhere
+    redirect_row("redirect to another host", 307, "http://127.0.0.2:9/v1/caption"),
+    redirect_row("redirect to another port", 308, "http://127.0.0.1:9/v1/caption"),
+    redirect_row("redirect to another scheme", 301, "https://127.0.0.1/v1/caption"),
+    redirect_row("redirect to a file", 302, "file:///etc/passwd"),
+    redirect_row("redirect that makes a GET of it", 303, "/v1/other"),
+    redirect_row("redirect in circles", 307, "/v1/caption"),
+]  # fmt: skip
+
+
+async def ask(client, image, *, streamed):
+    """Make the call; return the text that came, or the error."""
+    try:
+        if streamed:
+            stream = await client.caption(image, stream=True)
+            return await stream.text()
+        return (await client.caption(image)).caption
+    except md.MoondreamError as error:
+        return error
+
+
+def check(got, expected):
+    if isinstance(expected, str):
+        assert got == expected
+        return
+    assert isinstance(got, expected.kind), repr(got)
+    for name, value in expected.attributes.items():
+        assert getattr(got, name) == value
+
+
+@contextlib.contextmanager
+def noted(report, name, streamed):
+    """Note in the report what came of a row."""
+    began = time.monotonic()
+    line = {}
+    yield line
+    seconds = time.monotonic() - began
+    kind = "stream" if streamed else "plain"
+    got = line["got"]
+    what = repr(got) if isinstance(got, str) else f"{type(got).__name__}: {got}"
+    partial = f", partial {got.partial!r}" if getattr(got, "partial", "") else ""
+    report.append(
+        f"{name:42} {kind:6} {seconds:5.2f} s  {what[:90]}{partial}; left: {line['left']}"
+    )
+
+
+def left_over(client, server, before):
+    """What a call left behind."""
+    tasks = len(asyncio.all_tasks() - before - set(server.tasks if server else ()))
+    places = client.stats().open_streams
+    return ", ".join([f"{tasks} tasks"] * bool(tasks) + [f"{places} places"] * bool(places)) or "0"
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
+@pytest.mark.parametrize("row", ROWS, ids=[row.name.replace(" ", "-") for row in ROWS])
+async def test_fault(row, streamed, fault_report):
+    options = {"timeout": TIMEOUT, "max_retries": 0} | (row.options or {})
+    before = asyncio.all_tasks()
+    async with RawServer(row.play) as server:
+        client = md.MoondreamClient(endpoint=server.endpoint, **options)
+        async with client:
+            with noted(fault_report, row.name, streamed) as line:
+                line["got"] = await ask(client, row.image, streamed=streamed)
+                line["left"] = left_over(client, server, before)
+        check(line["got"], row.streamed if streamed else row.plain)
+        if not isinstance(line["got"], str):
+            assert "\n" not in str(line["got"])
+            assert "RawResponseMessage" not in str(line["got"])
+        assert line["left"] == "0"
+        await server.until_idle()
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
+async def test_refused_connection(streamed, fault_report):
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        async with md.MoondreamClient(endpoint=endpoint, max_retries=0) as client:
+            with noted(fault_report, "refused", streamed) as line:
+                line["got"] = await ask(client, IMAGE, streamed=streamed)
+                line["left"] = left_over(client, None, asyncio.all_tasks())
+    check(line["got"], LOST)
+    assert "127.0.0.1" in str(line["got"])
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
+async def test_refusal_while_the_upload_goes_on_is_heard(streamed, fault_report):
+    async def play(peer):
+        await peer.request_head()
+        await peer.send(whole({"error": "Too large"}, "Connection: close", status="413 Big"))
+        await peer.until_gone()
+
+    async with (
+        RawServer(play) as server,
+        md.MoondreamClient(endpoint=server.endpoint, max_retries=0) as client,
+    ):
+        with noted(fault_report, "413 while the upload goes on", streamed) as line:
+            line["got"] = await ask(client, BIG_IMAGE, streamed=streamed)
+            line["left"] = left_over(client, server, asyncio.all_tasks())
+        check(line["got"], fails(md.PayloadTooLargeError, message="Too large"))
+
+
+def server_context(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    return context
+
+
+CERTIFICATES = {
+    "trusted": (lambda ca: ca.issue_cert("localhost"), True, TEXT),
+    "unknown authority": (lambda ca: ca.issue_cert("localhost"), False, LOST),
+    "wrong host": (lambda ca: ca.issue_cert("other.example"), True, LOST),
+    "expired": (
+        lambda ca: ca.issue_cert(
+            "localhost", not_after=dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
+        ),
+        True,
+        LOST,
+    ),
+}
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
+@pytest.mark.parametrize("name", CERTIFICATES)
+async def test_certificate(name, streamed, fault_report):
+    issue, trusted, expected = CERTIFICATES[name]
+    authority = trustme.CA()
+    context = ssl.create_default_context()
+    if trusted:
+        authority.configure_trust(context)
+    async with (
+        RawServer(answer, ssl_context=server_context(issue(authority)), name="localhost") as server,
+        md.MoondreamClient(endpoint=server.endpoint, ssl_context=context) as client,
+    ):
+        with noted(fault_report, f"TLS, {name}", streamed) as line:
+            line["got"] = await ask(client, IMAGE, streamed=streamed)
+            line["left"] = left_over(client, server, asyncio.all_tasks())
+        check(line["got"], expected)
+        if expected is LOST:
+            assert line["got"].permanent
+            assert server.requests == []
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
+@pytest.mark.parametrize("works", [True, False], ids=["works", "refuses"])
+async def test_proxy(works, streamed, fault_report):
+    async def play(peer):
+        if works:
+            request = await answer(peer)
+            assert request.target.startswith("http://moondream.example/v1/")
+        else:
+            await peer.request()
+            await peer.send(whole(b"Who are you?", status="407 Proxy Authentication Required"))
+
+    async with (
+        RawServer(play) as proxy,
+        md.MoondreamClient(
+            endpoint="http://moondream.example/v1", proxy=proxy.origin, max_retries=0
+        ) as client,
+    ):
+        with noted(
+            fault_report, f"a proxy that {'works' if works else 'refuses'}", streamed
+        ) as line:
+            line["got"] = await ask(client, IMAGE, streamed=streamed)
+            line["left"] = left_over(client, proxy, asyncio.all_tasks())
+        check(line["got"], TEXT if works else fails(md.APIStatusError, status=407))
+
+
+async def test_proxy_that_refuses_a_tunnel():
+    async def play(peer):
+        method, _, _ = await peer.request_head()
+        assert method == "CONNECT"
+        await peer.send(head("Content-Length: 0", status="403 Forbidden"))
+
+    async with (
+        RawServer(play) as proxy,
+        md.MoondreamClient(
+            endpoint="https://moondream.example/v1", proxy=proxy.origin, max_retries=0
+        ) as client,
+    ):
+        got = await ask(client, IMAGE, streamed=True)
+    check(got, LOST)
+    assert "proxy" in str(got)
+
+
+async def test_an_early_date_to_come_again_is_counted_from_now():
+    async def play(peer):
+        await peer.request()
+        date = IN_AN_HOUR.strftime("%a, %d %b %Y %H:%M:%S GMT")
+        await peer.send(whole({"error": "x"}, f"Retry-After: {date}", status="503 No"))
+
+    async with (
+        RawServer(play) as server,
+        md.MoondreamClient(endpoint=server.endpoint, max_retries=0) as client,
+    ):
+        got = await ask(client, IMAGE, streamed=False)
+    assert got.retry_after == pytest.approx(IN_AN_HOUR.timestamp() - time.time(), abs=60)
