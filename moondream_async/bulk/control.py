@@ -31,16 +31,17 @@ ROUND = 8
 FORGET = 1.01
 """By how much the best time grows with each round, so that a good minute is forgotten."""
 
-WINDOW = 1.0
+WINDOW = 0.25
 """Seconds over which accepted requests are counted, to have a rate to begin with."""
 FIRST_RATE = 1.0  # requests a second, at least
 SEARCH = 1.0
 """What each start adds to the rate while it looks for the server's limit: it doubles in less
 than a second."""
-STEP = 0.002
-"""What each start adds from then on, as a part of the rate. It falls by twenty times that, so
-that a refusal comes after some twenty starts."""
-LEAST_RATE = 0.05
+STEP = 0.006
+"""What each start adds from then on, as a part of the rate. It falls by some seven times that,
+so that a seventh of the requests may be refused: servers that refuse at random, whatever the
+rate, are not met with ever lower ones."""
+LEAST_RATE = 0.2
 PATIENCE = 15.0
 """Seconds without a refusal after which the step doubles every second: what the server
 allowed then is not what it allows now."""

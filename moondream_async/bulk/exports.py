@@ -25,8 +25,7 @@ def check_parquet() -> None:
         RequestError: pyarrow is not installed.
     """
     try:
-        # pyarrow is slow to load, and has no types.
-        import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401, PLC0415 - see above
+        import pyarrow.parquet  # noqa: F401, PLC0415 - only to see whether it is there
     except ImportError:
         raise RequestError(
             "Parquet needs pyarrow: pip install 'moondream-async[parquet]'"

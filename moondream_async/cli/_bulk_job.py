@@ -96,14 +96,20 @@ class Job:
             folder.mkdir(parents=True, exist_ok=True)
         with _told("open", self._output.journal):
             self.journal = Journal(self._output.journal, self._asked)
+        failure: Exception | None = None
         price = BATCH_DISCOUNT if by_batch else 1.0
         with self.journal, Progress(price=price) as self.progress:
             async with self.client, anyio.create_task_group() as group:
                 group.start_soon(self._show)
                 group.start_soon(self._count)
-                with self._interruptible(), self._scope:
-                    await (self._by_batch() if by_batch else self._by_requests())
+                try:
+                    with self._interruptible(), self._scope:
+                        await (self._by_batch() if by_batch else self._by_requests())
+                except Exception as error:  # noqa: BLE001 - raised again, and not in a group
+                    failure = error
                 group.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
             with _told("write", self._output.journal):
                 self.journal.compact()
             if not self.interrupted:
@@ -259,7 +265,7 @@ class Job:
             self._scope.cancel()
             return
         self.interrupted = True
-        self._scope.deadline = anyio.current_time() + self._grace
+        self._scope.deadline = asyncio.get_running_loop().time() + self._grace
         note(f"Finishing what is under way, for {self._grace:g} seconds at most; Ctrl-C: stop now.")
         self._stop()
 

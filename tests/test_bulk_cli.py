@@ -1,0 +1,520 @@
+"""The command ``bulk``: the real program, over real sockets, and whatever may end it."""
+
+import contextlib
+import html.parser
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import anyio
+import pytest
+from PIL import Image
+
+from moondream_async.bulk.journal import Journal
+from moondream_async.bulk.sources import Contents, Found, PictureFile, find
+from moondream_async.errors import RequestError
+from moondream_async.simulator import Fault, Simulator
+from moondream_async.types import CaptionResult
+
+pytest.importorskip("typer", reason="the extra cli is not installed")
+pytest.importorskip("rich", reason="the extra cli is not installed")
+
+BULK = [sys.executable, "-m", "moondream_async", "bulk"]
+ASKED = {"skill": "caption", "length": "normal"}
+
+
+def make_pictures(folder, count):
+    """Put pictures into a folder and one below it, each different from the others."""
+    (folder / "below").mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (8 + number % 50, 8), (number % 256, 80, 20)).save(file, "JPEG")
+        path = folder / ("below" if number % 2 else ".") / f"{number:05}.jpg"
+        path.write_bytes(file.getvalue())
+    return folder
+
+
+def records(path):
+    """The lines of a file of results; each has to be whole."""
+    data = path.read_bytes()
+    assert data.endswith(b"\n")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def paths_of(found):
+    return sorted(record["path"] for record in found)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return make_pictures(tmp_path / "photos", 20)
+
+
+@pytest.fixture
+def bulk(simulator, tmp_path):
+    """Run the command to its end; return its exit status and what it says on stderr."""
+
+    async def run(*args, stdin=b"", cwd=tmp_path):
+        done = await anyio.run_process(
+            [*BULK, *map(str, args)],
+            input=stdin,
+            check=False,
+            cwd=cwd,
+            env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
+        )
+        assert done.stdout == b""
+        return done.returncode, done.stderr.decode()
+
+    return run
+
+
+@contextlib.asynccontextmanager
+async def started(simulator, *args, **options):
+    """Start the command, and see to it that it has ended."""
+    async with await anyio.open_process(
+        [*BULK, *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
+        **options,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+
+
+async def until(stream, text):
+    """Read a stream until it said `text`."""
+    said = b""
+    while text not in said.decode(errors="replace"):
+        said += await stream.receive()
+
+
+# -- what comes out -----------------------------------------------------------------
+
+
+async def test_a_folder_gives_a_line_for_each_picture(bulk, photos, tmp_path):
+    status, said = await bulk("photos", "-o", "out.jsonl")
+    assert status == 0, said
+    assert "20 answered, 0 failed" in said
+    assert "tokens, $0." in said
+    lines = records(tmp_path / "out.jsonl")
+    assert paths_of(lines) == sorted(
+        str(path.relative_to(tmp_path)) for path in photos.rglob("*.jpg")
+    )
+    assert all(line["caption"] and line["file"]["sha256"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--skill", "query", "--question", "How wide is it?"], "answer"),
+        (["--skill", "detect", "--object", "red"], "objects"),
+        (["--skill", "point", "--object", "red"], "points"),
+        (["--length", "short", "--max-tokens", "4"], "caption"),
+    ],
+    ids=["query", "detect", "point", "caption"],
+)
+async def test_every_skill_can_be_asked(bulk, photos, tmp_path, arguments, key):
+    status, said = await bulk("photos", "-o", "out.jsonl", *arguments)
+    assert status == 0, said
+    assert all(key in line for line in records(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.parametrize("way", ["stdin", "list", "pattern", "twice"])
+async def test_pictures_are_named_in_several_ways_and_asked_about_once(bulk, photos, tmp_path, way):
+    names = "".join(f"{path}\n" for path in photos.glob("*.jpg"))
+    (tmp_path / "list").write_text(names)
+    arguments = {
+        "stdin": ["-"],
+        "list": ["--from-file", "list"],
+        "pattern": [photos / "*.jpg"],
+        "twice": [*photos.glob("*.jpg"), photos / "*.jpg", "--from-file", "list"],
+    }[way]
+    stdin = names.encode() if way == "stdin" else b""
+    status, said = await bulk(*arguments, "-o", "out.jsonl", stdin=stdin)
+    assert status == 0, said
+    assert len(records(tmp_path / "out.jsonl")) == 10
+
+
+async def test_parquet_has_a_row_for_each_picture(bulk, photos, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra parquet is not installed")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    arguments = ("photos", "-o", "out.parquet", "--skill", "detect", "--object", "red")
+    assert (await bulk(*arguments))[0] == 1
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert len(rows) == 21
+    (failed,) = [row for row in rows if row["error"]]
+    assert failed["error_type"] == "ImageError"
+    assert all(row["objects"] is not None and row["input_tokens"] for row in rows if row != failed)
+    (photos / "broken.jpg").unlink()
+    make_pictures(photos, 21)
+    assert (await bulk(*arguments))[0] == 0
+    assert len(parquet.read_table(tmp_path / "out.parquet")) == 22  # the failed one is still told
+
+
+async def test_a_folder_of_texts_has_one_beside_each_pictures_name(bulk, photos, tmp_path):
+    assert (await bulk("photos", "-o", "captions/"))[0] == 0
+    texts = {
+        str(path.relative_to(tmp_path / "captions"))
+        for path in (tmp_path / "captions").rglob("*.txt")
+    }
+    assert texts == {
+        str(path.relative_to(photos).with_suffix(".txt")) for path in photos.rglob("*.jpg")
+    }
+    assert "picture" in (tmp_path / "captions/below/00001.txt").read_text()
+    (tmp_path / "captions/00002.txt").unlink()
+    _, said = await bulk("photos", "-o", "captions/")
+    assert "1 answered, 0 failed, 19 done before" in said
+
+
+async def test_two_pictures_never_share_a_text(bulk, photos, tmp_path):
+    Image.new("RGB", (9, 9)).save(photos / "00000.png")
+    status, _ = await bulk("photos", "-o", "captions/")
+    assert status == 1
+    (failed,) = [
+        line for line in records(tmp_path / "captions/.moondream.jsonl") if "error" in line
+    ]
+    assert "the text of another picture" in failed["error"]["message"]
+
+
+@pytest.mark.slow
+async def test_a_job_by_batch_gives_the_same_answers_at_half_the_price(bulk, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    assert (await bulk("photos", "-o", "one.jsonl"))[0] == 1
+    status, said = await bulk("photos", "-o", "two.jsonl", "--via", "batch-api")
+    assert status == 1, said
+    one, two = (
+        {line["path"]: line.get("caption") for line in records(tmp_path / name)}
+        for name in ("one.jsonl", "two.jsonl")
+    )
+    assert one == two
+    assert not (tmp_path / "two.jsonl.batches").exists()
+    _, said = await bulk("photos", "-o", "two.jsonl", "--via", "batch-api")
+    assert "0 answered, 1 failed, 20 done before" in said
+
+
+@pytest.mark.slow
+async def test_a_batch_that_was_left_is_fetched_and_not_paid_for_again(
+    simulator, bulk, photos, tmp_path
+):
+    arguments = ("photos", "-o", "out.jsonl", "--via", "batch-api")
+    async with started(simulator, *arguments, cwd=tmp_path) as process:
+        await until(process.stderr, "has 20 pictures")
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+    assert (tmp_path / "out.jsonl.batches").exists()
+    status, said = await bulk(*arguments)
+    assert status == 0, said
+    assert "20 answered" in said
+    assert len(records(tmp_path / "out.jsonl")) == 20
+    created = [each for each in simulator.requests if each.query.get("action") == "mpu-create"]
+    assert len(created) == 1
+
+
+class Page(html.parser.HTMLParser):
+    """What a page shows, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loaded, self.text = Counter(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.loaded += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+async def test_the_report_shows_pictures_boxes_and_errors_and_loads_nothing(bulk, photos, tmp_path):
+    (photos / "<b>.jpg").write_bytes(b"no picture")
+    red = Image.new("RGB", (40, 40), "white")
+    red.paste("red", (10, 10, 30, 30))
+    red.save(photos / "red.png")
+    await bulk(
+        *("photos", "-o", "out.jsonl", "--report", "report.html"),
+        *("--skill", "detect", "--object", "red"),
+    )
+    boxes = sum(len(line.get("objects", ())) for line in records(tmp_path / "out.jsonl"))
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags["figure"] == 22
+    assert page.tags["img"] == 21
+    assert page.tags["rect"] == boxes >= 1
+    assert page.tags["b"] == 0
+    assert "ImageError: 'photos/<b>.jpg' is not a picture" in page.text
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.loaded)
+
+
+# -- what fails ---------------------------------------------------------------------
+
+
+async def test_a_picture_that_fails_is_a_line_and_is_tried_again(bulk, photos, tmp_path):
+    good = (photos / "00000.jpg").read_bytes()
+    (photos / "00000.jpg").write_bytes(good[:20])
+    (photos / "empty.png").write_bytes(b"")
+    status, said = await bulk("photos", "missing.jpg", "-o", "out.jsonl")
+    assert status == 1
+    assert "19 answered, 3 failed" in said
+    failed = [line for line in records(tmp_path / "out.jsonl") if "error" in line]
+    assert paths_of(failed) == ["missing.jpg", "photos/00000.jpg", "photos/empty.png"]
+    assert all(line["error"]["type"] == "ImageError" for line in failed)
+    (photos / "00000.jpg").write_bytes(good)
+    _, said = await bulk("photos", "missing.jpg", "-o", "out.jsonl")
+    assert "1 answered, 2 failed, 19 done before" in said
+    lines = records(tmp_path / "out.jsonl")
+    assert len(lines) == len(set(paths_of(lines))) == 22
+
+
+async def test_a_server_that_fails_and_refuses_costs_no_picture(simulator, bulk, photos, tmp_path):
+    make_pictures(photos, 200)
+    # A fifth of all requests fails, a tenth is refused.
+    for _ in range(25):
+        simulator.faults.extend(["status=500", "slow_start=0,times=3", "status=429"])
+        simulator.faults.extend(["status=503", "slow_start=0,times=4"])
+    status, said = await bulk("photos", "-o", "out.jsonl", "--retries", 6)
+    assert status == 0, said
+    lines = records(tmp_path / "out.jsonl")
+    assert len(lines) == 200
+    assert any(line["tries"] > 1 for line in lines)
+
+
+async def test_a_wrong_key_ends_it_with_one_line_and_is_nobodys_error(photos, tmp_path):
+    async with Simulator(api_key="right") as simulator:
+        done = await anyio.run_process(
+            [*BULK, "photos", "-o", "out.jsonl"],
+            check=False,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "MOONDREAM_ENDPOINT": simulator.endpoint,
+                "MOONDREAM_API_KEY": "wrong",
+            },
+        )
+    assert done.returncode == 1
+    assert b"Invalid API key" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+async def test_a_picture_that_is_removed_before_its_turn_is_told(simulator, photos, tmp_path):
+    simulator.faults.append("slow_start=0.5,times=4")
+    async with started(
+        simulator, "photos", "-o", "out.jsonl", "--concurrency", 1, cwd=tmp_path
+    ) as process:
+        await simulator.wait_until(lambda: len(simulator.requests) == 1)
+        for path in photos.rglob("*.jpg"):
+            path.unlink()
+        assert await process.wait() == 1
+    lines = records(tmp_path / "out.jsonl")
+    assert len(lines) == 20
+    assert any("No such file" in line.get("error", {}).get("message", "") for line in lines)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, with room for 16 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, check=False, capture_output=True)
+    except OSError as error:
+        pytest.skip(f"no mount: {error}")
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs root: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_full_disk_ends_it_with_whole_lines_and_a_reason(bulk, photos, small_disk):
+    make_pictures(photos, 100)
+    status, said = await bulk("photos", "-o", small_disk / "out.jsonl")
+    assert status == 1
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    before = records(small_disk / "out.jsonl")
+    assert 0 < len(before) < 100
+    await anyio.run_process(["mount", "-o", "remount,size=1m", str(small_disk)])
+    status, said = await bulk("photos", "-o", small_disk / "out.jsonl")
+    assert status == 0
+    assert f"{len(before)} done before" in said
+    assert len(set(paths_of(records(small_disk / "out.jsonl")))) == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["photos"], "Missing option"),
+        (["-o", "out.jsonl"], "Missing argument"),
+        (["photos", "-o", "out.jsonl", "--skill", "query"], "needs '--question'"),
+        (["photos", "-o", "texts/", "--skill", "point", "--object", "dog"], "gives no text"),
+    ],
+    ids=["no output", "no pictures", "no question", "no text"],
+)
+async def test_wrong_usage_is_told_in_one_line(bulk, photos, arguments, reason):
+    status, said = await bulk(*arguments)
+    assert status == 2
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+async def test_a_file_that_holds_something_else_is_left_alone(bulk, photos, tmp_path):
+    (tmp_path / "out.jsonl").write_text("dear diary\n")
+    status, said = await bulk("photos", "-o", "out.jsonl")
+    assert status == 1
+    assert "other things in it than results" in said
+    assert (tmp_path / "out.jsonl").read_text() == "dear diary\n"
+
+
+# -- what ends it, and how it goes on -----------------------------------------------
+
+
+@pytest.mark.slow
+async def test_after_kill_9_it_goes_on_and_holds_each_picture_once(tmp_path):
+    make_pictures(tmp_path / "photos", 2000)
+    async with Simulator(keep=10_000) as simulator:
+        arguments = (simulator, "photos", "-o", "out.jsonl")
+        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            await simulator.wait_until(lambda: len(simulator.requests) >= 1000)
+            process.kill()
+            assert await process.wait() == -signal.SIGKILL
+        first = len((tmp_path / "out.jsonl").read_bytes().splitlines())
+        assert 0 < first < 2000
+        with (tmp_path / "out.jsonl").open("ab") as file:
+            file.write(b'{"path":"photos/00001.jp')  # as if it had been killed within a write
+        asked = len(simulator.requests)
+        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            assert await process.wait() == 0
+        assert len(simulator.requests) - asked <= 2000 - first + 1
+    lines = records(tmp_path / "out.jsonl")
+    assert len(lines) == len(set(paths_of(lines))) == 2000
+    assert all(line["caption"] for line in lines)
+
+
+async def test_only_what_changed_or_is_new_is_asked_again(simulator, bulk, photos, tmp_path):
+    await bulk("photos", "-o", "out.jsonl")
+    os.utime(photos / "00000.jpg", (1, 1))  # another time, the same picture
+    Image.new("RGB", (30, 30), "red").save(photos / "00002.jpg")
+    Image.new("RGB", (31, 31), "red").save(photos / "new.jpg")
+    simulator.requests.clear()
+    _, said = await bulk("photos", "-o", "out.jsonl")
+    assert "2 answered, 0 failed, 19 done before" in said
+    assert len(simulator.requests) == 2
+    lines = records(tmp_path / "out.jsonl")
+    assert len(lines) == len(set(paths_of(lines))) == 21
+
+
+async def test_another_question_is_another_answer_in_the_same_file(bulk, photos, tmp_path):
+    for question in ("How wide is it?", "How bright is it?"):
+        _, said = await bulk(
+            "photos", "-o", "out.jsonl", "--skill", "query", "--question", question
+        )
+        assert "20 answered, 0 failed," in said
+    assert len(records(tmp_path / "out.jsonl")) == 40
+
+
+async def test_ctrl_c_finishes_what_is_under_way_and_the_rest_comes_later(
+    simulator, bulk, photos, tmp_path
+):
+    simulator.faults.append("slow_start=0.3,times=4")
+    async with started(simulator, "photos", "-o", "out.jsonl", cwd=tmp_path) as process:
+        await simulator.wait_until(lambda: len(simulator.requests) == 4)
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+    lines = records(tmp_path / "out.jsonl")
+    assert 4 <= len(lines) < 20
+    _, said = await bulk("photos", "-o", "out.jsonl")
+    assert f"{20 - len(lines)} answered, 0 failed, {len(lines)} done before" in said
+
+
+async def test_a_second_ctrl_c_stops_at_once_and_drops_the_requests(simulator, photos, tmp_path):
+    simulator.faults.append("slow_start=60,times=always")
+    async with started(
+        simulator, "photos", "-o", "out.jsonl", "--grace", 60, cwd=tmp_path
+    ) as process:
+        await simulator.wait_until(lambda: len(simulator.requests) == 4)
+        process.send_signal(signal.SIGINT)
+        await until(process.stderr, "stop now")
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+    await simulator.wait_until(lambda: all(each.disconnected for each in simulator.requests))
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+async def test_ctrl_c_waits_for_no_more_than_the_grace(simulator, photos, tmp_path):
+    simulator.faults.append(Fault.parse("slow_start=60,times=always"))
+    async with started(
+        simulator, "photos", "-o", "out.jsonl", "--grace", 0.1, cwd=tmp_path
+    ) as process:
+        await simulator.wait_until(lambda: len(simulator.requests) == 4)
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+
+
+async def test_ctrl_c_ends_waiting_for_paths_on_stdin(simulator, photos, tmp_path):
+    process = await anyio.open_process(
+        [*BULK, "-", "-o", "out.jsonl"],
+        cwd=tmp_path,
+        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
+    )
+    async with process:
+        await process.stdin.send(f"{photos / '00000.jpg'}\n".encode())
+        await simulator.wait_until(lambda: len(simulator.requests) == 1)
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+    assert len(records(tmp_path / "out.jsonl")) == 1
+
+
+# -- its parts ----------------------------------------------------------------------
+
+
+def found(name="a.jpg"):
+    return Found(name, name)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, -1], ids=["none", "a byte", "some", "the line break"])
+def test_a_torn_last_line_is_dropped_and_the_others_stay(tmp_path, cut):
+    file = tmp_path / "journal.jsonl"
+    path = str(file)
+    with Journal(path, ASKED) as journal:
+        journal.append(found("a.jpg"), Contents(1, 1, "x"), CaptionResult(caption="one"))
+        size = file.stat().st_size
+        journal.append(found("b.jpg"), Contents(1, 1, "x"), CaptionResult(caption="two"))
+    os.truncate(path, size + cut if cut >= 0 else file.stat().st_size - 1)
+    with Journal(path, ASKED) as journal:
+        assert [record["caption"] for record in journal.records()] == ["one"]
+        assert not journal.has(found("b.jpg"))
+    assert file.stat().st_size == size
+
+
+def test_two_runs_never_write_the_same_file(tmp_path):
+    pytest.importorskip("fcntl", reason="this system has no such locks")
+    path = str(tmp_path / "journal.jsonl")
+    with Journal(path, ASKED), pytest.raises(RequestError, match="Another run"):
+        Journal(path, ASKED)
+
+
+def test_finding_takes_no_more_than_it_is_asked_for(tmp_path):
+    make_pictures(tmp_path, 10)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden.jpg").write_bytes(b"")
+    assert len(list(find([str(tmp_path)]))) == 10
+    several = find(iter([str(tmp_path), "never reached"]))
+    assert next(several).path.startswith(str(tmp_path))
+
+
+def test_a_picture_file_is_read_once_and_known_by_its_contents(tmp_path):
+    path = make_pictures(tmp_path, 1) / "00000.jpg"
+    file = PictureFile(found(str(path)))
+    assert file.contents is None
+    assert file.read() == path.read_bytes()
+    assert file.read() == b""
+    assert file.contents.size == path.stat().st_size
