@@ -20,13 +20,12 @@ from ._protocol.requests import (
     query_request,
     segment_request,
 )
+from ._stream_call import AnyStream, StreamCall
 from ._streams import (
-    AnyStream,
     CaptionStream,
     ChatStream,
     QueryStream,
     SegmentStream,
-    StreamCall,
 )
 from .errors import NotFoundError, ServerError
 from .types import (
@@ -45,6 +44,7 @@ from .types import (
     SegmentResult,
     ServerStats,
     Settings,
+    SpatialRefs,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 AnySettings = Settings | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any] | ChatMessage]
-SpatialRefs = Sequence[Sequence[float]]
 
 
 class Skills:
@@ -197,7 +196,8 @@ class Skills:
                 server. Where a server can't do that and stream, the answer comes
                 in one piece.
             spatial_refs: Places that the question speaks of: points ``[x, y]`` and
-                boxes ``[x_min, y_min, x_max, y_max]``, in 0-1 of the picture.
+                boxes ``[x_min, y_min, x_max, y_max]``, in 0-1 of the picture, or
+                what `point` and `detect` found.
             settings: Sampling settings; see `Settings`.
             model: A model other than the client's.
 

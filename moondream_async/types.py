@@ -169,6 +169,11 @@ class Region(_Value, frozen=True):
         return self.x_min * width, self.y_min * height, self.x_max * width, self.y_max * height
 
 
+SpatialRefs = Sequence[Point | Region | Sequence[float]]
+"""Places in a picture: points ``[x, y]``, boxes ``[x_min, y_min, x_max, y_max]``, or what other
+calls found."""
+
+
 class Grounding(_Value, frozen=True):
     """A span of the reasoning's text and the places in the picture that it speaks of."""
 

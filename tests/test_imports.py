@@ -35,6 +35,7 @@ ROOMS = [
     "_files",
     "_transport",
     "_streams",
+    "_stream_call",
     "_fetch",
     # calls
     "_calls",

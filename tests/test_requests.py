@@ -23,7 +23,7 @@ from moondream_async._protocol.requests import (
     segment_request,
 )
 from moondream_async.errors import RequestError
-from moondream_async.types import EncodedImage
+from moondream_async.types import EncodedImage, Point, Region
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -619,3 +619,16 @@ def test_any_arguments_make_a_request_or_a_request_error(length, stream, setting
             continue
         assert request.path in ("/caption", "/point")
         sent(request)
+
+
+def test_places_that_were_found_can_be_asked_about():
+    request = query_request(
+        b"a picture",
+        "What is here?",
+        stream=False,
+        reasoning=None,
+        spatial_refs=[Point(0.25, 0.5), Region(0, 0.1, 0.5, 1)],
+        settings=None,
+        model=None,
+    )
+    assert request.payload["spatial_refs"] == [[0.25, 0.5], [0, 0.1, 0.5, 1]]

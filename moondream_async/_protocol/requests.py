@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from moondream_async.errors import RequestError
-from moondream_async.types import ChatMessage, EncodedImage
+from moondream_async.types import ChatMessage, EncodedImage, Point, Region, SpatialRefs
 
 Skill = Literal["caption", "query", "detect", "point", "segment", "chat"]
 
@@ -167,7 +167,7 @@ def query_request(
     *,
     stream: bool,
     reasoning: bool | None,
-    spatial_refs: Sequence[Sequence[float]] | None,
+    spatial_refs: SpatialRefs | None,
     settings: Mapping[str, Any] | None,
     model: str | None,
 ) -> Request:
@@ -197,7 +197,7 @@ def point_request(
     image: Any,
     object: str,
     *,
-    spatial_refs: Sequence[Sequence[float]] | None,
+    spatial_refs: SpatialRefs | None,
     settings: Mapping[str, Any] | None,
     model: str | None,
 ) -> Request:
@@ -212,7 +212,7 @@ def segment_request(
     object: str,
     *,
     stream: bool,
-    spatial_refs: Sequence[Sequence[float]] | None,
+    spatial_refs: SpatialRefs | None,
     settings: Mapping[str, Any] | None,
     model: str | None,
 ) -> Request:
@@ -382,10 +382,12 @@ def _list(name: str, value: Any) -> list[Any]:
         raise RequestError(f"{name} must be a sequence, not {value!r}") from None
 
 
-def _spatial_refs(refs: Sequence[Sequence[float]]) -> list[list[float]]:
+def _spatial_refs(refs: SpatialRefs) -> list[list[float]]:
     checked = []
     for ref in _list("spatial_refs", refs):
-        numbers = _list("a spatial ref", ref)
+        # What other calls found may be asked about as it is.
+        found = isinstance(ref, (Point, Region))
+        numbers = list(msgspec.structs.astuple(ref)) if found else _list("a spatial ref", ref)
         if len(numbers) not in (2, 4) or not all(_number(x) and 0 <= x <= 1 for x in numbers):
             raise RequestError(
                 f"a spatial ref is [x, y] or [x_min, y_min, x_max, y_max], each from 0 to 1, "
