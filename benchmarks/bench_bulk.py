@@ -78,7 +78,8 @@ def serve(allowed: float) -> None:
         async with simulator:
             print(simulator.endpoint, flush=True)
             await asyncio.to_thread(sys.stdin.read)
-        print(refused, flush=True)
+        if allowed:
+            print(refused, flush=True)
 
     asyncio.run(main())
 
