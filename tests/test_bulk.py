@@ -477,4 +477,4 @@ def test_the_rate_settles_at_what_the_server_allows(allowed, seconds):
     items = allowed * 120
     reached, refusals = throughput(allowed=allowed, burst=allowed, seconds=seconds, items=items)
     assert reached > 0.97 * allowed
-    assert refusals < items / 4
+    assert refusals < items / 3  # most of them while the limit is looked for
