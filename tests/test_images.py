@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import types
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
@@ -556,3 +557,8 @@ def test_fitted_size_never_passes_the_limit(width, height, max_pixels):
     assert 1 <= new_width <= width
     assert 1 <= new_height <= height
     assert new_width * new_height <= max_pixels
+
+
+def test_picture_is_told_while_another_thread_loads_pillow(monkeypatch, photo):
+    monkeypatch.setitem(sys.modules, "PIL.Image", types.ModuleType("PIL.Image"))
+    assert encode_image(photo).media_type == "image/jpeg"

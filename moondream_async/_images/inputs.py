@@ -39,8 +39,9 @@ ImageSource: TypeAlias = (
 
 def is_pillow(image: object) -> TypeGuard[Image]:
     """Tell a Pillow image without loading Pillow: who has one, has loaded it."""
-    module = sys.modules.get("PIL.Image")
-    return module is not None and isinstance(image, module.Image)
+    # A module that another thread is just loading is there, but not yet what it holds.
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    return kind is not None and isinstance(image, kind)
 
 
 def is_array(image: object) -> TypeGuard[SupportsArrayInterface]:
