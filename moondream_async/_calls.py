@@ -96,7 +96,7 @@ class Caller:
         self.admission = None if rate_limit is None else Pace(rate_limit)
         self.pace = None if rate_limit is None else Pace(rate_limit)
         self.transport = Transport(session=session, ssl_context=ssl_context, proxy=proxy)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # see `_limits` on why its own thread may take it again
         self._counts = dict.fromkeys(("requests", "retries", "bytes_sent", "bytes_received"), 0)
 
     def count(self, **more: int) -> None:
@@ -107,11 +107,12 @@ class Caller:
 
     def stats(self) -> ClientStats:
         """Return what the client is doing and has done."""
+        pooled = self.transport.idle_connections  # which has a lock of its own
         with self._lock:
             return ClientStats(
                 open_streams=self.places.taken,
                 waiting_calls=self.places.waiting,
-                pooled_connections=self.transport.idle_connections,
+                pooled_connections=pooled,
                 **self._counts,
             )
 

@@ -152,3 +152,75 @@ def test_client_in_a_generator_that_nobody_finished_is_closed_with_its_loop():
             return generators
 
     asyncio.run(main())
+
+
+async def test_idle_connection_that_is_just_being_closed_is_left_to_itself():
+    async with RawServer(answer_all) as server, client_of(server) as client:
+        await client.caption(IMAGE)
+        (pool,) = client._caller.transport._pools.values()
+        ((kept, _),) = next(iter(pool._session.connector._conns.values()))
+        kept.transport.close()  # as when the server has closed it
+        pool._cut()
+        await rounds()
+        await server.until_idle()
+
+
+# -- the garbage collector ------------------------------------------------------------
+
+
+@pytest.fixture
+def collector():
+    """It comes when it is told to."""
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through every time
+    gc.disable()
+    yield
+    gc.set_threshold(*threshold)
+    gc.enable()
+    gc.unfreeze()
+
+
+def in_a_loop_of_its_own(client):
+    """Make the client's pool for another loop."""
+
+    async def make():
+        client._caller.transport.pool()
+
+    thread = in_thread(make())
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("act", "moments"),
+    [
+        (lambda client: client.stats(), 40),
+        (lambda client: client._caller.count(requests=1, bytes_sent=2), 40),
+        (in_a_loop_of_its_own, 400),
+    ],
+    ids=["stats", "count", "pool"],
+)
+@pytest.mark.filterwarnings("ignore:CaptionStream was dropped:ResourceWarning")
+async def test_stream_that_the_collector_finds_at_any_moment_is_closed(collector, act, moments):
+    closed = []
+
+    def note(event):  # a hook may ask for the numbers, too
+        closed.append(client.stats().requests)
+
+    async with (
+        RawServer(stall) as server,
+        client_of(server, hooks=md.Hooks(end=note)) as client,
+    ):
+        for moment in range(moments):
+            gc.collect()
+            lost = [await client.caption(IMAGE, stream=True)]
+            lost.append(lost)
+            del lost
+            gc.set_threshold(moment + 1)  # of new objects, at which it comes
+            gc.enable()
+            act(client)
+            gc.disable()
+            gc.collect()
+            assert len(closed) == moment + 1
+        await server.until_idle()
+        assert client.stats().open_streams == 0

@@ -46,4 +46,6 @@ def close_transport(transport: Any) -> None:
             loop._remove_reader(sock.fileno())  # noqa: SLF001
             loop._remove_writer(sock.fileno())  # noqa: SLF001
         sock.close()
-        vars(each).update(_sock=None, _closing=True, _conn_lost=1)
+        # One that was about to close will look for its socket once more.
+        if loop.is_closed() or not each._conn_lost:  # noqa: SLF001
+            vars(each).update(_sock=None, _closing=True, _conn_lost=1)

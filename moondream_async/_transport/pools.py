@@ -57,7 +57,7 @@ class Transport:
         self._ssl_context = ssl_context
         self._proxy = proxy
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # see `_limits` on why its own thread may take it again
         self._closed = False
 
     def pool(self) -> Pool:
@@ -73,11 +73,12 @@ class Transport:
         with self._lock:
             if self._closed:  # since the caller looked, by another thread
                 raise ClientClosedError("The client is closed")
-            for other in [other for other in self._pools if other.is_closed()]:
-                self._pools.pop(other).abandon()
+            gone = [self._pools.pop(other) for other in list(self._pools) if other.is_closed()]
             self._pools[loop] = pool = Pool(
                 loop, session=self._session, ssl_context=self._ssl_context, proxy=self._proxy
             )
+        for each in gone:
+            each.abandon()
         return pool
 
     def apart(self) -> Transport:
@@ -256,9 +257,9 @@ class Pool:
                     await self._idle.wait()
         finally:
             self.closed = True
-            for scope in tuple(self.calls):
+            for scope in self.calls.copy():
                 scope.cancel()
-            for body in tuple(self.bodies):
+            for body in self.bodies.copy():
                 body.close(by_client=True)
             with anyio.CancelScope(shield=True):
                 if self._owns_session:
@@ -292,7 +293,7 @@ class Pool:
             await anyio.sleep(_LOOK)
 
     def _cut(self) -> None:
-        for scope in tuple(self.calls):
+        for scope in self.calls.copy():
             scope.cancel()
         self.abandon()
 
@@ -328,7 +329,7 @@ class Pool:
     def abandon(self) -> None:
         """Close everything at once and without noise; the loop may be closed, or at rest."""
         self.closed = True
-        for body in tuple(self.bodies):
+        for body in self.bodies.copy():
             body.abandon()
         connector = self._session.connector
         if self._owns_session and connector is not None and not connector.closed:
@@ -345,7 +346,7 @@ async def _close_with_loop(pool: weakref.ref[Pool]) -> AsyncGenerator[None, None
         living = pool()
         if living is not None and not living.closed:
             living.closed = True  # so that aclose() on its way does not come back here
-            for body in tuple(living.bodies):
+            for body in living.bodies.copy():
                 body.close(by_client=True)
             if living._owns_session:  # noqa: SLF001 - a part of the pool
                 await living._session.close()  # noqa: SLF001
