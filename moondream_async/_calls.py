@@ -27,9 +27,16 @@ from yarl import URL
 from ._images import encode_image
 from ._limits import Pace, Places
 from ._protocol import USER_AGENT
-from ._protocol.answers import decode_json, decode_object, error_from_response, to_id
+from ._protocol.answers import (
+    decode_json,
+    decode_object,
+    error_from_response,
+    read_result,
+    to_id,
+)
 from ._protocol.events import decoder_for
 from ._retry import Budget, backoff, is_worth_retrying, was_refused
+from ._secret import Secret, conceal, redact
 from ._streams import Opening
 from ._transport import Body, Pool, Transport, size_on_wire
 from .errors import (
@@ -40,28 +47,20 @@ from .errors import (
     Phase,
     StreamProtocolError,
 )
-from .types import CallEvent, ClientStats, EncodedImage, Hooks, Timeout
+from .types import CallEvent, ClientStats, EncodedImage, Hooks, Result, Timeout
 
 if TYPE_CHECKING:
     import ssl
 
     import aiohttp
 
-    from ._protocol.requests import Request
+    from ._protocol.requests import Request, Skill
 
 _NEVER = float("inf")
 _SHORTEST_SECRET = 8
 _log = logging.getLogger("moondream_async")
 _T = TypeVar("_T")
-
-
-class Secret(str):
-    """The API key: a string whose repr does not show it, in whatever it ends up."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
+_Answer = TypeVar("_Answer", Result, dict[str, Any])
 
 
 class Caller:
@@ -196,7 +195,7 @@ class Caller:
 
     def redact(self, data: bytes) -> bytes:
         """Take the secret out of an error's body. Answers are left alone."""
-        return data.replace(self.secret.encode(), b"***") if self.secret else data
+        return redact(data, self.secret)
 
     async def aclose(self, grace: float | None) -> None:
         """Refuse further calls, and close what is open in every loop."""
@@ -222,6 +221,11 @@ class Call:
         self._tries = 0
         self._began = time.monotonic()
 
+    async def result(self) -> Result:
+        """Return the whole answer of a skill; or raise the error that it says it is."""
+        assert self._request.skill is not None  # noqa: S101 - for the type checker
+        return await self._whole(partial(_decode_result, self._request.skill))
+
     async def json(self) -> dict[str, Any]:
         """Return the whole answer, decoded; or raise the error that it says it is."""
         return await self._whole(decode_json)
@@ -233,14 +237,14 @@ class Call:
         """
         return await self._whole(_decode_record)
 
-    async def _whole(self, decode: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    async def _whole(self, decode: Callable[..., _Answer]) -> _Answer:
         try:
-            raw = await self._try(partial(self._read, decode))
+            answer = await self._try(partial(self._read, decode))
         except BaseException as error:
             self.ended(error=error)
             raise
-        self.ended(completed=True, request_id=to_id(raw.get("request_id") or raw.get("id")))
-        return raw
+        self.ended(completed=True, request_id=to_id(answer.get("request_id") or answer.get("id")))
+        return answer
 
     async def opening(self) -> Opening:
         """Return what a stream starts from, once the server has accepted the request."""
@@ -303,10 +307,11 @@ class Call:
             try:
                 answer = await self._within_deadline(attempt)
             except MoondreamError as error:
+                conceal(error, self._caller.secret)
                 if self._is_refusal_to_stream(error):
                     self._request = self._request.without_stream()
                 elif not await self._can_retry(error):
-                    raise
+                    raise error  # noqa: TRY201 - a bare one, on 3.10, brings the frames back
             else:
                 self._caller.budget.succeeded(after_retry=self._failures > 0)
                 return answer
@@ -358,8 +363,8 @@ class Call:
         raise deadline.error(caller.places)
 
     async def _read(
-        self, decode: Callable[..., dict[str, Any]], pool: Pool, deadline: _Deadline
-    ) -> dict[str, Any]:
+        self, decode: Callable[..., _Answer], pool: Pool, deadline: _Deadline
+    ) -> _Answer:
         body = await self._send(pool, deadline, accept="application/json")
         try:
             return self._decoded(partial(decode, status=body.status), await body.read())
@@ -381,7 +386,7 @@ class Call:
         body = await self._send(pool, deadline, accept=accept)
         decoder = decoder_for(skill, secret=self._caller.secret)
         try:
-            if await _is_json(body):
+            if await self._is_json(body):
                 events = self._decoded(decoder.body, await body.read())
                 return Opening(decoder, events=events, sent_at=deadline.sent_at)
         except BaseException:
@@ -389,6 +394,30 @@ class Call:
             raise
         waited = current_time() - deadline.sent_at
         return Opening(decoder, body, sent_at=deadline.sent_at, waited=waited)
+
+    async def _is_json(self, body: Body) -> bool:
+        """Tell JSON from events, where the server has said which, or else by the first byte.
+
+        Raises:
+            StreamProtocolError: It is neither.
+        """
+        kind = body.content_type
+        if kind == "text/event-stream":
+            return False
+        if kind == "application/json" or kind.endswith("+json"):
+            return True
+        if kind not in ("", "text/plain", "application/octet-stream"):
+            data = self._caller.redact(await body.read_error())
+            excerpt = data[:200].decode("utf-8", "replace")
+            raise StreamProtocolError(
+                f"The server answered with {kind}, not with events: {excerpt}"
+            )
+        try:
+            data = await body.__anext__()
+        except StopAsyncIteration:
+            return False
+        body.unread(data)
+        return data.lstrip()[:1] == b"{"
 
     async def _send(self, pool: Pool, deadline: _Deadline, *, accept: str) -> Body:
         """Send the request; return the body of an answer that is no error."""
@@ -484,27 +513,9 @@ class _Deadline:
         return APITimeoutError(message[phase], phase=phase)
 
 
+def _decode_result(skill: Skill, body: bytes, *, status: int) -> Result:
+    return read_result(skill, decode_json(body, status=status), status=status)
+
+
 def _decode_record(body: bytes, *, status: int) -> dict[str, Any]:
     return decode_object(body, status=status) if body.strip() else {}
-
-
-async def _is_json(body: Body) -> bool:
-    """Tell JSON from events, where the server has said which, or else by the first byte.
-
-    Raises:
-        StreamProtocolError: It is neither.
-    """
-    kind = body.content_type
-    if kind == "text/event-stream":
-        return False
-    if kind == "application/json" or kind.endswith("+json"):
-        return True
-    if kind not in ("", "text/plain", "application/octet-stream"):
-        excerpt = (await body.read_error())[:200].decode("utf-8", "replace")
-        raise StreamProtocolError(f"The server answered with {kind}, not with events: {excerpt}")
-    try:
-        data = await body.__anext__()
-    except StopAsyncIteration:
-        return False
-    body.unread(data)
-    return data.lstrip()[:1] == b"{"

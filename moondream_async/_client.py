@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ._secret import Secret
 from ._skills import Skills
 from .errors import RequestError
 from .types import ClientStats, Hooks, Length, Timeout
@@ -79,16 +80,18 @@ class MoondreamClient(Skills):
         hooks: Hooks = _NO_HOOKS,
         insecure_hosts: Collection[str] = (),
     ) -> None:
-        key = api_key if api_key is not None else os.environ.get("MOONDREAM_API_KEY") or None
+        api_key = _hidden(api_key)
+        if api_key is None:
+            api_key = _hidden(os.environ.get("MOONDREAM_API_KEY") or None)
         address = endpoint or os.environ.get("MOONDREAM_ENDPOINT") or CLOUD
         address = _checked_endpoint(address)
-        if key is None and address == CLOUD:
+        if api_key is None and address == CLOUD:
             raise RequestError(
                 "Moondream Cloud needs an API key. Pass api_key= or set MOONDREAM_API_KEY; or "
                 "name a local server, as endpoint='http://127.0.0.1:2020/v1' or in "
                 "MOONDREAM_ENDPOINT; or try `moondream-async demo`, which needs neither."
             )
-        if key is not None:
+        if api_key is not None:
             _check_may_see_key(address, insecure_hosts)
         if not isinstance(timeout, Timeout):
             raise RequestError(f"timeout must be a Timeout, not {timeout!r}")
@@ -103,12 +106,12 @@ class MoondreamClient(Skills):
         # Loads aiohttp, which takes a third of a second: now, and not in the first await,
         # where it would hold up the event loop; and not with the package, which may be
         # imported by programs that never get here.
-        from ._calls import Caller, Secret  # noqa: PLC0415
+        from ._calls import Caller  # noqa: PLC0415
 
         self._model = model
         self._caller = Caller(
             address,
-            None if key is None else Secret(_checked_key(key)),
+            None if api_key is None else _checked_key(api_key),
             timeout=timeout,
             max_retries=max_retries,
             max_connections=max_connections,
@@ -216,8 +219,11 @@ class MoondreamClient(Skills):
         return self._caller.stats()
 
     def __repr__(self) -> str:
-        state = "closed" if self._caller.closed else f"{self._caller.places.taken} open"
-        return f"<MoondreamClient {self.endpoint}, {state}>"
+        caller = getattr(self, "_caller", None)
+        if caller is None:  # its construction failed; error reports look at it all the same
+            return "<MoondreamClient>"
+        state = "closed" if caller.closed else f"{caller.places.taken} open"
+        return f"<MoondreamClient {caller.endpoint}, {state}>"
 
     async def __aenter__(self) -> Self:
         self._caller.check_open()
@@ -243,11 +249,19 @@ class MoondreamClient(Skills):
 
 def vl(api_key: str | None = None, **options: Any) -> MoondreamClient:
     """Return a `MoondreamClient`; named as in the official SDK."""
+    api_key = _hidden(api_key)
     return MoondreamClient(api_key, **options)
 
 
-def _checked_key(key: Any) -> str:
-    if not isinstance(key, str) or not key or not (key.isascii() and key.isprintable()):
+def _hidden(key: Any) -> Secret | None:
+    """Hide a key before anything can go wrong; one that is no string is as good as empty."""
+    if key is None:
+        return None
+    return Secret(key) if isinstance(key, str) else Secret()
+
+
+def _checked_key(key: Secret) -> Secret:
+    if not key or not (key.isascii() and key.isprintable()):
         # Not shown: it may be the right key with a line break behind it.
         raise RequestError("api_key must be a string of printable ASCII characters, not empty")
     return key

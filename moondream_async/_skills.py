@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from ._protocol.answers import read_models, read_result, read_stats
+from ._protocol.answers import read_models, read_stats
 from ._protocol.requests import (
     Request,
     caption_request,
@@ -523,9 +523,7 @@ class Skills:
         return await self._answer(make())
 
     async def _answer(self, request: Request) -> Result:
-        raw = await self._caller.call(request).json()
-        assert request.skill is not None  # noqa: S101 - for the type checker
-        return read_result(request.skill, raw)
+        return await self._caller.call(request).result()
 
     def _or_mine(self, model: str | None) -> str | None:
         return self._model if model is None else model

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ._clock import Clock, running_loop
 from ._protocol.events import AnswerDecoder, Event
+from ._secret import conceal
 from .errors import (
     APIConnectionError,
     APITimeoutError,
@@ -377,8 +378,8 @@ class Stream:
             self._report(None)
             raise
         except MoondreamError as error:
-            self._report(error)
-            raise
+            self._report(conceal(error, self._decoder.secret))
+            raise error  # noqa: TRY201 - a bare one, on 3.10, brings the frames back
         finally:
             self._reading = False
 

@@ -459,15 +459,15 @@ async def test_slow_reader_is_never_out_of_time():
 
     async with (
         RawServer(play) as server,
-        client_of(server, timeout=md.Timeout(first_event=SOON, idle=SOON)) as client,
+        client_of(server, timeout=md.Timeout(first_event=0.5, idle=0.5)) as client,
     ):
         stream = await client.caption(IMAGE, stream=True)
-        await asyncio.sleep(3 * SOON)
+        await asyncio.sleep(0.7)
         got = []
         async for piece in stream:
             got.append(piece)
-            if len(got) % 400 == 1:
-                await asyncio.sleep(3 * SOON)
+            if len(got) % 1000 == 1:
+                await asyncio.sleep(0.7)
         assert got == pieces
 
 

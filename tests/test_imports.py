@@ -24,6 +24,7 @@ ROOMS = [
     "types",
     "records",
     # without I/O, clock and chance
+    "_secret",
     "_sse",
     "_retry",
     "_protocol",
@@ -54,7 +55,17 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-PURE = {"_version", "errors", "types", "records", "_sse", "_retry", "_protocol", "_images"}
+PURE = {
+    "_version",
+    "errors",
+    "types",
+    "records",
+    "_secret",
+    "_sse",
+    "_retry",
+    "_protocol",
+    "_images",
+}
 
 EXCEPTIONS = {
     # A result draws itself over its picture, and only then is Pillow needed.

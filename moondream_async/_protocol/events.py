@@ -161,7 +161,8 @@ class AnswerDecoder:
         self.failure: Callable[..., StreamError] | None = None
         """Makes the error to raise once the events are used up; takes ``partial=``."""
         self._skill: Skill = skill
-        self._secret = secret  # the API key; an error that quotes it is not to pass it on
+        self.secret = secret
+        """The API key; an error that quotes it is not to pass it on."""
         self._max_event_bytes = max_event_bytes
         self._parser = SSEParser(max_event_bytes=max_event_bytes, complete=_is_whole_event)
         self._plain_lines = self._plain.decode_lines
@@ -172,7 +173,7 @@ class AnswerDecoder:
 
     def fresh(self) -> AnswerDecoder:
         """Return a decoder for another try at the same answer."""
-        return type(self)(self._skill, secret=self._secret, max_event_bytes=self._max_event_bytes)
+        return type(self)(self._skill, secret=self.secret, max_event_bytes=self._max_event_bytes)
 
     @property
     def done(self) -> bool:
@@ -328,7 +329,7 @@ class AnswerDecoder:
 
     def _redact(self, text: str) -> str:
         """Take the key out of what goes into an error. An answer is never touched."""
-        return text.replace(self._secret, "***") if self._secret else text
+        return text.replace(self.secret, "***") if self.secret else text
 
     def _finish(self, raw: dict[str, Any], chunk: str) -> list[Event]:
         if chunk in _DISGUISED_ERRORS:

@@ -1,0 +1,395 @@
+"""The API key is seen by the endpoint, and by nobody else.
+
+Whatever a server says or does, the key is in no message, repr, argument, traceback
+(with the values of local variables), log record or warning.
+"""
+
+import asyncio
+import gzip
+import io
+import logging
+import pickle
+import ssl
+import traceback
+
+import aiohttp
+import pytest
+import trustme
+from raw_server import (
+    ANSWER,
+    CHUNKED,
+    EVENT_STREAM,
+    EVENTS,
+    STREAM_HEAD,
+    TEXT,
+    RawServer,
+    answer_all,
+    head,
+    in_chunks,
+    whole,
+)
+
+import moondream_async as md
+
+# Tests see the key by this name only: a local variable would be found in their own frames.
+KEY = "sk-shown-to-nobody-0123456789"
+ESCAPED = KEY.replace("s", "\\u0073").encode()
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(20_000_000), "image/jpeg", 8, 8)
+
+
+def client_of(server, **options):
+    return md.MoondreamClient(
+        KEY, endpoint=server.endpoint, **({"max_retries": 0, "timeout": SHORT} | options)
+    )
+
+
+SHORT = md.Timeout(pool=0.1, connect=5, first_event=0.3, idle=0.3)
+
+
+def everything_about(error):
+    """All text that a program could print of an exception."""
+    seen = [pickle.dumps(error).decode("latin-1")]
+    while error is not None:
+        frames = traceback.TracebackException.from_exception(error, capture_locals=True)
+        seen += [repr(error), str(error), repr(error.args), repr(vars(error)), *frames.format()]
+        error = error.__cause__ or error.__context__
+    return "\n".join(seen)
+
+
+@pytest.fixture(autouse=True)
+async def _spoken(caplog, recwarn):
+    """All that is logged or warned of, in debug mode, is looked through at the end."""
+    loop = asyncio.get_running_loop()
+    loop.set_debug(True)
+    loop.slow_callback_duration = 0  # so that every callback is printed
+    caplog.set_level(logging.DEBUG)
+    for name in ("aiohttp", "asyncio", "moondream_async"):
+        caplog.set_level(logging.DEBUG, name)
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logging.getLogger().addHandler(handler)
+    yield
+    logging.getLogger().removeHandler(handler)
+    assert logged.getvalue()
+    assert not [line for line in logged.getvalue().splitlines() if KEY in line]
+    assert not [each for each in recwarn if KEY in str(each.message)]
+
+
+async def call(client, skill, *, stream, image=IMAGE):
+    """Call, and read to the end."""
+    if skill == "chat":
+        answer = await client.chat([{"role": "user", "content": "?"}], stream=stream)
+    else:
+        answer = await client.caption(image, stream=stream)
+    return await answer.text() if stream else answer
+
+
+async def assert_hidden(
+    client, skill="caption", *, stream=False, image=IMAGE, error=md.MoondreamError
+):
+    with pytest.raises(error) as caught:
+        await call(client, skill, stream=stream, image=image)
+    assert not [line for line in everything_about(caught.value).splitlines() if KEY in line]
+    assert KEY not in repr(client)
+    return caught.value
+
+
+def playing(*data, then=None):
+    async def play(peer):
+        await peer.request()
+        await peer.send(*data)
+        if then is not None:
+            await then(peer)
+
+    return play
+
+
+def saying(template, **options):
+    """Answer with what quotes the key, plainly or escaped."""
+    return playing(whole(template.replace(b"KEY", KEY.encode()), **options))
+
+
+def streaming(*events):
+    quoted = [each.replace(b"KEY", KEY.encode()) for each in events]
+    return playing(STREAM_HEAD + in_chunks(*quoted))
+
+
+async def stall(peer):
+    await peer.until_gone()
+
+
+async def echo(peer):
+    """Send back the request itself."""
+    await peer.send(b"%b\r\nX-Moondream-Auth: %b\r\n\r\n" % (b"POST / HTTP/1.1", KEY.encode()))
+
+
+async def reset(peer):
+    peer.reset()
+
+
+QUOTED = b"The key KEY is wrong"
+ANSWERS = {
+    "401": saying(b'{"error": {"message": "Bad KEY", "code": "KEY"}}', status="401 Unauthorized"),
+    "401-string": saying(b'{"error": "Bearer KEY"}', status="401 Unauthorized"),
+    "401-escaped": saying(
+        b'{"error": "%b", "%b": ["%b"]}' % (ESCAPED, ESCAPED, ESCAPED), status="401 Unauthorized"
+    ),
+    "401-text": saying(QUOTED, status="401 Unauthorized", kind="text/plain"),
+    "401-html": saying(b"<p>" + QUOTED, status="401 Unauthorized", kind="text/html"),
+    "401-reason": saying(b"{}", status=f"401 {KEY}"),
+    "401-header": playing(whole(b"{}", f"WWW-Authenticate: {KEY}", status="401 Unauthorized")),
+    "401-gzip": playing(
+        whole(gzip.compress(KEY.encode()), "Content-Encoding: gzip", status="401 Unauthorized")
+    ),
+    "401-cut": playing(head("Content-Length: 99", status="401 Unauthorized"), KEY.encode()),
+    "500-detail": saying(b'{"error": "x", "detail": "KEY"}', status="500 Oh"),
+    "422-list": saying(b'{"detail": [{"loc": ["KEY"], "msg": "KEY"}]}', status="422 Oh"),
+    "200-error": saying(b'{"error": "Bad KEY", "status": "error"}'),
+    "200-escaped": saying(b'{"error": "%b", "x": "%b"}' % (ESCAPED, ESCAPED)),
+    "200-no-answer": saying(b'{"KEY": "KEY"}'),
+    "200-no-json": saying(b"KEY"),
+    "200-no-object": saying(b'["KEY"]'),
+    "200-html": saying(b"<p>" + QUOTED, kind="text/html"),
+    "200-kind": saying(b"x", kind=f"text/{KEY}"),
+    "200-cut": playing(head("Content-Length: 99", "Content-Type: application/json"), KEY.encode()),
+    "redirect": playing(whole(b"", f"Location: http://127.0.0.1:1/{KEY}", status="307 There")),
+    "redirect-nowhere": playing(whole(b"", f"Location: http://[{KEY}", status="307 There")),
+    "redirect-303": playing(whole(b"", f"Location: /{KEY}", status="303 There")),
+    "bad-status": playing(f"HTTP/1.1 {KEY} {KEY}\r\n\r\n".encode()),
+    "bad-version": playing(f"{KEY}\r\n\r\n".encode()),
+    "bad-header": playing(f"HTTP/1.1 200 OK\r\n{KEY}\r\n\r\n".encode()),
+    "bad-header-value": playing(f"HTTP/1.1 200 OK\r\nX: {KEY}\x00\r\n\r\n".encode()),
+    "bad-length": playing(f"HTTP/1.1 200 OK\r\nContent-Length: {KEY}\r\n\r\n".encode()),
+    "bad-chunk": playing(STREAM_HEAD, f"{KEY}\r\n".encode()),
+    "bad-encoding": playing(head(EVENT_STREAM, CHUNKED, f"Content-Encoding: {KEY}"), b"0\r\n\r\n"),
+    "long-header": playing(f"HTTP/1.1 200 OK\r\nX: {KEY * 1000}\r\n\r\n".encode()),
+    "echo": playing(then=echo),
+    "closed": playing(),
+    "reset": playing(then=reset),
+    "silent": playing(then=stall),
+    "silent-after-the-key": playing(STREAM_HEAD + f"5\r\n{KEY}".encode(), then=stall),
+}
+STREAMS = {
+    "error": streaming(b'data: {"error": {"message": "Bad KEY", "code": "KEY"}}\n\n'),
+    "error-escaped": streaming(b'data: {"error": "%b", "%b": "%b"}\n\n' % ((ESCAPED,) * 3)),
+    "error-later": streaming(EVENTS[0], b'data: {"error": "Bad KEY"}\n\n'),
+    "named-error": streaming(b"event: error\ndata: Bad KEY\n\n"),
+    "no-json": streaming(b"data: KEY\n\n"),
+    "no-object": streaming(b'data: ["KEY"]\n\n'),
+    "no-text": streaming(b'data: {"chunk": ["KEY"]}\n\n'),
+    "no-text-escaped": streaming(b'data: {"chunk": ["%b"]}\n\n' % ESCAPED),
+    "half": streaming(b'data: {"error": "Bad KEY'),
+    "cut": playing(STREAM_HEAD + in_chunks(b'data: {"error": "' + KEY.encode(), end=False)),
+}
+
+
+@pytest.mark.parametrize("skill", ["caption", "chat"])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("play", ANSWERS.values(), ids=ANSWERS)
+async def test_key_is_in_nothing_of_an_error(play, stream, skill):
+    async with RawServer(play) as server, client_of(server) as client:
+        await assert_hidden(client, skill, stream=stream)
+        (request,) = server.requests
+        assert KEY in request.headers.get("x-moondream-auth", request.headers.get("authorization"))
+
+
+ONLY_SKILLS = {"no-text", "no-text-escaped"}  # to a chat, events of an unknown kind
+
+
+@pytest.mark.parametrize(
+    ("fault", "skill"),
+    [(fault, "caption") for fault in STREAMS]
+    + [(f, "chat") for f in STREAMS if f not in ONLY_SKILLS],
+)
+async def test_key_is_in_nothing_of_a_stream_that_fails(fault, skill):
+    async with RawServer(STREAMS[fault]) as server, client_of(server) as client:
+        await assert_hidden(client, skill, stream=True)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+async def test_key_is_not_in_the_frames_of_an_upload_that_breaks(stream):
+    async def play(peer):
+        await peer.request_head()
+        peer.reset()
+
+    async with RawServer(play) as server, client_of(server) as client:
+        for image in (IMAGE, BIG_IMAGE):
+            for _ in range(5):
+                await assert_hidden(client, stream=stream, image=image)
+
+
+async def test_key_is_not_in_the_frames_of_a_request_on_a_lost_connection():
+    """The connection is closed and the server gone, as the next request begins."""
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(whole(ANSWER))
+
+    for _ in range(20):
+        async with RawServer(play) as server:
+            client = client_of(server)
+            await client.caption(IMAGE)
+        async with client:
+            await assert_hidden(client, error=md.APIConnectionError)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+async def test_key_is_not_in_what_a_cancelled_call_leaves(stream):
+    async with RawServer(playing(then=stall)) as server, client_of(server) as client:
+        calling = asyncio.ensure_future(call(client, "caption", stream=stream))
+        while not server.requests:
+            await asyncio.sleep(0)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await calling
+        assert KEY not in everything_about(caught.value)
+
+
+async def test_key_is_in_nothing_of_an_error_without_a_server():
+    async with RawServer(stall) as server:
+        client = client_of(server)
+    async with client:
+        error = await assert_hidden(client, error=md.APIConnectionError)
+        assert "Could not connect" in str(error)
+    await assert_hidden(client, error=md.ClientClosedError)
+
+
+async def test_key_is_in_nothing_of_a_call_that_finds_no_place():
+    async with (
+        RawServer(answer_all) as server,
+        client_of(server, max_connections=1) as client,
+        client.caption(IMAGE, stream=True),
+    ):
+        await assert_hidden(client, error=md.APITimeoutError)
+
+
+async def test_key_is_in_nothing_of_a_certificate_that_is_not_trusted():
+    asyncio.get_running_loop().set_debug(False)  # in which servers complain of their clients
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    async with RawServer(answer_all, ssl_context=context) as server, client_of(server) as client:
+        await assert_hidden(client, error=md.APIConnectionError)
+
+
+@pytest.mark.parametrize("code", [403, 407, 502])
+async def test_key_is_in_nothing_of_a_proxy_that_refuses(code):
+    reason = f"{code} {KEY}"
+    async with (
+        RawServer(playing(whole(KEY.encode(), status=reason))) as proxy,
+        md.MoondreamClient(
+            KEY, endpoint="https://127.0.0.1:1/v1", proxy=proxy.origin, max_retries=0
+        ) as client,
+    ):
+        await assert_hidden(client, error=md.APIConnectionError)
+        (request,) = proxy.requests
+        assert KEY not in repr(request)  # it goes through TLS only, which was not reached
+
+
+async def test_key_is_in_nothing_of_a_session_that_is_closed():
+    async with RawServer(answer_all) as server:
+        async with aiohttp.ClientSession() as session:
+            client = client_of(server, session=session)
+        await assert_hidden(client)
+        await client.aclose()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"timeout": 7}, {"max_retries": -1}, {"endpoint": "nowhere"}, {"rate_limit": "x"}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("make", [md.MoondreamClient, md.vl])
+@pytest.mark.parametrize("source", ["argument", "environment"])
+async def test_key_is_in_nothing_of_a_refused_option(source, make, options, monkeypatch):
+    monkeypatch.setenv("MOONDREAM_API_KEY", KEY)
+    with pytest.raises(md.RequestError) as caught:
+        make(*[KEY] * (source == "argument"), **options)
+    assert KEY not in everything_about(caught.value)
+
+
+@pytest.mark.parametrize("make", [md.MoondreamClient, md.vl])
+async def test_key_that_cannot_be_right_is_not_shown(make):
+    for spoil in (f"{KEY}\n".__str__, [KEY].copy, KEY.encode):
+        with pytest.raises(md.RequestError) as caught:
+            make(spoil())
+        assert KEY not in everything_about(caught.value)
+
+
+async def test_key_is_in_nothing_that_hooks_are_told():
+    told = []
+    hooks = md.Hooks(request=told.append, retry=told.append, end=told.append)
+    refusal = playing(whole(KEY.encode(), "Retry-After: 0", status="503 Busy"))
+    async with (
+        RawServer(refusal) as server,
+        client_of(server, hooks=hooks, max_retries=1) as client,
+    ):
+        await assert_hidden(client)
+    assert len(told) == 4
+    assert KEY not in repr(told)
+
+
+async def test_key_is_not_in_the_attributes_of_a_client_or_a_stream():
+    async with (
+        RawServer(answer_all) as server,
+        client_of(server) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        slots = [name for each in type(stream).__mro__ for name in getattr(each, "__slots__", ())]
+        assert KEY not in repr([getattr(stream, name) for name in slots])
+        assert KEY not in repr(vars(client))
+        assert KEY not in repr(vars(client._caller))
+
+
+# -- where it goes --------------------------------------------------------------------
+
+
+def redirect_once(server):
+    """Send the first request to another server, and answer the next."""
+
+    async def play(peer):
+        request = await peer.request()
+        location = f"Location: {server.origin}{request.target}"
+        await peer.send(head(location, "Content-Length: 0", status=f"{server.code} There"))
+        await answer_all(peer)
+
+    return play
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"], ids=["port", "host"])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+async def test_another_port_or_host_is_not_even_called(code, host, stream):
+    async with RawServer(answer_all, name=host) as other:
+        other.code = code
+        async with RawServer(redirect_once(other)) as server, client_of(server) as client:
+            error = await assert_hidden(client, stream=stream, error=md.APIStatusError)
+            assert error.status == code
+            assert other.origin in str(error)
+            assert len(server.requests) == 1
+        assert other.peers == []
+
+
+@pytest.mark.parametrize("code", [307, 308])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+async def test_same_origin_gets_all_of_the_request(code, stream):
+    async with RawServer(None) as server, client_of(server) as client:
+        server.code = code
+        server._play = redirect_once(server)
+        answer = await call(client, "caption", stream=stream)
+        assert (answer if stream else answer.caption) == TEXT
+        first, second = server.requests
+        assert (first.method, first.body) == (second.method, second.body)
+        assert second.headers["x-moondream-auth"] == KEY
+
+
+async def test_key_goes_in_one_header_and_nowhere_else():
+    async with RawServer(answer_all) as server, client_of(server) as client:
+        await client.caption(IMAGE)
+        await client.query(IMAGE, "?", stream=True)
+        for request in server.requests:
+            holding = [name for name, value in request.headers.items() if KEY in value]
+            assert holding == ["x-moondream-auth"]
+            assert KEY.encode() not in request.body
+            assert KEY not in request.target
+        await client.aclose()
