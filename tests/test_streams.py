@@ -27,13 +27,13 @@ from sources import (
 
 import moondream_async as md
 from moondream_async._protocol.events import decoder_for
+from moondream_async._stream_call import StreamCall
 from moondream_async._streams import (
     CaptionStream,
     ChatStream,
     Opening,
     QueryStream,
     SegmentStream,
-    StreamCall,
 )
 
 
