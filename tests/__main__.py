@@ -23,7 +23,7 @@ def main() -> int:
     commands = [] if fast else LINTERS
     chosen = ["-m", "not slow"] if fast else []
     rest = [argument for argument in arguments if argument != "--fast"]
-    for command in [*commands, ["pytest", *chosen, *rest]]:
+    for command in [*commands, ["pytest", "--numprocesses=auto", *chosen, *rest]]:
         print("$", *command, flush=True)  # noqa: T201 - a program
         status = subprocess.call([sys.executable, "-m", *command], cwd=ROOT)
         if status:
