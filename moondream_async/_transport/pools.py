@@ -216,15 +216,15 @@ class Pool:
     ) -> aiohttp.ClientResponse:
         """Send a request, over a new connection where a kept one turns out to be closed."""
         while True:
-            upload = Upload(body, self._used, on_send) if body else None
-            if upload is None:
-                on_send()
+            # Also for nothing: when it is asked to write, a connection stands.
+            upload = Upload(body, self._used, on_send)
             try:
                 return await self._session.request(
                     method,
                     url,
                     data=upload,
                     headers=headers,
+                    skip_auto_headers=() if body else (hdrs.CONTENT_TYPE,),
                     allow_redirects=False,
                     raise_for_status=False,  # these two: a session of the caller's may differ
                     auto_decompress=True,
@@ -240,8 +240,7 @@ class Pool:
                     raise error.__cause__ from None
                 # The server had already closed a connection that was kept for it, and
                 # can't have seen the request. Each round uses up one such connection.
-                reused = upload is not None and upload.reused
-                if reused and repeatable and is_disconnect(error):
+                if upload.reused and repeatable and is_disconnect(error):
                     continue
                 raise translate(error, url) from error
 

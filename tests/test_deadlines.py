@@ -1,0 +1,513 @@
+"""Every limit of `Timeout` ends what it is for, in its time and under its name, and nothing else.
+
+The clock is the test's own: a day passes as fast as a second, and what is said of the
+time is exact.
+"""
+
+import asyncio
+import contextlib
+
+import anyio
+import pytest
+from own_clock import OwnClock
+from raw_server import (
+    ANSWER,
+    DONE,
+    EVENTS,
+    STREAM_HEAD,
+    TEXT,
+    WORDS,
+    RawServer,
+    answer_all,
+    head,
+    in_chunks,
+    whole,
+)
+
+import moondream_async as md
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+DAY = 86_400.0
+FOR_EVER = {"pool": None, "connect": None, "first_event": None, "idle": None, "total": None}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return OwnClock(monkeypatch)
+
+
+@pytest.fixture
+def anyio_backend(clock):
+    return "asyncio", {"loop_factory": clock.new_loop}
+
+
+def only(**limits):
+    """No limits but these."""
+    return md.Timeout(**(FOR_EVER | limits))
+
+
+def client_of(server, *, tls=False, **options):
+    endpoint = server.endpoint.replace("http:", "https:") if tls else server.endpoint
+    return md.MoondreamClient(endpoint=endpoint, **({"max_retries": 0} | options))
+
+
+@contextlib.contextmanager
+def running_out(clock, phase, seconds, *, cls=md.APITimeoutError):
+    """What is done in here ends after so many seconds, neither earlier nor later."""
+    started = clock.now
+    with pytest.raises(cls) as caught:
+        yield caught
+    assert caught.value.phase == phase
+    assert f"(Timeout.{phase})" in str(caught.value)
+    assert clock.now - started == pytest.approx(seconds)
+
+
+async def listen(peer):
+    """Take a request and say nothing."""
+    await peer.request()
+    await peer.until_gone()
+
+
+async def hang(peer):
+    """Never answer to TLS, so that a connection stands and yet does not."""
+    await peer.until_gone()
+
+
+async def plainly(client):
+    await client.caption(IMAGE)
+
+
+async def streaming(client):
+    async with client.caption(IMAGE, stream=True) as stream:
+        await stream.text()
+
+
+CALLS = pytest.mark.parametrize("call", [plainly, streaming], ids=["plain", "streamed"])
+SECONDS = pytest.mark.parametrize("seconds", [0.25, 7, 3600], ids=str)
+
+
+# -- before the answer ----------------------------------------------------------------
+
+
+@CALLS
+@SECONDS
+async def test_pool_limits_the_wait_for_a_place(clock, call, seconds):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+        await peer.until_gone()
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(pool=seconds), max_connections=2) as client,
+    ):
+        first, second = [await client.caption(IMAGE, stream=True) for _ in range(2)]
+        with running_out(clock, "pool", seconds) as caught:
+            await call(client)
+        assert "2 streams or calls are open, of max_connections=2" in str(caught.value)
+        assert len(server.requests) == 2
+        await first.aclose()
+        await second.aclose()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        plainly,
+        streaming,
+        lambda client: client.models(),
+        lambda client: client.health(),
+        lambda client: client.server_stats(),
+    ],
+    ids=["plain", "streamed", "models", "health", "server_stats"],
+)
+@pytest.mark.parametrize("seconds", [0.25, 7, 45], ids=str)  # asyncio ends TLS after 60
+async def test_connect_limits_the_making_of_a_connection(clock, call, seconds):
+    async with (
+        RawServer(hang) as server,
+        client_of(server, tls=True, timeout=only(connect=seconds)) as client,
+    ):
+        with running_out(clock, "connect", seconds):
+            await call(client)
+
+
+async def test_connect_begins_anew_with_each_try(clock):
+    delays = []
+    hooks = md.Hooks(retry=lambda event: delays.append(event.delay))
+    async with (
+        RawServer(hang) as server,
+        client_of(server, tls=True, timeout=only(connect=5), max_retries=3, hooks=hooks) as client,
+    ):
+        started = clock.now
+        with pytest.raises(md.APITimeoutError):
+            await client.caption(IMAGE)
+        assert clock.now - started == pytest.approx(4 * 5 + sum(delays))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [plainly, streaming, lambda client: client.models()],
+    ids=["plain", "streamed", "models"],
+)
+@SECONDS
+async def test_first_event_limits_the_wait_for_an_answer(clock, call, seconds):
+    async with (
+        RawServer(listen) as server,
+        client_of(server, timeout=only(first_event=seconds)) as client,
+    ):
+        with running_out(clock, "first_event", seconds):
+            await call(client)
+
+
+async def test_first_event_limits_the_whole_of_a_plain_answer(clock):
+    async def play(peer):
+        await peer.request()
+        await peer.send(head("Content-Type: application/json", "Content-Length: 1000"))
+        while True:
+            await asyncio.sleep(1)
+            await peer.send(b" ")
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(first_event=30.5)) as client,
+    ):
+        with running_out(clock, "first_event", 30.5):
+            await client.caption(IMAGE)
+
+
+# What a server may say without saying anything.
+CHATTER = {
+    "nothing": b"",
+    "comments": b": still there\n\n",
+    "bare-colons": b":\n",
+    "blank-lines": b"\n",
+    "retry-fields": b"retry: 100\n\n",
+    "half-an-event": b"data: ",
+    "a-byte": b"d",
+}
+
+
+def chatting(beginning, chatter):
+    """Say the beginning, and then go on with chatter, once a second."""
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        await peer.send(*[in_chunks(each, end=False) for each in beginning])
+        while chatter:
+            await asyncio.sleep(1)
+            await peer.send(in_chunks(chatter, end=False))
+        await peer.until_gone()
+
+    return play
+
+
+@pytest.mark.parametrize("chatter", CHATTER)
+async def test_chatter_does_not_put_off_the_first_event(clock, chatter):
+    async with (
+        RawServer(chatting([], CHATTER[chatter])) as server,
+        client_of(server, timeout=only(first_event=30.5)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        with running_out(clock, "first_event", 30.5):
+            await anext(stream)
+        assert len(server.requests) == 1  # and it is not asked again
+
+
+async def test_first_event_counts_the_wait_for_the_head_of_a_stream(clock):
+    async def play(peer):
+        await peer.request()
+        await asyncio.sleep(20)
+        await peer.send(STREAM_HEAD)
+        await peer.until_gone()
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(first_event=30)) as client,
+    ):
+        with running_out(clock, "first_event", 30):
+            await streaming(client)
+
+
+async def test_first_event_does_not_count_the_time_in_which_nobody_waits(clock):
+    async def play(peer):
+        await peer.request()
+        await asyncio.sleep(20)
+        await peer.send(STREAM_HEAD)
+        await peer.until_gone()
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(first_event=30)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        await asyncio.sleep(DAY)
+        with running_out(clock, "first_event", 10):
+            await anext(stream)
+
+
+# -- in the answer --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chatter", CHATTER)
+@pytest.mark.parametrize("way", ["text", "events"])
+async def test_idle_limits_the_wait_for_the_next_event_whatever_the_chatter(clock, chatter, way):
+    async with (
+        RawServer(chatting(EVENTS[:2], CHATTER[chatter])) as server,
+        client_of(server, timeout=only(idle=30.5)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        with running_out(clock, "idle", 30.5, cls=md.StreamStalledError) as caught:
+            async for _ in stream if way == "text" else stream.events:
+                pass
+        assert caught.value.partial == stream.text_so_far == "".join(WORDS[:2])
+        await server.until_idle()
+        with pytest.raises(md.StreamStalledError):  # and so it stays
+            await anext(stream)
+
+
+async def test_flood_of_chatter_does_not_put_off_the_end(clock):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+        while True:  # time goes on a little with every comment, so that nobody ever rests
+            await peer.send(in_chunks(b":\n", end=False))
+            clock.now += 0.001
+            await asyncio.sleep(0)
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(idle=1)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        assert await anext(stream) == WORDS[0]
+        with pytest.raises(md.StreamStalledError):
+            await anext(stream)
+
+
+async def test_every_event_begins_idle_anew(clock):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        for event in (*EVENTS, DONE):
+            await peer.send(in_chunks(event, end=False))
+            await asyncio.sleep(9.5)
+        await peer.send(in_chunks())
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(idle=10)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        assert await stream.text() == TEXT
+
+
+@pytest.mark.parametrize("pause", ["between", "before"])
+async def test_slow_reader_does_not_run_into_idle(clock, pause):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        for event in (*EVENTS, DONE):
+            await peer.send(in_chunks(event, end=False))
+            await asyncio.sleep(5)
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(idle=10)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        pieces = []
+        if pause == "before":
+            await asyncio.sleep(DAY)
+        async for piece in stream:
+            pieces.append(piece)
+            if pause == "between":
+                await asyncio.sleep(DAY)
+        assert pieces == list(WORDS)
+
+
+async def test_idle_counts_only_the_time_in_which_somebody_waits(clock):
+    async with (
+        RawServer(chatting(EVENTS[:1], b"")) as server,
+        client_of(server, timeout=only(idle=60)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        assert await anext(stream) == WORDS[0]
+        for _ in range(5):  # waits of 10 seconds that were given up, and pauses
+            with anyio.move_on_after(10):
+                await anext(stream)
+            await asyncio.sleep(DAY)
+        with running_out(clock, "idle", 10):
+            await anext(stream)
+
+
+# -- in total -------------------------------------------------------------------------
+
+
+@CALLS
+@SECONDS
+async def test_total_counts_the_wait_for_a_place(clock, call, seconds):
+    async with (
+        RawServer(listen) as server,
+        client_of(server, timeout=only(total=seconds), max_connections=1) as client,
+    ):
+        client._caller.places._free = 0
+        with running_out(clock, "total", seconds):
+            await call(client)
+        assert server.peers == []
+        client._caller.places.give_back()
+
+
+@CALLS
+async def test_total_counts_the_wait_for_the_pace(clock, call):
+    async with (
+        RawServer(answer_all) as server,
+        client_of(server, timeout=only(total=7.5), rate_limit=0.1) as client,
+    ):
+        await call(client)
+        with running_out(clock, "total", 7.5):
+            await call(client)
+        assert len(server.requests) == 1
+
+
+@CALLS
+async def test_total_counts_the_making_of_a_connection(clock, call):
+    async with (
+        RawServer(hang) as server,
+        client_of(server, tls=True, timeout=only(total=7.5)) as client,
+    ):
+        with running_out(clock, "total", 7.5):
+            await call(client)
+
+
+@CALLS
+@SECONDS
+async def test_total_counts_the_wait_for_an_answer(clock, call, seconds):
+    async with (
+        RawServer(listen) as server,
+        client_of(server, timeout=only(total=seconds)) as client,
+    ):
+        with running_out(clock, "total", seconds):
+            await call(client)
+
+
+@CALLS
+async def test_total_counts_tries_and_the_waits_between_them(clock, call):
+    async def play(peer):
+        await peer.request()
+        await asyncio.sleep(2)
+        await peer.send(head("Content-Length: 0", "Retry-After: 3", status="503 Busy"))
+        await listen(peer)
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(total=30.5), max_retries=1) as client,
+    ):
+        with running_out(clock, "total", 30.5):
+            await call(client)
+        assert len(server.requests) == 2
+
+
+@CALLS
+async def test_retry_that_would_come_too_late_for_total_is_not_waited_for(clock, call):
+    async def play(peer):
+        await peer.request()
+        await peer.send(head("Content-Length: 0", "Retry-After: 30", status="503 Busy"))
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(total=20), max_retries=3) as client,
+    ):
+        started = clock.now
+        with pytest.raises(md.ServerError):
+            await call(client)
+        assert clock.now - started < 1
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("every", [1, DAY], ids=["events", "silence"])
+async def test_total_counts_the_reading(clock, every):
+    async def play(peer):
+        await peer.request()
+        await asyncio.sleep(2)
+        await peer.send(STREAM_HEAD)
+        while True:
+            await peer.send(in_chunks(EVENTS[0], end=False))
+            await asyncio.sleep(every)
+
+    async with RawServer(play) as server, client_of(server, timeout=only(total=10.5)) as client:
+        with running_out(clock, "total", 10.5, cls=md.StreamStalledError) as caught:
+            await streaming(client)
+        assert caught.value.partial == WORDS[0] * (9 if every == 1 else 1)
+
+
+async def test_total_ends_a_stream_that_was_lost_and_is_asked_for_again(clock):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        await asyncio.sleep(3)
+        if len(server.peers) > 1:
+            await peer.until_gone()
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(total=10.5), max_retries=3) as client,
+    ):
+        with running_out(clock, "total", 10.5):
+            await streaming(client)
+        assert len(server.peers) == 2
+
+
+# -- and together ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shortest", ["first_event", "total"])
+async def test_of_two_limits_the_one_that_ran_out_is_named(clock, shortest):
+    limits = {"first_event": 9, "total": 9} | {shortest: 4}
+    async with RawServer(listen) as server, client_of(server, timeout=only(**limits)) as client:
+        with running_out(clock, shortest, 4):
+            await client.caption(IMAGE)
+        with running_out(clock, shortest, 4):
+            await streaming(client)
+
+
+@pytest.mark.parametrize("shortest", ["idle", "total"])
+async def test_of_two_limits_of_a_stream_the_one_that_ran_out_is_named(clock, shortest):
+    limits = {"idle": 9, "total": 9} | {shortest: 4}
+    async with (
+        RawServer(chatting(EVENTS[:1], b"")) as server,
+        client_of(server, timeout=only(**limits)) as client,
+    ):
+        with running_out(clock, shortest, 4, cls=md.StreamStalledError):
+            await streaming(client)
+
+
+@CALLS
+async def test_without_limits_a_call_waits_for_ever(clock, call):
+    async def play(peer):
+        request = await peer.request()
+        await asyncio.sleep(DAY)
+        if not request.wants_stream:
+            await peer.send(whole(ANSWER))
+            return
+        await peer.send(STREAM_HEAD)
+        for event in (*EVENTS, DONE):
+            await asyncio.sleep(DAY)
+            await peer.send(in_chunks(event, end=False))
+        await peer.send(in_chunks())
+
+    async with RawServer(play) as server, client_of(server, timeout=only()) as client:
+        await call(client)
+
+
+@pytest.mark.parametrize(
+    ("phase", "seconds"), [("connect", 10), ("first_event", 120), ("idle", 60)], ids=str
+)
+async def test_limits_are_what_is_documented_unless_said_otherwise(clock, phase, seconds):
+    plays = {"connect": hang, "first_event": listen, "idle": chatting(EVENTS[:1], b"")}
+    async with (
+        RawServer(plays[phase]) as server,
+        client_of(server, tls=phase == "connect") as client,
+    ):
+        with running_out(clock, phase, seconds):
+            await streaming(client)
