@@ -341,6 +341,24 @@ async def test_idle_counts_only_the_time_in_which_somebody_waits(clock):
             await anext(stream)
 
 
+async def test_answer_that_came_while_the_loop_was_held_up_is_in_time(clock):
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        for event in (*EVENTS, DONE):
+            await asyncio.sleep(1)
+            await peer.send(in_chunks(event, end=False))
+            clock.now += DAY  # something else in this loop takes its time
+        await peer.send(in_chunks())
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(idle=10)) as client,
+        client.caption(IMAGE, stream=True) as stream,
+    ):
+        assert await stream.text() == TEXT
+
+
 # -- in total -------------------------------------------------------------------------
 
 
