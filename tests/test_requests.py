@@ -27,6 +27,14 @@ from moondream_async.types import EncodedImage, Point, Region
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
+
+class Odd:
+    """Something that is nothing, with a repr that is the same in every process."""
+
+    def __repr__(self):
+        return "an odd thing"
+
+
 PHOTO = object()  # what a picture is given as is nobody's business here
 ENCODED = EncodedImage(b"\xff\xd8photo", "image/jpeg", 4, 3)
 OTHER = EncodedImage(b"GIF89a", "image/gif", 1, 1)
@@ -421,8 +429,8 @@ def test_what_can_not_stream_does_not(make):
 
 # -- what is refused -----------------------------------------------------------------------
 
-YES_OR_NO = ["true", "false", 1, 0, None, [], object()]
-NOT_TEXT = [None, "", " ", "\n\t", 5, b"boat", ["boat"], object()]
+YES_OR_NO = ["true", "false", 1, 0, None, [], Odd()]
+NOT_TEXT = [None, "", " ", "\n\t", 5, b"boat", ["boat"], Odd()]
 NUMBERS = [float("nan"), float("inf"), "1", None, True, [1], 1j]
 
 REFUSED = [
@@ -455,7 +463,7 @@ REFUSED = [
     *[
         (make, {"settings": x}, "settings must be a mapping")
         for make in (caption, query, detect, point, segment, say)
-        for x in ("temperature=1", 5, [("temperature", 1)], object())
+        for x in ("temperature=1", 5, [("temperature", 1)], Odd())
     ],
     *[
         (caption, {"settings": {name: x}}, f"settings['{name}'] must be a number")
@@ -476,7 +484,7 @@ REFUSED = [
     *[
         (make, {"spatial_refs": x}, "must be a sequence")
         for make in (query, point, segment)
-        for x in (5, 0.5, [5], [0.25, 0.5], object())
+        for x in (5, 0.5, [5], [0.25, 0.5], Odd())
     ],
     *[
         (make, {"spatial_refs": [x]}, "a spatial ref is [x, y] or [x_min, y_min, x_max, y_max]")
