@@ -76,6 +76,9 @@ class Body:
                 if data:
                     self.received += len(data)
                     return data
+            # All readers that are woken by a close get one and the same exception of
+            # aiohttp's. It would keep a traceback, and so a connection, for each of them.
+            error.__traceback__ = None
             by_client = self._closed_by_client
             self.close()
             if by_client:
