@@ -1,6 +1,7 @@
 """What tests share: a simulator, a client of it, a picture, and a look at what is left behind."""
 
 import gc
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def _nothing_left_open(_clean_environment):
     if left:
         gc.collect()  # only to say, by its warnings, what it was
     assert not left, f"{len(left)} sockets left open"
+
+
+@pytest.fixture
+def interruptible():
+    """What ignores Ctrl-C, as background jobs of some shells do, passes that on to its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

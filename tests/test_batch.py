@@ -638,7 +638,7 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT can't be sent to one process there")
-async def test_upload_of_an_interrupted_program_is_aborted(simulator, photo):
+async def test_upload_of_an_interrupted_program_is_aborted(simulator, photo, interruptible):
     simulator.faults.append(STALL)
     program = await asyncio.create_subprocess_exec(
         sys.executable, "-c", INTERRUPTED, KEY, simulator.endpoint, photo, stderr=-1

@@ -103,14 +103,6 @@ async def start(
                 process.kill()
 
 
-@pytest.fixture
-def interruptible():
-    """What ignores Ctrl-C, as background jobs of some shells do, passes that on to its children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class Screen:
     """A pipe or a terminal: the program writes to one end of it, the test reads the other."""
 
