@@ -23,6 +23,8 @@ from moondream_async.types import CaptionResult
 pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("rich", reason="the extra cli is not installed")
 
+pytestmark = pytest.mark.slow  # each test runs the program several times
+
 BULK = [sys.executable, "-m", "moondream_async", "bulk"]
 ASKED = {"skill": "caption", "length": "normal"}
 
