@@ -103,8 +103,9 @@ async def test_twenty_thousand_streams_leave_nothing_behind(capsys):
     with capsys.disabled():
         print(  # noqa: T201 - the figures are what it is for
             f"\nsoak: {sum(ends.values())} streams, {dict(ends)}; "
-            f"memory {memory / 1e6:.1f} MB after {WARM}, {memory_after / 1e6:.1f} MB at the end; descriptors {descriptors}, "
-            f"{descriptors_after}, {closed[1]} when closed; tasks {tasks}, {tasks_after}; {stats}"
+            f"memory {memory / 1e6:.1f} MB after {WARM}, {memory_after / 1e6:.1f} MB at the end; "
+            f"descriptors {descriptors}, {descriptors_after}, {closed[1]} when closed; "
+            f"tasks {tasks}, {tasks_after}; {stats}"
         )
     assert tasks == tasks_after == closed[2]
     assert descriptors_after <= descriptors + AT_ONCE  # what is kept open is a pool
