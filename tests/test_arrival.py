@@ -1,0 +1,92 @@
+"""Pictures as the server gets them: every kind of input and every mode, compared over there."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+DRAWING = Image.new("RGB", (48, 32), (250, 250, 250))
+DRAWING.paste((200, 30, 30), (4, 4, 20, 28))
+DRAWING.paste((30, 60, 200), (24, 10, 44, 20))
+
+
+def png(picture, **options):
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def as_path(folder):
+    path = folder / "drawing.png"
+    path.write_bytes(png(DRAWING))
+    return path
+
+
+KINDS = {
+    "path": as_path,
+    "path as text": lambda folder: str(as_path(folder)),
+    "bytes": lambda _: png(DRAWING),
+    "bytearray": lambda _: bytearray(png(DRAWING)),
+    "memoryview": lambda _: memoryview(png(DRAWING)),
+    "file": lambda _: io.BytesIO(png(DRAWING)),
+    "data URI": lambda _: "data:image/png;base64," + base64.b64encode(png(DRAWING)).decode(),
+    "PIL image": lambda _: DRAWING.copy(),
+    "array": lambda _: np.asarray(DRAWING),
+    "array with alpha": lambda _: np.asarray(DRAWING.convert("RGBA")),
+}
+
+MODES = {
+    "L": DRAWING.convert("L"),
+    "1": DRAWING.convert("1"),
+    "P": DRAWING.convert("P", palette=Image.Palette.ADAPTIVE),
+    "RGBA": DRAWING.convert("RGBA"),
+    "LA": DRAWING.convert("LA"),
+    "CMYK": DRAWING.convert("CMYK"),
+}
+
+
+def arrived(simulator):
+    """The last picture that the server got, and its bytes."""
+    header, _, data = simulator.requests[-1].body["image_url"].partition(",")
+    assert header.startswith("data:image/")
+    assert header.endswith(";base64")
+    raw = base64.b64decode(data, validate=True)
+    return Image.open(io.BytesIO(raw)), raw
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_same_pixels_arrive_from_every_kind_of_input(kind, client, simulator, tmp_path):
+    await client.caption(KINDS[kind](tmp_path))
+    picture, _ = arrived(simulator)
+    assert picture.convert("RGB").tobytes() == DRAWING.tobytes()
+
+
+async def test_a_prepared_picture_arrives_as_it_was_prepared(client, simulator):
+    image = await client.encode_image(png(DRAWING))
+    for _ in range(2):
+        await client.caption(image)
+        assert arrived(simulator)[1] == image.data
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_the_same_pixels_arrive_from_every_mode(mode, client, simulator):
+    await client.caption(MODES[mode])
+    picture, _ = arrived(simulator)
+    assert picture.convert("RGB").tobytes() == MODES[mode].convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+async def test_pictures_arrive_upright_and_without_their_metadata(orientation, client, simulator):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010E] = "where I live"
+    data = png(DRAWING, exif=exif.tobytes())
+    assert b"where I live" in data
+    await client.caption(data)
+    picture, raw = arrived(simulator)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert picture.convert("RGB").tobytes() == upright.tobytes()
+    assert b"where I live" not in raw
+    assert picture.getexif().get(0x0112, 1) == 1
