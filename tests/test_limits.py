@@ -112,6 +112,7 @@ def test_whatever_happens_places_go_to_those_who_wait_in_their_order(total, step
         held = 0
         for what, which in steps:
             if what == "take":
+                await rounds()  # who was called has come; else one that asks now may say so first
                 line.append(asyncio.create_task(ask(len(line))))
                 await asyncio.sleep(0)  # it has asked
             elif what == "give back" and len(served) > held:
