@@ -270,8 +270,15 @@ def _checked_key(key: Secret) -> Secret:
 def _checked_endpoint(endpoint: str) -> str:
     try:
         parts = urlsplit(endpoint)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets that don't close, a port that is no number
+        valid = (
+            parts.scheme in ("http", "https")
+            and (parts.hostname or "").encode("idna")
+            and parts.port != 0
+            and parts.path.isascii()
+            and endpoint.isprintable()
+            and " " not in endpoint
+        )
+    except ValueError:  # brackets that don't close, a port that is no number, a label too long
         valid = False
     if not valid:
         raise RequestError(f"endpoint must be an http or https address, not {endpoint!r}")

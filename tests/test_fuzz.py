@@ -245,6 +245,8 @@ def mutated(response, changes):
 )
 @example(response=b"", stream=True, cut=0)
 @example(response=PLAIN, stream=True, cut=200)
+@example(response=head("Location: \x7f", status="307 Moved"), stream=False, cut=0)
+@example(response=head("Location: http://a..b/", status="307 Moved"), stream=False, cut=0)
 async def test_whatever_comes_in_place_of_an_answer_is_an_answer_or_our_error(
     response, stream, cut
 ):
@@ -272,3 +274,26 @@ async def test_whatever_comes_in_place_of_an_answer_is_an_answer_or_our_error(
         else:
             assert response != STREAM or text == TEXT
         assert client.stats().open_streams == 0
+
+
+@fuzzing
+@given(path=st.text(max_size=20) | st.sampled_from(["a b", "\x7f", "ä", "%", "%zz", "//", ".."]))
+async def test_any_endpoint_is_refused_or_asked(path):
+    async def play(peer):
+        await peer.request()
+        await peer.send(PLAIN)
+
+    async with RawServer(play) as server:
+        endpoint = f"{server.origin}/{path}"
+        try:
+            client = md.MoondreamClient(endpoint=endpoint, max_retries=0)
+        except md.RequestError:
+            return
+        async with client:
+            assert (await client.caption(IMAGE)).caption == TEXT
+
+
+@pytest.mark.parametrize("host", ["", ".", "a..b", "a" * 70, "\x7f", "a b", "[::1", "a:b", "a:-1"])
+def test_endpoint_on_no_host_is_refused(host):
+    with pytest.raises(md.RequestError):
+        md.MoondreamClient(endpoint=f"http://{host}/v1")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # aiohttp's readers raise RuntimeError when the connection is gone before they wait.
 FAULTS = (aiohttp.ClientError, OSError, RuntimeError, asyncio.IncompleteReadError)
 
+# Some addresses are found to be none only when they are looked up or written.
+FAULTS_OF_SENDING = (*FAULTS, ValueError)
+
 
 def is_disconnect(error: BaseException) -> bool:
     if isinstance(error, aiohttp.ClientConnectorError):
@@ -38,7 +41,7 @@ def translate(error: BaseException, url: URL) -> MoondreamError:
             f"The certificate of {where} can't be trusted: {say(error.certificate_error)}",
             permanent=True,
         )
-    if isinstance(error, aiohttp.InvalidURL):
+    if isinstance(error, ValueError):  # aiohttp.InvalidURL is one
         return APIConnectionError(f"{where} is no valid address: {say(error)}", permanent=True)
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return APIConnectionError(

@@ -25,7 +25,7 @@ from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamE
 
 from .abandoned import close_connector
 from .bodies import READ_BUFFER_BYTES, Body
-from .faults import FAULTS, is_disconnect, translate
+from .faults import FAULTS_OF_SENDING, is_disconnect, translate
 from .uploads import Part, Upload
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Pool:
                     ssl=self._ssl,
                     proxy=self._proxy,
                 )
-            except FAULTS as error:
+            except FAULTS_OF_SENDING as error:
                 if self.closed:
                     raise ClientClosedError("The client was closed during the call") from error
                 if isinstance(error.__cause__, MoondreamError):  # of a file that is sent
@@ -358,6 +358,7 @@ def _follow(method: str, url: URL, status: int, location: str, *, leave_origin: 
         # A signed address holds only as it is written.
         target = url.join(URL(location, encoded=leave_origin))
         origin = target.origin()
+        _check_can_be_written(str(target))
     except ValueError as error:
         raise APIStatusError("The server redirects to no valid address", status=status) from error
     if leave_origin and url.scheme == "https" != target.scheme:
@@ -373,3 +374,8 @@ def _follow(method: str, url: URL, status: int, location: str, *, leave_origin: 
             "The server redirects a POST to a GET, which would lose the request", status=status
         )
     return target
+
+
+def _check_can_be_written(address: str) -> None:
+    if not (address.isascii() and address.isprintable()) or " " in address:
+        raise ValueError("a character that an address can't have")
