@@ -309,6 +309,32 @@ def test_threads_share_the_pace_in_the_order_of_asking():
     assert list(went.values()) == [list(range(each))] * 4
 
 
+def test_threads_share_the_pace_whoever_is_cancelled():
+    pace = Pace(1000)
+    went = []
+
+    async def go(number):
+        await pace.wait()
+        went.append(number)
+
+    async def main(seed):
+        choose = random.Random(seed)
+        for _ in range(20):
+            tasks = [asyncio.ensure_future(go(number)) for number in range(5)]
+            await rounds(choose.randrange(5))
+            for task in choose.sample(tasks, 3):
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    threads = [threading.Thread(target=run, args=(main(seed),)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(went) >= 4 * 20 * 2
+    assert not pace._line
+
+
 def test_threads_share_places_whoever_is_cancelled():
     places = Places(3)
     most = []
