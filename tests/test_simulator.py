@@ -1000,6 +1000,25 @@ async def test_train_steps_are_counted():
     assert (second["step"], second["sft_loss"]) == (2, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("targets", "status"),
+    [
+        ({"target": {"answer": "red"}}, 200),
+        ({"targets": [{"answer": "red"}]}, 200),
+        ({"target": {"answer": "red"}, "targets": [{"answer": "a red circle"}]}, 200),
+        ({"target": {}, "targets": []}, 400),
+        ({}, 400),
+    ],
+    ids=["one", "several", "both", "empty", "none"],
+)
+@in_loop
+async def test_sft_group_has_a_target_or_targets(targets, status):
+    async with Simulator() as simulator:
+        group = {"mode": "sft", "request": {}, **targets}
+        body = {"finetune_id": await create(simulator), "groups": [group]}
+        assert (await tune(simulator, "POST", "/train_step", body))[0] == status
+
+
 @in_loop
 async def test_checkpoints_are_saved_listed_downloaded_and_deleted():
     group = {"request": {}, "rollouts": [{}], "rewards": [1.0]}

@@ -71,7 +71,10 @@ class Group(msgspec.Struct, frozen=True):
     mode: Literal["rl", "sft"] = "rl"
     rollouts: list[dict[str, Any]] = []
     rewards: list[float] = []
+    target: dict[str, Any] | None = None
+    """What an sft group teaches, as the documentation and the official SDK send it."""
     targets: list[dict[str, Any]] = []
+    """Several of that."""
 
 
 class TrainStepBody(msgspec.Struct, frozen=True):
@@ -191,8 +194,10 @@ class Tuning:
         body = read_typed(received.body, TrainStepBody)
         finetune = self._find(body.finetune_id)
         for index, group in enumerate(body.groups):
-            if group.mode == "sft" and not group.targets:
-                raise RefusedError("An sft group needs targets", param=f"groups[{index}].targets")
+            if group.mode == "sft" and not (group.target or group.targets):
+                raise RefusedError(
+                    "An sft group needs a target or targets", param=f"groups[{index}].target"
+                )
             if group.mode == "rl" and not 0 < len(group.rollouts) == len(group.rewards):
                 raise RefusedError(
                     "An rl group needs rollouts and a reward for each",
