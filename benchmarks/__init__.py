@@ -1,0 +1,1 @@
+"""How fast the client is, beside others. See README.md; ``python -m benchmarks``."""

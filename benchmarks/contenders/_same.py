@@ -1,0 +1,21 @@
+"""What is the same for all contenders: the picture, and the bodies that are sent."""
+
+import base64
+import json
+import random
+
+from benchmarks.wire import MODEL, QUESTION
+
+PICTURE = b"\xff\xd8\xff\xe0" + random.Random(4).randbytes(10_000)
+"""As large as a small JPEG; nobody looks at it."""
+TYPE = "image/jpeg"
+PICTURE_URL = f"data:{TYPE};base64,{base64.b64encode(PICTURE).decode()}"
+TINY = PICTURE[:300]
+"""For streams, where pictures are not what is measured."""
+TINY_URL = f"data:{TYPE};base64,{base64.b64encode(TINY).decode()}"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+EVENT_STREAM = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+JSON = {"Content-Type": "application/json"}
+CAPTION = json.dumps({"image_url": TINY_URL, "length": "normal", "stream": True}).encode()
+CHAT = json.dumps({"model": MODEL, "messages": MESSAGES, "stream": True}).encode()
+CALL = json.dumps({"image_url": PICTURE_URL, "length": "normal", "stream": False}).encode()

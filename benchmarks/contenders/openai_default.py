@@ -1,0 +1,36 @@
+"""The openai package with the HTTP client that it brings, on the chat stream."""
+# ruff: noqa: D101, D102 - the package's docstring says what each has
+
+import contextlib
+
+import openai
+
+from benchmarks.wire import MODEL
+
+from . import _same
+
+NAME = "openai"
+NEEDS = ("openai", "httpx2")
+ONLY_CHAT = True
+
+
+@contextlib.asynccontextmanager
+async def open(endpoint, connections, kind=openai.DefaultAsyncHttpxClient):  # noqa: A001
+    limits = openai.DEFAULT_CONNECTION_LIMITS
+    limits = type(limits)(max_connections=connections, max_keepalive_connections=connections)
+    async with openai.AsyncOpenAI(
+        api_key="none", base_url=endpoint, http_client=kind(limits=limits)
+    ) as client:
+        yield Session(client)
+
+
+class Session:
+    def __init__(self, client):
+        self._client = client
+
+    async def chat(self, pieces):
+        stream = await self._client.chat.completions.create(
+            model=MODEL, messages=_same.MESSAGES, stream=True
+        )
+        async for chunk in stream:
+            pieces.append(chunk.choices[0].delta.content or "")

@@ -1,0 +1,1 @@
+"""The scenarios: a module for each, whose `run` measures and returns an `Outcome`."""

@@ -1,0 +1,95 @@
+"""Events that arrive 32 to a packet: what does the processor do for each of them?
+
+Twice: packets back to back, as fast as they are read, so that the kernel hands over many
+at once; and each packet alone, in 8 streams, so that the loop is woken for every 32 events.
+"""
+
+from __future__ import annotations
+
+from benchmarks.bench import Bench
+from benchmarks.contenders import ALL, FLOOR, OURS, load
+from benchmarks.results import Outcome, Table, Target
+from benchmarks.wire import Plan
+
+NAME = "coalesced"
+TITLE = "Events, 32 to a packet"
+PER = 32
+SLOW = {"httpx_sse": 3, "httpx2_sse": 3, "openai_default": 8, "openai_aiohttp": 8}
+"""By how much less these are given, so that all take a time alike."""
+
+
+def run(bench: Bench) -> Outcome:
+    events = PER * (200 if bench.quick else 800)
+    captions = tuple(name for name in ALL if not name.startswith("openai"))
+    tables = [
+        measure(bench, "back to back, captions", "caption", captions, events=events, every_us=0),
+        measure(bench, "back to back, chat", "chat", ALL, events=events, every_us=0),
+        measure(
+            bench,
+            "one packet at a time, captions",
+            "caption",
+            captions,
+            events=events,
+            every_us=2000,
+        ),
+    ]
+    return Outcome(NAME, TITLE, tables, [*targets(*tables)])
+
+
+def measure(
+    bench: Bench, title: str, skill: str, names: tuple[str, ...], *, events: int, every_us: int
+) -> Table:
+    bench.say(f"{NAME}: {title}")
+    streams = 8 if every_us else 1
+    tasks, counts = {}, {}
+    for name in names:
+        share = events // SLOW.get(name, 1) // streams // PER * PER
+        plan = Plan(events=share, per=PER, streams=streams, every_us=every_us)
+        arguments = {"skill": skill, "plan": str(plan), "warm": str(Plan(events=PER * 4, per=PER))}
+        tasks[name] = (name, "stream", arguments)
+        counts[name] = share * streams
+    rounds = 3 if bench.quick else 9
+    found = bench.rounds(rounds, tasks)
+    labels = {name: load(name).NAME for name in found}
+    return Table(
+        title,
+        "microseconds of CPU an event",
+        {
+            labels[name]: [each["cpu"] / counts[name] * 1e6 for each in values]
+            for name, values in found.items()
+        },
+        floor=labels[FLOOR],
+        us=labels[OURS],
+    )
+
+
+def targets(burst: Table, chat: Table, single: Table) -> list[Target]:
+    ours = load(OURS).NAME
+    found = []
+    for table in (burst, single):
+        found += [
+            Target(
+                f"{table.title}: CPU an event, of the aiohttp floor",
+                table.ratio(ours, table.floor),
+                1.3,
+            ),
+            *(
+                Target(
+                    f"{table.title}: {name}, times ours",
+                    table.ratio(name, ours),
+                    6,
+                    at_least=True,
+                )
+                for name in ("aiohttp, async for line", "official SDK")
+            ),
+        ]
+    found.append(
+        Target(
+            f"{chat.title}: CPU an event, of the aiohttp floor", chat.ratio(ours, chat.floor), 1.3
+        )
+    )
+    found += [
+        Target(f"{chat.title}: {name}, times ours", chat.ratio(name, ours), 50, at_least=True)
+        for name in ("openai", "openai, aiohttp")
+    ]
+    return found
