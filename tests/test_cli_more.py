@@ -13,6 +13,8 @@ from PIL import Image
 
 from moondream_async.simulator import Fault
 
+pytestmark = pytest.mark.slow  # a process a test
+
 PROGRAM = [sys.executable, "-m", "moondream_async"]
 
 
@@ -208,8 +210,11 @@ async def test_chat_in_a_terminal_says_what_went_wrong_and_goes_on(simulator):
         await shell.until("> ")
         shell.press("Hello\n")
         await shell.until("400")
+        await shell.until("> ", after=shell.screen.index("400"))
         shell.press("/image nowhere.png\n")
         await shell.until("no file nowhere.png")
+        # What is pressed before the prompt is there is a line of its own to the terminal.
+        await shell.until("> ", after=shell.screen.index("no file"))
         shell.press("\x04")
         with anyio.fail_after(60):
             assert await shell.process.wait() == 0
