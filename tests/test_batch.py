@@ -392,6 +392,7 @@ async def test_model_is_that_of_the_call_or_else_the_client(simulator, photo):
     ]
 
 
+@pytest.mark.slow
 async def test_picture_too_large_for_a_line_is_made_smaller(client, simulator):
     from PIL import Image
 
@@ -1174,6 +1175,7 @@ async def test_programs_that_have_no_batches_do_not_load_them(simulator):
     assert await program.wait() == 0
 
 
+@pytest.mark.slow
 async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
     from moondream_async import batch
 

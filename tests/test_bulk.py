@@ -164,6 +164,7 @@ async def test_without_retries_one_failure_is_the_end_of_an_item(simulator, impa
     assert result.tries == 1
 
 
+@pytest.mark.slow
 async def test_refusals_fail_nothing_while_others_are_let_in(simulator, client):
     simulator.faults.extend(["status=429,times=3"])
     async with client.bulk(map(picture, range(12)), max_retries=1) as run:
@@ -171,6 +172,7 @@ async def test_refusals_fail_nothing_while_others_are_let_in(simulator, client):
     assert all(each.ok for each in results)
 
 
+@pytest.mark.slow
 async def test_retry_after_holds_up_all_of_the_run(simulator, client):
     simulator.faults.append("status=429,retry_after=0.3")
     results = [each async for each in client.bulk(map(picture, range(12)), concurrency=1)]

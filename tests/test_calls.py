@@ -447,6 +447,7 @@ async def test_waiting_in_line_counts_towards_the_total():
         await client.caption(IMAGE)
 
 
+@pytest.mark.slow
 async def test_slow_reader_is_never_out_of_time():
     pieces = [str(number) + "x" * 5000 for number in range(2000)]  # more than the kernel holds
 

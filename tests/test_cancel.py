@@ -525,6 +525,7 @@ async def call(request):
 
 
 @pytest.mark.parametrize("cancel", [cancel_while_it_waits, cancel_as_it_goes_on])
+@pytest.mark.slow
 async def test_call_cancelled_at_any_await_leaves_everything_whole(call, cancel):
     read, client, server = call
     async for task, reached in interrupted_everywhere(lambda: read(client), cancel):

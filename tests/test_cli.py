@@ -179,6 +179,7 @@ def test_installed_program_is_the_same_as_the_module():
     assert script.value == "moondream_async.cli:main"
 
 
+@pytest.mark.slow
 async def test_help_and_wrong_usage_load_neither_aiohttp_nor_pillow():
     code = """if True:
         import sys
@@ -190,6 +191,7 @@ async def test_help_and_wrong_usage_load_neither_aiohttp_nor_pillow():
     assert done.stdout.decode().splitlines()[-1] == "loaded []"
 
 
+@pytest.mark.slow
 async def test_without_arguments_it_prints_its_help():
     status, output, errors = await run()
     assert (status, errors) == (0, "")
@@ -204,29 +206,34 @@ async def test_version_is_the_packages():
 # -- answers as text --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_caption_prints_the_streamed_text_and_ends_the_line(simulator, client, photo):
     expected = (await client.caption(photo)).caption
     assert await run("caption", photo, "--endpoint", simulator.endpoint) == (0, expected + "\n", "")
     assert simulator.requests[-1].stream is True
 
 
+@pytest.mark.slow
 async def test_no_stream_prints_the_same_text(simulator, photo):
     arguments = ("caption", photo, "--endpoint", simulator.endpoint)
     assert await run(*arguments, "--no-stream") == await run(*arguments)
     assert [request.stream for request in simulator.requests] == [False, True]
 
 
+@pytest.mark.slow
 async def test_the_endpoint_can_come_from_the_environment(simulator, photo):
     status, output, _ = await run("caption", photo, MOONDREAM_ENDPOINT=simulator.endpoint)
     assert (status, output[: len(WORDS)]) == (0, WORDS)
 
 
+@pytest.mark.slow
 async def test_picture_can_come_from_stdin(simulator, photo):
     arguments = ("--endpoint", simulator.endpoint)
     piped = await run("caption", "-", *arguments, stdin=photo.read_bytes())
     assert piped == await run("caption", photo, *arguments)
 
 
+@pytest.mark.slow
 async def test_options_reach_the_server(simulator, photo):
     settings = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.25}
     options = ["--max-tokens", 5, "--temperature", 0.5, "--top-p", 0.25, "--model", "m"]
@@ -239,6 +246,7 @@ async def test_options_reach_the_server(simulator, photo):
     assert query["reasoning"] is False
 
 
+@pytest.mark.slow
 async def test_query_without_a_picture_sends_none(simulator):
     options = ("--no-image", "--endpoint", simulator.endpoint)
     status, output, errors = await run("query", "What can you do?", *options)
@@ -248,6 +256,7 @@ async def test_query_without_a_picture_sends_none(simulator):
 
 
 @pytest.mark.parametrize("how", ["--stream", "--no-stream"])
+@pytest.mark.slow
 async def test_reasoning_goes_to_stderr_and_the_answer_alone_to_stdout(
     simulator, client, photo, how
 ):
@@ -259,6 +268,7 @@ async def test_reasoning_goes_to_stderr_and_the_answer_alone_to_stdout(
     assert errors == f"Reasoning: {expected.reasoning.text}\n"
 
 
+@pytest.mark.slow
 async def test_pieces_go_through_a_pipe_as_they_arrive(simulator, photo):
     simulator.faults.append("stall=3")
     async with start("caption", photo, "--endpoint", simulator.endpoint) as program:
@@ -266,6 +276,7 @@ async def test_pieces_go_through_a_pipe_as_they_arrive(simulator, photo):
         assert program.process.returncode is None
 
 
+@pytest.mark.slow
 async def test_pieces_show_on_a_terminal_as_they_arrive(simulator, photo, terminal):
     simulator.faults.append("stall=3")
     async with start(
@@ -275,6 +286,7 @@ async def test_pieces_show_on_a_terminal_as_they_arrive(simulator, photo, termin
         assert program.process.returncode is None
 
 
+@pytest.mark.slow
 async def test_what_a_terminal_would_obey_does_not_reach_it(photo, terminal):
     said = event("a\x1b[2Jb\x07\tc\x9b1md"), DONE
 
@@ -291,6 +303,7 @@ async def test_what_a_terminal_would_obey_does_not_reach_it(photo, terminal):
         assert (await run(*arguments))[1] == "a\x1b[2Jb\x07\tc\x9b1md\n"
 
 
+@pytest.mark.slow
 async def test_a_reader_who_goes_away_ends_it_quietly(simulator, photo, pipe):
     simulator.faults.append("endless")
     arguments = ("caption", photo, "--endpoint", simulator.endpoint)
@@ -311,6 +324,7 @@ def full():
         yield file
 
 
+@pytest.mark.slow
 async def test_output_that_cannot_be_written_is_an_error(simulator, photo, full):
     async with start("caption", photo, "--endpoint", simulator.endpoint, stdout=full) as program:
         status, _, errors = await program.end()
@@ -318,6 +332,7 @@ async def test_output_that_cannot_be_written_is_an_error(simulator, photo, full)
     assert is_one_line(errors)
 
 
+@pytest.mark.slow
 async def test_a_closed_stdout_is_no_error(simulator, photo):
     shell = ["sh", "-c", 'exec "$@" >&-', "sh", *PROGRAM]
     arguments = ("caption", photo, "--endpoint", simulator.endpoint)
@@ -334,6 +349,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("skill", KEYS)
+@pytest.mark.slow
 async def test_json_is_one_object_with_all_keys(skill, simulator, client, photo):
     arguments = [skill, photo, *["What colour?"] * (skill == "query")]
     expected = await getattr(client, skill)(*arguments[1:])
@@ -349,6 +365,7 @@ async def test_json_is_one_object_with_all_keys(skill, simulator, client, photo)
 
 
 @pytest.mark.parametrize("skill", KEYS)
+@pytest.mark.slow
 async def test_json_of_a_stream_is_a_line_for_each_event(skill, client, photo):
     arguments = [skill, photo, *["What colour?"] * (skill == "query")]
     text = (await getattr(client, skill)(*arguments[1:]))[KEYS[skill][0]]
@@ -367,6 +384,7 @@ async def test_json_of_a_stream_is_a_line_for_each_event(skill, client, photo):
     assert final["ttft"] > 0
 
 
+@pytest.mark.slow
 async def test_json_of_a_stream_tells_of_metrics_and_unknown_events(photo):
     said = event("Hi"), event(stats={"tokens": 1}), event(type="mood", value=3), DONE
 
@@ -385,6 +403,7 @@ async def test_json_of_a_stream_tells_of_metrics_and_unknown_events(photo):
     ]
 
 
+@pytest.mark.slow
 async def test_json_is_utf8_in_any_locale(simulator, photo):
     _, output, _ = await run(
         *("caption", photo, "--json", "--endpoint", simulator.endpoint), PYTHONIOENCODING="ascii"
@@ -392,6 +411,7 @@ async def test_json_is_utf8_in_any_locale(simulator, photo):
     assert json.loads(output)["caption"].startswith(WORDS)
 
 
+@pytest.mark.slow
 async def test_text_that_the_locale_cannot_show_is_no_error(simulator, photo):
     status, output, _ = await run(
         *("caption", photo, "--endpoint", simulator.endpoint), PYTHONIOENCODING="iso8859-5"
@@ -437,6 +457,7 @@ def test_wrong_usage_is_one_line_however_narrow_the_terminal(args, hint, capsys,
         ("error_event=0", "Inference failed"),
     ],
 )
+@pytest.mark.slow
 async def test_an_error_of_the_server_is_one_line(simulator, photo, fault, hint):
     simulator.faults.append(f"{fault},times=always")
     status, output, errors = await run("caption", photo, "--endpoint", simulator.endpoint)
@@ -466,12 +487,14 @@ def test_errors_without_an_answer_are_one_line(args, hint, photo, capsys):
     assert hint.format(nobody=nobody) in errors
 
 
+@pytest.mark.slow
 async def test_no_picture_on_stdin_is_one_line(simulator):
     status, output, errors = await run("caption", "-", "--endpoint", simulator.endpoint)
     assert (status, output) == (1, "")
     assert is_one_line(errors)
 
 
+@pytest.mark.slow
 async def test_a_timeout_is_one_line(simulator, photo):
     simulator.faults.append("stall=0,times=always")
     status, _, errors = await run(
@@ -482,6 +505,7 @@ async def test_a_timeout_is_one_line(simulator, photo):
     assert "0.05 seconds" in errors
 
 
+@pytest.mark.slow
 async def test_a_cut_stream_prints_what_had_arrived_and_then_the_error(simulator, photo):
     simulator.faults.append("cut=3")
     status, output, errors = await run("caption", photo, "--endpoint", simulator.endpoint)
@@ -489,6 +513,7 @@ async def test_a_cut_stream_prints_what_had_arrived_and_then_the_error(simulator
     assert is_one_line(errors)
 
 
+@pytest.mark.slow
 async def test_on_a_terminal_the_error_begins_a_line_of_its_own(simulator, photo, terminal):
     simulator.faults.append("cut=3")
     async with start(
@@ -501,6 +526,7 @@ async def test_on_a_terminal_the_error_begins_a_line_of_its_own(simulator, photo
     assert terminal.text.startswith(f"{WORDS}\r\nmoondream-async: ")
 
 
+@pytest.mark.slow
 async def test_no_key_is_ever_shown(photo):
     async with Simulator(api_key="right") as simulator:
         status, output, errors = await run(
@@ -577,6 +603,7 @@ async def test_demo_streams_at_its_rate_until_ctrl_c(interruptible, terminal):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 async def test_demo_asks_the_given_server_about_the_given_picture(simulator, tmp_path):
     picture = tmp_path / "grey.ppm"
     picture.write_bytes(b"P6 2 1 255 " + bytes(6))
@@ -632,6 +659,7 @@ def test_serve_lists_all_faults(capsys):
     assert listed >= set(EFFECTS)
 
 
+@pytest.mark.slow
 async def test_serve_strikes_with_its_faults_in_turn(photo):
     faults = ("--fault", "cut=3", "--fault", "status=400")
     async with serving(*faults) as (_, endpoint), md.MoondreamClient(endpoint=endpoint) as client:
@@ -643,6 +671,7 @@ async def test_serve_strikes_with_its_faults_in_turn(photo):
         await client.caption(photo)
 
 
+@pytest.mark.slow
 async def test_serve_lets_in_only_its_key_and_does_not_print_it(photo):
     async with serving("--api-key", "0pen-sesame") as (program, endpoint):
         assert "0pen-sesame" not in program.output
@@ -665,6 +694,7 @@ def test_serve_on_a_port_in_use_is_one_line(capsys):
     assert f"127.0.0.1:{port}" in errors
 
 
+@pytest.mark.slow
 async def test_the_curl_line_of_serve_prints_events_as_they_are_made(interruptible):
     if not all(map(shutil.which, ("sh", "curl", "base64"))):
         pytest.skip("curl, base64 or a shell is not installed")

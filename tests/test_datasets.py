@@ -125,6 +125,7 @@ async def test_bad_pictures_are_errors_in_their_rows(hf, simulator, photo, decod
     assert [caption is None for caption in answered["caption"]] == [False, True, True, False]
 
 
+@pytest.mark.slow
 async def test_an_error_after_a_thousand_answers_has_its_row(hf, simulator, photo):
     dataset = hf.Dataset.from_dict({"image": [str(photo)] * 1100 + ["gone.jpg"]})
     map_options = {"writer_batch_size": 100}

@@ -337,6 +337,7 @@ async def image(guest, photo):
     return await guest.encode_image(photo)
 
 
+@pytest.mark.slow
 async def test_station_captions(guest, image):
     text = f"A short “résumé” of {len(image.data)} bytes."
     plain = await guest.caption(image, length="short")

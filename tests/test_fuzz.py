@@ -134,6 +134,7 @@ async def test_any_bytes_in_any_cuts_read_in_any_way_end_alike(skill, wire, end,
 
 @fuzzing
 @given(skill=SKILLS, wire=streams, end=ends, at=st.integers(0, 20), data=st.data())
+@pytest.mark.slow
 async def test_stream_of_any_bytes_closed_at_any_moment_keeps_what_it_gave(
     skill, wire, end, at, data
 ):

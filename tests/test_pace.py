@@ -500,6 +500,7 @@ class Watch:
             self.waits[event.attempt - 1].append(self._clock.now - self._failed_at)
 
 
+@pytest.mark.slow
 async def test_waits_between_tries_are_anything_up_to_a_doubling_limit(clock):
     watch = Watch(clock)
     random.seed(16)
@@ -582,6 +583,7 @@ async def test_retries_stop_while_all_calls_fail_and_come_back_with_those_that_s
         assert await retries_of_a_failure() == 0
 
 
+@pytest.mark.slow
 async def test_retry_that_helps_costs_the_budget_nothing():
     turn = [0]
 

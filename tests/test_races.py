@@ -110,6 +110,7 @@ async def joined(thread):
 
 
 @pytest.mark.parametrize("grace", [None, 60], ids=["at-once", "with-grace"])
+@pytest.mark.slow
 async def test_client_is_closed_while_the_loop_of_another_thread_ends(grace):
     async def read(client, kept, turns):
         kept.append(await client.caption(IMAGE, stream=True))
@@ -305,6 +306,7 @@ async def closing_done(closing):
 @pytest.mark.parametrize("close", [close_here, close_with_grace, close_in_a_thread])
 @pytest.mark.parametrize("luck", ["good", "bad"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 async def test_client_closed_at_any_await_of_any_call_ends_it(kind, luck, close):
     play = answer_slowly if luck == "good" else fail_before(answer_slowly)
     clients, closings = [], []
@@ -377,6 +379,7 @@ def in_a_loop_of_its_own(client):
     ids=["stats", "count", "pool"],
 )
 @pytest.mark.filterwarnings("ignore:CaptionStream was dropped:ResourceWarning")
+@pytest.mark.slow
 async def test_stream_that_the_collector_finds_at_any_moment_is_closed(collector, act, moments):
     closed = []
 
@@ -438,6 +441,7 @@ READERS = {
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal can be sent to one process there")
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.slow
 async def test_interrupt_in_the_middle_of_a_stream_leaves_nothing_and_says_no_more(reader):
     script = textwrap.dedent(READ) + textwrap.dedent(READERS[reader])
     async with RawServer(stall) as server:

@@ -374,6 +374,7 @@ def test_there_must_be_as_many_images_as_pictures(number):
 @given(
     st.recursive(st.text() | st.just(PHOTO), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
 )
+@pytest.mark.slow
 def test_pictures_are_spliced_in_wherever_they_are(value):
     def with_pictures(value):
         if value is PHOTO:

@@ -505,6 +505,7 @@ def test_heartbeats_and_unknown_fields_never_come_to_the_limit():
         pytest.param(b":", b"x" * 100, 40_000, id="a long comment"),
     ],
 )
+@pytest.mark.slow
 def test_memory_stays_within_a_few_times_the_event(start, piece, times):
     tracemalloc.start()
     try:

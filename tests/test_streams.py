@@ -105,6 +105,7 @@ async def test_all_names_are_one_iterator(reader):
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.slow
 async def test_the_iterator_alone_keeps_its_stream(reader):
     with no_cycles():
         pieces = reader(answered(*HERON, DONE))

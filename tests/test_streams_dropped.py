@@ -189,6 +189,7 @@ FINISHED = {
 
 
 @pytest.mark.parametrize("make", FINISHED.values(), ids=FINISHED)
+@pytest.mark.slow
 async def test_a_stream_that_is_over_is_freed_at_once_without_a_word(make):
     source = Source()
     with no_cycles():

@@ -223,6 +223,7 @@ ENDS = {
 
 @pytest.mark.parametrize("reader", ["quick", "slow"])
 @pytest.mark.parametrize("end", ENDS)
+@pytest.mark.slow
 async def test_answer_that_is_complete_is_not_lost_with_its_connection(end, reader):
     async def play(peer):
         body, reset = ENDS[end]
@@ -274,6 +275,7 @@ def answer_once(*, reset):
 
 @pytest.mark.parametrize("image", [IMAGE, BIG_IMAGE], ids=["small", "big"])
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.slow
 async def test_request_that_meets_a_connection_just_closed_goes_again_uncounted(reset, image):
     calls = 300 if image is IMAGE else 30
     async with RawServer(answer_once(reset=reset)) as server, client_of(server) as client:

@@ -692,6 +692,7 @@ async def test_bad_step_is_refused(client, simulator, step):
     assert simulator.requests == []
 
 
+@pytest.mark.slow
 async def test_programs_that_tune_nothing_do_not_load_it():
     code = (
         "import sys, moondream_async as md\n"

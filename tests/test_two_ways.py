@@ -197,6 +197,7 @@ streams = st.one_of(
     st.lists(words, max_size=12),
     st.sampled_from([b"\n\n", b"\n\n", b"\n", b"\r\n\r\n", b"\r\r"]),
 )
+@pytest.mark.slow
 def test_text_is_never_lost_and_never_given_twice(data, dialect, pieces, end):
     bodies = answer_in(dialect, pieces)
     lines = [body if isinstance(body, bytes) else data.draw(dumped(body)) for body in bodies]
@@ -250,6 +251,7 @@ def test_a_byte_order_mark_is_one_only_at_the_start():
         },
     ),
 )
+@pytest.mark.slow
 def test_the_short_way_gives_the_same_as_the_long_one(data, skill, start, stream, options):
     stream = start + stream
     short, long = (ChatDecoder, LongWayOfChat) if skill == "chat" else (AnswerDecoder, LongWay)
@@ -264,6 +266,7 @@ def test_the_short_way_gives_the_same_as_the_long_one(data, skill, start, stream
 
 @thorough
 @given(skill=SKILLS, stream=streams, data=st.data())
+@pytest.mark.slow
 def test_where_a_stream_is_cut_makes_no_difference(skill, stream, data):
     whole = decode(stream, skill=skill)
 
