@@ -35,6 +35,7 @@ class Clock:
         "_limit",
         "_loop",
         "_phase",
+        "_rings_at",
         "_source",
         "_started",
         "_timer",
@@ -57,14 +58,14 @@ class Clock:
         self._waited = waited
         self._started = 0.0
         self._deadline = _NEVER  # while nobody waits
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._rings_at = _NEVER  # the timer; not all loops' timers tell it, as qasync's do not
 
     def start(self) -> None:
         """Somebody begins to wait."""
         self._started = now = self._loop.time()
         self._deadline = min(now + self._limit - self._waited, self._total_at)
-        timer = self._timer
-        if self._deadline < (_NEVER if timer is None else timer.when()):
+        if self._deadline < self._rings_at:
             self._set(self._deadline)
 
     def stop(self, *, progress: bool) -> None:
@@ -83,14 +84,17 @@ class Clock:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            self._rings_at = _NEVER
 
     def _set(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_at(when, self._ring)
+        self._rings_at = when
 
     def _ring(self, *, again: bool = False) -> None:
         self._timer = None
+        self._rings_at = _NEVER
         if self._deadline == _NEVER:
             return
         if self._loop.time() < self._deadline:
@@ -99,6 +103,7 @@ class Clock:
             # When the loop has been held up, what arrived meanwhile reaches the reader in
             # this very round. At 0: start() sets no other timer before that.
             self._timer = self._loop.call_at(0, partial(self._ring, again=True))
+            self._rings_at = 0
         else:
             self.expired = "total" if self._deadline == self._total_at else self._phase
             self._source.close()
