@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ._clock import Clock, running_loop
+from ._event_stream import EventStream
 from ._protocol.events import AnswerDecoder, Event
 from ._secret import conceal
 from .errors import (
@@ -196,6 +197,9 @@ class Stream:
             return getattr(self, key)
         raise KeyError(key)
 
+    # By its items alone it would pass for a sequence, and Django would read it as one.
+    __iter__ = None
+
     def __aiter__(self) -> Self:
         return self
 
@@ -216,6 +220,31 @@ class Stream:
         When it raises or is cancelled, `text_so_far` has what had arrived.
         """
         return "".join([piece async for piece in self])
+
+    def sse(self, *, heartbeat: float | None = 15.0) -> EventStream:
+        """Pass the rest of the stream on as Server-Sent Events, in bytes, as to a browser.
+
+        Events of these names follow, each with a JSON object as its data::
+
+            chunk      {"chunk": "..."}, a piece of the text
+            reasoning  {"text": "..."}, a piece of what the model thinks; of a chat
+            bbox       {"bbox": {...}}, as soon as it is known; of an outline
+            done       request_id, finish_reason, metrics, usage and reasoning, and of an
+                       outline bbox, path and parse_error; null what the server didn't say
+            error      {"error": {"type": the exception's name, "message": "...", ...}}, and
+                       `status` or `phase`, where it has one
+
+        The last one is either ``done`` or ``error``: what goes wrong is not raised here.
+        While nothing comes from the server for `heartbeat` seconds, a comment follows,
+        which readers overlook; None sends none. Comments are no progress to `Timeout`.
+
+        Closing it, cancelling the task that waits for it, and dropping it close the
+        stream at once. Its `headers` belong to the answer that carries it.
+
+        Raises:
+            RequestError: `heartbeat` is no positive number.
+        """
+        return EventStream(self, heartbeat)
 
     # -- what is known ------------------------------------------------------------
 

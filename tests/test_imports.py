@@ -35,6 +35,7 @@ ROOMS = [
     "_limits",
     "_files",
     "_transport",
+    "_event_stream",
     "_streams",
     "_stream_call",
     "_fetch",
@@ -50,8 +51,8 @@ ROOMS = [
     # the surface
     "_client",
     "__init__",
-    "integrations",
     "simulator",
+    "integrations",
     "cli",
     "__main__",
 ]
@@ -269,6 +270,7 @@ def test_the_version_is_known_without_loading_anything():
     assert loaded_by("from moondream_async import __version__; assert __version__") == []
 
 
+@pytest.mark.slow
 def test_every_module_can_be_the_first_to_be_imported():
     pytest.importorskip("typer", reason="the command line is an extra")
     names = [

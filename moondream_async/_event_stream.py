@@ -1,0 +1,239 @@
+"""An answer passed on: a stream as Server-Sent Events, as a web server sends them to a browser.
+
+Each block of the stream's events that has arrived becomes one piece of bytes to write,
+so that fast answers take few writes. When there is none, the next is waited for, and a
+heartbeat is given in its place when that takes long.
+
+While it is waited for, and only then, there is a task, since the wait must go on while a
+heartbeat is on its way: it may be in the middle of another try at the request, which would
+begin anew. So the server's limits (`Timeout`) run on under heartbeats, too. The task ends
+with one block, and the next begins when that has been taken: nothing is read ahead of a
+slow browser but that. Without heartbeats there is no task.
+
+Web frameworks differ in how they let go of an iterator when the browser has gone: some
+close it, some cancel the task that waits for it or that writes, and some just drop it. Each
+of these closes the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from ._protocol.events import Event
+from .errors import MoondreamError, RequestError
+from .types import BboxEvent, ReasoningEvent
+
+if TYPE_CHECKING:
+    from asyncio import Task
+
+    from typing_extensions import Self
+
+HEARTBEAT = b":\n\n"
+"""A comment: readers of events overlook it, and proxies see that the line is in use."""
+
+_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx, and others after it, would hold back what is short
+}
+
+_FACTS = (
+    "request_id",
+    "finish_reason",
+    "metrics",
+    "usage",
+    "reasoning",
+    # an outline's
+    "bbox",
+    "path",
+    "parse_error",
+)
+_FAULT_FIELDS = ("status", "phase")
+
+
+class Answer(Protocol):
+    """What of a stream is used here."""
+
+    _ready: Iterator[Event]
+
+    @property
+    def completed(self) -> bool:
+        """Whether all of it has arrived."""
+
+    async def aclose(self) -> None:
+        """Give its connection back, or drop it if there is more to come."""
+
+    async def _fill(self) -> None: ...
+
+    def _close(self) -> None: ...
+
+
+class EventStream(AsyncIterator[bytes]):
+    """A stream as Server-Sent Events: whole events and comments, in bytes; see `Stream.sse`.
+
+    It ends when it was read to the end, when it is closed, when whoever waits for it is
+    cancelled, and when it is dropped; and the stream with it.
+    """
+
+    __slots__ = ("_busy", "_heartbeat", "_over", "_reading", "_stream")
+
+    def __init__(self, stream: Answer, heartbeat: float | None) -> None:
+        if heartbeat is not None and not _is_positive(heartbeat):
+            raise RequestError(
+                f"heartbeat must be a positive number of seconds or None, not {heartbeat!r}"
+            )
+        self._heartbeat = heartbeat
+        self._busy = False  # somebody waits
+        self._over = False  # what comes last was given, or it was closed
+        self._reading: Task[tuple[bytes, bool]] | None = None
+        self._stream = stream
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers for the answer that carries it: its type, and to cache and hold back nothing."""
+        return dict(_HEADERS)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """Return what is to be written next.
+
+        Cancelling it closes the stream.
+
+        Raises:
+            MoondreamError: Another task waits for the same. Whatever goes wrong with the
+                stream is no exception here, but an event.
+        """
+        if self._busy:
+            raise MoondreamError("Another task is already reading this stream")
+        self._busy = True
+        try:
+            if not self._over:
+                data = await self._next()
+                if data:
+                    return data
+            await self.aclose()
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            self._busy = False
+        raise StopAsyncIteration
+
+    async def _next(self) -> bytes:
+        """Return what is ready, or comes, or a heartbeat; nothing if it was closed meanwhile."""
+        stream = self._stream
+        if self._reading is None:
+            data, over = _take(stream)
+            if not data and self._heartbeat is None:
+                data, over = await _read(stream)
+            if data:
+                return self._give(data, over=over)
+            from asyncio import create_task  # noqa: PLC0415 - importing the package stays light
+
+            self._reading = create_task(_read(stream))
+        from asyncio import wait  # noqa: PLC0415 - likewise
+
+        reading = self._reading
+        await wait([reading], timeout=self._heartbeat)
+        if not reading.done():
+            return HEARTBEAT
+        self._reading = None
+        data, over = reading.result()
+        return self._give(data, over=over)
+
+    def _give(self, data: bytes, *, over: bool) -> bytes:
+        if self._over:  # closed meanwhile
+            return b""
+        self._over = over
+        return data
+
+    async def aclose(self) -> None:
+        """End it, and the stream with it; any task may, at any time, and again.
+
+        An unfinished answer's connection is dropped at once, so that the server stops
+        working. A task that waits for more sees the end.
+        """
+        self._over = True
+        await self._stream.aclose()
+        if self._reading is not None:
+            from asyncio import wait  # noqa: PLC0415 - as above
+
+            await wait([self._reading])
+
+    def _close(self) -> None:
+        self._over = True
+        self._stream._close()  # noqa: SLF001 - what is here is a part of the stream
+
+    def __del__(self) -> None:
+        try:
+            self._close()
+        except (AttributeError, ImportError):
+            return  # its construction failed; the interpreter ends
+
+
+def _is_positive(seconds: Any) -> bool:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        return False
+    return seconds > 0 and math.isfinite(seconds)
+
+
+async def _read(stream: Answer) -> tuple[bytes, bool]:
+    """Wait for what comes next; return it as events, and whether it is the last."""
+    data, over = b"", False
+    while not data:
+        try:
+            await stream._fill()  # noqa: SLF001 - a part of the stream
+        except StopAsyncIteration:
+            return _done(stream), True
+        except MoondreamError as error:
+            return _failed(error), True
+        data, over = _take(stream)
+    return data, over
+
+
+def _take(stream: Answer) -> tuple[bytes, bool]:
+    """Return all that has arrived as events, and whether it is the last."""
+    events = [*stream._ready]  # noqa: SLF001 - a part of the stream
+    data = b"".join(map(_pass_on, events))
+    if events and stream.completed:
+        return data + _done(stream), True
+    return data, False
+
+
+def _pass_on(event: Event) -> bytes:
+    if event.chunk:
+        return _encode("chunk", {"chunk": event.chunk})
+    if isinstance(event, BboxEvent):
+        return _encode("bbox", {"bbox": event.bbox})
+    if isinstance(event, ReasoningEvent):
+        return _encode("reasoning", {"text": event.text})
+    return b""
+
+
+def _done(stream: Answer) -> bytes:
+    return _encode(
+        "done", {name: getattr(stream, name) for name in _FACTS if hasattr(stream, name)}
+    )
+
+
+def _failed(error: MoondreamError) -> bytes:
+    fields = {name: getattr(error, name) for name in _FAULT_FIELDS if hasattr(error, name)}
+    said = {"type": type(error).__name__, "message": error.message, **fields}
+    return _encode("error", {"error": said})
+
+
+def _encode(name: str, data: dict[str, Any]) -> bytes:
+    """Return one event. JSON has no line breaks but escaped ones, so its data is one line."""
+    try:
+        body = msgspec.json.encode(data)
+    except UnicodeEncodeError:  # half a character, which UTF-8 can't say, and JSON can
+        import json  # noqa: PLC0415 - it hardly ever happens
+
+        body = json.dumps(msgspec.to_builtins(data)).encode()
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), body)
