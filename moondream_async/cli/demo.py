@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Annotated
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moondream_async.errors import MoondreamError
+
 from . import _options as options
-from ._output import note, print_pieces
+from ._options import UsageError
+from ._output import note, print_pieces, print_text
 from ._session import make_client, read_image, run
+
+if TYPE_CHECKING:
+    from moondream_async import MoondreamClient
 
 
 def demo(
+    context: typer.Context,
     *,
     image: Annotated[
         str | None,
@@ -21,6 +29,19 @@ def demo(
             metavar="IMAGE",
             help="The picture's path, or - to read it from stdin; else one that comes along.",
             show_default=False,
+        ),
+    ] = None,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve a page to ask from, on this machine alone.")
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Where --web serves the page; 0 is any free port. [default: 8020, "
+            "or any free one where that is taken]",
         ),
     ] = None,
     rate: Annotated[
@@ -38,31 +59,48 @@ def demo(
     Asks the server that --endpoint or MOONDREAM_ENDPOINT names, or Moondream Cloud
     where MOONDREAM_API_KEY is set. Else it starts a simulator inside itself, which
     runs no model: it describes what it can measure in the picture.
+
+    With --web, it serves a page on this machine until Ctrl-C: to bring a picture,
+    ask for any skill, and see what is answered and what was found. The key stays
+    with this program.
     """
+    if port is not None and not web:
+        raise UsageError("'--port' has no effect without '--web'", context)
     picture = None if image is None else read_image(image)
-    run(_demo(picture, rate, endpoint or os.environ.get("MOONDREAM_ENDPOINT"), model, timeout))
+    endpoint = endpoint or os.environ.get("MOONDREAM_ENDPOINT")
+    simulated = not endpoint and not os.environ.get("MOONDREAM_API_KEY")
+    server = _server(endpoint, model, timeout, rate if simulated else None)
+    if web:
+        run(_serve_page(server, picture, model, port, simulated=simulated))
+    else:
+        run(_demo(server, picture, simulated=simulated))
+
+
+@contextlib.asynccontextmanager
+async def _server(
+    endpoint: str | None, model: str | None, timeout: float | None, rate: float | None
+) -> AsyncIterator[MoondreamClient]:
+    """Give a client of a server; with a `rate`, of a simulator that runs meanwhile."""
+    from moondream_async.simulator import Simulator  # noqa: PLC0415 - loads aiohttp
+
+    async with contextlib.AsyncExitStack() as stack:
+        if rate is not None:
+            endpoint = (await stack.enter_async_context(Simulator(rate=rate))).endpoint
+        yield await stack.enter_async_context(
+            make_client(endpoint=endpoint, model=model, timeout=timeout)
+        )
 
 
 async def _demo(
+    server: contextlib.AbstractAsyncContextManager[MoondreamClient],
     image: str | bytes | None,
-    rate: float,
-    endpoint: str | None,
-    model: str | None,
-    timeout: float | None,
+    *,
+    simulated: bool,
 ) -> None:
-    from moondream_async.simulator import SAMPLE_IMAGE, Simulator  # noqa: PLC0415 - loads aiohttp
+    from moondream_async.simulator import SAMPLE_IMAGE  # noqa: PLC0415 - loads aiohttp
 
-    simulated = not endpoint and not os.environ.get("MOONDREAM_API_KEY")
-    async with contextlib.AsyncExitStack() as stack:
-        if simulated:
-            endpoint = (await stack.enter_async_context(Simulator(rate=rate))).endpoint
-        client = await stack.enter_async_context(
-            make_client(endpoint=endpoint, model=model, timeout=timeout)
-        )
-        if simulated:
-            note(f"No model is looking at the picture: a simulator answers, at {endpoint}")
-        else:
-            note(f"Server: {client.endpoint}")
+    async with server as client:
+        _name_server(client, simulated=simulated)
         if image is None:
             note(f"Picture: {SAMPLE_IMAGE} (comes with moondream-async)")
         else:
@@ -78,3 +116,47 @@ async def _demo(
         note("To try programs of your own with the simulator: moondream-async serve")
     else:
         note("Next: moondream-async query PICTURE 'What is there to see?'")
+
+
+async def _serve_page(
+    server: contextlib.AbstractAsyncContextManager[MoondreamClient],
+    image: str | bytes | None,
+    model: str | None,
+    port: int | None,
+    *,
+    simulated: bool,
+) -> None:
+    import anyio  # noqa: PLC0415 - --help and errors of usage do without
+
+    from moondream_async.simulator import SAMPLE_IMAGE  # noqa: PLC0415 - loads aiohttp
+    from moondream_async.web import DemoPage  # noqa: PLC0415 - likewise
+
+    name = None
+    if image is not None:
+        name = image if isinstance(image, str) else "picture.jpg"  # stdin has no name
+    async with server as client:
+        page = DemoPage(
+            client,
+            SAMPLE_IMAGE if image is None else image,
+            name=name,
+            simulated=simulated,
+            model=model,
+            port=port,
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(page)
+            except OSError as error:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise MoondreamError(f"Can't listen on port {port}: {reason}") from error
+            _name_server(client, simulated=simulated)
+            note("Open this page in a browser on this machine; Ctrl-C ends it.")
+            print_text(page.url)
+            await anyio.sleep_forever()
+
+
+def _name_server(client: MoondreamClient, *, simulated: bool) -> None:
+    if simulated:
+        note(f"No model is looking at the picture: a simulator answers, at {client.endpoint}")
+    else:
+        note(f"Server: {client.endpoint}")

@@ -1,0 +1,98 @@
+"""A question of the page, and the call that it becomes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from aiohttp import web
+
+from moondream_async import MoondreamClient, RequestError
+from moondream_async._streams import Stream
+from moondream_async.types import Length, Result
+
+
+class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the page asks; each skill looks at its own fields.
+
+    Whether the values can be right is for the client to say: its errors are shown.
+    """
+
+    skill: Literal["caption", "query", "detect", "point", "segment", "chat"]
+    length: Length = "normal"
+    question: str = ""
+    object: str = ""
+    reasoning: bool | None = None
+    messages: tuple[Turn, ...] = ()
+    settings: dict[str, Any] = {}
+
+
+async def read_question(request: web.Request) -> tuple[Question, bytes]:
+    """Return what a form with the fields ``question`` (JSON) and ``picture`` (a file) holds.
+
+    Raises:
+        RequestError: It is no such form.
+        web.HTTPRequestEntityTooLarge: It is larger than the application takes.
+    """
+    try:
+        form = await request.post()
+    except ValueError:  # what claims to be a form and is cut or garbled
+        form = None
+    question, picture = (form.get("question"), form.get("picture")) if form else (None, None)
+    if not isinstance(question, str) or not isinstance(picture, web.FileField):
+        raise RequestError("A form with the fields question and picture was expected")
+    try:
+        asked = msgspec.json.decode(question, type=Question)
+    except msgspec.DecodeError as error:
+        raise RequestError(f"The question could not be read: {error}") from error
+    return asked, picture.file.read()
+
+
+async def ask(client: MoondreamClient, question: Question, picture: bytes) -> Stream | Result:
+    """Ask the server; return a stream for the skills that have one, else the whole answer.
+
+    Cancelling it drops the connection to the server, however long the model thinks.
+
+    Raises:
+        MoondreamError: Whatever the call raises.
+    """
+    settings = question.settings or None
+    if question.skill == "caption":
+        return await client.caption(picture, length=question.length, settings=settings, stream=True)
+    if question.skill == "query":
+        return await client.query(
+            picture,
+            question.question,
+            reasoning=question.reasoning,
+            settings=settings,
+            stream=True,
+        )
+    if question.skill == "segment":
+        return await client.segment(picture, question.object, settings=settings, stream=True)
+    if question.skill == "chat":
+        return await client.chat(
+            _with_picture(question.messages, picture),
+            reasoning=question.reasoning,
+            settings=settings,
+            stream=True,
+        )
+    if question.skill == "detect":
+        return await client.detect(picture, question.object, settings=settings)
+    return await client.point(picture, question.object, settings=settings)
+
+
+def _with_picture(turns: tuple[Turn, ...], picture: bytes) -> list[dict[str, Any]]:
+    """Return the conversation with the picture in its first message."""
+    messages: list[dict[str, Any]] = [
+        {"role": turn.role, "content": turn.content} for turn in turns
+    ]
+    if messages:
+        messages[0]["content"] = [messages[0]["content"], picture]
+    return messages

@@ -1,0 +1,102 @@
+// What was found, drawn over the picture. The drawing's unit is the picture itself, 0-1 each
+// way, as the answers have it; strokes keep their width whatever its size.
+
+const shapes = document.getElementById("shapes");
+const labels = document.getElementById("labels");
+
+export function clear() {
+  shapes.replaceChildren();
+  labels.replaceChildren();
+}
+
+export function drawBoxes(boxes, name) {
+  clear();
+  boxes.forEach((box, index) => {
+    const sides = {
+      x: box.x_min,
+      y: box.y_min,
+      width: box.x_max - box.x_min,
+      height: box.y_max - box.y_min,
+    };
+    shapes.append(twice("rect", sides));
+    labels.append(label(box, boxes.length > 1 ? index + 1 : name));
+  });
+}
+
+export function drawPoints(points, name) {
+  clear();
+  points.forEach((point, index) => {
+    const dot = document.createElement("i");
+    place(dot, point.x, point.y);
+    const text = document.createElement("span");
+    text.textContent = points.length > 1 ? index + 1 : name;
+    text.classList.toggle("leftwards", point.x > 0.75);
+    place(text, point.x, point.y);
+    labels.append(dot, text);
+  });
+}
+
+// A path's coordinates are 0-1 of its box. A coarse one may end anywhere.
+export function drawOutline(path, box, name, { coarse = false } = {}) {
+  clear();
+  if (!box) return;
+  const size = [box.x_max - box.x_min, box.y_max - box.y_min];
+  const transform = `translate(${box.x_min} ${box.y_min}) scale(${size.join(" ")})`;
+  const group = twice("path", { d: wholeCommands(path), transform });
+  group.lastChild.classList.add("mask");
+  group.classList.toggle("coarse", coarse);
+  shapes.append(group);
+  labels.append(label(box, name));
+}
+
+const OPERANDS = { M: 2, L: 2, T: 2, H: 1, V: 1, S: 4, Q: 4, C: 6, A: 7, Z: 0 };
+
+// The longest beginning of a path that is whole: browsers report any other as an error. The
+// last number may go on with the next piece, and so counts only once something follows it.
+export function wholeCommands(path) {
+  let end = 0;
+  let operands; // that the command takes
+  let count; // of those that it has
+  for (const { 0: token, index } of path.matchAll(/[a-z]|[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?/gi)) {
+    const after = index + token.length;
+    if (/^[a-z]$/i.test(token)) {
+      operands = OPERANDS[token.toUpperCase()];
+      count = 0;
+      const mayStand = end > 0 || token.toUpperCase() === "M";
+      if (operands === undefined || !mayStand) break;
+      if (operands === 0) end = after;
+    } else {
+      count += 1;
+      if (!operands) break;
+      if (count % operands === 0 && after < path.length) end = after;
+    }
+  }
+  return path.slice(0, end);
+}
+
+// Each shape in white and then, narrower, in the accent colour: seen on any picture.
+function twice(tag, attributes) {
+  const group = svg("g", {});
+  for (const name of ["halo", "edge"]) group.append(svg(tag, { class: name, ...attributes }));
+  return group;
+}
+
+function svg(tag, attributes) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+
+// Above its box, or inside where there is no room above.
+function label(box, text) {
+  const element = document.createElement("span");
+  element.textContent = text;
+  element.classList.toggle("inside", box.y_min < 0.08);
+  place(element, box.x_min, box.y_min);
+  return element;
+}
+
+function place(element, x, y) {
+  element.style.left = `${x * 100}%`;
+  element.style.top = `${y * 100}%`;
+}
