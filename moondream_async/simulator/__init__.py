@@ -9,7 +9,8 @@ answer, streamed or not::
         async with MoondreamClient(endpoint=simulator.endpoint) as client:
             result = await client.caption(SAMPLE_IMAGE)
 
-What a server can do wrong, this one does on request: see `Fault`.
+What a server can do wrong, this one does on request: see `Fault`. What it is to say
+in place of that, it says: see `Script`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from .dialects import DIALECTS
 from .faults import Fault, FaultQueue, describe_faults
 from .received import Connections, ReceivedRequest
 from .sample import SAMPLE_IMAGE, draw_sample
+from .script import Script, ScriptedAnswer
 from .server import Simulator, serve
+from .thread import SimulatorThread
 
 __all__ = [
     "DIALECTS",
@@ -27,7 +30,10 @@ __all__ = [
     "Fault",
     "FaultQueue",
     "ReceivedRequest",
+    "Script",
+    "ScriptedAnswer",
     "Simulator",
+    "SimulatorThread",
     "describe_faults",
     "draw_sample",
     "serve",

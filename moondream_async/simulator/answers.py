@@ -29,7 +29,7 @@ def split_words(text: str) -> list[str]:
     >>> split_words("A red circle.")
     ['A', ' red', ' circle.']
     """
-    return re.findall(r"\s*\S+", text)
+    return re.findall(r"\s*\S+|\s+", text)
 
 
 def name_colour(text: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from . import answers
-from .dialects import Body, Dialect
+from .dialects import Answer, Body, Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
 from .steps import Event, Reply, Route, Steps
@@ -142,11 +142,31 @@ class Chat:
     def routes(self) -> list[Route]:
         """Return the one endpoint."""
         path = f"{self._dialect.prefix}/chat/completions"
-        return [Route("POST", path, self._complete, "bearer")]
+        return [Route("POST", path, self._complete, "bearer", skill="chat")]
 
     async def _complete(self, received: ReceivedRequest) -> Reply | Steps:
         body = read_typed(received.body, ChatBody)
         _check_conversation(body.messages)
+        answer = received.scripted.begin() if received.scripted else None
+        if answer is None:
+            answer = await self._solve(body)
+        thought = answer.reasoning["text"] if answer.reasoning else ""
+        self._answered += 1
+        completion = Completion(
+            id=f"chatcmpl-{self._answered:08x}",
+            created=int(time.time()),
+            model=body.model,
+            reasoning=answers.split_words(thought),
+            words=answer.pieces,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=_count_prompt(body.messages),
+        )
+        if not received.stream:
+            return Reply(body=completion.body())
+        options = body.stream_options or StreamOptions()
+        return completion.events(self._dialect, include_usage=options.include_usage)
+
+    async def _solve(self, body: ChatBody) -> Answer:
         question = body.messages[-1].text
         shown = [message.images for message in body.messages if message.images]
         pictures = [await self._gallery.look(url) for url in (shown[-1] if shown else [])]
@@ -157,20 +177,14 @@ class Chat:
         limit = body.max_completion_tokens or body.max_tokens or 4096
         reasoning = answers.split_words(thought)
         words = answers.split_words(text)
-        self._answered += 1
-        completion = Completion(
-            id=f"chatcmpl-{self._answered:08x}",
-            created=int(time.time()),
-            model=body.model,
-            reasoning=reasoning[:limit],
-            words=words[: max(0, limit - len(reasoning))],
+        kept = words[: max(0, limit - len(reasoning))]
+        return Answer(
+            skill="chat",
+            result={"content": "".join(kept)},
+            reasoning={"text": "".join(reasoning[:limit])},
+            pieces=kept,
             finish_reason="stop" if len(reasoning) + len(words) <= limit else "length",
-            prompt_tokens=_count_prompt(body.messages),
         )
-        if not received.stream:
-            return Reply(body=completion.body())
-        options = body.stream_options or StreamOptions()
-        return completion.events(self._dialect, include_usage=options.include_usage)
 
 
 def _check_conversation(messages: list[Message]) -> None:

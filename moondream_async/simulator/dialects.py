@@ -39,6 +39,8 @@ class Answer(msgspec.Struct, kw_only=True):
     """The fields that the skill adds to a body, as ``{"caption": "A red circle."}``."""
     pieces: list[str] = []
     """What is streamed, a token each: the words of a text, or of a coarse path."""
+    piece_by_piece: bool = False
+    """Each piece is an event, also where the server would put several into one."""
     tokens: int = 0
     """How many tokens the model would have written."""
     finish_reason: str = "stop"
@@ -219,7 +221,7 @@ class Kestrel(Dialect):
         return body
 
     def _text_events(self, answer: Answer) -> Iterator[Event]:
-        size = self.tokens_per_event
+        size = 1 if answer.piece_by_piece else self.tokens_per_event
         whole = len(answer.pieces) // size * size
         for start in range(0, whole, size):
             chunk = "".join(answer.pieces[start : start + size])

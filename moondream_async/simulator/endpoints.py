@@ -31,7 +31,7 @@ class Endpoints:
             return health + self._station_routes()
         prefix = self._dialect.prefix
         skills = [
-            Route("POST", f"{prefix}/{skill}", functools.partial(self._answer, skill))
+            Route("POST", f"{prefix}/{skill}", functools.partial(self._answer, skill), skill=skill)
             for skill in self._dialect.skills
         ]
         if self._dialect.hosted:
@@ -41,7 +41,13 @@ class Endpoints:
     def _station_routes(self) -> list[Route]:
         """Return Station's routes: any method, with and without ``/v1``, and no keys."""
         skills = [
-            Route("*", f"{prefix}/{skill}", functools.partial(self._answer, skill), "none")
+            Route(
+                "*",
+                f"{prefix}/{skill}",
+                functools.partial(self._answer, skill),
+                "none",
+                skill=skill,
+            )
             for skill in self._dialect.skills
             for prefix in ("/v1", "")
         ]
@@ -62,8 +68,10 @@ class Endpoints:
         stream = received.stream and skill.streams
         if stream and getattr(body, "reasoning", False) and not dialect.streams_reasoning:
             raise RefusedError("Streaming is not supported when reasoning is enabled")
-        picture = await self._gallery.look(body.image_url) if body.image_url else None
-        answer = skill.solve(body, picture)
+        answer = received.scripted.begin() if received.scripted else None
+        if answer is None:
+            picture = await self._gallery.look(body.image_url) if body.image_url else None
+            answer = skill.solve(body, picture)
         self._answered += 1
         answer.number = self._answered
         answer.received = started

@@ -16,6 +16,7 @@ There are three kinds of effect:
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -295,6 +296,24 @@ class Fault(msgspec.Struct, frozen=True):
             raise ValueError(f"no fault in {text!r}; known are {_list_effects()}")
         return cls(tuple(effects), **options)
 
+    def __str__(self) -> str:
+        """Return the text that `parse` reads.
+
+        >>> str(Fault.parse("html,retry_after=1,times=always"))
+        'html,times=always,retry_after=1'
+        """
+        parts = [
+            name if value == EFFECTS[name].default else f"{name}={value}"
+            for name, value in self.effects
+        ]
+        if self.times != 1:
+            parts.append(f"times={self.times or 'always'}")
+        if self.path:
+            parts.append(f"path={self.path}")
+        if self.retry_after is not None:
+            parts.append(f"retry_after={self.retry_after}")
+        return ",".join(parts)
+
     def matches(self, path: str, *, stream: bool) -> bool:
         """Whether it strikes a request to `path` that does, or does not, ask for a stream."""
         for_streams = any(EFFECTS[name].kind == "on_steps" for name, _ in self.effects)
@@ -328,9 +347,13 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class FaultQueue:
-    """The faults to come. Each request takes the first that matches it, and no more."""
+    """The faults to come. Each request takes the first that matches it, and no more.
+
+    It may be changed from any thread.
+    """
 
     def __init__(self, faults: Iterable[Fault | str] = ()) -> None:
+        self._lock = threading.Lock()
         self._waiting: list[Fault] = []
         self.extend(faults)
 
@@ -340,7 +363,9 @@ class FaultQueue:
         Raises:
             ValueError: The text is not a known fault.
         """
-        self._waiting.append(Fault.parse(fault) if isinstance(fault, str) else fault)
+        parsed = Fault.parse(fault) if isinstance(fault, str) else fault
+        with self._lock:
+            self._waiting.append(parsed)
 
     def extend(self, faults: Iterable[Fault | str]) -> None:
         """Add several."""
@@ -349,16 +374,23 @@ class FaultQueue:
 
     def clear(self) -> None:
         """Forget all faults that have not struck yet."""
-        self._waiting.clear()
+        with self._lock:
+            self._waiting.clear()
+
+    @property
+    def unused(self) -> list[Fault]:
+        """The faults that have yet to strike, without those that always do."""
+        return [fault for fault in self if fault.times is not None]
 
     def take(self, path: str, *, stream: bool) -> Fault | None:
         """Return the fault for a request, and count it as struck."""
-        for index, fault in enumerate(self._waiting):
-            if fault.matches(path, stream=stream):
-                if fault.times is not None:
-                    left = [msgspec.structs.replace(fault, times=fault.times - 1)]
-                    self._waiting[index : index + 1] = left if fault.times > 1 else []
-                return fault
+        with self._lock:
+            for index, fault in enumerate(self._waiting):
+                if fault.matches(path, stream=stream):
+                    if fault.times is not None:
+                        left = [msgspec.structs.replace(fault, times=fault.times - 1)]
+                        self._waiting[index : index + 1] = left if fault.times > 1 else []
+                    return fault
         return None
 
     def __iter__(self) -> Iterator[Fault]:

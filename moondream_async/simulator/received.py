@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .faults import Fault
+from .validation import decode_image
 
 if TYPE_CHECKING:
     from aiohttp import web
+
+    from .script import ScriptedAnswer
 
 
 class ReceivedRequest:
@@ -27,6 +30,8 @@ class ReceivedRequest:
         connection: The number of the TCP connection it came on, from 1; 0 where the
             application runs in a runner other than the simulator's own.
         fault: What went wrong on purpose, if anything.
+        scripted: The answer that a script had for it, if any.
+        held: Whether that is held now.
         status: The HTTP status of the answer, once it has begun.
         stream: Whether a stream of events was asked for.
         events_sent: How many writes were made for the stream.
@@ -45,6 +50,8 @@ class ReceivedRequest:
         self.headers: Mapping[str, str] = request.headers
         self.body: Any = None
         self.fault: Fault | None = None
+        self.scripted: ScriptedAnswer | None = None
+        self.held = False
         self.connection = connection
         self.status: int | None = None
         self.stream = False
@@ -56,12 +63,32 @@ class ReceivedRequest:
 
     def __repr__(self) -> str:
         state = "disconnected" if self.disconnected else "ended" if self.ended.is_set() else "open"
+        state = "held" if self.held else state
         return f"<{self.method} {self.path}: {self.status}, {state}>"
 
     def end(self) -> None:
         """Mark that nothing more will be sent."""
         self.ended_at = time.monotonic()
         self.ended.set()
+
+    @property
+    def images(self) -> list[bytes]:
+        """The pictures that came in the body, in order, as the files that they are.
+
+        Raises:
+            RefusedError: The body was refused, for one that is none.
+        """
+        return [decode_image(url) for url in _find_images(self.body)]
+
+
+def _find_images(part: Any) -> Iterator[str]:
+    """Yield the pictures of a skill's body, or of a chat's, as they are sent."""
+    match part:
+        case {"image_url": str(url) | {"url": str(url)}}:
+            yield url
+        case {"messages": [*parts]} | {"content": [*parts]}:
+            for each in parts:
+                yield from _find_images(each)
 
 
 class Connections:

@@ -7,6 +7,7 @@ and writes that at the simulator's rate, until it is told or the client is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import struct
@@ -23,7 +24,8 @@ from .endpoints import Endpoints
 from .faults import Fault, FaultQueue
 from .gallery import Gallery
 from .received import Connections, ReceivedRequest
-from .steps import Auth, Event, HangUp, Reply, Route, Step, Steps, Wait
+from .script import Script
+from .steps import Auth, Event, HangUp, Hold, Reply, Route, Step, Steps, Wait
 from .storage import Storage
 from .tuning import Tuning
 from .validation import RefusedError
@@ -81,6 +83,7 @@ class Simulator:
         requests: The requests received, the oldest first.
         connections: Tells how many were `accepted` in all and are `open` now.
         faults: What goes wrong next.
+        script: What is answered next, in place of what is measured.
 
     Raises:
         ValueError: There is no such dialect or fault.
@@ -115,9 +118,13 @@ class Simulator:
         self._ssl_context = ssl_context
         self._runner: web.AppRunner | None = None
         self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
         self._answering: set[asyncio.Task[Any]] = set()
-        for route in self._routes():
+        routes = self._routes()
+        skills = dict.fromkeys(route.skill for route in routes if route.skill)
+        self.script = Script(tuple(skills), self._notify_soon)
+        for route in routes:
             self._add_route(route)
 
     def __repr__(self) -> str:
@@ -176,10 +183,14 @@ class Simulator:
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` is true; it is asked again at every change.
 
-        A change is a connection made or lost, and a request received or ended::
+        A change is a connection made or lost, a request received, held or ended, and an
+        event sent::
 
             await simulator.wait_until(lambda: simulator.connections.open == 0)
         """
+        # Known before the condition is looked at: a change from another thread comes
+        # either early enough to be seen or late enough to find the loop.
+        self._loop = asyncio.get_running_loop()
         while not condition():
             if self._changed is None:
                 self._changed = asyncio.Event()
@@ -189,6 +200,12 @@ class Simulator:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+    def _notify_soon(self) -> None:
+        """Notify, from any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(self._notify)
 
     def _routes(self) -> list[Route]:
         gallery = Gallery()
@@ -257,23 +274,47 @@ class Simulator:
         try:
             received.body = await self._read(request, route)
             received.stream = self._wants_stream(received.body)
-            received.fault = self.faults.take(request.path, stream=received.stream)
-            for step in received.fault.before() if received.fault else ():
-                await self._carry_out(step, request)
-            reply = received.fault.reply() if received.fault else None
-            if received.fault and received.fault.has("json"):
-                received.stream = False
-            answer = reply or self._refuse(request, route.auth) or await route.endpoint(received)
+            answer = await self._find_answer(request, received, route)
         except RefusedError as refused:
             status, body = self.dialect.error(refused.status, refused.message, refused.param)
             answer = Reply(status, body)
         except web.HTTPException as error:
             answer = Reply(error.status, error.text)
+        scripted = received.scripted
         if isinstance(answer, Reply):
+            for step in scripted.hold() if scripted else ():
+                await self._carry_out(step, request, received)
             return await self._send(request, received, answer)
         if received.fault is not None:
             answer = received.fault.spoil(answer)
+        if scripted is not None:
+            answer = scripted.pause(answer)
         return await self._stream(request, received, answer)
+
+    async def _find_answer(
+        self, request: web.Request, received: ReceivedRequest, route: Route
+    ) -> Reply | Steps:
+        """Return what a fault answers, or the guard at the door, a script, or the endpoint."""
+        received.fault = self.faults.take(request.path, stream=received.stream)
+        reply = await self._strike(request, received) or self._refuse(request, route.auth)
+        if reply is not None:
+            return reply
+        received.scripted = self.script.take(route.skill) if route.skill else None
+        fault = received.scripted.fault if received.scripted else None
+        if received.fault is None and fault and fault.matches(request.path, stream=received.stream):
+            received.fault = fault
+            reply = await self._strike(request, received)
+        return reply or await route.endpoint(received)
+
+    async def _strike(self, request: web.Request, received: ReceivedRequest) -> Reply | None:
+        """Do what a request's fault does before the answer; return what it answers instead."""
+        if received.fault is None:
+            return None
+        for step in received.fault.before():
+            await self._carry_out(step, request, received)
+        if received.fault.has("json"):
+            received.stream = False
+        return received.fault.reply()
 
     async def _read(self, request: web.Request, route: Route) -> Any:
         """Return the decoded body, as the dialect reads bodies, or the bytes of an upload.
@@ -369,7 +410,7 @@ class Simulator:
         due = clock()  # absolute, so that late wake-ups don't add up
         for step in steps:
             if not isinstance(step, Event):
-                await self._carry_out(step, request)
+                await self._carry_out(step, request, received)
                 continue
             if self.rate:
                 due += step.tokens / self.rate
@@ -377,11 +418,19 @@ class Simulator:
             await response.write(step.data)
             received.events_sent += 1
             received.bytes_sent += len(step.data)
+            self._notify()
         await response.write_eof()
         return response
 
-    async def _carry_out(self, step: Step, request: web.Request) -> None:
-        if isinstance(step, Wait):
+    async def _carry_out(self, step: Step, request: web.Request, received: ReceivedRequest) -> None:
+        if isinstance(step, Hold):
+            received.held = True
+            self._notify()
+            try:
+                await self.wait_until(step.released)
+            finally:
+                received.held = False
+        elif isinstance(step, Wait):
             if step.seconds is None:
                 await asyncio.Event().wait()  # until the client goes away
             else:

@@ -44,6 +44,13 @@ class Wait(msgspec.Struct, frozen=True):
     """None is for ever: until the client goes away."""
 
 
+class Hold(msgspec.Struct, frozen=True):
+    """Send nothing until a test lets it go on."""
+
+    released: Callable[[], bool]
+    """Asked again whenever anything changes."""
+
+
 class HangUp(msgspec.Struct, frozen=True):
     """Close the connection where it stands; no chunked terminator is sent."""
 
@@ -51,7 +58,7 @@ class HangUp(msgspec.Struct, frozen=True):
     """With a TCP reset in place of an orderly end."""
 
 
-Step = Event | Wait | HangUp
+Step = Event | Wait | Hold | HangUp
 Steps = Iterator[Step]
 
 Auth = Literal["key", "bearer", "optional", "none"]
@@ -69,3 +76,5 @@ class Route(msgspec.Struct, frozen=True):
     auth: Auth = "key"
     uploads: int = 0
     """The body is bytes, up to so many, and not JSON; 0 is JSON."""
+    skill: str = ""
+    """What of a script answers here; "" is nothing."""

@@ -1,0 +1,481 @@
+"""Scripted answers of the simulator, over real sockets: as bytes, and through the client."""
+
+import asyncio
+import base64
+import json
+import threading
+
+import aiohttp
+import pytest
+
+import moondream_async as md
+from moondream_async.simulator import DIALECTS, SAMPLE_IMAGE, Fault, Simulator
+
+IMAGE = f"data:image/jpeg;base64,{base64.b64encode(SAMPLE_IMAGE.read_bytes()).decode()}"
+BODY = {"image_url": IMAGE, "question": "What is this?", "object": "shape"}
+CHAT = {"messages": [{"role": "user", "content": "What is this?"}]}
+TEXT = "A red circle, a blue square."
+BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+KEYS = {"caption": "caption", "query": "answer"}
+
+in_every_dialect = pytest.mark.parametrize("dialect", DIALECTS)
+in_words = pytest.mark.parametrize("skill", KEYS)
+where_all_is_served = pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
+
+
+async def post(simulator, path, body=BODY, **more):
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(simulator.endpoint + path, json=body | more) as response,
+    ):
+        return json.loads(await response.read())
+
+
+async def stream(simulator, path, body=BODY):
+    """Return the events of a stream that is whole."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(simulator.endpoint + path, json=body | {"stream": True}) as response,
+    ):
+        lines = (await response.text()).splitlines()
+    return [json.loads(line[6:]) for line in lines if line not in ("", "data: [DONE]")]
+
+
+def chunks(events):
+    return [event["chunk"] for event in events if event.get("chunk")]
+
+
+# -- what is said --------------------------------------------------------------------------
+
+
+@in_every_dialect
+@in_words
+async def test_text_is_answered_plain_and_in_a_stream(dialect, skill):
+    async with Simulator(dialect) as simulator:
+        getattr(simulator.script, skill)(TEXT, times=2)
+
+        assert (await post(simulator, f"/{skill}"))[KEYS[skill]] == TEXT
+        assert "".join(chunks(await stream(simulator, f"/{skill}"))) == TEXT
+
+
+@in_every_dialect
+@in_words
+async def test_pieces_are_events_of_their_own(dialect, skill):
+    pieces = ["A r", "ed ci", "rcle", " \N{MULTIPLICATION SIGN}", "\n"]
+    async with Simulator(dialect) as simulator:
+        getattr(simulator.script, skill)(pieces, times=2)
+
+        assert (await post(simulator, f"/{skill}"))[KEYS[skill]] == "".join(pieces)
+        assert chunks(await stream(simulator, f"/{skill}")) == pieces
+
+
+@in_every_dialect
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "\n", "  A\n\ncat. \n", "a\u2028b \N{PILE OF POO}", 'data: "x"\n\ndata: y'],
+    ids=ascii,
+)
+async def test_any_text_arrives_as_it_is(dialect, text):
+    async with (
+        Simulator(dialect) as simulator,
+        md.MoondreamClient(endpoint=simulator.endpoint) as client,
+    ):
+        simulator.script.caption(text, times=2)
+
+        assert (await client.caption(SAMPLE_IMAGE)).caption == text
+        async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
+            assert await answer.text() == text
+
+
+@in_every_dialect
+@pytest.mark.parametrize(
+    "box",
+    [md.Region(0.1, 0.2, 0.5, 0.6), (0.1, 0.2, 0.5, 0.6), BOX],
+    ids=["region", "numbers", "mapping"],
+)
+async def test_boxes_are_found(dialect, box):
+    async with Simulator(dialect) as simulator:
+        simulator.script.detect([box, (0, 0, 1, 1)])
+
+        everything = {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}
+        assert (await post(simulator, "/detect"))["objects"] == [BOX, everything]
+
+
+@in_every_dialect
+@pytest.mark.parametrize("point", [md.Point(0.5, 0.25), (0.5, 0.25), {"y": 0.25, "x": 0.5}])
+async def test_points_are_found(dialect, point):
+    async with Simulator(dialect) as simulator:
+        simulator.script.point([point])
+        simulator.script.point([])
+
+        assert (await post(simulator, "/point"))["points"] == [{"x": 0.5, "y": 0.25}]
+        assert (await post(simulator, "/point"))["points"] == []
+
+
+@where_all_is_served
+async def test_outline_comes_coarse_in_a_stream_and_then_as_it_is(dialect):
+    path = "M 0 0 L 1 0 L 0.5 1 Z"
+    async with Simulator(dialect) as simulator:
+        simulator.script.segment(path, BOX, coarse_path=["M 0 0", " L 1 1 Z"], times=2)
+
+        plain = await post(simulator, "/segment")
+        box, *deltas, final = await stream(simulator, "/segment")
+
+    assert (plain["path"], plain["bbox"]) == (path, BOX)
+    assert box == {"type": "bbox", "bbox": BOX}
+    assert chunks(deltas) == ["M 0 0", " L 1 1 Z"]
+    assert (final["type"], final["path"], final["bbox"]) == ("final", path, BOX)
+
+
+@where_all_is_served
+async def test_outline_may_lack_its_box_and_a_coarse_path(dialect):
+    async with Simulator(dialect) as simulator:
+        simulator.script.segment("M 0 0 Z")
+
+        *deltas, final = await stream(simulator, "/segment")
+
+    assert chunks(deltas) == ["M", " 0", " 0", " Z"]
+    assert (final["path"], final["bbox"]) == ("M 0 0 Z", None)
+
+
+async def test_conversation_is_answered_plain_and_in_a_stream():
+    async with Simulator() as simulator:
+        simulator.script.chat(["A red", " circle."], reasoning="I see it.", times=2)
+
+        plain = await post(simulator, "/chat/completions", CHAT)
+        events = await stream(simulator, "/chat/completions", CHAT)
+
+    [choice] = plain["choices"]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "A red circle.",
+        "reasoning": "I see it.",
+    }
+    assert [each["content"] for each in deltas if "content" in each] == ["A red", " circle."]
+    assert "".join(each.get("reasoning", "") for each in deltas) == "I see it."
+
+
+GROUNDED = md.Reasoning("I see it.", (md.Grounding(2, 5, ((0.5, 0.25),)),))
+
+
+@pytest.mark.parametrize("dialect", ["cloud", "kestrel", "station"])
+@pytest.mark.parametrize(
+    ("reasoning", "read"),
+    [("I see it.", md.Reasoning("I see it.")), (GROUNDED, GROUNDED)],
+    ids=["text", "grounded"],
+)
+async def test_answer_has_its_reasoning(dialect, reasoning, read):
+    async with (
+        Simulator(dialect) as simulator,
+        md.MoondreamClient(endpoint=simulator.endpoint) as client,
+    ):
+        simulator.script.query("A circle.", reasoning=reasoning)
+
+        answer = await client.query(SAMPLE_IMAGE, "What is it?", reasoning=True)
+
+    assert (answer.answer, answer.reasoning) == ("A circle.", read)
+
+
+async def test_answer_tells_why_it_ended(client, simulator):
+    simulator.script.caption("A red", finish_reason="length")
+    simulator.script.chat("A red", finish_reason="length")
+
+    assert (await client.caption(SAMPLE_IMAGE)).finish_reason == "length"
+    assert (await client.chat(CHAT["messages"])).finish_reason == "length"
+
+
+@in_words
+async def test_picture_is_not_looked_at_for_a_scripted_answer(simulator, skill):
+    getattr(simulator.script, skill)(TEXT)
+    no_picture = f"data:image/png;base64,{base64.b64encode(b'no picture').decode()}"
+
+    assert (await post(simulator, f"/{skill}", image_url=no_picture))[KEYS[skill]] == TEXT
+
+
+# -- which request gets it -----------------------------------------------------------------
+
+
+async def captions(client, count):
+    return [(await client.caption(SAMPLE_IMAGE, length="short")).caption for _ in range(count)]
+
+
+async def test_what_is_not_scripted_is_measured(client, simulator):
+    [measured] = await captions(client, 1)
+    simulator.script.query(TEXT)
+    simulator.script.caption()
+
+    assert "JPEG picture" in measured
+    assert await captions(client, 2) == [measured, measured]
+    assert (await client.query(SAMPLE_IMAGE, "?")).answer == TEXT
+
+
+async def test_answers_come_in_order_and_as_often_as_told(client, simulator):
+    simulator.script.caption("one", times=2)
+    simulator.script.query("another skill's")
+    simulator.script.caption("two")
+
+    *scripted, measured = await captions(client, 4)
+
+    assert scripted == ["one", "one", "two"]
+    assert "JPEG picture" in measured
+
+
+async def test_answer_for_all_requests_stands_back_and_the_latest_counts(client, simulator):
+    simulator.script.caption("old", times=None)
+    simulator.script.caption("new", times=None)
+    simulator.script.caption("once")
+
+    assert await captions(client, 3) == ["once", "new", "new"]
+
+
+async def test_request_that_is_not_let_in_takes_no_answer():
+    async with Simulator(api_key="right") as simulator:
+        simulator.script.caption(TEXT)
+        async with md.MoondreamClient("wrong", endpoint=simulator.endpoint) as client:
+            with pytest.raises(md.AuthenticationError):
+                await client.caption(SAMPLE_IMAGE)
+        async with md.MoondreamClient("right", endpoint=simulator.endpoint) as client:
+            assert (await client.caption(SAMPLE_IMAGE)).caption == TEXT
+
+
+async def test_what_is_left_is_known_by_its_name_and_can_be_forgotten(client, simulator):
+    script = simulator.script
+    script.caption("taken")
+    script.caption("twice", times=2)
+    script.detect([(0, 0, 1, 1)], fault="status=503")
+    script.query(fault="cut=2")
+    script.point([], times=None)
+    await captions(client, 2)
+
+    assert [str(answer) for answer in script.unused] == [
+        "caption('twice')",
+        "detect([{'x_max': 1.0, 'x_min': 0.0, 'y_max': 1.0, 'y_min': 0.0}], fault='status=503')",
+        "query(fault='cut=2')",
+    ]
+    assert repr(script).endswith("point([], times=None)])")
+    assert len(script) == 4
+    script.clear()
+    assert (script.unused, len(script)) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda script: script.segment("M 0 0 Z"), "no segment; it has caption, query, detect"),
+        (lambda script: script.chat("Hello"), "no chat"),
+        (lambda script: script.caption("x", times=0), "times"),
+        (lambda script: script.caption("x", hold_after=-1), "hold_after"),
+        (lambda script: script.caption("x", fault="cutt=1"), "unknown fault 'cutt'"),
+        (lambda script: script.caption("x", fault="cut=1,times=2"), "answer's times"),
+        (lambda script: script.detect([(0, 0, 1)]), "shorter"),
+        (lambda script: script.point([{"x": 0, "z": 0}]), "a place has x, y, not x, z"),
+    ],
+    ids=["segment", "chat", "times", "hold", "fault", "fault's times", "box", "point"],
+)
+def test_script_that_cannot_be_played_is_refused(add, message):
+    simulator = Simulator("station")
+    with pytest.raises(ValueError, match=message):
+        add(simulator.script)
+    assert len(simulator.script) == 0
+
+
+# -- what goes wrong -----------------------------------------------------------------------
+
+
+async def test_fault_goes_wrong_with_its_own_answer(simulator):
+    simulator.script.caption("one")
+    simulator.script.caption(fault="status=503,retry_after=0")
+    simulator.script.caption(fault="html=404")
+    simulator.script.caption("two")
+
+    async with md.MoondreamClient(endpoint=simulator.endpoint, max_retries=0) as client:
+        assert await captions(client, 1) == ["one"]
+        with pytest.raises(md.ServerError) as caught:
+            await captions(client, 1)
+        assert (caught.value.status, caught.value.retry_after) == (503, 0)
+        with pytest.raises(md.NotFoundError):
+            await captions(client, 1)
+        assert await captions(client, 1) == ["two"]
+
+
+@in_every_dialect
+@pytest.mark.parametrize("fault", ["cut=2", "drop=2", "error_event=2"])
+async def test_stream_breaks_after_its_scripted_pieces(dialect, fault):
+    async with (
+        Simulator(dialect) as simulator,
+        md.MoondreamClient(endpoint=simulator.endpoint) as client,
+    ):
+        simulator.script.caption(["A red", " circle", "."], fault=fault)
+
+        async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
+            with pytest.raises(md.StreamError) as caught:
+                await answer.text()
+
+    assert caught.value.partial == "A red circle"
+
+
+async def test_fault_of_streams_leaves_a_plain_answer_alone(client, simulator):
+    simulator.script.caption(TEXT, fault="cut=1")
+
+    assert await captions(client, 1) == [TEXT]
+
+
+async def test_answer_may_come_as_json_where_a_stream_was_asked(client, simulator):
+    simulator.script.caption(TEXT, fault="json")
+
+    async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
+        assert [piece async for piece in answer] == [TEXT]
+
+
+async def test_fault_of_the_simulator_leaves_the_answer_to_the_next_request(client, simulator):
+    simulator.faults.append("status=503,retry_after=0")
+    simulator.script.caption(TEXT)
+
+    assert await captions(client, 1) == [TEXT]  # at the second try
+    assert [request.status for request in simulator.requests] == [503, 200]
+
+
+async def test_fault_of_the_simulator_comes_before_that_of_the_answer(client, simulator):
+    simulator.faults.append("cut=1")
+    simulator.script.caption(["A red", " circle", "."], fault="cut=2")
+
+    async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
+        with pytest.raises(md.StreamInterruptedError) as caught:
+            await answer.text()
+
+    assert caught.value.partial == "A red"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hang_up",
+        "hang_up=reset",
+        "html,retry_after=1",
+        "status=429,times=2,path=caption,retry_after=soon",
+        "redirect=302:http://127.0.0.1/,times=always",
+        "slow_start=1.5",
+        "stall=3,heartbeats",
+        "heartbeats=2.0,endless",
+    ],
+)
+def test_fault_is_written_as_it_is_read(text):
+    fault = Fault.parse(text)
+
+    assert str(fault) == text
+    assert Fault.parse(str(fault)) == fault
+
+
+# -- what is held --------------------------------------------------------------------------
+
+
+def is_held(simulator):
+    return lambda: any(request.held for request in simulator.requests)
+
+
+@in_every_dialect
+@pytest.mark.parametrize("count", [0, 1, 3])
+async def test_stream_is_held_after_so_many_pieces_until_it_is_released(dialect, count):
+    pieces = ["A red", " circle", "."]
+    async with (
+        Simulator(dialect) as simulator,
+        md.MoondreamClient(endpoint=simulator.endpoint) as client,
+    ):
+        answer = simulator.script.caption(pieces, hold_after=count)
+        async with client.caption(SAMPLE_IMAGE, stream=True) as stream:
+            read = [await anext(stream.chunk) for _ in range(count)]
+            await simulator.wait_until(is_held(simulator))
+            [request] = simulator.requests
+            assert (read, request.events_sent) == (pieces[:count], count)
+            assert repr(request).endswith("held>")
+            answer.release()
+            assert await stream.text() == "".join(pieces[count:])
+            assert not request.held
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client: client.caption(SAMPLE_IMAGE),
+        lambda client: client.query(SAMPLE_IMAGE, "?"),
+        lambda client: client.detect(SAMPLE_IMAGE, "red"),
+        lambda client: client.point(SAMPLE_IMAGE, "red"),
+        lambda client: client.segment(SAMPLE_IMAGE, "red"),
+        lambda client: client.chat(CHAT["messages"]),
+    ],
+    ids=["caption", "query", "detect", "point", "segment", "chat"],
+)
+async def test_plain_answer_is_held_as_a_whole(client, simulator, ask):
+    script = simulator.script
+    held = [getattr(script, skill)(hold_after=1) for skill in script._skills]
+    call = asyncio.create_task(ask(client))
+    await simulator.wait_until(is_held(simulator))
+    assert simulator.requests[0].status is None
+    for answer in held:
+        answer.release()
+    assert (await call).request_id or call.result().usage
+
+
+async def test_release_is_for_all_that_the_answer_holds_now_and_later(client, simulator):
+    answer = simulator.script.caption(TEXT, times=3, hold_after=0)
+    first = [asyncio.create_task(captions(client, 1)) for _ in range(2)]
+    await simulator.wait_until(lambda: sum(each.held for each in simulator.requests) == 2)
+    answer.release()
+
+    assert [await task for task in first] == [[TEXT], [TEXT]]
+    assert await captions(client, 1) == [TEXT]
+
+
+async def test_release_may_come_from_another_thread(client, simulator):
+    answer = simulator.script.caption(TEXT, hold_after=0)
+    call = asyncio.create_task(captions(client, 1))
+    await simulator.wait_until(is_held(simulator))
+    thread = threading.Thread(target=answer.release)
+    thread.start()
+
+    assert await call == [TEXT]
+    thread.join()
+
+
+async def test_client_that_leaves_a_held_stream_is_noticed(client, simulator):
+    simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with client.caption(SAMPLE_IMAGE, stream=True) as stream:
+        assert await anext(stream.chunk) == "A red"
+    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+    assert not simulator.requests[0].held
+
+
+async def test_leaving_the_simulator_ends_what_is_held():
+    async with (
+        Simulator() as simulator,
+        md.MoondreamClient(endpoint=simulator.endpoint) as client,
+    ):
+        answer = simulator.script.caption(["A red", " circle."], hold_after=1)
+        async with client.caption(SAMPLE_IMAGE, stream=True) as stream:
+            await anext(stream.chunk)
+            await simulator.__aexit__()
+            with pytest.raises(md.StreamInterruptedError):
+                await stream.text()
+        answer.release()  # nobody is there: nothing happens
+
+
+async def test_every_event_that_is_sent_wakes_those_who_wait(client, simulator):
+    simulator.script.caption(["A", " red", " circle."], hold_after=2)
+    async with client.caption(SAMPLE_IMAGE, stream=True):
+        await simulator.wait_until(lambda: simulator.requests[0].events_sent == 2)
+
+
+# -- what was received ---------------------------------------------------------------------
+
+
+async def test_pictures_are_received_as_the_files_that_they_are(client, simulator):
+    sent = SAMPLE_IMAGE.read_bytes()
+    part = {"type": "image_url", "image_url": {"url": IMAGE}}
+    about_two = [{"role": "user", "content": [part, {"type": "text", "text": "?"}, part]}]
+    await client.detect(SAMPLE_IMAGE, "red")
+    await client.query(None, "What can you do?")
+    await client.chat(about_two)
+    await client.models()
+
+    assert [request.images for request in simulator.requests] == [[sent], [], [sent, sent], []]
