@@ -12,7 +12,7 @@ from rich.console import Console
 from . import report
 from .bench import Bench
 
-SCENARIOS = ("coalesced",)
+SCENARIOS = ("coalesced", "many", "growth")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,23 +102,36 @@ class Bench:
             yield found
 
     def rounds(
-        self, count: int, tasks: dict[str, tuple[str, str, dict[str, Any]]], *, fresh: bool = False
+        self,
+        count: int,
+        tasks: dict[str, tuple[str, str, dict[str, Any]]],
+        *,
+        fresh: bool = False,
+        seldom: Container[str] = (),
     ) -> dict[str, list[Any]]:
         """Measure each task once a round, one after the other, so that all have the same weather.
 
         Args:
             count: How many rounds.
             tasks: Label to contender, name of the task, and its arguments.
-            fresh: Whether each round has new processes.
+            fresh: Whether each task has a new process each time.
+            seldom: Contenders that take so long that the half of the rounds must do.
         """
         results: dict[str, list[Any]] = {}
-        for _ in range(count if fresh else 1):
-            with self.workers(dict.fromkeys(each[0] for each in tasks.values())) as children:
-                for _ in range(1 if fresh else count):
-                    for label, (name, task, arguments) in tasks.items():
-                        if name in children:
-                            begun = time.perf_counter()
-                            result = children[name].ask(task, origin=self.origin, **arguments)
-                            results.setdefault(label, []).append(result)
-                            self.say(f"  {label}: {time.perf_counter() - begun:.1f} s")
+        with contextlib.ExitStack() as stack:
+            names = dict.fromkeys(name for name, _, _ in tasks.values())
+            children = {} if fresh else stack.enter_context(self.workers(names))
+            for number in range(count):
+                for label, (name, task, arguments) in tasks.items():
+                    if name in seldom and number >= (count + 1) // 2:
+                        continue
+                    with contextlib.ExitStack() as this_time:
+                        if fresh:
+                            children = this_time.enter_context(self.workers([name]))
+                        if name not in children:
+                            continue
+                        begun = time.perf_counter()
+                        result = children[name].ask(task, origin=self.origin, **arguments)
+                        results.setdefault(label, []).append(result)
+                        self.say(f"  {label}: {time.perf_counter() - begun:.1f} s")
         return results

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import resource
 import sys
+from collections.abc import Callable
 
 from . import wire
 from .wire import Plan
@@ -52,6 +53,10 @@ class Connection(asyncio.Protocol):
         skill = "chat" if last == "completions" else last
         if plan.kind == "call":
             self.transport.write(wire.ANSWER)
+        elif plan.kind == "release":
+            for group in self._groups.values():
+                group.go_on()
+            self.transport.write(wire.ANSWER)
         elif plan.kind == "first":
             first, *rest = wire.packets(plan, skill)
             self.transport.write(wire.STREAM_HEAD + first)
@@ -59,9 +64,9 @@ class Connection(asyncio.Protocol):
         elif plan.every_us:
             self.transport.write(wire.STREAM_HEAD)
             if text not in self._groups:
-                self._groups[text] = Group(plan, wire.packets(plan, skill))
-            if self._groups[text].add(self.transport):
-                del self._groups[text]
+                packets = wire.packets(plan, skill)
+                self._groups[text] = Group(plan, packets, lambda: self._groups.pop(text))
+            self._groups[text].add(self.transport)
         else:
             self._rest = memoryview(wire.STREAM_HEAD + b"".join(wire.packets(plan, skill)))
             self.resume_writing()
@@ -81,24 +86,47 @@ class Connection(asyncio.Protocol):
 class Group:
     """Streams that start together, and have their turns one after the other."""
 
-    def __init__(self, plan: Plan, packets: list[bytes]) -> None:
+    def __init__(self, plan: Plan, packets: list[bytes], on_end: Callable[[], object]) -> None:
         self._plan = plan
         self._packets = packets
+        self._on_end = on_end
         self._transports: list[asyncio.Transport] = []
+        self._gates = [asyncio.Event() for _ in range(2)] if plan.hold else []
         self._running: asyncio.Task[None] | None = None
 
-    def add(self, transport: asyncio.BaseTransport) -> bool:
-        """Take one more; return whether that was the last."""
+    def add(self, transport: asyncio.Transport) -> None:
+        """Take one more; begin when that was the last."""
         self._transports.append(transport)
-        if len(self._transports) < self._plan.streams:
-            return False
-        self._running = asyncio.ensure_future(self._run())
-        return True
+        if self._plan.hold:
+            transport.write(self._packets[0])
+        if len(self._transports) == self._plan.streams:
+            self._running = asyncio.ensure_future(self._run())
+
+    def go_on(self) -> None:
+        """Open the next gate, if there is one."""
+        for gate in self._gates:
+            if not gate.is_set():
+                gate.set()
+                return
 
     async def _run(self) -> None:
+        if self._gates:
+            _, *middle, last = self._packets
+            await self._gates[0].wait()
+            await self._play(middle)
+            await self._gates[1].wait()
+            for transport in self._transports:
+                transport.write(last)
+        else:
+            await self._play(self._packets)
+        self._on_end()
+        self._running = None
+
+    async def _play(self, packets: list[bytes]) -> None:
+        """Send all packets of all streams, each at its time."""
         loop = asyncio.get_running_loop()
         transports = self._transports
-        turns = len(transports) * len(self._packets)
+        turns = len(transports) * len(packets)
         seconds = self._plan.every_us / 1e6 / len(transports)  # from one turn to the next
         begun = loop.time()
         turn = 0
@@ -108,10 +136,9 @@ class Group:
             for each in range(turn, min(due, turn + 200)):
                 number, which = divmod(each, len(transports))
                 if not transports[which].is_closing():
-                    transports[which].write(self._packets[number])
+                    transports[which].write(packets[number])
                 turn = each + 1
             await asyncio.sleep(0 if turn < due else begun + turn * seconds - loop.time())
-        self._running = None
 
 
 def allow_many_files() -> None:

@@ -21,7 +21,8 @@ class Plan:
     """What one request is answered with."""
 
     kind: str = "stream"
-    """``stream``; ``call`` for a plain answer; ``large`` for one event of `events` bytes."""
+    """``stream``; ``first`` for a pause after the first packet; ``large`` for one event of
+    `events` bytes; ``call`` for a plain answer; ``release`` lets streams with `hold` go on."""
     events: int = 1
     """Events of text in a stream; the end comes on top."""
     per: int = 1
@@ -30,6 +31,8 @@ class Plan:
     """How many streams wait for each other: the first packets go out when all are there."""
     every_us: int = 0
     """Microseconds from a packet to the next in one stream; 0: all at once."""
+    hold: int = 0
+    """Whether all wait for a ``release`` after the first packet, and before the end."""
 
     @classmethod
     def parse(cls, text: str) -> Plan:

@@ -15,7 +15,9 @@ NEEDS = ("httpx", "httpx-sse")
 
 @contextlib.asynccontextmanager
 async def open(endpoint, connections, library=httpx):  # noqa: A001 - as the others
-    limits = library.Limits(max_connections=connections, max_keepalive_connections=connections)
+    # To keep more idle connections than it does by default is no help: the pool looks at
+    # each of them, for each of them, whenever one is freed.
+    limits = library.Limits(max_connections=connections)
     async with library.AsyncClient(limits=limits, timeout=None) as client:
         yield Session(endpoint, client)
 

@@ -10,12 +10,16 @@ from . import _same
 NAME = "moondream_async"
 NEEDS = ("moondream-async", "aiohttp", "anyio", "msgspec")
 TINY = md.EncodedImage(_same.TINY, _same.TYPE, 8, 8)
+# All limits are watched; but ten thousand connections at once take longer than ten seconds.
+TIMEOUT = md.Timeout(connect=120, pool=120)
 PICTURE = md.EncodedImage(_same.PICTURE, _same.TYPE, 80, 80)
 
 
 @contextlib.asynccontextmanager
 async def open(endpoint, connections):  # noqa: A001 - as the others
-    async with md.MoondreamClient(endpoint=endpoint, max_connections=connections) as client:
+    async with md.MoondreamClient(
+        endpoint=endpoint, timeout=TIMEOUT, max_connections=connections
+    ) as client:
         yield Session(client)
 
 
