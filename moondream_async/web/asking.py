@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from aiohttp import web
 
 from moondream_async import MoondreamClient, RequestError
 from moondream_async._streams import Stream
 from moondream_async.types import Length, Result
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 
 class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,24 +37,17 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def read_question(request: web.Request) -> tuple[Question, bytes]:
-    """Return what a form with the fields ``question`` (JSON) and ``picture`` (a file) holds.
+    """Return what a body holds: the question as a line of JSON, and then the picture's file.
 
     Raises:
-        RequestError: It is no such form.
+        RequestError: There is no such line.
         web.HTTPRequestEntityTooLarge: It is larger than the application takes.
     """
+    question, _, picture = (await request.read()).partition(b"\n")
     try:
-        form = await request.post()
-    except ValueError:  # what claims to be a form and is cut or garbled
-        form = None
-    question, picture = (form.get("question"), form.get("picture")) if form else (None, None)
-    if not isinstance(question, str) or not isinstance(picture, web.FileField):
-        raise RequestError("A form with the fields question and picture was expected")
-    try:
-        asked = msgspec.json.decode(question, type=Question)
-    except msgspec.DecodeError as error:
+        return msgspec.json.decode(question, type=Question), picture
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"The question could not be read: {error}") from error
-    return asked, picture.file.read()
 
 
 async def ask(client: MoondreamClient, question: Question, picture: bytes) -> Stream | Result:

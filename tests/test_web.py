@@ -1,0 +1,511 @@
+"""The demo page's server, spoken to as browsers and others would: over sockets of loopback."""
+
+import asyncio
+import errno
+import io
+import json
+import os
+import socket
+import sys
+from contextlib import asynccontextmanager, closing
+
+import aiohttp
+import anyio
+import pytest
+
+import moondream_async as md
+from moondream_async.simulator import Simulator
+from moondream_async.web import DemoPage
+from moondream_async.web.server import MAX_BODY_BYTES, STATIC
+
+KEY = "the-key-of-the-user"
+FILES = sorted(f"/static/{path.name}" for path in STATIC.iterdir())
+PATHS = ["/", "/about", "/picture", *FILES]
+PATIENCE = 60  # seconds; less than pytest's, which would leave a program that hangs behind
+
+QUESTIONS = {
+    "caption": {"skill": "caption", "length": "short"},
+    "query": {"skill": "query", "question": "How many shapes?", "reasoning": False},
+    "detect": {"skill": "detect", "object": "red circle"},
+    "point": {"skill": "point", "object": "red circle", "settings": {"max_objects": 1}},
+    "segment": {"skill": "segment", "object": "red circle"},
+    "chat": {"skill": "chat", "messages": [{"role": "user", "content": "Which colours?"}]},
+}
+
+
+@pytest.fixture
+async def page(client, photo):
+    async with DemoPage(client, photo, simulated=True, port=0) as page:
+        yield page
+
+
+@pytest.fixture
+async def browser(page):
+    """What speaks HTTP, and sends what the page's own requests have."""
+    origin = page.url.rstrip("/")
+    async with aiohttp.ClientSession(origin, headers={"Origin": origin}) as session:
+        yield session
+
+
+def body(question, picture=b""):
+    """What the page posts; a question that is no JSON may be given as bytes."""
+    line = question if isinstance(question, bytes) else json.dumps(question).encode()
+    return io.BytesIO(line + b"\n" + picture)
+
+
+def events(text):
+    """The events of an answer, as names and data."""
+    blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("event: ")]
+    return [(name.removeprefix("event: "), json.loads(data[6:])) for name, data in blocks]
+
+
+# -- the files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_everything_comes_with_a_policy_that_lets_in_nothing_else(path, browser):
+    async with browser.get(path) as response:
+        assert response.status == 200
+        policy = dict(each.split(" ", 1) for each in response.headers[CSP].split("; "))
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Cache-Control"] == "no-store"
+        assert "Access-Control-Allow-Origin" not in response.headers
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert not {"*", "http:", "https:", "'unsafe-inline'", "'unsafe-eval'"} & set(
+        " ".join(policy.values()).split()
+    )
+
+
+CSP = "Content-Security-Policy"
+
+
+@pytest.mark.parametrize("path", FILES)
+async def test_files_are_what_their_names_say(path, browser):
+    kinds = {"html": "text/html", "css": "text/css", "svg": "image/svg+xml"}
+    async with browser.get(path) as response:
+        kind = response.content_type.replace("application/", "text/")  # as Python's version has it
+    assert kind == kinds.get(path.rpartition(".")[2], "text/javascript")
+
+
+def test_files_name_no_other_host():
+    allowed = {
+        "http://www.w3.org/2000/svg": "the name of a kind of element, which nobody looks up",
+        "https://api.moondream.ai/v1": "compared with, for the Python lines",
+    }
+    for path in STATIC.iterdir():
+        text = path.read_text("utf-8")
+        for each in allowed:
+            text = text.replace(each, "")
+        assert "//" not in text.replace("// ", ""), path.name
+
+
+@pytest.mark.parametrize("path", ["/static/../server.py", "/static/%2e%2e/server.py", "/ask", "/x"])
+async def test_nothing_else_is_served(path, browser):
+    async with browser.get(path) as response:
+        assert response.status in (403, 404, 405)
+        assert (await response.json())["error"]["message"]
+
+
+async def test_the_picture_of_the_start_is_the_one_given(browser, photo):
+    async with browser.get("/picture") as response:
+        assert response.content_type == "image/jpeg"
+        assert await response.read() == photo.read_bytes()
+
+
+async def test_it_tells_who_answers(browser, client):
+    async with browser.get("/about") as response:
+        about = await response.json()
+    assert about["endpoint"] == client.endpoint
+    assert about["simulated"] is True
+
+
+async def test_a_picture_that_is_none_is_refused_before_it_listens(client):
+    with pytest.raises(md.ImageError):
+        async with DemoPage(client, b"no picture", port=0):
+            pass
+
+
+async def test_pages_find_a_port_where_theirs_is_taken(client, photo):
+    async with DemoPage(client, photo) as one, DemoPage(client, photo) as another:
+        assert one.url != another.url
+
+
+async def test_a_port_that_was_asked_for_is_that_or_none(client, photo, page):
+    with pytest.raises(OSError) as caught:
+        async with DemoPage(client, photo, port=int(page.url.split(":")[2].strip("/"))):
+            pass
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+async def test_a_page_that_does_not_listen_has_no_address(client, photo):
+    with pytest.raises(RuntimeError, match="isn't served"):
+        _ = DemoPage(client, photo).url
+
+
+# -- who may ask --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:{port}", 200),
+        ("localhost:{port}", 200),
+        ("LOCALHOST:{port}", 200),
+        ("[::1]:{port}", 200),
+        ("rebound.example:{port}", 421),
+        ("127.0.0.1.rebound.example:{port}", 421),
+        ("rebound.example", 421),
+        ("127.0.0.1:1", 421),
+        ("localhost", 421),
+        ("127.0.0.2:{port}", 421),
+        ("0.0.0.0:{port}", 421),
+        ("", 421),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/about", "/picture"])
+async def test_only_names_of_this_machine_are_answered(path, host, status, browser, page):
+    host = host.format(port=page.url.split(":")[2].strip("/"))
+    async with browser.get(path, headers={"Host": host}) as response:
+        assert response.status == status
+        if status != 200:
+            assert "answers only as 127.0.0.1" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        None,
+        "null",
+        "http://evil.example",
+        "http://127.0.0.1:1",
+        "http://127.0.0.1",
+        "https://127.0.0.1:{port}",
+        "http://localhost:{port}",  # the page's, but not of the name that it was asked by
+        "http://127.0.0.1:{port}.evil.example",
+        "http://127.0.0.1:{port}, http://evil.example",
+    ],
+    ids=str,
+)
+async def test_questions_of_other_origins_are_refused_and_not_asked(origin, page, simulator, photo):
+    headers = {"Origin": origin.format(port=page.url.split(":")[2].strip("/"))} if origin else {}
+    async with aiohttp.ClientSession(page.url) as anybody:
+        question = body(QUESTIONS["caption"], photo.read_bytes())
+        async with anybody.post("/ask", data=question, headers=headers) as response:
+            assert response.status == 403
+            assert "Origin" in (await response.json())["error"]["message"]
+            assert "Access-Control-Allow-Origin" not in response.headers
+    assert simulator.requests == []
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers", "status"),
+    [
+        ("POST /ask", {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("POST /ask", {"Sec-Fetch-Site": "same-site"}, 403),
+        ("POST /ask", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
+        ("POST /ask", {"Sec-Fetch-Site": "same-origin"}, 200),
+        ("GET /about", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ("GET /about", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),
+        ("GET /", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+        ("GET /", {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}, 200),
+        ("OPTIONS /ask", {"Access-Control-Request-Method": "POST"}, 405),
+    ],
+    ids=str,
+)
+async def test_other_pages_may_link_to_it_and_no_more(
+    request_line, headers, status, browser, photo
+):
+    method, path = request_line.split()
+    data = body(QUESTIONS["caption"], photo.read_bytes()) if method == "POST" else None
+    async with browser.request(method, path, headers=headers, data=data) as response:
+        assert response.status == status
+
+
+@pytest.mark.parametrize("key", [KEY, "a-wrong-key-of-the-user"])
+async def test_the_key_is_in_nothing_that_is_served(key, photo):
+    async with (
+        Simulator(api_key=KEY) as simulator,
+        md.MoondreamClient(key, endpoint=simulator.endpoint) as client,
+        DemoPage(client, photo, port=0) as page,
+        aiohttp.ClientSession(page.url, headers={"Origin": page.url.rstrip("/")}) as browser,
+    ):
+        picture = photo.read_bytes()
+        asked = [("POST", "/ask", body(each, picture)) for each in QUESTIONS.values()]
+        for method, path, data in [("GET", path, None) for path in PATHS] + asked:
+            async with browser.request(method, path, data=data) as response:
+                served = f"{response.headers}".encode() + await response.read()
+                assert response.status == (401 if data and key != KEY else 200)
+            assert key.encode() not in served
+            assert KEY.encode() not in served
+
+
+# -- answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skill", ["caption", "query", "chat"])
+async def test_texts_come_in_chunks_and_then_what_is_known_of_them(skill, browser, client, photo):
+    async with browser.post("/ask", data=body(QUESTIONS[skill], photo.read_bytes())) as response:
+        assert response.status == 200
+        assert response.content_type == "text/event-stream"
+        *chunks, (last, about) = events(await response.text())
+    expected = {
+        "caption": lambda: client.caption(photo, length="short", stream=True),
+        "query": lambda: client.query(photo, "How many shapes?", stream=True),
+        "chat": lambda: client.chat(
+            [{"role": "user", "content": ["Which colours?", photo]}], stream=True
+        ),
+    }
+    async with expected[skill]() as stream:
+        assert "".join(data["chunk"] for _, data in chunks) == await stream.text()
+    assert {name for name, _ in chunks} == {"chunk"}
+    assert last == "done"
+    assert about["request_id"]
+
+
+@pytest.mark.parametrize(("skill", "key"), [("detect", "objects"), ("point", "points")])
+async def test_places_come_whole(skill, key, browser, client, photo):
+    async with browser.post("/ask", data=body(QUESTIONS[skill], photo.read_bytes())) as response:
+        answer = await response.json()
+    found = await getattr(client, skill)(photo, "red circle")
+    assert answer[key] == [dict(each) for each in found[key]]
+
+
+async def test_an_outline_comes_with_its_place_first_and_the_fine_path_last(browser, client, photo):
+    async with browser.post(
+        "/ask", data=body(QUESTIONS["segment"], photo.read_bytes())
+    ) as response:
+        first, *_, last = events(await response.text())
+    found = await client.segment(photo, "red circle")
+    assert first == ("bbox", {"bbox": dict(found.bbox)})
+    assert last[0] == "done"
+    assert last[1]["path"] == found.path
+
+
+async def test_settings_and_reasoning_reach_the_server(browser, simulator, photo):
+    question = {
+        "skill": "query",
+        "question": "Why?",
+        "reasoning": True,
+        "settings": {"temperature": 0.5, "max_tokens": 300},
+    }
+    async with browser.post("/ask", data=body(question, photo.read_bytes())) as response:
+        *_, (last, about) = events(await response.text())
+    sent = simulator.requests[-1].body
+    assert (sent["question"], sent["reasoning"]) == ("Why?", True)
+    assert sent["settings"] == question["settings"]
+    assert last == "done"
+    assert about["reasoning"]["text"]
+
+
+async def test_a_conversation_has_its_picture_in_the_first_message(browser, simulator, photo):
+    turns = [
+        {"role": "user", "content": "Which colours?"},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "How many?"},
+    ]
+    question = {"skill": "chat", "messages": turns}
+    async with browser.post("/ask", data=body(question, photo.read_bytes())) as response:
+        assert events(await response.text())[-1][0] == "done"
+    first, *others = simulator.requests[-1].body["messages"]
+    assert [part["type"] for part in first["content"]] == ["text", "image_url"]
+    assert others == turns[1:]
+
+
+# -- what goes wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        (b"", "could not be read"),
+        (b"{", "could not be read"),
+        (b"[]", "could not be read"),
+        (b'{"skill": "query", "question": "\xff"}', "could not be read"),
+        ({"skill": "dance"}, "could not be read"),
+        ({"skill": "caption", "api_key": "x"}, "could not be read"),
+        ({"skill": "chat", "messages": [{"role": "system", "content": "x"}]}, "could not be read"),
+        ({"skill": "caption", "settings": {"max_tokens": 0}}, "max_tokens"),
+        ({"skill": "query"}, "question"),
+        ({"skill": "detect", "object": " "}, "object"),
+        ({"skill": "chat"}, "messages"),
+    ],
+    ids=str,
+)
+async def test_questions_that_cannot_be_right_are_refused_with_a_sentence(
+    question, sentence, browser, simulator, photo
+):
+    async with browser.post("/ask", data=body(question, photo.read_bytes())) as response:
+        assert response.status == 400
+        assert sentence in (await response.json())["error"]["message"]
+    assert simulator.requests == []
+
+
+async def test_what_is_no_picture_is_refused_with_a_sentence(browser, simulator):
+    async with browser.post("/ask", data=body(QUESTIONS["caption"], b"no picture")) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["type"] == "ImageError"
+    assert simulator.requests == []
+
+
+async def test_what_is_too_large_is_refused_with_a_sentence(browser, simulator):
+    question = body(QUESTIONS["caption"], bytes(MAX_BODY_BYTES))
+    async with browser.post("/ask", data=question) as response:
+        assert response.status == 413
+        assert "32 MB" in (await response.json())["error"]["message"]
+    assert simulator.requests == []
+
+
+@pytest.mark.parametrize("skill", QUESTIONS)
+async def test_a_refusal_of_the_server_comes_with_its_status(skill, browser, simulator, photo):
+    simulator.faults.append("status=403")
+    async with browser.post("/ask", data=body(QUESTIONS[skill], photo.read_bytes())) as response:
+        assert response.status == 403
+        error = (await response.json())["error"]
+    assert error["type"] == "PermissionDeniedError"
+    assert error["message"]
+
+
+async def test_a_server_that_is_not_there_is_a_bad_gateway(photo):
+    with closing(socket.create_server(("127.0.0.1", 0))) as bound:
+        nobody = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+    async with (
+        md.MoondreamClient(endpoint=nobody, max_retries=0) as client,
+        DemoPage(client, photo, port=0) as page,
+        aiohttp.ClientSession(page.url, headers={"Origin": page.url.rstrip("/")}) as browser,
+    ):
+        question = body(QUESTIONS["caption"], photo.read_bytes())
+        async with browser.post("/ask", data=question) as response:
+            assert response.status == 502
+            assert (await response.json())["error"]["type"] == "APIConnectionError"
+
+
+async def test_what_goes_wrong_in_an_answer_is_its_last_event(browser, simulator, photo):
+    simulator.faults.append("error_event=2")
+    async with browser.post(
+        "/ask", data=body(QUESTIONS["caption"], photo.read_bytes())
+    ) as response:
+        *chunks, (last, data) = events(await response.text())
+    assert len(chunks) == 2
+    assert last == "error"
+    assert "Inference failed" in data["error"]["message"]
+
+
+# -- readers who go away ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skill", QUESTIONS)
+async def test_who_goes_away_while_the_model_thinks_ends_the_call(skill, browser, simulator, photo):
+    simulator.faults.append("slow_start=1000")
+    question = body(QUESTIONS[skill], photo.read_bytes())
+    asking = asyncio.ensure_future(browser.post("/ask", data=question))
+    await simulator.wait_until(lambda: simulator.requests)
+    asking.cancel()
+    await simulator.requests[0].ended.wait()
+    assert simulator.requests[0].disconnected
+    assert (await asyncio.gather(asking, return_exceptions=True))[0].__class__.__name__ == (
+        "CancelledError"
+    )
+
+
+@pytest.mark.parametrize("skill", ["caption", "query", "segment", "chat"])
+async def test_who_goes_away_in_the_middle_ends_the_call(skill, browser, simulator, photo):
+    simulator.faults.append("stall=3")
+    async with browser.post("/ask", data=body(QUESTIONS[skill], photo.read_bytes())) as response:
+        await response.content.readuntil(b"\n\n")
+        assert not simulator.requests[0].ended.is_set()
+        response.close()
+    await simulator.requests[0].ended.wait()
+    assert simulator.requests[0].disconnected
+
+
+async def test_leaving_the_page_ends_answers_on_their_way(simulator, client, photo):
+    simulator.faults.append("stall=3")
+    async with aiohttp.ClientSession() as browser:
+        async with DemoPage(client, photo, port=0) as page:
+            headers = {"Origin": page.url.rstrip("/")}
+            question = body(QUESTIONS["caption"], photo.read_bytes())
+            response = await browser.post(f"{page.url}ask", data=question, headers=headers)
+            await response.content.readuntil(b"\n\n")
+        await simulator.requests[0].ended.wait()
+        assert simulator.requests[0].disconnected
+        response.close()
+
+
+# -- the command --------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def demo(*args, **environment):
+    """Run ``demo --web``; yields the process and the page's address."""
+    command = [sys.executable, "-m", "moondream_async", "demo", "--web", *args]
+    process = await anyio.open_process(command, env={**os.environ, **environment})
+    async with process:
+        try:
+            with anyio.fail_after(PATIENCE):
+                printed = b""
+                while not printed.endswith(b"\n"):
+                    printed += await process.stdout.receive()
+                yield process, printed.decode().strip()
+        finally:
+            if process.returncode is None:
+                process.kill()
+
+
+@pytest.mark.slow
+async def test_demo_serves_the_page_until_ctrl_c(interruptible, photo):
+    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
+    async with demo("--port", "0", "--rate", "0") as (process, url):
+        origin = url.rstrip("/")
+        async with aiohttp.ClientSession(url, headers={"Origin": origin}) as browser:
+            async with browser.get("/") as response:
+                assert response.status == 200
+            question = body(QUESTIONS["caption"], photo.read_bytes())
+            async with browser.post("/ask", data=question) as response:
+                assert events(await response.text())[-1][0] == "done"
+        process.send_signal(2)
+        status = await process.wait()
+        errors = b"".join([data async for data in process.stderr]).decode()
+    assert status == 130
+    assert "No model is looking" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+async def test_demo_serves_the_picture_and_the_server_that_it_is_given(simulator, tmp_path, photo):
+    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
+    picture = tmp_path / "grey.ppm"
+    picture.write_bytes(b"P6 2 1 255 " + bytes(6))
+    async with (
+        demo("--port", "0", str(picture), MOONDREAM_ENDPOINT=simulator.endpoint) as (_, url),
+        aiohttp.ClientSession(url) as browser,
+    ):
+        async with browser.get("/about") as response:
+            about = await response.json()
+        async with browser.get("/picture") as response:
+            assert response.content_type in ("image/png", "image/jpeg")
+    assert about["endpoint"] == simulator.endpoint
+    assert about["simulated"] is False
+    assert about["picture"] == str(picture)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "reason"),
+    [
+        (["demo", "--port", "1"], 2, "no effect without '--web'"),
+        (["demo", "--web", "--port", "{taken}"], 1, "Can't listen on port {taken}"),
+        (["demo", "--web", "no-such-picture.jpg"], 1, "does not exist"),
+    ],
+    ids=str,
+)
+def test_demo_says_in_one_line_why_there_is_no_page(args, status, reason, capsys):
+    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
+    from moondream_async.cli import main
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        taken = other.getsockname()[1]
+        assert main([arg.format(taken=taken) for arg in args]) == status
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert reason.format(taken=taken) in errors
+    assert errors.count("\n") == 1
