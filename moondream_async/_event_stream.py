@@ -18,14 +18,14 @@ of these closes the stream.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from ._protocol.events import Event
+from ._protocol.plain import Block
 from .errors import MoondreamError, RequestError
-from .types import BboxEvent, ReasoningEvent
+from .types import BboxEvent, ReasoningEvent, StreamEvent
 
 if TYPE_CHECKING:
     from asyncio import Task
@@ -58,8 +58,6 @@ _FAULT_FIELDS = ("status", "phase")
 class Answer(Protocol):
     """What of a stream is used here."""
 
-    _ready: Iterator[Event]
-
     @property
     def completed(self) -> bool:
         """Whether all of it has arrived."""
@@ -68,6 +66,8 @@ class Answer(Protocol):
         """Give its connection back, or drop it if there is more to come."""
 
     async def _fill(self) -> None: ...
+
+    def _rest(self) -> Block: ...
 
     def _close(self) -> None: ...
 
@@ -199,16 +199,17 @@ async def _read(stream: Answer) -> tuple[bytes, bool]:
 
 def _take(stream: Answer) -> tuple[bytes, bool]:
     """Return all that has arrived as events, and whether it is the last."""
-    events = [*stream._ready]  # noqa: SLF001 - a part of the stream
-    data = b"".join(map(_pass_on, events))
-    if events and stream.completed:
+    block = stream._rest()  # noqa: SLF001 - a part of the stream
+    data = b"".join(
+        _encode("chunk", {"chunk": text}) if text else _without_text(block[i])
+        for i, text in enumerate(block.texts)
+    )
+    if block and stream.completed:
         return data + _done(stream), True
     return data, False
 
 
-def _pass_on(event: Event) -> bytes:
-    if event.chunk:
-        return _encode("chunk", {"chunk": event.chunk})
+def _without_text(event: StreamEvent) -> bytes:
     if isinstance(event, BboxEvent):
         return _encode("bbox", {"bbox": event.bbox})
     if isinstance(event, ReasoningEvent):

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ._clock import Clock, running_loop
 from ._event_stream import EventStream
-from ._protocol.events import AnswerDecoder, Event
+from ._protocol.events import AnswerDecoder
+from ._protocol.plain import NOTHING, Block
 from ._secret import conceal
 from .errors import (
     APIConnectionError,
@@ -74,7 +75,7 @@ class Opening(NamedTuple):
 
     decoder: AnswerDecoder
     source: ByteSource | None = None  # None: the whole answer is in `events`
-    events: list[Event] = []  # noqa: RUF012 - never changed
+    events: Block = NOTHING
     sent_at: float | None = None  # on the loop's clock
     waited: float = 0.0  # seconds already spent on waiting for the first event
 
@@ -171,8 +172,8 @@ class Stream:
         self._clock: Clock | None = None
         if opening.source is not None:
             self._clock = Clock(opening.source, self._timeout, self._total_at, opening.waited)
-        self._block: list[Event] = []
-        self._ready: Iterator[Event] = iter(self._block)
+        self._block = NOTHING
+        self._ready: Iterator[str] = iter(())
 
     # -- reading ------------------------------------------------------------------
 
@@ -205,14 +206,11 @@ class Stream:
 
     async def __anext__(self) -> str:
         """Return the next piece of text."""
-        for event in self._ready:
-            if event.chunk:
-                return event.chunk
         while True:
+            for chunk in self._ready:
+                if chunk:
+                    return chunk
             await self._fill()
-            for event in self._ready:
-                if event.chunk:
-                    return event.chunk
 
     async def text(self) -> str:
         """Read to the end; return all the text that had not been read yet.
@@ -251,8 +249,7 @@ class Stream:
     @property
     def text_so_far(self) -> str:
         """All the text that was handed out."""
-        given = len(self._block) - operator.length_hint(self._ready)
-        return "".join([*self._text, *[event.chunk for event in self._block[:given]]])
+        return "".join([*self._text, *self._block.texts[: self._given()]])
 
     @property
     def completed(self) -> bool:
@@ -324,10 +321,10 @@ class Stream:
         text = self.text_so_far
         if not self._closed:
             self._closed = True
-            self._unread = not self.completed or any(event.chunk for event in self._ready)
+            self._unread = not self.completed or any(self._ready)
         self._text = [text]
-        self._block = []
-        self._ready = iter(self._block)
+        self._block = NOTHING
+        self._ready = iter(())
         self._drop_source()
         self._report(None)
         if self._reopening is not None:
@@ -369,15 +366,31 @@ class Stream:
 
     # -- filling ------------------------------------------------------------------
 
-    def _take(self, events: list[Event]) -> None:
-        """Make `events` the block to hand out; the one before is used up."""
-        self._text.append("".join([event.chunk for event in self._block]))
-        self._block = events
-        self._ready = iter(events)
-        if self._ttft is None and self._sent_at is not None and any(e.chunk for e in events):
+    def _take(self, block: Block) -> None:
+        """Make `block` the one to hand out; the one before is used up."""
+        self._text.append("".join(self._block.texts))
+        self._block = block
+        self._ready = iter(block.texts)
+        if self._ttft is None and self._sent_at is not None and any(block.texts):
             self._ttft = running_loop().time() - self._sent_at
             if self._observer is not None:
                 self._observer.first_chunk(self.request_id)
+
+    def _given(self) -> int:
+        """How many events of the block have been handed out."""
+        return len(self._block) - operator.length_hint(self._ready)
+
+    def _rest(self) -> Block:
+        """Hand out all that is left of the block."""
+        rest = self._block[self._given() :]
+        self._ready = iter(())
+        return rest
+
+    def _next_event(self) -> StreamEvent | None:
+        """Hand out the next event of the block; None if it is used up."""
+        for _ in self._ready:
+            return self._block[self._given() - 1]
+        return None
 
     async def _fill(self) -> None:
         """Wait until there are events to hand out.
@@ -390,18 +403,18 @@ class Stream:
         self._reading = True
         try:
             while True:
-                reopen = self._another_try()
+                reopen = None if self._decoder.failure is None else self._another_try()
                 if reopen is not None:
-                    events = await self._try_again(reopen)
+                    block = await self._try_again(reopen)
                 else:
                     self._check()
                     if self._decoder.completed:
                         await self._finish()
                         raise StopAsyncIteration  # noqa: TRY301 - once a stream
-                    events = await self._receive()
-                if events:
+                    block = await self._receive()
+                if block.texts:
                     self._reopen = None  # from here on, trying again would say things twice
-                    self._take(events)
+                    self._take(block)
                     return
         except StopAsyncIteration:
             self._report(None)
@@ -434,18 +447,18 @@ class Stream:
             finally:
                 source.close()
 
-    async def _receive(self) -> list[Event]:
+    async def _receive(self) -> Block:
         """Wait for the next bytes and decode them; mostly, that is one event or more."""
         source, clock = self._source, self._clock
         if source is None or clock is None:  # closed meanwhile
             raise ClientClosedError("The stream was closed before its end")
-        events: list[Event] = []
+        block = NOTHING
         if not source.closed:  # as it is when its event loop is gone; then there is no wait
             clock.start()
         try:
             data = await source.__anext__()
         except StopAsyncIteration:
-            events = self._decoder.end()
+            block = self._decoder.end()
         except (APIConnectionError, ClientClosedError) as error:
             if self._closed:
                 raise ClientClosedError("The stream was closed while it was read") from error
@@ -456,13 +469,13 @@ class Stream:
             if isinstance(error, ClientClosedError):
                 self._drop_source()
                 raise
-            events = self._decoder.end()
+            block = self._decoder.end()
             self._cause = error.with_traceback(None)
         else:
-            events = self._decoder.feed(data)
+            block = self._decoder.feed(data)
         finally:
-            clock.stop(progress=bool(events))
-        return events
+            clock.stop(progress=bool(block.texts))
+        return block
 
     def _another_try(self) -> Reopen | None:
         """Return how to ask again, where the connection was lost before the first event."""
@@ -470,7 +483,7 @@ class Stream:
         lost = failure is not None and isinstance(failure(), StreamInterruptedError)
         return self._reopen if lost and not self._closed else None
 
-    async def _try_again(self, reopen: Reopen) -> list[Event]:
+    async def _try_again(self, reopen: Reopen) -> Block:
         """Ask again; return the answer, if it comes whole.
 
         Cancelling it changes nothing: whoever reads next tries again.
@@ -487,7 +500,7 @@ class Stream:
             except MoondreamError as error:
                 self._reopen = None
                 if error is lost:  # no try left
-                    return []
+                    return NOTHING
                 raise
             finally:
                 self._reopening = None
@@ -586,6 +599,7 @@ class _Events:
     async def __anext__(self) -> StreamEvent:
         stream = self._stream
         while True:
-            for event in stream._ready:  # noqa: SLF001 - a part of the stream
-                return event if isinstance(event, StreamEvent) else event.public()
+            event = stream._next_event()  # noqa: SLF001 - a part of the stream
+            if event is not None:
+                return event
             await stream._fill()  # noqa: SLF001

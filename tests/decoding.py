@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from moondream_async._protocol.events import decoder_for
-from moondream_async.types import Reasoning, Region, StreamEvent, Usage
+from moondream_async.types import Reasoning, Region, Usage
 
 
 class Known(NamedTuple):
@@ -34,14 +34,10 @@ def known(decoder):
     return Known(*[getattr(decoder, name) for name in names], failure=failure)
 
 
-def public(events):
-    return [each if isinstance(each, StreamEvent) else each.public() for each in events]
-
-
 def steps(decoder, packets):
     """Feed `packets` and the end; return what each of them gave."""
-    taken = [(public(decoder.feed(packet)), known(decoder)) for packet in packets]
-    return [*taken, (public(decoder.end()), known(decoder))]
+    taken = [([*decoder.feed(packet)], known(decoder)) for packet in packets]
+    return [*taken, ([*decoder.end()], known(decoder))]
 
 
 def decode(*packets, skill="caption", **options):

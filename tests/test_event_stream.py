@@ -30,6 +30,7 @@ from sources import (
 import moondream_async as md
 from moondream_async._event_stream import HEARTBEAT
 from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.plain import Block
 from moondream_async._sse import SSEParser
 from moondream_async._streams import CaptionStream, ChatStream, Opening, QueryStream, SegmentStream
 
@@ -156,7 +157,8 @@ async def test_what_has_arrived_goes_in_one_write_and_done_with_the_last_of_it()
 def test_any_text_arrives_as_it_is(pieces):
     """With line breaks of every kind, zeros and halves of characters."""
     events = [md.ChunkEvent(chunk=piece, raw={}) for piece in pieces]
-    stream = CaptionStream(Opening(decoder_for("caption"), events=[*events, md.FinalEvent(raw={})]))
+    block = Block.of([*events, md.FinalEvent(raw={})])
+    stream = CaptionStream(Opening(decoder_for("caption"), events=block))
 
     write = at_once(anext(stream.sse(heartbeat=None)))
 

@@ -552,7 +552,7 @@ def test_events_that_nobody_knows_are_handed_on_and_never_in_the_way(extra, kind
     unknown = {**extra, "type": f"x-{kind}"}
     decoder = decoder_for(skill)
     data = b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in (chunk, unknown))
-    events = decoder.feed(data) + decoder.feed(b"data: [DONE]\n\n")
+    events = [*decoder.feed(data), *decoder.feed(b"data: [DONE]\n\n")]
     assert [event.chunk for event in events] == ["M 0", "", ""]
     assert isinstance(events[1], md.UnknownEvent)
     assert events[1].raw == unknown

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moondream_async as md
-from moondream_async._protocol.events import AnswerDecoder, ChatDecoder
+from moondream_async._protocol.events import AnswerDecoder, ChatDecoder, decoder_for
 from moondream_async.types import StreamEvent
 
 thorough = settings(max_examples=300, deadline=None)  # a busy machine is no failure
@@ -264,6 +264,83 @@ def test_the_short_way_gives_the_same_as_the_long_one(data, skill, start, stream
         assert exact(actual) == exact(expected)
 
 
+# What stands around the text in all events of a stream, and bytes that may stand there.
+templates = st.sampled_from(
+    [
+        ("caption", b'{"chunk": "', b'"}'),
+        ("caption", b'{"chunk":"', b'","completed":false,"request_id":"42"}'),
+        ("caption", b'{"completed": false, "request_id": "42", "chunk": "', b'"}'),
+        ("chat", b'{"id": "42", "choices": [{"delta": {"content": "', b'"}, "index": 0}]}'),
+    ]
+)
+inside = st.sampled_from(
+    [
+        *[b"a", b" heron", b"\\n", b"\\u00e9", "é".encode()] * 3,
+        *(b'"', b'\\"', b"\\", b"\\\\", b'","', b'", "', b"\n", b"\n\n", b"\r", b"\t", b"\0"),
+        *(b"\xff", b"\\ud800", b"{", b"}", b"[", b"]", b"true", b'", "completed": true, "x": "'),
+        *(b'"}\n\ndata: {"chunk": "', b'"}\ndata: {"chunk":"', b"data: ", b'"chunk": "'),
+    ]
+)
+
+
+@thorough
+@given(
+    st.data(),
+    templates,
+    st.lists(st.lists(inside, max_size=3).map(b"".join), max_size=6),
+    st.sampled_from([b"\n\n", b"\n\n", b"\n"]),
+)
+@pytest.mark.slow
+def test_events_that_differ_in_their_text_alone_give_the_same_either_way(data, form, texts, end):
+    skill, head, tail = form
+    short, long = (ChatDecoder, LongWayOfChat) if skill == "chat" else (AnswerDecoder, LongWay)
+    first, stream = (
+        sse(head + b"A " + tail, end=end),
+        sse(*[head + x + tail for x in texts], end=end),
+    )
+
+    for packets in (
+        [first, stream],
+        [first, *[sse(head + x + tail, end=end) for x in texts]],
+        [first, *randomly_cut(data.draw, stream)],
+    ):
+        assert exact(steps(short(skill), packets)) == exact(steps(long(skill), packets))
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\n"], ids=["blank lines", "no blank lines"])
+@pytest.mark.parametrize(
+    ("skill", "dialect"),
+    [("caption", "cloud"), ("caption", "Station"), ("caption", "old"), ("chat", "chat")],
+    ids=lambda each: each,
+)
+def test_texts_are_read_without_their_events_once_the_form_is_known(skill, dialect, end):
+    """Or else the comparison above would compare something else."""
+    decoder = decoder_for(skill)
+    pieces = ["A ", "“heron”\n", "é茶 ", "🍵."]
+    first, *others = [sse(body, end=end) for body in answer_in(dialect, pieces)[:4]]
+    decoder.feed(first)
+
+    read = [template_of(decoder).read(each) for each in (*others, b"".join(others))]
+
+    assert read == [*[[piece] for piece in pieces[1:]], pieces[1:]]
+
+
+def template_of(decoder):
+    return decoder._plain._template
+
+
+def test_a_packet_that_ends_between_two_line_breaks_does_not_take_the_long_way():
+    decoder = Watched("caption")
+    stream = b"".join(sse({"chunk": piece}) for piece in ("A ", "grey ", "heron "))
+
+    for cut in (len(stream) - 1, len(stream) - 20):
+        packets = [stream[:cut], stream[cut:] + stream[:cut], stream[cut:]]
+        assert text(event for each in packets for event in decoder.feed(each)) == (
+            "A grey heron A grey heron "
+        )
+    assert decoder.long == 0
+
+
 @thorough
 @given(skill=SKILLS, stream=streams, data=st.data())
 @pytest.mark.slow
@@ -321,7 +398,7 @@ def test_the_short_way_is_taken_for_what_is_mostly_sent(dialect, end):
 
     assert len(decoder.feed(sse(first, end=end))) == 1
     assert decoder.long == 0
-    assert decoder.feed(b": heartbeat\n\n") == []
+    assert not decoder.feed(b": heartbeat\n\n")
     assert decoder.long == 1
     for body in others:
         assert len(decoder.feed(sse(body, end=end))) == 1

@@ -13,18 +13,17 @@ chat       delta     [DONE]           no             reasoning, usage
 
 There are two ways through. `SSEParser` and a look at each event know every
 case. Blocks of nothing but plain ``data: {"chunk": ...}`` lines, which is nearly
-all that is ever sent, go round both, in one call to the JSON decoder; whenever
-a block is not surely of that kind, it takes the other way. Both give the same.
+all that is ever sent, go round both (`plain`); whenever a block is not surely of
+that kind, it takes the other way. Both give the same.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from moondream_async._sse import ServerSentEvent, SSEParser
 from moondream_async.errors import (
@@ -61,6 +60,7 @@ from .answers import (
     show,
     to_id,
 )
+from .plain import NOTHING, Block, PlainChatChunk, PlainChunk, PlainLines
 from .requests import Skill
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
@@ -72,60 +72,6 @@ _DISGUISED_ERRORS = frozenset(
         "An error occurred during query processing.",
     }
 )
-
-
-class PlainChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """A chunk event with nothing in it but these; read straight off the wire."""
-
-    chunk: str
-    type: Literal["path_delta"] | UnsetType = UNSET
-    completed: bool | UnsetType = UNSET
-    request_id: str | UnsetType = UNSET
-    token_index: int | UnsetType = UNSET
-
-    def public(self) -> ChunkEvent:
-        """Return the same as the type that callers see."""
-        return ChunkEvent(chunk=self.chunk, raw=msgspec.to_builtins(self))
-
-
-class _Delta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    content: str
-    role: str | UnsetType = UNSET
-
-
-class _Choice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    delta: _Delta
-    index: int | UnsetType = UNSET
-    finish_reason: UnsetType | None = UNSET
-    logprobs: UnsetType | None = UNSET
-
-
-class PlainChatChunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """A chunk event of a chat with nothing in it but these; read straight off the wire."""
-
-    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=1)]
-    id: str | UnsetType = UNSET
-    object: str | UnsetType = UNSET
-    created: int | UnsetType = UNSET
-    model: str | UnsetType = UNSET
-
-    @property
-    def chunk(self) -> str:
-        """The text, where `PlainChunk` has it."""
-        return self.choices[0].delta.content
-
-    @property
-    def request_id(self) -> str | UnsetType:
-        """The id, under the name that `PlainChunk` has for it."""
-        return self.id
-
-    def public(self) -> ChunkEvent:
-        """Return the same as the type that callers see."""
-        return ChunkEvent(chunk=self.chunk, raw=msgspec.to_builtins(self))
-
-
-Event = PlainChunk | PlainChatChunk | StreamEvent
-"""What `AnswerDecoder` gives: `chunk` is "" where an event adds no text."""
 
 
 class AnswerDecoder:
@@ -144,7 +90,10 @@ class AnswerDecoder:
     True
     """
 
-    _plain: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(PlainChunk)
+    _plain_kind: ClassVar[tuple[bytes, msgspec.json.Decoder[Any]]] = (
+        b'"chunk":',
+        msgspec.json.Decoder(PlainChunk),
+    )
 
     def __init__(
         self, skill: Skill, *, secret: str = "", max_event_bytes: int = MAX_EVENT_BYTES
@@ -165,11 +114,11 @@ class AnswerDecoder:
         """The API key; an error that quotes it is not to pass it on."""
         self._max_event_bytes = max_event_bytes
         self._parser = SSEParser(max_event_bytes=max_event_bytes, complete=_is_whole_event)
-        self._plain_lines = self._plain.decode_lines
+        self._plain = PlainLines(*self._plain_kind)
         self._tail = bytearray()  # of a line whose end has not come, kept from the parser
         self._has_text = False
         self._ended_early = False
-        self._untouched = True  # the parser has seen nothing, so it still expects the start
+        self._is_between = True  # two events: the parser has nothing that waits for more
 
     def fresh(self) -> AnswerDecoder:
         """Return a decoder for another try at the same answer."""
@@ -180,36 +129,36 @@ class AnswerDecoder:
         """Whether nothing that still comes can matter."""
         return self.completed or self.failure is not None
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> Block:
         """Take the next bytes of the body; return the events that they complete."""
-        if self.done:
-            return []
-        if self._untouched or self._parser.idle:
-            events = self._feed_plain(data)
-            if events is not None:
-                return events
+        if self.completed or self.failure is not None:
+            return NOTHING
+        if self._is_between:
+            block = self._feed_plain(data)
+            if block is not None:
+                return block
             data = bytes(self._tail + data)
-            self._tail = bytearray()
+            self._tail.clear()
         return self._feed_any(data)
 
-    def end(self) -> list[Event]:
+    def end(self) -> Block:
         """Take the end of the body; return the events that only it completes.
 
         A last line without its line end counts if it is a whole event. If the end
         marker has not come, `failure` is set.
         """
         if self.done:
-            return []
-        events = self._feed_any(bytes(self._tail + b"\n"))
-        self._tail = bytearray()
+            return NOTHING
+        block = self._feed_any(bytes(self._tail + b"\n"))
+        self._tail.clear()
         if not self.done:
             self._ended_early = True
             self.failure = functools.partial(
                 StreamInterruptedError, "The stream ended before the answer was complete"
             )
-        return events
+        return block
 
-    def body(self, data: bytes) -> list[Event]:
+    def body(self, data: bytes) -> Block:
         """Take a plain JSON answer that came where a stream was asked for, as one event.
 
         Raises:
@@ -219,7 +168,7 @@ class AnswerDecoder:
         self._note(result.raw)
         self.request_id = result.request_id
         self.completed = True
-        return [FinalEvent(chunk=self._text_of(result), raw=result.raw)]
+        return Block.of([FinalEvent(chunk=self._text_of(result), raw=result.raw)])
 
     def _text_of(self, result: Result) -> str:
         text: str = result[ANSWER_KEY[self._skill]]
@@ -227,73 +176,46 @@ class AnswerDecoder:
 
     # -- the short way ------------------------------------------------------------
 
-    def _feed_plain(self, data: bytes) -> list[Event] | None:
+    def _feed_plain(self, data: bytes) -> Block | None:
         """Decode a block of plain chunk events; None if it has to take the other way."""
         # A carriage return ends a line too, and one event over the limit is not to pass.
-        if b"\r" in data or len(self._tail) + len(data) > self._max_event_bytes:
+        tail = self._tail
+        if b"\r" in data or len(tail) + len(data) > self._max_event_bytes:
             return None
         cut = data.rfind(b"\n") + 1
         if not cut:
-            self._tail += data
-            return []
-        block = bytes(self._tail + data[:cut]) if self._tail else data[:cut]
-        events = self._decode_plain(block)
-        if events is None:
+            tail += data
+            return NOTHING
+        lines = data[:cut]
+        if tail:
+            lines = bytes(tail + lines)
+        block = self._plain.decode(lines)
+        if block is None:
             return None
         self._parser.skip_start()
-        self._tail = bytearray(data[cut:])
-        for event in reversed(events):
-            if event.request_id:
-                self.request_id = event.request_id
-                break
-        self._has_text = self._has_text or any(event.chunk for event in events)
-        return events  # type: ignore[return-value] # a list of one member of the union
-
-    def _decode_plain(self, block: bytes) -> list[PlainChunk | PlainChatChunk] | None:
-        """Decode ``data: {...}`` lines, each followed by a blank line or none of them.
-
-        The lines are stripped down to newline-delimited JSON. That is sound only if
-        each JSON value is one line's whole data: so every line break must stand
-        between ``}`` and ``data: {``, where no JSON value can go on from one line to
-        the next, and there must be as many values as lines.
-        """
-        if not block.startswith(b"data: {") or b"true" in block:
-            return None
-        if block.endswith(b"}\n\n"):
-            lines = block[6:].replace(b"}\n\ndata: {", b"}\n{")
-            count = (len(block) - 6 - len(lines)) // 7 + 1
-            breaks = count + 1
-        elif block.endswith(b"}\n"):
-            lines = block[6:].replace(b"}\ndata: {", b"}\n{")
-            count = (len(block) - 6 - len(lines)) // 6 + 1
-            breaks = count
-        else:
-            return None
-        if lines.count(b"\n") != breaks:
-            return None
-        try:
-            events: list[PlainChunk | PlainChatChunk] = self._plain_lines(lines)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None  # not plain, or not JSON; the long way knows which
-        return events if len(events) == count else None
+        if tail or cut < len(data):
+            tail[:] = data[cut:]
+        self.request_id = self._plain.request_id or self.request_id
+        self._has_text = self._has_text or any(block.texts)
+        return block
 
     # -- the long way -------------------------------------------------------------
 
-    def _feed_any(self, data: bytes) -> list[Event]:
-        self._untouched = False
+    def _feed_any(self, data: bytes) -> Block:
         try:
             parsed = self._parser.feed(data)
         except StreamProtocolError as error:
             self.failure = functools.partial(StreamProtocolError, str(error))
-            return []
-        events: list[Event] = []
+            return NOTHING
+        self._is_between = self._parser.idle
+        events: list[StreamEvent] = []
         for event in parsed:
             events += self._decode(event)
             if self.done:
                 break
-        return events
+        return Block.of(events)
 
-    def _decode(self, event: ServerSentEvent) -> list[Event]:
+    def _decode(self, event: ServerSentEvent) -> list[StreamEvent]:
         if event.data.strip() == "[DONE]":
             return self._finish({}, "")
         raw = _json_or_text(event.data)
@@ -303,7 +225,7 @@ class AnswerDecoder:
             return self._refuse("an event that is no JSON object", event.data)
         return self._decode_object(raw, event)
 
-    def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[Event]:
+    def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[StreamEvent]:
         self._note(raw)
         chunk = raw.get("chunk")
         if chunk is None:
@@ -322,7 +244,7 @@ class AnswerDecoder:
             return [MetricsEvent(metrics=raw["stats"], raw=raw)]
         return [UnknownEvent(event=kind if isinstance(kind, str) else event.event, raw=raw)]
 
-    def _refuse(self, what: str, text: str) -> list[Event]:
+    def _refuse(self, what: str, text: str) -> list[StreamEvent]:
         message = f"The server sent {what}: {self._redact(text):.200}"
         self.failure = functools.partial(StreamProtocolError, message)
         return []
@@ -331,7 +253,7 @@ class AnswerDecoder:
         """Take the key out of what goes into an error. An answer is never touched."""
         return text.replace(self.secret, "***") if self.secret else text
 
-    def _finish(self, raw: dict[str, Any], chunk: str) -> list[Event]:
+    def _finish(self, raw: dict[str, Any], chunk: str) -> list[StreamEvent]:
         if chunk in _DISGUISED_ERRORS:
             return self._fail_with({**raw, "error": chunk})
         if not chunk and not self._has_text:
@@ -341,7 +263,7 @@ class AnswerDecoder:
         self.completed = True
         return [FinalEvent(chunk=chunk, raw=raw)]
 
-    def _fail_with(self, raw: Any) -> list[Event]:
+    def _fail_with(self, raw: Any) -> list[StreamEvent]:
         message, fields = describe(raw)
         self.failure = functools.partial(
             StreamServerError,
@@ -367,15 +289,15 @@ class AnswerDecoder:
 class ChatDecoder(AnswerDecoder):
     """One streamed turn of a chat, in the form of OpenAI's protocol."""
 
-    _plain: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(PlainChatChunk)
+    _plain_kind = b'"content":', msgspec.json.Decoder(PlainChatChunk)
 
-    def end(self) -> list[Event]:
+    def end(self) -> Block:
         """Take the end of the body; a `finish_reason` also says that the answer is complete."""
-        events = super().end()
+        block = super().end()
         if self.finish_reason is not None and self._ended_early:
             self.failure = None
             self.completed = True
-        return events
+        return block
 
     def _text_of(self, result: Result) -> str:
         assert isinstance(result, ChatResult)  # noqa: S101 - for the type checker
@@ -383,7 +305,7 @@ class ChatDecoder(AnswerDecoder):
         self.reasoning = result.reasoning
         return result.message.content
 
-    def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[Event]:
+    def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[StreamEvent]:
         self.request_id = to_id(raw.get("id")) or self.request_id
         self.usage = decode_usage(raw.get("usage")) or self.usage
         self.metrics = find_metrics(raw) or self.metrics
@@ -400,7 +322,7 @@ class ChatDecoder(AnswerDecoder):
         chunk = delta.get("content")
         if chunk is not None and not isinstance(chunk, str):
             return self._refuse("a chunk that is no text", show(chunk))
-        events: list[Event] = []
+        events: list[StreamEvent] = []
         piece = find_reasoning(delta)
         if piece is not None:
             before = self.reasoning or Reasoning("")
