@@ -145,7 +145,7 @@ class Pool:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=_NO_TIMEOUT,
         )
-        self._used: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
+        self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
         self._idle = asyncio.Event()
         self._lifeline = _close_with_loop(weakref.ref(self))
         with contextlib.suppress(StopIteration):  # up to its yield; it doesn't wait on the way

@@ -33,7 +33,7 @@ class Upload(aiohttp.payload.Payload):
     def __init__(
         self,
         parts: Sequence[Part],
-        used: weakref.WeakSet[asyncio.BaseTransport],
+        used: weakref.WeakSet[asyncio.BaseProtocol],
         on_send: Callable[[], None],
     ) -> None:
         is_file = any(isinstance(part, FileSlice) for part in parts)
@@ -50,10 +50,10 @@ class Upload(aiohttp.payload.Payload):
         return b"".join(self._pieces()).decode(encoding, errors)
 
     async def write(self, writer: Any) -> None:
-        transport = writer.transport
-        if transport is not None:  # else it is lost already, and the first write says so
-            self.reused = transport in self._used
-            self._used.add(transport)
+        # A connection is known by its protocol: not every loop's transport can be referred to
+        # weakly, uvloop's with TLS can't. A lost one is noticed by the first write.
+        self.reused = writer.protocol in self._used
+        self._used.add(writer.protocol)
         self._on_send()
         for part in self._parts:
             if isinstance(part, FileSlice):
