@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ._clock import Clock, running_loop
-from ._event_stream import EventStream
+from ._passing import Chunks, EventStream
 from ._protocol.events import AnswerDecoder
 from ._protocol.plain import NOTHING, Block
 from ._secret import conceal
@@ -120,6 +120,7 @@ class Stream:
         "_clock",
         "_closed",
         "_decoder",
+        "_forsaken",
         "_observer",
         "_opened_at",
         "_reading",
@@ -160,6 +161,7 @@ class Stream:
         self._timed_out: Phase | None = None
         self._reading = False
         self._closed = False
+        self._forsaken = False  # by a reader of `chunk` who was cancelled, which is no mistake
         self._unread = False  # text, when it was closed
         self._attach(opening)
         if opening.events:
@@ -179,8 +181,12 @@ class Stream:
 
     @property
     def chunk(self) -> AsyncIterator[str]:
-        """The pieces of text, as they arrive. It keeps the stream alive by itself."""
-        return self
+        """The pieces of text, as they arrive. It keeps the stream alive by itself.
+
+        But once the task that reads it was cancelled, it does so no more: a web framework
+        whose browser has gone may keep it for long. Who holds the stream can read on.
+        """
+        return Chunks(self)
 
     @property
     def events(self) -> AsyncIterator[StreamEvent]:
@@ -349,7 +355,7 @@ class Stream:
 
     def __del__(self) -> None:
         try:
-            over = self._is_over() or self.completed
+            over = self._is_over() or self.completed or self._forsaken
             self._drop_source()
             self._report(None)
         except (AttributeError, ImportError):

@@ -35,7 +35,7 @@ ROOMS = [
     "_limits",
     "_files",
     "_transport",
-    "_event_stream",
+    "_passing",
     "_streams",
     "_stream_call",
     "_fetch",

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -28,13 +29,14 @@ from sources import (
 )
 
 import moondream_async as md
-from moondream_async._event_stream import HEARTBEAT
+from moondream_async._passing import HEARTBEAT, Chunks, EventStream
 from moondream_async._protocol.events import decoder_for
 from moondream_async._protocol.plain import Block
 from moondream_async._sse import SSEParser
 from moondream_async._streams import CaptionStream, ChatStream, Opening, QueryStream, SegmentStream
 
 KEY = "key-0123456789"
+FINAL = md.FinalEvent(raw={})
 NOTHING = {"finish_reason": None, "metrics": None, "usage": None, "reasoning": None}
 
 
@@ -156,22 +158,15 @@ async def test_what_has_arrived_goes_in_one_write_and_done_with_the_last_of_it()
 @given(st.lists(st.text(st.characters(exclude_categories=())), max_size=5))
 def test_any_text_arrives_as_it_is(pieces):
     """With line breaks of every kind, zeros and halves of characters."""
-    events = [md.ChunkEvent(chunk=piece, raw={}) for piece in pieces]
-    block = Block.of([*events, md.FinalEvent(raw={})])
-    stream = CaptionStream(Opening(decoder_for("caption"), events=block))
 
-    write = at_once(anext(stream.sse(heartbeat=None)))
+    async def read():
+        block = Block.of([md.ChunkEvent(chunk=piece, raw={}) for piece in pieces] + [FINAL])
+        stream = CaptionStream(Opening(decoder_for("caption"), events=block))
+        return await anext(stream.sse(heartbeat=None))
 
-    assert [data["chunk"] for name, data in parse(write) if name == "chunk"] == [
-        *filter(None, pieces)
-    ]
+    said = [data["chunk"] for name, data in parse(asyncio.run(read())) if name == "chunk"]
 
-
-def at_once(coroutine):
-    """Run what waits for nothing."""
-    with pytest.raises(StopIteration) as returned:
-        coroutine.send(None)
-    return returned.value.value
+    assert said == [*filter(None, pieces)]
 
 
 async def test_it_reads_on_from_where_the_text_was_read_to():
@@ -505,3 +500,119 @@ async def test_an_answer_that_was_passed_on_gives_its_connection_back():
     await read_all(opened(source).sse())
 
     assert (source.finished, source.closed) == (True, True)
+
+
+# -- readers that are let go of ----------------------------------------------------------
+
+
+def as_text(stream):
+    return stream.chunk
+
+
+def as_events(stream):
+    return stream.sse()
+
+
+async def wait_for_more(pieces):
+    async for _ in pieces:
+        pass
+
+
+async def write_for_ever(pieces):
+    async for _ in pieces:
+        await asyncio.Event().wait()
+
+
+@pytest.fixture(params=[as_text, as_events])
+def pass_on(request):
+    return request.param
+
+
+@pytest.mark.parametrize("read", [wait_for_more, write_for_ever])
+async def test_a_cancelled_reader_closes_the_stream_though_its_exception_is_kept(pass_on, read):
+    """As it is by anyio's task groups, and so are the frames that it went through."""
+    source = Source(sse(HERON[0]))
+    with no_cycles():
+        pieces = pass_on(opened(source))
+        reader = asyncio.create_task(read(pieces))
+        await until_idle()
+
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError) as kept:
+            await reader
+
+        await until_idle()
+        assert source.closed
+        assert kept.value.__traceback__ is not None
+    assert isinstance(pieces, (Chunks, EventStream))
+
+
+@pytest.mark.parametrize("read", [wait_for_more, write_for_ever])
+async def test_who_holds_the_stream_reads_on_after_a_cancelled_reader_of_its_text(read):
+    source = Source(sse(HERON[0]))
+    stream = opened(source)
+    pieces = stream.chunk
+    reader = asyncio.create_task(read(pieces))
+    await until_idle()
+    reader.cancel()
+    await asyncio.wait([reader])
+    source.send(sse(*HERON[1:], DONE))
+
+    assert await anext(pieces) == "heron "
+    assert await stream.text() == "stands."
+
+
+async def test_text_whose_stream_was_closed_for_its_reader_says_so():
+    pieces = opened(Source()).chunk
+    reader = asyncio.create_task(wait_for_more(pieces))
+    await until_idle()
+    reader.cancel()
+    await asyncio.wait([reader])
+
+    with pytest.raises(md.ClientClosedError, match="cancelled"):
+        await anext(pieces)
+    await pieces.aclose()
+
+
+async def test_a_reader_that_ends_leaves_the_stream_to_the_next(pass_on):
+    source = Source(sse(HERON[0]))
+    pieces = pass_on(opened(source))
+    await asyncio.create_task(anext(pieces))
+    await until_idle()
+
+    assert not source.closed
+    source.send(sse(*HERON[1:], DONE))
+    await asyncio.create_task(wait_for_more(pieces))
+    assert source.finished
+
+
+async def test_a_task_that_reads_many_streams_is_not_reminded_of_each(pass_on):
+    task = asyncio.current_task()
+    before = [*(task._callbacks or ())]
+    for _ in range(3):
+        await wait_for_more(pass_on(opened(Source(sse(*HERON, DONE)))))
+
+    assert [*(task._callbacks or ())] == before
+
+
+async def test_it_can_be_closed_from_another_thread(pass_on):
+    source = Source(sse(HERON[0]))
+    pieces = pass_on(opened(source))
+    await anext(pieces)
+
+    thread = threading.Thread(target=pieces.close)
+    thread.start()
+    thread.join()
+
+    assert source.closed
+
+
+async def test_closing_text_closes_its_stream():
+    source = Source(sse(HERON[0]))
+    stream = opened(source)
+
+    await stream.chunk.aclose()
+
+    assert source.closed
+    with pytest.raises(md.ClientClosedError):
+        await stream.text()

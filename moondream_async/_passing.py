@@ -1,30 +1,34 @@
-"""An answer passed on: a stream as Server-Sent Events, as a web server sends them to a browser.
+"""A stream passed on: the iterators over it that a web server sends to a browser from.
 
-Each block of the stream's events that has arrived becomes one piece of bytes to write,
-so that fast answers take few writes. When there is none, the next is waited for, and a
-heartbeat is given in its place when that takes long.
+Web frameworks differ in how they let go of what they iterate over when the browser has
+gone. Some close it; some cancel the task that reads, be it waiting for more or writing to a
+browser that reads slowly; and some of those leave it to the garbage collector, since an
+exception keeps the frames of that task, and they what was read. So a reader's task is
+watched: when it ends by being cancelled, `Chunks` drops the stream, which is closed unless
+somebody else holds it, and `EventStream` closes it.
+
+For `EventStream`, each block of the stream's events that has arrived becomes one piece of
+bytes, so that fast answers take few writes. When there is none, the next is waited for, and
+a heartbeat is given in its place when that takes long.
 
 While it is waited for, and only then, there is a task, since the wait must go on while a
 heartbeat is on its way: it may be in the middle of another try at the request, which would
 begin anew. So the server's limits (`Timeout`) run on under heartbeats, too. The task ends
 with one block, and the next begins when that has been taken: nothing is read ahead of a
 slow browser but that. Without heartbeats there is no task.
-
-Web frameworks differ in how they let go of an iterator when the browser has gone: some
-close it, some cancel the task that waits for it or that writes, and some just drop it. Each
-of these closes the stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from ._protocol.plain import Block
-from .errors import MoondreamError, RequestError
+from .errors import ClientClosedError, MoondreamError, RequestError
 from .types import BboxEvent, ReasoningEvent, StreamEvent
 
 if TYPE_CHECKING:
@@ -58,9 +62,15 @@ _FAULT_FIELDS = ("status", "phase")
 class Answer(Protocol):
     """What of a stream is used here."""
 
+    _forsaken: bool
+    _ready: Iterator[str]
+
     @property
     def completed(self) -> bool:
         """Whether all of it has arrived."""
+
+    async def __anext__(self) -> str:
+        """Return the next piece of text."""
 
     async def aclose(self) -> None:
         """Give its connection back, or drop it if there is more to come."""
@@ -72,6 +82,113 @@ class Answer(Protocol):
     def _close(self) -> None: ...
 
 
+class _Watch:
+    """An eye on the task that reads: closes what is read when that was cancelled.
+
+    It keeps neither of them alive.
+    """
+
+    __slots__ = ("_task", "_what")
+
+    def __init__(self, task: Task[Any], what: Chunks | EventStream) -> None:
+        self._task = weakref.ref(task)
+        self._what = weakref.ref(what)
+        task.add_done_callback(self)
+
+    def __call__(self, task: Task[Any]) -> None:
+        what = self._what()
+        if what is not None and task.cancelled():
+            what.close()
+
+    def is_on(self, task: Task[Any]) -> bool:
+        """Whether it watches this task."""
+        return self._task() is task
+
+    def end(self) -> None:
+        """Look no more: a task may live long, and read many streams."""
+        task = self._task()
+        if task is not None:
+            task.remove_done_callback(self)
+
+
+def _watch(what: Chunks | EventStream, before: _Watch | None) -> _Watch | None:
+    """Watch the task that runs; return the eye on it, which may be the one `before`."""
+    from asyncio import current_task  # noqa: PLC0415 - importing the package stays light
+
+    task = current_task()
+    if task is None or (before is not None and before.is_on(task)):
+        return before
+    if before is not None:
+        before.end()
+    return _Watch(task, what)
+
+
+class Chunks(AsyncIterator[str]):
+    """The pieces of a stream's text. It keeps the stream alive, until its reader is cancelled."""
+
+    __slots__ = ("__weakref__", "_lost", "_stream", "_watch")
+
+    def __init__(self, stream: Answer) -> None:
+        self._lost: weakref.ref[Answer] | None = None
+        self._watch: _Watch | None = None
+        self._stream: Answer | None = stream
+
+    async def __anext__(self) -> str:
+        """Return the next piece of text.
+
+        Cancelling it drops the stream. Who holds the stream can read on, here as well.
+
+        Raises:
+            ClientClosedError: Nobody did.
+        """
+        stream = self._stream or self._found()
+        if self._watch is None:
+            self._watch = _watch(self, None)
+        for chunk in stream._ready:  # noqa: SLF001 - a part of the stream
+            if chunk:
+                return chunk
+        self._watch = _watch(self, self._watch)
+        try:
+            return await stream.__anext__()
+        except Exception:
+            raise
+        except BaseException as error:
+            # The frames below hold the stream, and whoever keeps the exception holds them.
+            error.__traceback__ = None
+            del stream
+            self.close()
+            raise error  # noqa: TRY201 - a bare one, on 3.10, brings the frames back
+
+    async def aclose(self) -> None:
+        """Close the stream, as its own does."""
+        stream = self._stream
+        if stream is not None:
+            await stream.aclose()
+
+    def close(self) -> None:
+        """Drop the stream; it is closed unless somebody else holds it. From any thread.
+
+        Django calls it at the end of a request.
+        """
+        stream = self._stream
+        if stream is not None:
+            stream._forsaken = True  # noqa: SLF001 - a part of the stream
+            self._lost = weakref.ref(stream)
+            self._stream = None
+
+    def _found(self) -> Answer:
+        self._stream = None if self._lost is None else self._lost()
+        if self._stream is None:
+            raise ClientClosedError(
+                "The stream was closed when the task that read it was cancelled"
+            )
+        return self._stream
+
+    def __del__(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+
+
 class EventStream(AsyncIterator[bytes]):
     """A stream as Server-Sent Events: whole events and comments, in bytes; see `Stream.sse`.
 
@@ -79,7 +196,7 @@ class EventStream(AsyncIterator[bytes]):
     cancelled, and when it is dropped; and the stream with it.
     """
 
-    __slots__ = ("_busy", "_heartbeat", "_over", "_reading", "_stream")
+    __slots__ = ("__weakref__", "_busy", "_heartbeat", "_over", "_reading", "_stream", "_watch")
 
     def __init__(self, stream: Answer, heartbeat: float | None) -> None:
         if heartbeat is not None and not _is_positive(heartbeat):
@@ -90,6 +207,7 @@ class EventStream(AsyncIterator[bytes]):
         self._busy = False  # somebody waits
         self._over = False  # what comes last was given, or it was closed
         self._reading: Task[tuple[bytes, bool]] | None = None
+        self._watch: _Watch | None = None
         self._stream = stream
 
     @property
@@ -114,12 +232,13 @@ class EventStream(AsyncIterator[bytes]):
         self._busy = True
         try:
             if not self._over:
+                self._watch = _watch(self, self._watch)
                 data = await self._next()
                 if data:
                     return data
             await self.aclose()
         except BaseException:
-            self._close()
+            self.close()
             raise
         finally:
             self._busy = False
@@ -166,15 +285,21 @@ class EventStream(AsyncIterator[bytes]):
 
             await wait([self._reading])
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End it, and the stream with it, without waiting; from any thread.
+
+        Django calls it at the end of a request.
+        """
         self._over = True
-        self._stream._close()  # noqa: SLF001 - what is here is a part of the stream
+        self._stream._close()  # noqa: SLF001 - a part of the stream
 
     def __del__(self) -> None:
         try:
-            self._close()
+            self.close()
         except (AttributeError, ImportError):
             return  # its construction failed; the interpreter ends
+        if self._watch is not None:
+            self._watch.end()
 
 
 def _is_positive(seconds: Any) -> bool:
