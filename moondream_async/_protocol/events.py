@@ -65,6 +65,9 @@ from .requests import Skill
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 
+_LAST_EVENTS = 3
+"""What is not plain at the end of an answer: chat has a finish reason, the usage and [DONE]."""
+
 _DISGUISED_ERRORS = frozenset(
     {
         # The old local server says so in the answer's text, and nowhere else.
@@ -139,7 +142,8 @@ class AnswerDecoder:
                 return block
             data = bytes(self._tail + data)
             self._tail.clear()
-        return self._feed_any(data)
+            return self._feed_mixed(data)
+        return self._feed_long(data)
 
     def end(self) -> Block:
         """Take the end of the body; return the events that only it completes.
@@ -199,7 +203,30 @@ class AnswerDecoder:
         self._has_text = self._has_text or any(block.texts)
         return block
 
+    def _feed_mixed(self, data: bytes) -> Block:
+        """Decode a block whose last events may be all that is not plain, as at an answer's end."""
+        end = len(data)
+        for _ in range(_LAST_EVENTS):
+            end = data.rfind(b"\ndata: ", 0, end) + 1
+            if not end:
+                break
+            block = self._feed_plain(data[:end])
+            if block is not None:
+                return block + self._feed_long(data[end:])
+        return self._feed_long(data)
+
     # -- the long way -------------------------------------------------------------
+
+    def _feed_long(self, data: bytes) -> Block:
+        """Keep a line that has not ended from the parser, so that the short way stays open."""
+        cut = data.rfind(b"\n") + 1
+        block, rest = self._feed_any(data[:cut]), data[cut:]
+        if self.done:
+            return block
+        if self._is_between and b"\r" not in rest and len(rest) <= self._max_event_bytes:
+            self._tail += rest
+            return block
+        return block + self._feed_any(rest)
 
     def _feed_any(self, data: bytes) -> Block:
         try:

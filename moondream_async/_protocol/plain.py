@@ -73,11 +73,7 @@ class Block(Sequence[StreamEvent]):
 
     __slots__ = ("_events", "texts")
 
-    def __init__(
-        self,
-        texts: list[str],
-        events: Sequence[StreamEvent | PlainChunk | PlainChatChunk] | _Template,
-    ) -> None:
+    def __init__(self, texts: list[str], events: list[_Raw]) -> None:
         self.texts = texts
         """The text of each event; "" where it adds none."""
         self._events = events
@@ -85,10 +81,13 @@ class Block(Sequence[StreamEvent]):
     @classmethod
     def of(cls, events: Sequence[StreamEvent | PlainChunk | PlainChatChunk]) -> Block:
         """Return a block of events that have been decoded."""
-        return cls([event.chunk for event in events], events)
+        return cls([event.chunk for event in events], [*events])
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def __add__(self, other: Block) -> Block:
+        return Block(self.texts + other.texts, self._events + other._events)
 
     @overload
     def __getitem__(self, index: int) -> StreamEvent: ...
@@ -96,20 +95,17 @@ class Block(Sequence[StreamEvent]):
     def __getitem__(self, index: slice) -> Block: ...
 
     def __getitem__(self, index: int | slice) -> StreamEvent | Block:
-        events = self._events
         if isinstance(index, slice):
-            return Block(
-                self.texts[index], events if isinstance(events, _Template) else events[index]
-            )
-        if isinstance(events, _Template):
-            return events.event(self.texts[index])
-        event = events[index]
+            return Block(self.texts[index], self._events[index])
+        event = self._events[index]
         if isinstance(event, StreamEvent):
             return event
+        if isinstance(event, _Template):
+            return event.event(self.texts[index])
         return ChunkEvent(chunk=event.chunk, raw=msgspec.to_builtins(event))
 
 
-NOTHING = Block([], ())
+NOTHING = Block([], [])
 
 
 class _Template:
@@ -172,6 +168,10 @@ class _Template:
         return ChunkEvent(chunk=text, raw=msgspec.json.decode(raw))
 
 
+_Raw = StreamEvent | PlainChunk | PlainChatChunk | _Template
+"""What an event is made of when somebody asks for it."""
+
+
 class PlainLines:
     """Decodes blocks of plain chunk events, which are those of one stream."""
 
@@ -204,7 +204,7 @@ class PlainLines:
             texts = template.read(block)
             if texts is not None:
                 self.request_id = template.request_id
-                return Block(texts, template)
+                return Block(texts, [template] * len(texts))
         return self._decode_any(block)
 
     def _decode_any(self, block: bytes) -> Block | None:
