@@ -12,7 +12,7 @@ from rich.console import Console
 from . import report
 from .bench import Bench
 
-SCENARIOS = ("coalesced", "many", "growth")
+SCENARIOS = ("coalesced", "many", "first", "calls", "pictures", "large", "imports", "growth")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -71,6 +71,11 @@ class Bench:
         self.versions: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         """Contenders that could not be had, and why."""
+        for name in contenders.ALL:
+            try:
+                self.versions |= contenders.versions(contenders.load(name))
+            except ImportError as error:
+                self.left_out[name] = str(error)
 
     def __enter__(self) -> Self:
         self._server = Child("server")
@@ -90,15 +95,11 @@ class Bench:
         found: dict[str, Child] = {}
         with contextlib.ExitStack() as stack:
             for name in names:
-                try:
-                    contenders.load(name)
-                except ImportError as error:
-                    self.left_out[name] = str(error)
-                    continue
-                found[name] = child = Child("worker", name)
-                stack.callback(child.close)
+                if name not in self.left_out:
+                    found[name] = child = Child("worker", name)
+                    stack.callback(child.close)
             for child in found.values():
-                self.versions |= child.hear()["versions"]
+                child.hear()  # its name; it is ready
             yield found
 
     def rounds(

@@ -144,6 +144,26 @@ def measure(contender: str, directory: Path, repeat: int) -> dict[str, Any]:
     return {"times": times, "stalls": stalls, "peak_kib": peak}
 
 
+def make_pictures(directory: Path) -> None:
+    """Write the files that the contenders read."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    photo().save(directory / "photo.jpg", quality=90, exif=exif)
+    exif[0x0112] = 6
+    photo().save(directory / "sideways.jpg", quality=90, exif=exif)
+    drawing().save(directory / "drawing.png")
+
+
+def measure_apart(contender: str, directory: Path, repeat: int) -> dict[str, Any]:
+    """Do what `measure` does, in a process of its own."""
+    child = [sys.executable, __file__, "--repeat", str(repeat), "--one", contender, str(directory)]
+    done = subprocess.run(child, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeat", type=int, default=15)
@@ -155,27 +175,17 @@ def main() -> None:
         return
 
     import PIL
-    from PIL import Image
 
     print(f"Python {platform.python_version()}, Pillow {PIL.__version__}, {platform.machine()}")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        exif = Image.Exif()
-        exif[0x0112] = 1
-        photo().save(directory / "photo.jpg", quality=90, exif=exif)
-        exif[0x0112] = 6
-        photo().save(directory / "sideways.jpg", quality=90, exif=exif)
-        drawing().save(directory / "drawing.png")
+        make_pictures(directory)
         for file in sorted(directory.iterdir()):
             print(f"{file.name}: {WIDTH}x{HEIGHT}, {file.stat().st_size:,} bytes")
         print(f"\n{'':28}{'best ms':>9}{'median':>9}{'stall ms':>10}{'worst':>7}{'peak MiB':>10}")
         best = {}
         for contender in CONTENDERS:
-            child = [sys.executable, __file__, "--repeat", str(options.repeat)]
-            output = subprocess.run(
-                [*child, "--one", contender, name], check=True, capture_output=True, text=True
-            ).stdout
-            result = json.loads(output)
+            result = measure_apart(contender, directory, options.repeat)
             times, stalls = result["times"], result["stalls"]
             best[contender] = min(times)
             print(

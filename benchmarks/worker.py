@@ -281,7 +281,7 @@ def main() -> None:
     """Take tasks until there are no more."""
     allow_many_files()
     module = contenders.load(sys.argv[1])
-    print(json.dumps({"name": module.NAME, "versions": contenders.versions(module)}), flush=True)
+    print(json.dumps(module.NAME), flush=True)
     for line in sys.stdin:
         task, arguments = json.loads(line)
         print(json.dumps(run(module, task, arguments)), flush=True)
