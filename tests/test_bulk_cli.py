@@ -358,8 +358,9 @@ async def test_a_full_disk_ends_it_with_whole_lines_and_a_reason(bulk, photos, s
         (["-o", "out.jsonl"], "Missing argument"),
         (["photos", "-o", "out.jsonl", "--skill", "query"], "needs '--question'"),
         (["photos", "-o", "texts/", "--skill", "point", "--object", "dog"], "gives no text"),
+        (["photos", "-o", "out.jsonl", "--rate-limit", "0"], "'--rate-limit': it must be over 0"),
     ],
-    ids=["no output", "no pictures", "no question", "no text"],
+    ids=["no output", "no pictures", "no question", "no text", "no rate"],
 )
 async def test_wrong_usage_is_told_in_one_line(bulk, photos, arguments, reason):
     status, said = await bulk(*arguments)

@@ -118,6 +118,8 @@ def bulk(
         arguments["length"] = "normal"
     if not paths and not from_file:
         raise UsageError("Missing argument 'PATHS...'", context)
+    if rate_limit is not None and rate_limit <= 0:
+        raise UsageError("Invalid value for '--rate-limit': it must be over 0", context)
     form = _form(output)
     if form == "folder" and skill not in ("caption", "query"):
         raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
