@@ -19,7 +19,7 @@ let about = null;
 let turns = []; // of the conversation
 let running = null; // an AbortController while an answer is on its way
 let ended = Promise.resolve(); // when it has been put away
-let shownSkill = null; // whose answer is shown
+let chosen = null; // the skill, whose answer is shown
 
 // -- the question --------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ function question() {
   if (skill === "caption") asked.length = fields.namedItem("length").value; // not how many there are
   if (skill === "query") asked.question = fields.question.value;
   if (["detect", "point", "segment"].includes(skill)) asked.object = fields.object.value;
-  if (skill === "chat") asked.messages = [...turns, { role: "user", content: fields.message.value }];
+  if (skill === "chat") asked.messages = messages();
   if (["query", "chat"].includes(skill) && fields.reasoning.checked) asked.reasoning = true;
   for (const name of SETTINGS) {
     const field = fields[name];
@@ -38,6 +38,14 @@ function question() {
     }
   }
   return asked;
+}
+
+// The conversation with the next message; until there is one, as it was last asked.
+function messages() {
+  const content = fields.message.value;
+  return content.trim() || turns.length === 0
+    ? [...turns, { role: "user", content }]
+    : turns.slice(0, -1);
 }
 
 function isFor(element, skill) {
@@ -54,7 +62,8 @@ function arrange() {
   }
   $("restart").hidden = skill !== "chat" || turns.length === 0;
   $("ask").textContent = VERBS[skill];
-  if (skill !== shownSkill && !running) clearAnswer();
+  if (skill !== chosen) clearAnswer();
+  chosen = skill;
   tellPython();
 }
 
@@ -80,8 +89,9 @@ class Clock {
     const spread = (this.last - this.first) / 1000;
     $("first-label").textContent = "First chunk";
     $("first").textContent = this.first ? seconds(this.first - this.start) : "–";
-    $("pace").textContent = this.count > 1 && spread > 0
-      ? `${((this.count - 1) / spread).toFixed(1)} chunks/s` : "–";
+    const pace = (this.count - 1) / spread;
+    $("pace").textContent = pace > 0 && spread > 0
+      ? `${pace.toFixed(pace < 100 ? 1 : 0)} chunks/s` : "–";
     $("count").textContent = this.count;
     for (const id of ["pace", "count"]) $(id).parentElement.hidden = false;
     $("numbers").hidden = false;
@@ -120,13 +130,14 @@ async function answer() {
   const mine = new AbortController();
   running = mine;
   clearAnswer();
-  shownSkill = asked.skill;
   setBusy(true);
   $("state").textContent = "Waiting for the answer to begin";
   const clock = new Clock();
   const text = new GrowingText(asked.skill === "chat" ? addTurns(asked) : $("answer"));
   $("answer").classList.toggle("path", asked.skill === "segment");
   $("answer").ariaLive = asked.skill === "segment" ? "off" : "polite"; // nobody wants to hear a path
+  // What will be drawn there is to be seen: on a phone, the button is far below.
+  if (["detect", "point", "segment"].includes(asked.skill)) $("frame").scrollIntoView({ block: "nearest" });
   let box = null;
   let ending = "";
   try {
@@ -259,7 +270,7 @@ function keepTurns(asked, text, ending) {
 function restart() {
   turns = [];
   $("conversation").replaceChildren();
-  if (shownSkill === "chat") clearAnswer();
+  if (chosen === "chat") clearAnswer();
 }
 
 // -- what the user does --------------------------------------------------------------------

@@ -1,0 +1,777 @@
+"""The demo page in a real browser.
+
+The states it passes through are photographed: into a folder of the test run, or into the one
+that the environment variable MOONDREAM_SCREENSHOTS names.
+"""
+
+import asyncio
+import base64
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from raw_server import DONE, EVENTS, STREAM_HEAD, TEXT, WORDS, RawServer, event, in_chunks
+
+import moondream_async as md
+from moondream_async.simulator import Simulator
+from moondream_async.web import DemoPage
+
+playwright = pytest.importorskip(
+    "playwright.async_api", reason="needs: python -m pip install '.[browser]'"
+)
+expect = playwright.expect
+
+pytestmark = pytest.mark.slow  # to start a browser takes seconds
+
+PATIENCE_MS = 30_000  # on a busy machine
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SKILLS = ("caption", "query", "detect", "point", "segment", "chat")
+CIRCLE = (60, 180, 220, 340)  # where the red circle is in the sample, in pixels
+SIZE = (640, 480)
+TIMES = "\N{MULTIPLICATION SIGN}"
+MARK = (0x7C, 0x3A, 0xED)
+
+
+@pytest.fixture(scope="module")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def executable():
+    found = [*filter(None, map(shutil.which, BROWSERS))]
+    if not found:
+        pytest.skip("needs a browser: apt-get install chromium")
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+async def window(executable):
+    """One for all tests: it is opening windows and tabs that takes the time."""
+    expect.set_options(timeout=PATIENCE_MS)
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    names = ["--host-resolver-rules=MAP rebound.example 127.0.0.1"]
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", *camera, *names]
+        )
+        window = await browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+        window.set_default_timeout(PATIENCE_MS)
+        await window.new_page()
+        yield window
+        await browser.close()
+
+
+@pytest.fixture(scope="session")
+def screenshots(tmp_path_factory):
+    named = os.environ.get("MOONDREAM_SCREENSHOTS")
+    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+async def page(client, photo):
+    async with DemoPage(client, photo, simulated=True, port=0) as page:
+        yield page
+
+
+class Tab:
+    """A tab with the page in it, and what a test does there."""
+
+    def __init__(self, tab, screenshots):
+        self.tab = tab
+        self.complaints = []
+        self.hosts = set()
+        self._screenshots = screenshots
+        self._listeners = {
+            "console": self._note,
+            "pageerror": lambda error: self.complaints.append(str(error)),
+            "request": lambda request: self.hosts.add(origin(request.url)),
+        }
+        for name, listener in self._listeners.items():
+            tab.on(name, listener)
+        self.answer = tab.locator("#answer")
+        self.error = tab.get_by_role("alert")
+        self.state = tab.locator("#state")
+        self.start = tab.locator("#ask")
+        self.stop = tab.get_by_role("button", name="Stop")
+        self.name = tab.locator("#picture-name")
+        self.code = tab.locator("#code")
+
+    def _note(self, message):
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    async def leave(self):
+        """Go nowhere, which ends what is on its way, and listen no more."""
+        if not self.tab.is_closed():
+            await self.tab.goto("about:blank")
+        for name, listener in self._listeners.items():
+            self.tab.remove_listener(name, listener)
+
+    async def open(self, url):
+        await self.tab.goto(url)
+        await expect(self.code).not_to_be_empty()  # which is the last thing to be there
+
+    async def choose(self, skill):
+        await self.tab.get_by_role("radio", name=skill.title(), exact=True).check(force=True)
+
+    async def ask(self, skill="caption", **fields):
+        await self.choose(skill)
+        for name, value in fields.items():
+            await self.tab.locator(f"[name={name}]").fill(value)
+        await self.start.click()
+
+    async def until_done(self):
+        await expect(self.start).to_be_visible()
+
+    async def bounds(self, selector):
+        """Where an element is, in pixels of the sample picture."""
+        frame = await self.tab.locator("#picture").bounding_box()
+        box = await self.tab.locator(selector).bounding_box()
+        scale = SIZE[0] / frame["width"]
+        left, top = (box["x"] - frame["x"]) * scale, (box["y"] - frame["y"]) * scale
+        return left, top, left + box["width"] * scale, top + box["height"] * scale
+
+    async def has_mark(self, x, y):
+        """Whether something is drawn within a few pixels of that place in the sample picture."""
+        shot = Image.open(io.BytesIO(await self.tab.locator("#frame").screenshot()))
+        scale = shot.width / SIZE[0]
+        x, y = x * scale, y * scale
+        area = shot.convert("RGB").crop((x - 8, y - 8, x + 8, y + 8))
+        return any(
+            max(abs(one - two) for one, two in zip(colour, MARK, strict=True)) < 24
+            for _, colour in area.getcolors(1000)
+        )
+
+    async def photograph(self, name, *, full=True):
+        await self.tab.screenshot(path=self._screenshots / f"{name}.png", full_page=full)
+
+
+def origin(url):
+    return "/".join(url.removeprefix("blob:").split("/")[:3])
+
+
+@pytest.fixture
+async def bare_tab(window, screenshots, page):  # the page is there until the tab has left it
+    """A tab with nothing in it yet, whose complaints nobody minds."""
+    tab = Tab(window.pages[0], screenshots)
+    await tab.tab.set_viewport_size({"width": 1280, "height": 800})
+    await tab.tab.emulate_media(color_scheme="light", reduced_motion="no-preference")
+    yield tab
+    await tab.leave()
+
+
+@pytest.fixture
+async def tab(bare_tab, page):
+    """A tab with the page in it, which asks no one but its own server, and never complains."""
+    await bare_tab.open(page.url)
+    yield bare_tab
+    assert bare_tab.complaints == []
+    assert bare_tab.hosts == {origin(page.url)}
+
+
+def assert_near(box, expected, by=6):
+    assert [*box] == pytest.approx([*expected], abs=by)
+
+
+# -- the beginning ------------------------------------------------------------------------
+
+
+async def test_page_is_ready_to_ask_and_says_that_no_model_looks(tab):
+    await expect(tab.tab.get_by_role("heading", level=1)).to_have_count(1)
+    await expect(tab.tab.get_by_text("No model is looking at the picture")).to_be_visible()
+    await expect(tab.name).to_have_text(f"sample.jpg, 640 {TIMES} 480")
+    await expect(tab.tab.get_by_role("img", name="sample.jpg")).to_be_visible()
+    await expect(tab.start).to_be_enabled()
+    await tab.photograph("start")
+
+
+async def test_page_names_the_server_that_answers(bare_tab, client, photo):
+    tab = bare_tab
+    async with DemoPage(client, photo, name="/home/me/cat.jpg", model="m", port=0) as page:
+        await tab.open(page.url)
+        await expect(tab.tab.get_by_text(f"Answers come from {client.endpoint}")).to_be_visible()
+        await expect(tab.name).to_contain_text("cat.jpg")
+        code = await tab.code.inner_text()
+        assert "client.caption(" in code
+        assert '"/home/me/cat.jpg"' in code
+        assert 'model="m"' in code
+
+
+# -- an answer being written --------------------------------------------------------------
+
+
+async def test_text_grows_as_it_is_written_and_then_is_counted(bare_tab, photo):
+    tab = bare_tab
+    may_go_on = asyncio.Event()
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD, in_chunks(EVENTS[0], end=False))
+        await may_go_on.wait()
+        await peer.send(in_chunks(*EVENTS[1:], DONE))
+
+    async with (
+        RawServer(play) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+        DemoPage(client, photo, port=0) as page,
+    ):
+        await tab.open(page.url)
+        await tab.ask()
+        await expect(tab.answer).to_have_text(WORDS[0])
+        await expect(tab.state).to_have_text("Writing")
+        await expect(tab.stop).to_be_visible()
+        await tab.photograph("writing")
+        may_go_on.set()
+        await expect(tab.answer).to_have_text(TEXT)
+        await expect(tab.state).to_have_text("Done")
+        await expect(tab.tab.locator("#first")).to_have_text(re.compile(r"^\d+\.\d\d s$"))
+        await expect(tab.tab.locator("#pace")).to_have_text(re.compile(r"^\d+\.\d chunks/s$"))
+        await expect(tab.tab.locator("#count")).to_have_text("3")
+        await expect(tab.tab.locator("#request")).to_have_text("r-1")
+
+
+async def test_a_screen_reader_hears_whole_sentences_and_each_once(bare_tab, photo):
+    tab = bare_tab
+    may_go_on = asyncio.Event()
+
+    async def play(peer):
+        await peer.request()
+        begun = [event(chunk) for chunk in ("A c", "at. ", "It sl")]
+        await peer.send(STREAM_HEAD, in_chunks(*begun, end=False))
+        await may_go_on.wait()
+        await peer.send(in_chunks(event("eeps."), DONE))
+
+    async with (
+        RawServer(play) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+        DemoPage(client, photo, port=0) as page,
+    ):
+        await tab.open(page.url)
+        heard = tab.answer.locator("span:not([aria-hidden])")
+        await expect(tab.answer).to_have_attribute("aria-live", "polite")
+        await tab.ask()
+        await expect(tab.answer).to_have_text("A cat. It sl")
+        assert await heard.all_text_contents() == ["A cat. "]
+        may_go_on.set()
+        await tab.until_done()
+        assert await heard.all_text_contents() == ["A cat. ", "It sleeps."]
+        await expect(tab.answer).to_have_text("A cat. It sleeps.")
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+async def test_stop_closes_the_connection_and_keeps_the_text(how, tab, simulator):
+    simulator.faults.append("stall=3")
+    await tab.ask()
+    await expect(tab.answer).to_have_text(f"A bright 640{TIMES}480")
+    if how == "button":
+        await expect(tab.stop).to_be_focused()
+        await tab.stop.click()
+    else:
+        await tab.tab.keyboard.press("Escape")
+    await simulator.requests[0].ended.wait()
+    assert simulator.requests[0].disconnected
+    await expect(tab.state).to_contain_text("Stopped")
+    await expect(tab.answer).to_have_text(f"A bright 640{TIMES}480")
+    await expect(tab.error).to_be_empty()
+    await expect(tab.start).to_be_focused()
+    await tab.photograph("stopped")
+
+
+@pytest.mark.parametrize("skill", ["caption", "detect"])
+async def test_stop_ends_a_call_whose_model_still_thinks(skill, tab, simulator):
+    simulator.faults.append("slow_start=1000")
+    await tab.ask(skill)
+    await simulator.wait_until(lambda: simulator.requests)
+    await expect(tab.state).to_contain_text("Waiting")
+    await tab.stop.click()
+    await simulator.requests[0].ended.wait()
+    assert simulator.requests[0].disconnected
+    await expect(tab.state).to_contain_text("Stopped")
+    await tab.ask(skill)  # and all goes well again
+    await expect(tab.state).to_have_text("Done")
+
+
+async def test_closing_the_tab_closes_the_connection(window, page, screenshots, simulator):
+    simulator.faults.append("stall=3")
+    tab = Tab(await window.new_page(), screenshots)
+    await tab.open(page.url)
+    await tab.ask()
+    await expect(tab.answer).not_to_be_empty()
+    await tab.tab.close()
+    await simulator.requests[0].ended.wait()
+    assert simulator.requests[0].disconnected
+
+
+# -- what goes wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "kept"),
+    [
+        ("error_event=2", "Inference failed", "A bright"),
+        ("cut=2", "ended before", "A bright"),
+        ("bad_json=2", "", "A bright"),
+    ],
+)
+async def test_an_error_in_the_answer_is_shown_below_what_had_arrived(
+    fault, said, kept, tab, simulator
+):
+    simulator.faults.append(fault)
+    await tab.ask()
+    await expect(tab.error).to_contain_text(said)
+    await expect(tab.error).not_to_be_empty()
+    await expect(tab.answer).to_have_text(kept)
+    await expect(tab.state).to_contain_text("Failed")
+    await tab.photograph(f"error-{fault.partition('=')[0]}")
+    await tab.ask()
+    await expect(tab.state).to_have_text("Done")
+    await expect(tab.error).to_be_empty()
+
+
+async def test_a_refused_key_is_said_and_not_shown(bare_tab, photo):
+    tab = bare_tab
+    async with (
+        Simulator(api_key="right") as simulator,
+        md.MoondreamClient("not-the-key", endpoint=simulator.endpoint) as client,
+        DemoPage(client, photo, port=0) as page,
+    ):
+        await tab.open(page.url)
+        await tab.ask()
+        await expect(tab.error).to_contain_text("Invalid API key")
+        assert "not-the-key" not in await tab.tab.content()
+        await tab.photograph("refused")
+
+
+async def test_a_page_whose_own_server_is_gone_says_so(bare_tab, client, photo):
+    tab = bare_tab
+    async with DemoPage(client, photo, port=0) as page:
+        await tab.open(page.url)
+    await tab.ask()
+    await expect(tab.error).to_contain_text("Is it still running?")
+
+
+# -- what each skill shows ----------------------------------------------------------------
+
+
+async def test_caption_writes_what_python_gets_at_every_length(tab, client, photo):
+    for length in ("short", "normal", "long"):
+        await tab.tab.get_by_role("radio", name=length.title()).check(force=True)
+        await tab.ask("caption")
+        expected = (await client.caption(photo, length=length)).caption
+        await expect(tab.answer).to_have_text(expected)
+        await tab.until_done()
+
+
+async def test_query_writes_what_python_gets(tab, client, photo):
+    expected = (await client.query(photo, "Where is the blue square?")).answer
+    await tab.ask("query", question="Where is the blue square?")
+    await expect(tab.answer).to_have_text(expected)
+    await tab.photograph("query")
+
+
+async def test_query_shows_what_the_model_thought_and_where(tab, client, photo):
+    await tab.choose("query")
+    await tab.tab.get_by_role("checkbox", name="Let the model think first").check()
+    await tab.ask("query")
+    thought = await client.query(photo, "How many coloured shapes are there?", reasoning=True)
+    await tab.tab.get_by_text("What the model thought").click()
+    await expect(tab.tab.locator("#thoughts p")).to_have_text(thought.reasoning.text)
+    places = [place for each in thought.reasoning.grounding for place in each.points]
+    await expect(tab.tab.locator("#labels i")).to_have_count(len(places))
+    await tab.photograph("query-reasoning")
+
+
+async def test_detect_draws_a_box_around_the_red_circle(tab):
+    await tab.ask("detect", object="red circle")
+    await expect(tab.answer).to_contain_text("Found “red circle” from (0.09, 0.38)")
+    assert_near(await tab.bounds("#shapes .edge"), CIRCLE)
+    left, top, right, bottom = CIRCLE
+    assert await tab.has_mark(left, top)
+    assert await tab.has_mark(right, bottom)
+    assert not await tab.has_mark((left + right) / 2, (top + bottom) / 2)
+    await expect(tab.tab.locator("#labels span")).to_have_text("red circle")
+    await tab.photograph("detect")
+
+
+async def test_detect_numbers_what_it_finds(tab, client, photo):
+    found = await client.detect(photo, "shape")
+    await tab.ask("detect", object="shape")
+    await expect(tab.tab.locator("#shapes .edge")).to_have_count(len(found.objects))
+    labels = await tab.tab.locator("#labels span").all_text_contents()
+    assert labels == [str(number + 1) for number in range(len(found.objects))]
+    await expect(tab.answer).to_contain_text(f"Found “shape” {len(found.objects)} times")
+    await tab.photograph("detect-many")
+
+
+async def test_point_puts_a_dot_into_the_red_circle(tab):
+    await tab.ask("point", object="red circle")
+    await expect(tab.answer).to_contain_text("Found “red circle” at (0.22, 0.54)")
+    left, top, right, bottom = await tab.bounds("#labels i")
+    assert_near(((left + right) / 2, (top + bottom) / 2), (140, 260))
+    assert await tab.has_mark(140, 260)
+    await tab.photograph("point")
+
+
+async def test_what_is_not_there_is_said_and_nothing_drawn(tab):
+    for skill in ("detect", "point", "segment"):
+        await tab.ask(skill, object="unicorn")
+        await tab.until_done()
+        await expect(tab.tab.locator("#answering")).to_contain_text("Found no “unicorn”")
+        await expect(tab.tab.locator("#shapes > *, #labels > *")).to_have_count(0)
+
+
+async def test_segment_draws_a_coarse_outline_while_it_is_written(tab, simulator):
+    simulator.faults.append("stall=30")
+    await tab.ask("segment", object="red circle")
+    coarse = tab.tab.locator("#shapes .coarse .edge")
+    await expect(coarse).to_have_attribute("d", re.compile(r"^M [\d.]+ [\d.]+( L [\d. ]+){5,}"))
+    left, top, right, bottom = await tab.bounds("#shapes .coarse .edge")
+    assert CIRCLE[0] - 6 <= left < right <= CIRCLE[2] + 6
+    assert CIRCLE[1] - 6 <= top < bottom <= CIRCLE[3] + 6
+    await tab.photograph("segment-coarse")
+    await tab.stop.click()
+    await tab.until_done()
+
+
+async def test_segment_ends_with_the_fine_outline(tab, client, photo):
+    found = await client.segment(photo, "red circle")
+    await tab.ask("segment", object="red circle")
+    await expect(tab.state).to_contain_text("Outlined “red circle”")
+    await expect(tab.answer).to_have_text(found.path)
+    await expect(tab.tab.locator("#shapes .coarse")).to_have_count(0)
+    assert await tab.tab.locator("#shapes .edge").get_attribute("d") == found.path
+    assert_near(await tab.bounds("#shapes .edge"), CIRCLE)
+    assert await tab.has_mark(CIRCLE[0], 260)
+    await tab.photograph("segment")
+
+
+async def test_chat_keeps_its_history_until_it_is_begun_anew(tab, simulator):
+    await tab.ask("chat", message="Which colours are there?")
+    await expect(tab.state).to_have_text("Done")
+    await tab.ask("chat", message="How many areas?")
+    await expect(tab.state).to_have_text("Done")
+    log = tab.tab.get_by_role("log", name="Conversation")
+    turns = await log.locator("li").all_text_contents()
+    assert turns[::2] == ["Which colours are there?", "How many areas?"]
+    first, *others = simulator.requests[-1].body["messages"]
+    assert [part["type"] for part in first["content"]] == ["text", "image_url"]
+    assert [turn["content"] for turn in others] == turns[1:3]
+    await tab.photograph("chat")
+    await tab.tab.get_by_role("button", name="New conversation").click()
+    await expect(log.locator("li")).to_have_count(0)
+    await tab.ask("chat", message="And now?")
+    await expect(tab.state).to_have_text("Done")
+    assert len(simulator.requests[-1].body["messages"]) == 1
+
+
+async def test_chat_takes_back_a_question_that_was_not_answered(tab, simulator):
+    simulator.faults.append("error_event=0")
+    await tab.ask("chat", message="Which colours are there?")
+    await expect(tab.error).to_contain_text("Inference failed")
+    await expect(tab.tab.locator("#conversation li")).to_have_count(0)
+    await expect(tab.tab.locator("[name=message]")).to_have_value("Which colours are there?")
+
+
+async def test_settings_are_sent_to_the_skills_that_they_are_for(tab, simulator):
+    await tab.choose("query")
+    await tab.tab.get_by_text("Settings").click()
+    await tab.tab.get_by_label("At most, tokens").fill("3")
+    await tab.tab.get_by_label("Temperature").fill("0.5")
+    await tab.ask("query")
+    await expect(tab.answer).to_have_text("There are 5")
+    await tab.until_done()
+    assert simulator.requests[-1].body["settings"] == {"max_tokens": 3, "temperature": 0.5}
+    await tab.ask("detect")
+    await tab.until_done()
+    assert simulator.requests[-1].body["settings"] == {"temperature": 0.5}
+
+
+# -- pictures -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture():
+    """A picture of 90 by 60 pixels, as a file."""
+    file = io.BytesIO()
+    Image.new("RGB", (90, 60), (20, 150, 50)).save(file, "PNG")
+    return file.getvalue()
+
+
+BRING = """([kind, data, name, type]) => {
+  const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
+  const brought = new DataTransfer();
+  brought.items.add(new File([bytes], name, { type }));
+  const Kind = kind === "paste" ? ClipboardEvent : DragEvent;
+  const field = kind === "paste" ? "clipboardData" : "dataTransfer";
+  const options = { [field]: brought, bubbles: true, cancelable: true };
+  const target = document.getElementById("frame");
+  if (kind === "drop") target.dispatchEvent(new Kind("dragenter", options));
+  target.dispatchEvent(new Kind(kind, options));
+}"""
+
+
+async def bring(tab, how, data, name="green.png", kind="image/png"):
+    if how == "choose":
+        async with tab.tab.expect_file_chooser() as chooser:
+            await tab.tab.get_by_role("button", name="Choose a picture").click()
+        files = {"name": name, "mimeType": kind, "buffer": data}
+        await (await chooser.value).set_files(files)
+    else:
+        await tab.tab.evaluate(BRING, [how, base64.b64encode(data).decode(), name, kind])
+
+
+@pytest.mark.parametrize("how", ["choose", "drop", "paste"])
+async def test_a_picture_is_shown_sent_and_named(how, tab, picture, client):
+    await bring(tab, how, picture)
+    await expect(tab.name).to_have_text(f"green.png, 90 {TIMES} 60")
+    await expect(tab.tab.locator("body")).not_to_have_class(re.compile("dropping"))
+    await tab.ask()
+    await expect(tab.answer).to_have_text((await client.caption(picture)).caption)
+    assert '"green.png"' in await tab.code.inner_text()
+
+
+async def test_another_picture_ends_the_answer_about_the_one_before(tab, picture, simulator):
+    simulator.faults.append("stall=3")
+    await tab.ask("chat")
+    await expect(tab.tab.locator("#conversation li.assistant")).not_to_be_empty()
+    await bring(tab, "drop", picture)
+    await simulator.requests[0].ended.wait()
+    assert simulator.requests[0].disconnected
+    await expect(tab.name).to_contain_text("green.png")
+    await expect(tab.tab.locator("#conversation li")).to_have_count(0)
+
+
+async def test_what_is_no_picture_is_refused_and_the_one_before_stays(tab):
+    await bring(tab, "drop", b"no picture", name="notes.png")
+    await expect(tab.error).to_contain_text("notes.png is no picture")
+    await expect(tab.name).to_contain_text("sample.jpg")
+
+
+async def test_a_picture_too_large_to_be_sent_is_refused_before(tab, picture, simulator, tmp_path):
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(picture)
+    os.truncate(huge, 34 << 20)
+    await tab.tab.locator("#file").set_input_files(huge)
+    await expect(tab.error).to_contain_text("huge.png has 34 MB; up to 32 MB can be sent")
+    assert simulator.requests == []
+
+
+async def test_a_photo_is_taken_with_the_camera(tab, simulator):
+    await tab.tab.get_by_role("button", name="Take a photo").click()
+    dialog = tab.tab.get_by_role("dialog", name="Take a photo")
+    await expect(dialog).to_be_visible()
+    await tab.photograph("camera", full=False)
+    await dialog.get_by_role("button", name="Take it").click()
+    await expect(tab.name).to_contain_text("photo.jpg")
+    await expect(dialog).to_be_hidden()
+    assert await tab.tab.locator("video").evaluate("(video) => video.srcObject") is None
+    await tab.ask()
+    await expect(tab.state).to_have_text("Done")
+
+
+# -- everybody ----------------------------------------------------------------------------
+
+
+async def test_a_keyboard_is_enough(tab, client, photo):
+    press = tab.tab.keyboard.press
+    await press("Tab")
+    await expect(tab.tab.get_by_role("button", name="Choose a picture")).to_be_focused()
+    await press("Tab")
+    await press("Tab")
+    await expect(tab.tab.get_by_role("radio", name="Caption")).to_be_focused()
+    outline = "(radio) => getComputedStyle(radio.nextElementSibling).outlineStyle"
+    assert await tab.tab.get_by_role("radio", name="Caption").evaluate(outline) == "solid"
+    await press("ArrowRight")
+    await expect(tab.tab.get_by_role("radio", name="Query")).to_be_checked()
+    await press("Tab")
+    await expect(tab.tab.get_by_label("Question")).to_be_focused()
+    await tab.tab.keyboard.type("Where is the sun?")  # replaces what was selected by Tab
+    await press("Enter")
+    await expect(tab.answer).to_have_text((await client.query(photo, "Where is the sun?")).answer)
+    await expect(tab.tab.get_by_label("Question")).to_be_focused()
+    await press("Tab")
+    await press("Tab")
+    await expect(tab.start).to_be_focused()
+    outline = "(button) => getComputedStyle(button).outlineStyle"
+    assert await tab.start.evaluate(outline) == "solid"
+
+
+CONTROLS = {"button", "checkbox", "radio", "spinbutton", "textbox", "image", "log", "region"}
+
+
+async def test_every_control_has_a_name_of_its_own(tab):
+    tools = await tab.tab.context.new_cdp_session(tab.tab)
+    await tab.tab.get_by_text("Settings").click()
+    for skill in SKILLS:
+        await tab.choose(skill)
+        nodes = (await tools.send("Accessibility.getFullAXTree"))["nodes"]
+        controls = [
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in nodes
+            if not node["ignored"] and node["role"]["value"] in CONTROLS
+        ]
+        assert len(controls) > 12
+        assert [role for role, name in controls if not name.strip()] == []
+        names = [name for role, name in controls if role in ("button", "textbox", "spinbutton")]
+        assert len(names) == len({*names})
+
+
+CONTRASTS = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map((each) => each / 255)
+    .map((each) => (each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, each, index) => sum + each * [0.2126, 0.7152, 0.0722][index], 0);
+  const ground = (element) => {
+    for (let each = element; each; each = each.parentElement) {
+      const colour = parse(getComputedStyle(each).backgroundColor);
+      if (colour[3] !== 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const words = [...element.childNodes].some((each) => each.nodeType === 3 && each.data.trim());
+    if (!words || !element.checkVisibility()) continue;
+    const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(ground(element))];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.outerHTML.slice(0, 80)]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_everything_can_be_read_in_light_and_in_dark(scheme, tab, simulator):
+    await tab.tab.emulate_media(color_scheme=scheme)
+    simulator.faults.append("error_event=9")
+    await tab.ask("caption")
+    await tab.until_done()
+    contrasts = await tab.tab.evaluate(CONTRASTS)
+    await tab.photograph(f"{scheme}-error")
+    for skill in SKILLS:
+        await tab.ask(skill)
+        await tab.until_done()
+        contrasts += await tab.tab.evaluate(CONTRASTS)
+        await tab.photograph(f"{scheme}-{skill}", full=False)
+    assert len(contrasts) > 100
+    assert [each for each in contrasts if each[0] < 4.5] == []
+    ground = await tab.tab.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", ground))) / 3
+    assert (brightness > 200) == (scheme == "light")
+
+
+async def test_narrow_screens_need_no_sideways_scrolling_and_show_what_is_drawn(tab):
+    phone = {"width": 360, "height": 740}
+    await tab.tab.set_viewport_size(phone)
+    for skill in SKILLS:
+        await tab.ask(skill)
+        await tab.until_done()
+        if skill in ("detect", "point", "segment"):
+            await expect(tab.tab.locator("#frame")).to_be_in_viewport(ratio=1)
+        await tab.photograph(f"phone-{skill}")
+        for width in (320, 360, 600, 900):
+            await tab.tab.set_viewport_size(phone | {"width": width})
+            wide = await tab.tab.evaluate("() => document.documentElement.scrollWidth")
+            assert wide <= width, skill
+        await tab.tab.set_viewport_size(phone)
+
+
+async def test_nothing_blinks_for_those_who_ask_for_less_motion(tab, simulator):
+    simulator.faults.append("stall=3")
+    await tab.tab.emulate_media(reduced_motion="reduce")
+    await tab.ask()
+    await expect(tab.answer).not_to_be_empty()
+    animation = "(answer) => getComputedStyle(answer, '::after').animationName"
+    assert await tab.answer.evaluate(animation) == "none"
+
+
+# -- the same in Python -------------------------------------------------------------------
+
+
+ODD = "Say \"no\" \\ \N{BALLOON} ${x} 'é' </script>"
+
+
+FIELDS = {
+    "query": "question",
+    "detect": "object",
+    "point": "object",
+    "segment": "object",
+    "chat": "message",
+}
+
+
+@pytest.mark.parametrize(
+    ("skill", "own"),
+    [*[(skill, False) for skill in SKILLS], ("caption", True), ("chat", True)],
+    ids=[*SKILLS, "caption-own-picture", "chat-own-picture"],
+)
+async def test_the_python_lines_get_the_same_answer(skill, own, tab, picture, run_python):
+    if own:
+        await bring(tab, "choose", picture)
+        await expect(tab.name).to_contain_text("green.png")
+    await tab.choose(skill)
+    await tab.tab.get_by_text("Settings").click()
+    await tab.tab.get_by_label("Temperature").fill("0.25")
+    if skill in FIELDS:
+        await tab.tab.locator(f"[name={FIELDS[skill]}]").fill(f"{ODD} green shape")
+    code = await tab.code.text_content()
+    await tab.start.click()
+    await tab.until_done()
+    await expect(tab.error).to_be_empty()
+    answer = tab.tab.locator("#conversation li.assistant") if skill == "chat" else tab.answer
+    shown = await answer.text_content()
+
+    printed = await run_python(code)
+    if skill in ("detect", "point"):
+        assert len(printed) == await tab.tab.locator("#labels span").count() >= 1
+    else:
+        assert printed[2 if skill == "segment" else 0] == shown
+    assert max(map(len, code.splitlines())) <= 100
+
+
+@pytest.fixture
+def run_python(picture, tmp_path, monkeypatch, capsys):
+    """Runs a program beside the picture; gives the lines that it printed."""
+    (tmp_path / "green.png").write_bytes(picture)
+    monkeypatch.chdir(tmp_path)
+
+    async def run_python(code):
+        namespace = {}
+        exec(compile(code.replace("asyncio.run(main())", ""), "<page>", "exec"), namespace)
+        await namespace["main"]()
+        return capsys.readouterr().out.splitlines()
+
+    return run_python
+
+
+async def test_copy_copies_the_python_lines(tab):
+    copy = tab.tab.get_by_role("button", name="Copy")
+    await copy.click()
+    await expect(tab.tab.get_by_role("button", name="Copied")).to_be_visible()
+    copied = await tab.tab.evaluate("() => navigator.clipboard.readText()")
+    assert copied == await tab.code.text_content()
+    compile(copied, "<page>", "exec")
+
+
+# -- other pages --------------------------------------------------------------------------
+
+
+async def test_a_name_that_leads_here_gets_no_page(bare_tab, page):
+    response = await bare_tab.tab.goto(page.url.replace("127.0.0.1", "rebound.example"))
+    assert response.status == 421
+
+
+async def test_other_pages_of_this_machine_cannot_ask(bare_tab, page, simulator):
+    await bare_tab.tab.goto(f"{simulator.origin}/nothing-there")
+    post = """async (url) => {
+      const body = '{"skill": "caption"}\\n';
+      return fetch(url, { method: "POST", mode: "no-cors", body }).then(() => true, () => false);
+    }"""
+    assert not await bare_tab.tab.evaluate(post, f"{page.url}ask")
+    assert {request.method for request in simulator.requests} == {"GET"}
