@@ -1,0 +1,147 @@
+"""How much work an event, a block, a stream and a call are, counted and not timed.
+
+What is counted are the calls that this package's own code makes and gets, Python's and
+C's: always the same on one Python, and on another nearly. The bounds stand a sixth over
+what was counted on the Python that has most to do. Whoever passes one has made the
+client slower, or knows why it is worth it, and moves the bound. Times are measured by
+`benchmarks`.
+"""
+
+import contextlib
+import gc
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import raw_server
+from sources import Source, opened
+
+import moondream_async as md
+
+PACKAGE = str(Path(md.__file__).parent)
+PICTURE = md.EncodedImage(b"a picture that nobody looks at", "image/jpeg", 8, 8)
+DONE = b'data: {"completed": true, "request_id": "42"}\n\n'
+CAPTION = 'data: {{"chunk": "grey heron {} ", "completed": false}}\n\n'
+CHAT = (
+    'data: {{"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": '
+    '[{{"index": 0, "delta": {{"content": "grey heron {} "}}, "finish_reason": null}}]}}\n\n'
+)
+DIALECTS = {"caption": (CAPTION, DONE), "chat": (CHAT, b"data: [DONE]\n\n")}
+
+PER_EVENT = 1.15  # 1.0 when it was set: to hand it out
+PER_BLOCK = 32  # 28, with one event in it
+PER_CALL = 220  # 191
+PER_STREAM = 400  # 346, with four events in four blocks
+BYTES_PER_STREAM = 2_850  # 2,470, without the connection's
+
+both_dialects = pytest.mark.parametrize("skill", DIALECTS)
+
+
+class Counter:
+    calls = 0
+
+    def __call__(self, frame, event, argument):
+        # For calls of C, the frame is the caller's.
+        if event in {"call", "c_call"} and frame.f_code.co_filename.startswith(PACKAGE):
+            self.calls += 1
+
+
+@contextlib.contextmanager
+def counted():
+    counter, before = Counter(), sys.getprofile()
+    gc.disable()  # what was dropped elsewhere is not to be counted here
+    sys.setprofile(counter)
+    try:
+        yield counter
+    finally:
+        sys.setprofile(before)
+        gc.enable()
+
+
+def packets(skill, events, per):
+    event, done = DIALECTS[skill]
+    made = [event.format(number).encode() for number in range(events)]
+    return [b"".join(made[i : i + per]) for i in range(0, events, per)] + [done]
+
+
+async def calls_to_read(skill, events, per):
+    stream = opened(Source(*packets(skill, events, per)), skill=skill)
+    with counted() as counter:
+        pieces = [piece async for piece in stream]
+    assert len(pieces) == events
+    return counter.calls
+
+
+@both_dialects
+async def test_another_event_of_a_block_costs_hardly_more_than_to_hand_it_out(skill):
+    few, many = await calls_to_read(skill, 3200, 16), await calls_to_read(skill, 6400, 32)
+    assert (many - few) / 3200 <= PER_EVENT
+
+
+@both_dialects
+async def test_another_block_costs_no_more_calls_than_it_did(skill):
+    few, many = await calls_to_read(skill, 100, 1), await calls_to_read(skill, 200, 1)
+    assert (many - few) / 100 <= PER_BLOCK
+
+
+@both_dialects
+@pytest.mark.parametrize("per", [1, 32])
+async def test_twice_the_events_take_twice_the_calls(skill, per):
+    none, once, twice = [await calls_to_read(skill, per * n, per) for n in (1, 101, 201)]
+    assert twice - once == pytest.approx(once - none, rel=0.01)
+
+
+async def calls_of(act, times):
+    """Return how many calls `act` takes when all has been done before."""
+    await act()
+    with counted() as counter:
+        for _ in range(times):
+            await act()
+    return counter.calls / times
+
+
+async def test_a_plain_call_takes_no_more_calls_than_it_did():
+    async with (
+        raw_server.RawServer(raw_server.answer_all) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+    ):
+        assert await calls_of(lambda: client.caption(PICTURE), 10) <= PER_CALL
+
+
+async def test_opening_a_stream_takes_no_more_calls_than_it_did():
+    async with (
+        raw_server.RawServer(raw_server.answer_all) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+    ):
+
+        async def read():
+            return await (await client.caption(PICTURE, stream=True)).text()
+
+        assert await calls_of(read, 10) <= PER_STREAM
+
+
+async def test_an_open_stream_takes_no_more_memory_than_it_did():
+    packet, *_ = packets("caption", 1, 1)
+
+    async def open_all(sources):
+        streams = [opened(source) for source in sources]
+        for stream in streams:
+            await anext(stream)
+        return streams
+
+    async def close(streams):
+        for stream in streams:
+            await stream.aclose()
+
+    await close(await open_all([Source(packet)]))
+    sources = [Source(packet) for _ in range(200)]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        streams = await open_all(sources)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    await close(streams)
+    assert used / len(streams) <= BYTES_PER_STREAM
