@@ -28,11 +28,13 @@ export function drawPoints(points, name) {
   points.forEach((point, index) => {
     const dot = document.createElement("i");
     place(dot, point.x, point.y);
+    labels.append(dot);
+    if (points.length === 1 && !name) return;
     const text = document.createElement("span");
     text.textContent = points.length > 1 ? index + 1 : name;
     text.classList.toggle("leftwards", point.x > 0.75);
     place(text, point.x, point.y);
-    labels.append(dot, text);
+    labels.append(text);
   });
 }
 

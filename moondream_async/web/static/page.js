@@ -166,7 +166,7 @@ async function answer() {
     if (!mine.signal.aborted) complain(sentence(error));
   } finally {
     text.finish();
-    if (asked.skill === "chat") keepTurns(asked, text, ending);
+    if (asked.skill === "chat") keepTurns(asked, text);
     $("state").textContent = ending;
     running = null;
     setBusy(false);
@@ -258,7 +258,7 @@ function addTurns(asked) {
 
 // An answer that did not come whole is kept as far as it came. One that never began is no turn,
 // and its question goes back into the field.
-function keepTurns(asked, text, ending) {
+function keepTurns(asked, text) {
   if (text.text) {
     turns = [...asked.messages, { role: "assistant", content: text.text }];
     fields.message.value = "";
@@ -270,18 +270,21 @@ function keepTurns(asked, text, ending) {
 function restart() {
   turns = [];
   $("conversation").replaceChildren();
-  if (chosen === "chat") clearAnswer();
+  clearAnswer();
+}
+
+async function stop() {
+  running?.abort();
+  await ended;
 }
 
 // -- what the user does --------------------------------------------------------------------
 
 async function take(blob, name) {
-  running?.abort();
-  await ended;
+  await stop();
   try {
     await show(blob, name, { source: JSON.stringify(name), maxBytes: about.max_bytes });
     restart(); // it was about the picture before
-    clearAnswer();
   } catch (error) {
     complain(error.message);
   }
@@ -294,11 +297,12 @@ form.addEventListener("submit", (event) => {
 });
 form.addEventListener("change", arrange);
 form.addEventListener("input", tellPython);
-$("stop").addEventListener("click", () => running?.abort());
+$("stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !$("camera").open) running?.abort();
+  if (event.key === "Escape" && !$("camera").open) stop();
 });
-$("restart").addEventListener("click", () => {
+$("restart").addEventListener("click", async () => {
+  await stop();
   restart();
   arrange();
   fields.message.focus();
