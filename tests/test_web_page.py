@@ -669,10 +669,14 @@ async def test_everything_can_be_read_in_light_and_in_dark(scheme, tab, simulato
 async def test_narrow_screens_need_no_sideways_scrolling_and_show_what_is_drawn(tab):
     phone = {"width": 360, "height": 740}
     await tab.tab.set_viewport_size(phone)
+    long_names = {"object": "the yellow shape, which has quite a long name here, and goes on"}
+    drawn = {"detect": long_names, "point": long_names, "segment": long_names}
     for skill in SKILLS:
-        await tab.ask(skill)
+        await tab.ask(skill, **drawn.get(skill, {}))
         await tab.until_done()
-        if skill in ("detect", "point", "segment"):
+        await expect(tab.state).not_to_contain_text("Failed")
+        if skill in drawn:
+            await expect(tab.tab.locator("#labels span")).to_have_count(1)
             await expect(tab.tab.locator("#frame")).to_be_in_viewport(ratio=1)
         await tab.photograph(f"phone-{skill}")
         for width in (320, 360, 600, 900):

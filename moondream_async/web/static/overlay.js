@@ -32,7 +32,7 @@ export function drawPoints(points, name) {
     if (points.length === 1 && !name) return;
     const text = document.createElement("span");
     text.textContent = points.length > 1 ? index + 1 : name;
-    text.classList.toggle("leftwards", point.x > 0.75);
+    text.classList.toggle("leftwards", point.x > 0.5);
     place(text, point.x, point.y);
     labels.append(text);
   });
@@ -89,12 +89,17 @@ function svg(tag, attributes) {
   return element;
 }
 
-// Above its box, or inside where there is no room above.
+// Above its box, or inside where there is no room above; along the side that is further from
+// the picture's own.
 function label(box, text) {
   const element = document.createElement("span");
   element.textContent = text;
   element.classList.toggle("inside", box.y_min < 0.08);
   place(element, box.x_min, box.y_min);
+  if (box.x_min + box.x_max > 1) {
+    element.style.left = "auto";
+    element.style.right = `${(1 - box.x_max) * 100}%`;
+  }
   return element;
 }
 
