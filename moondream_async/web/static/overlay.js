@@ -89,13 +89,14 @@ function svg(tag, attributes) {
   return element;
 }
 
-// Above its box, or inside where there is no room above; along the side that is further from
-// the picture's own.
+// Above its box; where there is no room, below it, or else inside. Along the side that is
+// further from the picture's own.
 function label(box, text) {
   const element = document.createElement("span");
   element.textContent = text;
-  element.classList.toggle("inside", box.y_min < 0.08);
-  place(element, box.x_min, box.y_min);
+  const isHigh = box.y_min < 0.1;
+  element.classList.toggle("hanging", isHigh);
+  place(element, box.x_min, isHigh && box.y_max < 0.88 ? box.y_max : box.y_min);
   if (box.x_min + box.x_max > 1) {
     element.style.left = "auto";
     element.style.right = `${(1 - box.x_max) * 100}%`;
