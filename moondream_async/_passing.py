@@ -196,7 +196,16 @@ class EventStream(AsyncIterator[bytes]):
     cancelled, and when it is dropped; and the stream with it.
     """
 
-    __slots__ = ("__weakref__", "_busy", "_heartbeat", "_over", "_reading", "_stream", "_watch")
+    __slots__ = (
+        "__weakref__",
+        "_busy",
+        "_heartbeat",
+        "_opening",
+        "_over",
+        "_reading",
+        "_stream",
+        "_watch",
+    )
 
     def __init__(self, stream: Answer, heartbeat: float | None) -> None:
         if heartbeat is not None and not _is_positive(heartbeat):
@@ -205,6 +214,7 @@ class EventStream(AsyncIterator[bytes]):
             )
         self._heartbeat = heartbeat
         self._busy = False  # somebody waits
+        self._opening = True  # some servers hold the head of an answer back until it has a body
         self._over = False  # what comes last was given, or it was closed
         self._reading: Task[tuple[bytes, bool]] | None = None
         self._watch: _Watch | None = None
@@ -247,12 +257,15 @@ class EventStream(AsyncIterator[bytes]):
     async def _next(self) -> bytes:
         """Return what is ready, or comes, or a heartbeat; nothing if it was closed meanwhile."""
         stream = self._stream
+        opening, self._opening = self._opening, False
         if self._reading is None:
             data, over = _take(stream)
             if not data and self._heartbeat is None:
                 data, over = await _read(stream)
             if data:
                 return self._give(data, over=over)
+            if opening:
+                return HEARTBEAT
             from asyncio import create_task  # noqa: PLC0415 - importing the package stays light
 
             self._reading = create_task(_read(stream))

@@ -239,8 +239,9 @@ class Stream:
                        `status` or `phase`, where it has one
 
         The last one is either ``done`` or ``error``: what goes wrong is not raised here.
-        While nothing comes from the server for `heartbeat` seconds, a comment follows,
-        which readers overlook; None sends none. Comments are no progress to `Timeout`.
+        A comment, which readers overlook, comes first, so that the browser gets the head of
+        the answer, and whenever nothing has come from the server for `heartbeat` seconds;
+        None sends none. Comments are no progress to `Timeout`.
 
         Closing it, cancelling the task that waits for it, and dropping it close the
         stream at once. Its `headers` belong to the answer that carries it.

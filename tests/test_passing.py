@@ -148,8 +148,9 @@ async def test_an_answer_arrives_as_events_and_done_says_what_is_known(answer, p
 async def test_what_has_arrived_goes_in_one_write_and_done_with_the_last_of_it():
     source = Source(sse(*HERON[:2]), sse(HERON[2], DONE))
 
-    first, last = await read_all(opened(source).sse())
+    opening, first, last = await read_all(opened(source).sse())
 
+    assert opening == HEARTBEAT
     assert text(parse(first)) == "A grey heron "
     assert [name for name, _ in parse(last)] == ["chunk", "done"]
     assert source.finished
@@ -303,8 +304,9 @@ async def test_a_comment_comes_for_each_heartbeat_of_silence(clock):
 
     writes = await timed(opened(source).sse(), clock)
 
-    assert [seconds for seconds, _ in writes] == [15, 30, 40, 55, 55.5, 70]
-    assert [write == HEARTBEAT for _, write in writes] == [True, True, False, True, False, False]
+    assert [seconds for seconds, _ in writes] == [0, 15, 30, 40, 55, 55.5, 70]
+    silent = [seconds for seconds, write in writes if write == HEARTBEAT]
+    assert silent == [0, 15, 30, 55]
     assert text(parse(*[write for _, write in writes])) == TEXT
 
 
@@ -328,7 +330,7 @@ async def test_heartbeats_are_no_progress_to_the_limits(clock):
 
     writes = await timed(stream.sse(), clock)
 
-    assert [seconds for seconds, _ in writes] == [0, 15, 30, 45, 60, 75, 90, 100]
+    assert [seconds for seconds, _ in writes] == [0, 0, 15, 30, 45, 60, 75, 90, 100]
     assert parse(writes[-1][1])[0][1]["error"]["phase"] == "idle"
 
 
@@ -351,14 +353,14 @@ async def test_heartbeats_interrupt_no_other_try(clock):
 
     writes = await timed(stream.sse(), clock)
 
-    assert [seconds for seconds, _ in writes] == [15, 30, 40]
+    assert [seconds for seconds, _ in writes] == [0, 15, 30, 40]
     assert len(tries) == 1
 
 
 async def test_a_slow_browser_is_read_ahead_of_by_one_block():
     source = Source(20.0, *[sse({"chunk": f"{number} "}) for number in range(9)], sse(DONE))
     events = opened(source).sse()
-    assert await anext(events) == HEARTBEAT
+    assert [await anext(events), await anext(events)] == [HEARTBEAT, HEARTBEAT]
 
     await asyncio.sleep(100)
 
@@ -371,7 +373,8 @@ async def test_there_is_a_task_only_while_the_server_is_waited_for():
     events = opened(source).sse()
     before = asyncio.all_tasks()
 
-    await anext(events)
+    assert await anext(events) == HEARTBEAT
+    assert parse(await anext(events)) == [("chunk", HERON[0])]
     assert asyncio.all_tasks() == before
     assert await anext(events) == HEARTBEAT
     assert len(asyncio.all_tasks() - before) == 1
@@ -391,13 +394,14 @@ async def not_yet(source):
 async def between_events(source):
     source.send(sse(HERON[0]))
     events = opened(source).sse()
-    await anext(events)
+    assert await anext(events) == HEARTBEAT
+    assert parse(await anext(events)) == [("chunk", HERON[0])]
     return events
 
 
 async def after_a_heartbeat(source):
     events = opened(source).sse()
-    assert await anext(events) == HEARTBEAT
+    assert [await anext(events), await anext(events)] == [HEARTBEAT, HEARTBEAT]
     return events
 
 
@@ -441,9 +445,8 @@ async def test_cancelling_who_waits_closes_the_stream_at_once(make, heartbeat):
     before = asyncio.all_tasks()
     events = await make(source)
     events._heartbeat = heartbeat
-    reader = asyncio.create_task(anext(events))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    reader = asyncio.create_task(wait_for_more(events))
+    await until_idle()
 
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -474,7 +477,7 @@ async def test_closing_it_stops_another_try():
 
     events = opened(Source(END), reopen=reopen).sse()
     before = asyncio.all_tasks()
-    assert await anext(events) == HEARTBEAT
+    assert [await anext(events), await anext(events)] == [HEARTBEAT, HEARTBEAT]
 
     await events.aclose()
 
