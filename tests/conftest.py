@@ -72,13 +72,20 @@ def photo():
 
 def pytest_addoption(parser):
     parser.addoption("--fault-report", action="store_true", help="print the fault table")
+    parser.addoption(
+        "--disconnect-report",
+        action="store_true",
+        help="print how long requests outlive the browsers that they were made for",
+    )
 
 
 _fault_report = pytest.StashKey[list[str]]()
+_disconnect_report = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config):
     config.stash[_fault_report] = []
+    config.stash[_disconnect_report] = []
 
 
 @pytest.fixture
@@ -87,8 +94,16 @@ def fault_report(request):
     return request.config.stash[_fault_report]
 
 
+@pytest.fixture
+def disconnect_report(request):
+    """Where a line is noted for each browser that went away."""
+    return request.config.stash[_disconnect_report]
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--fault-report"):
-        terminalreporter.section("faults")
-        for line in config.stash[_fault_report]:
-            terminalreporter.write_line(line)
+    reports = {"--fault-report": _fault_report, "--disconnect-report": _disconnect_report}
+    for option, key in reports.items():
+        if config.getoption(option):
+            terminalreporter.section(option)
+            for line in config.stash[key]:
+                terminalreporter.write_line(line)
