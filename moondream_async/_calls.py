@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import anyio._backends._asyncio  # what the first await would load else, holding up the loop
 import anyio.to_thread
-from anyio import CancelScope, current_time
+from anyio import CancelScope
 from yarl import URL
 
+from ._clock import running_loop
 from ._images import encode_image
 from ._limits import Pace, Places
 from ._protocol import USER_AGENT
@@ -50,6 +51,7 @@ from .errors import (
 from .types import CallEvent, ClientStats, EncodedImage, Hooks, Result, Timeout
 
 if TYPE_CHECKING:
+    import asyncio
     import ssl
 
     import aiohttp
@@ -210,7 +212,7 @@ class Call:
         self, caller: Caller, request: Request, *, max_retries: int, timeout: Timeout
     ) -> None:
         total = timeout.total
-        self.total_at = None if total is None else current_time() + total
+        self.total_at = None if total is None else running_loop().time() + total
         self._caller = caller
         self._request = request
         self._max_retries = max_retries
@@ -334,7 +336,7 @@ class Call:
             return False
         retry_after = error.retry_after if isinstance(error, APIStatusError) else None
         delay = backoff(self._failures, random.random(), retry_after)  # noqa: S311 - no secret
-        if self.total_at is not None and current_time() + delay >= self.total_at:
+        if self.total_at is not None and running_loop().time() + delay >= self.total_at:
             return False
         if not self._caller.budget.take():
             _log.debug("no retry: too many of this client's calls fail")
@@ -355,9 +357,14 @@ class Call:
         caller = self._caller
         caller.check_open()
         pool = caller.transport.pool()
-        deadline = _Deadline(self._timeout, self.total_at)
-        with pool.cancelled_on_close(deadline.scope), deadline.scope:
-            return await step(pool, deadline)
+        deadline = _Deadline(pool.loop, self._timeout, self.total_at)
+        pool.calls.add(deadline.scope)  # which is cancelled when the client is closed
+        try:
+            with deadline.scope:
+                return await step(pool, deadline)
+        finally:
+            deadline.cancel()
+            pool.leave(deadline.scope)
         if caller.closed or pool.closed:
             raise ClientClosedError("The client was closed during the call")
         raise deadline.error(caller.places)
@@ -392,7 +399,7 @@ class Call:
         except BaseException:
             body.close()
             raise
-        waited = current_time() - deadline.sent_at
+        waited = pool.loop.time() - deadline.sent_at
         return Opening(decoder, body, sent_at=deadline.sent_at, waited=waited)
 
     async def _is_json(self, body: Body) -> bool:
@@ -425,10 +432,11 @@ class Call:
         self._was_sent = False
         if caller.admission is not None and not request.elsewhere:
             await caller.admission.wait()
-        deadline.enter("pool")
-        await caller.places.take()
-        try:
+        if not caller.places.take_at_once():
+            deadline.enter("pool")
+            await caller.places.take()
             deadline.enter(None)
+        try:
             if self._images is None:
                 self._images = [await caller.encode(each) for each in request.pictures]
             if caller.pace is not None and not request.elsewhere:
@@ -451,13 +459,14 @@ class Call:
         except BaseException:
             caller.places.give_back()
             raise
-        _log.debug(
-            "%s %s: %d in %.3f s",
-            request.method,
-            request.path.partition("?")[0],  # what follows may be a signature
-            body.status,
-            current_time() - deadline.sent_at,
-        )
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug(
+                "%s %s: %d in %.3f s",
+                request.method,
+                request.path.partition("?")[0],  # what follows may be a signature
+                body.status,
+                pool.loop.time() - deadline.sent_at,
+            )
         if 200 <= body.status < 300:
             return body
         try:
@@ -478,26 +487,70 @@ class Call:
 
 
 class _Deadline:
-    """The time limits of one try; `scope` is cancelled when one has run out."""
+    """The time limits of one try; `scope` is cancelled when one has run out.
 
-    def __init__(self, timeout: Timeout, total_at: float | None) -> None:
-        self.scope = CancelScope(deadline=_NEVER if total_at is None else total_at)
-        self.sent_at = current_time()
+    As with a stream's clock there is one timer at most, and it is moved only to an
+    earlier time: when it goes off too early, it is set anew. The scope's own deadline
+    would cost a new timer for each phase.
+    """
+
+    __slots__ = (
+        "_at",
+        "_loop",
+        "_phase",
+        "_rings_at",
+        "_timeout",
+        "_timer",
+        "_total_at",
+        "scope",
+        "sent_at",
+    )
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, timeout: Timeout, total_at: float | None
+    ) -> None:
+        self.scope = CancelScope()
+        self.sent_at = loop.time()
+        self._loop = loop
         self._timeout = timeout
         self._total_at = _NEVER if total_at is None else total_at
         self._phase: Phase = "total"
+        self._timer: asyncio.Handle | None = None
+        self._rings_at = _NEVER
+        self._run_until(self._total_at, self.sent_at)
 
     def enter(self, phase: Phase | None) -> None:
         """Start the limit of a phase; None has none but the total."""
         limit = None if phase is None else getattr(self._timeout, phase)
-        at = _NEVER if limit is None else current_time() + limit
+        now = self._loop.time()
+        at = _NEVER if limit is None else now + limit
         self._phase = "total" if phase is None or at >= self._total_at else phase
-        self.scope.deadline = min(at, self._total_at)
+        self._run_until(min(at, self._total_at), now)
 
     def sent(self) -> None:
         """A connection stands and the request is on its way."""
-        self.sent_at = current_time()
+        self.sent_at = self._loop.time()
         self.enter("first_event")
+
+    def cancel(self) -> None:
+        """Watch no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None  # whose method leads back here
+
+    def _run_until(self, at: float, now: float) -> None:
+        self._at = at
+        if at <= now:
+            self.scope.cancel()
+        elif at < self._rings_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(at, self._ring)
+            self._rings_at = at
+
+    def _ring(self) -> None:
+        self._rings_at = _NEVER
+        self._run_until(self._at, self._loop.time())
 
     def error(self, places: Places) -> APITimeoutError:
         """Return the error for the limit that ran out."""

@@ -72,15 +72,25 @@ class Places:
         """How many calls stand in line."""
         return len(self._line)
 
+    def take_at_once(self) -> bool:
+        """Take a place if one is free; nobody can be in line then."""
+        with self._lock:
+            if not self._free:
+                return False
+            self._free -= 1
+            return True
+
     async def take(self) -> bool:
         """Take a place; return whether it had to be waited for.
 
         Cancelling it leaves the line; a place that was given in the same moment
         goes to the next.
         """
+        if self.take_at_once():
+            return False
         turn = _Turn()
         with self._lock:
-            if self._free:
+            if self._free:  # since then, by another thread
                 self._free -= 1
                 return False
             self._line[turn] = None

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -296,15 +296,10 @@ class Pool:
             scope.cancel()
         self.abandon()
 
-    @contextlib.contextmanager
-    def cancelled_on_close(self, scope: anyio.CancelScope) -> Iterator[None]:
-        """Cancel `scope` when the client is closed meanwhile."""
-        self.calls.add(scope)
-        try:
-            yield
-        finally:
-            self.calls.discard(scope)
-            self._note_end()
+    def leave(self, scope: anyio.CancelScope) -> None:
+        """Take a call, which has ended, out of `calls`."""
+        self.calls.discard(scope)
+        self._note_end()
 
     def discard(self, body: Body) -> None:
         """Forget a body that has ended."""
