@@ -1,0 +1,120 @@
+"""The recipes with a window of Qt's, offscreen, in a process and an event loop of their own.
+
+A timer in that loop clicks the buttons and tells what the window shows (`qt_driver`), so
+that nothing would happen here while the window is stuck.
+"""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from programs import RECIPES, STRICT, needs, running
+from raw_server import DONE, EVENTS, STREAM_HEAD, TEXT, WORDS, RawServer, in_chunks
+
+pytestmark = pytest.mark.slow
+
+DRIVER = Path(__file__).with_name("qt_driver.py")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("qasync_window.py", id="qasync", marks=needs("qasync", "PySide6")),
+        pytest.param("qt_asyncio_window.py", id="QtAsyncio", marks=needs("PySide6.QtAsyncio")),
+    ]
+)
+def window(request, photo, tmp_path):
+    """Opens the recipe's window, with a picture to ask a server about."""
+    try:
+        import PySide6.QtWidgets  # noqa: F401 - only whether it can be
+    except ImportError as error:  # of a library of the system's
+        pytest.skip(
+            f"needs: {error} (apt-get install libegl1 libgl1 libxkbcommon0 libdbus-1-3 "
+            "libfontconfig1 libglib2.0-0)"
+        )
+
+    @asynccontextmanager
+    async def opened(endpoint):
+        environment = {
+            "MOONDREAM_ENDPOINT": endpoint,
+            "QT_QPA_PLATFORM": "offscreen",
+            "XDG_RUNTIME_DIR": str(tmp_path),
+        }
+        recipe = RECIPES / request.param
+        async with running(*STRICT, DRIVER, recipe, photo, **environment) as program:
+            window = Window(program)
+            await window.until(lambda _, enabled: enabled == ["Describe"])
+            yield window
+
+    return opened
+
+
+class Window:
+    def __init__(self, program):
+        self.program = program
+
+    async def until(self, condition):
+        """Wait until the window shows, or has shown, a text with buttons of which that is true."""
+
+        def holds(said):
+            shown = [
+                json.loads(line) for line in said.splitlines(keepends=True) if line[-1] == "\n"
+            ]
+            return any(condition(each["text"], each["enabled"]) for each in shown)
+
+        await self.program.until(holds)
+
+    async def end(self):
+        status, _, complaints = await self.program.end()
+        return status, complaints
+
+
+async def test_window_shows_the_whole_answer(window, simulator, client, photo):
+    answer = (await client.caption(photo)).caption
+    async with window(simulator.endpoint) as shown:
+        await shown.program.tell("click Describe")
+        await shown.until(lambda text, enabled: (text, enabled) == (answer, ["Describe"]))
+        await shown.program.tell("close")
+
+        assert await shown.end() == (0, [])
+
+
+@pytest.mark.parametrize("order", ["click Cancel", "close"])
+async def test_window_that_is_told_to_stop_closes_its_connection(window, simulator, order):
+    simulator.faults.append("stall=3")
+    async with window(simulator.endpoint) as shown:
+        await shown.program.tell("click Describe")
+        await shown.until(lambda text, enabled: len(text.split()) == 3 and enabled == ["Cancel"])
+        await shown.program.tell(order)
+        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+        if order != "close":
+            await shown.until(lambda text, enabled: text and enabled == ["Describe"])
+            await shown.program.tell("close")
+
+        assert await shown.end() == (0, [])
+
+
+async def test_window_is_alive_between_any_two_pieces(window):
+    """The server sends a piece when the window, in a timer, has told of the one before."""
+    pieces = [asyncio.Event() for _ in WORDS]
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        for event, told in zip(EVENTS, pieces, strict=True):
+            await peer.send(in_chunks(event, end=False))
+            await told.wait()
+        await peer.send(in_chunks(DONE))
+        await peer.until_gone()
+
+    async with RawServer(play) as server, window(server.endpoint) as shown:
+        await shown.program.tell("click Describe")
+        for number, told in enumerate(pieces, start=1):
+            so_far = "".join(WORDS[:number])
+            await shown.until(lambda text, _, so_far=so_far: text == so_far)
+            told.set()
+        await shown.until(lambda text, enabled: (text, enabled) == (TEXT, ["Describe"]))
+        await shown.program.tell("close")
+
+        assert await shown.end() == (0, [])
