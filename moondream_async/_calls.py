@@ -445,7 +445,7 @@ class Call:
             self._tries += 1
             self._tell("request")
             parts = request.body(self._images)
-            caller.count(requests=1, bytes_sent=sum(map(size_on_wire, parts)))
+            caller.count(requests=1, bytes_sent=size_on_wire(parts))
             body = await pool.request(
                 request.method,
                 caller.url(request),

@@ -520,7 +520,7 @@ class Skills:
         return await self._caller.encode(image, max_pixels=max_pixels)
 
     async def _result(self, make: Callable[[], Request]) -> Result:
-        return await self._answer(make())
+        return await self._caller.call(make()).result()
 
     async def _answer(self, request: Request) -> Result:
         return await self._caller.call(request).result()

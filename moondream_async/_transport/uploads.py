@@ -36,11 +36,12 @@ class Upload(aiohttp.payload.Payload):
         used: weakref.WeakSet[asyncio.BaseProtocol],
         on_send: Callable[[], None],
     ) -> None:
-        is_file = any(isinstance(part, FileSlice) for part in parts)
+        is_file = bool(parts) and isinstance(parts[0], FileSlice)  # which is a body by itself
         kind = "application/octet-stream" if is_file else "application/json"
         super().__init__(parts, content_type=kind)
         self._parts = parts
-        self._size = sum(map(size_on_wire, parts))
+        self._size = size = size_on_wire(parts)
+        self._is_small = not is_file and size <= _SMALL_BODY_BYTES
         self._used = used
         self._on_send = on_send
         self.reused = False
@@ -55,15 +56,15 @@ class Upload(aiohttp.payload.Payload):
         self.reused = writer.protocol in self._used
         self._used.add(writer.protocol)
         self._on_send()
+        if self._is_small:
+            await writer.write(b"".join(self._pieces()))
+            return
         for part in self._parts:
             if isinstance(part, FileSlice):
                 async for piece in part:
                     await writer.write(piece)
                     self._on_send()  # a slow line is no server that does not answer
                 return
-        if self._size is not None and self._size <= _SMALL_BODY_BYTES:
-            await writer.write(b"".join(self._pieces()))
-            return
         for piece in self._pieces():
             await writer.write(piece)
             await asyncio.sleep(0)  # write() gives way only when the socket is full
@@ -80,10 +81,14 @@ class Upload(aiohttp.payload.Payload):
                 yield part
 
 
-def size_on_wire(part: Part) -> int:
-    """Return how many bytes a part of a body is when it is sent."""
-    if isinstance(part, bytes):
-        return len(part)
-    if isinstance(part, FileSlice):
-        return part.size
-    return len(f'"data:{part.media_type};base64,"') + (len(part.data) + 2) // 3 * 4
+def size_on_wire(parts: Sequence[Part]) -> int:
+    """Return how many bytes a body is when it is sent."""
+    size = 0
+    for part in parts:
+        if isinstance(part, bytes):
+            size += len(part)
+        elif isinstance(part, EncodedImage):
+            size += len('"data:;base64,"') + len(part.media_type) + (len(part.data) + 2) // 3 * 4
+        else:
+            size += part.size
+    return size
