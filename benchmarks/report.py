@@ -77,16 +77,22 @@ def show_targets(console: Console, outcomes: list[Outcome]) -> None:
         justify = "right" if name in ("wanted", "measured") else "left"
         shown.add_column(name, justify=justify, overflow="fold")
     missed: list[Target] = []
+    left_out: list[Target] = []
     for outcome in outcomes:
         for target in outcome.targets:
-            wanted = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
-            value = "" if target.value is None else f"{target.value:.3g}"
-            word = {True: "reached", False: "[bold]not reached[/bold]", None: "not measured"}
-            shown.add_row(outcome.name, target.text, wanted, value, word[target.reached])
-            if target.reached is False:
+            if target.value is None:
+                left_out.append(target)
+                continue
+            wanted = f"{'≥' if target.at_least else '≤'} {target.limit:,g}"
+            value = f"{target.value:,.3g}" if target.value < 1000 else f"{target.value:,.0f}"
+            word = "reached" if target.reached else "[bold]not reached[/bold]"
+            shown.add_row(outcome.name, target.text, wanted, value, word)
+            if not target.reached:
                 missed.append(target)
     console.print()
     console.print(shown)
+    for target in left_out:
+        console.print(f"- Not measured in this run: {target.text}.", highlight=False)
     for target in missed:
         reason = target.obstacle or "Not looked into."
         console.print(f"- {target.text}: {target.value:.3g}. {reason}", highlight=False)

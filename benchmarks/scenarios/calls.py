@@ -14,6 +14,7 @@ NAME = "calls"
 TITLE = "Plain calls with a picture of 10 kB"
 CONTENDERS = (FLOOR, OURS, "httpx_sse", "httpx2_sse", "official_sdk")
 AT_ONCE = {1: 200, 50: 1_000, 500: 2_000}
+QUICK = {1: 100, 50: 400}
 """How many at once, and how many in all."""
 SHARE = {"httpx_sse": 0.25, "httpx2_sse": 0.25, "official_sdk": 0.5}
 MOST = {"httpx_sse": 50, "official_sdk": 50}
@@ -22,7 +23,7 @@ MOST = {"httpx_sse": 50, "official_sdk": 50}
 
 def run(bench: Bench) -> Outcome:
     tables, targets = [], []
-    for at_once, count in AT_ONCE.items():
+    for at_once, count in (QUICK if bench.quick else AT_ONCE).items():
         bench.say(f"{NAME}: {at_once} at once")
         tasks = {}
         for name in CONTENDERS:
@@ -30,8 +31,7 @@ def run(bench: Bench) -> Outcome:
                 continue
             share = max(int(count * SHARE.get(name, 1)), at_once)
             tasks[name] = (name, "calls", {"at_once": at_once, "count": share})
-        rounds = 3 if at_once < 500 else 2
-        found = bench.rounds(rounds if bench.quick else 2 * rounds, tasks)
+        found = bench.rounds(5 if at_once < 500 and not bench.quick else 3, tasks)
         names = {name: load(name).NAME.replace(" + httpx-sse", "") for name in found}
         names[FLOOR] = "floor: aiohttp, post"
         table = Table(
@@ -43,6 +43,10 @@ def run(bench: Bench) -> Outcome:
             digits=0,
         )
         tables.append(table)
+        cpu = {names[name]: [each["cpu"] * 1e3 for each in found[name]] for name in found}
+        tables.append(
+            Table(f"{at_once} at once", "ms of CPU a call", cpu, floor=names[FLOOR], us=names[OURS])
+        )
         ours = names[OURS]
         targets += [
             *(

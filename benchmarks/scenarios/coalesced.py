@@ -56,7 +56,7 @@ def measure(
         arguments = {"skill": skill, "plan": str(plan), "warm": str(Plan(events=PER * 4, per=PER))}
         tasks[name] = (name, "stream", arguments)
         counts[name] = share * streams
-    rounds = 3 if bench.quick else 9
+    rounds = 3 if bench.quick else 5
     found = bench.rounds(rounds, tasks)
     labels = {name: load(name).NAME for name in found}
     return Table(

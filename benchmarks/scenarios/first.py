@@ -18,18 +18,19 @@ NAME = "first"
 TITLE = "From the call to the first chunk"
 CONTENDERS = (RAW, FLOOR, OURS, "openai_default", "openai_aiohttp")
 AT_ONCE = {1: 100, 500: 1}
+QUICK = {1: 50, 100: 1}
 """How many streams begin at once, and how often."""
 
 
 def run(bench: Bench) -> Outcome:
     plan = str(Plan(kind="first", events=8))
     tables, targets = [], []
-    for at_once, times in AT_ONCE.items():
+    for at_once, times in (QUICK if bench.quick else AT_ONCE).items():
         bench.say(f"{NAME}: {at_once} at once")
         arguments = {"skill": "chat", "plan": plan, "at_once": at_once, "times": times}
         tasks = {name: (name, "first", arguments) for name in CONTENDERS}
-        rounds = 2 if at_once == 1 else 1
-        found = bench.rounds(rounds if bench.quick else 3 * rounds, tasks)
+        rounds = 3 if at_once == 1 else 2
+        found = bench.rounds(rounds, tasks)
         names = {name: load(name).NAME for name in found}
         for word, measure in (("median", statistics.median), ("99th percentile", percentile_99)):
             floors = [measure(delays) for delays in found[RAW]]

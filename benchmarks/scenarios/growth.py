@@ -18,7 +18,7 @@ TITLE = "One stream to ten thousand, 10,000 events a second in all of them"
 STREAMS = (1, 10, 100, 1_000, 10_000)
 MOST = {"httpx2_sse": 1_000}
 """Beyond that, its connection pool takes minutes."""
-QUICK = {"httpx2_sse": 100, FLOOR: 1_000}
+QUICK = {"httpx2_sse": 100}
 CONTENDERS = (FLOOR, OURS, "httpx2_sse")
 QUANTITIES = {
     "cpu_per_event": ("reading", "microseconds of CPU an event", 1e6),
@@ -30,7 +30,7 @@ QUANTITIES = {
 def run(bench: Bench) -> Outcome:
     tasks, streams_of = {}, {}
     most = MOST | (QUICK if bench.quick else {})
-    for streams in STREAMS:
+    for streams in STREAMS[:-1] if bench.quick else STREAMS:
         events = max((5_000 if bench.quick else 10_000) // streams, 3) + 1
         plan = Plan(events=events, streams=streams, every_us=100 * streams, hold=1)
         arguments = {"skill": "caption", "plan": str(plan), "warm": str(Plan(events=100))}
@@ -57,7 +57,7 @@ def run(bench: Bench) -> Outcome:
 def targets(reading: Table, opening: Table, found: dict[str, list[Any]]) -> list[Target]:
     ours = load(OURS).NAME
     few, most = f"{ours}, 100", f"{ours}, 10,000"
-    delivered = min(each["delivered"] for each in found[most])
+    delivered = min((each["delivered"] for each in found.get(most, ())), default=None)
     return [
         Target("10,000 streams open at once, delivered whole", delivered, 10_000, at_least=True),
         Target("an event in 10,000 streams, of one in 100", reading.ratio(most, few), 2),

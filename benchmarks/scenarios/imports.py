@@ -66,7 +66,7 @@ FIRST_CALLS = {
 
 def run(bench: Bench) -> Outcome:
     bench.say(f"{NAME}: {len(CODE)} programs")
-    rounds = 5 if bench.quick else 15
+    rounds = 2 if bench.quick else 7
     seconds: dict[str, list[float]] = {}
     calls: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as elsewhere:

@@ -35,7 +35,7 @@ def run(bench: Bench) -> Outcome:
     for megabytes in MEGABYTES:
         arguments = {"size": megabytes * 1_000_000, "packet": 100}
         tasks[f"{DECODER}, {megabytes} MB"] = (OURS, "decode", arguments)
-    found = bench.rounds(3 if bench.quick else 9, tasks)
+    found = bench.rounds(2 if bench.quick else 5, tasks)
     samples = {label: [each["cpu"] * 1e3 for each in values] for label, values in found.items()}
     table = Table("time", "ms of CPU", samples, digits=1)
     targets = [

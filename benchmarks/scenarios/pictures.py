@@ -22,9 +22,9 @@ def run(bench: Bench) -> Outcome:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         bench_images.make_pictures(directory)
-        for _ in range(1 if bench.quick else 3):
+        for _ in range(1 if bench.quick else 2):
             for contender in CONTENDERS:
-                found = bench_images.measure_apart(contender, directory, 3 if bench.quick else 7)
+                found = bench_images.measure_apart(contender, directory, 3 if bench.quick else 5)
                 times.setdefault(contender, []).extend(found["times"])
                 stalls.setdefault(contender, []).extend(found["stalls"])
     del times["idle"]
