@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -69,9 +69,6 @@ class Answer(Protocol):
     def completed(self) -> bool:
         """Whether all of it has arrived."""
 
-    async def __anext__(self) -> str:
-        """Return the next piece of text."""
-
     async def aclose(self) -> None:
         """Give its connection back, or drop it if there is more to come."""
 
@@ -88,21 +85,27 @@ class _Watch:
     It keeps neither of them alive.
     """
 
-    __slots__ = ("_task", "_what")
+    __slots__ = ("_current_task", "_task", "_what")
 
-    def __init__(self, task: Task[Any], what: Chunks | EventStream) -> None:
-        self._task = weakref.ref(task)
+    def __init__(self, what: Chunks | EventStream) -> None:
+        from asyncio import current_task  # noqa: PLC0415 - importing the package stays light
+
+        self._current_task = current_task
         self._what = weakref.ref(what)
-        task.add_done_callback(self)
+        self._task: Callable[[], Task[Any] | None] = _nobody
+
+    def look(self) -> None:
+        """Look at the task that runs now."""
+        task = self._current_task()
+        if task is not self._task() and task is not None:
+            self.end()
+            self._task = weakref.ref(task)
+            task.add_done_callback(self)
 
     def __call__(self, task: Task[Any]) -> None:
         what = self._what()
         if what is not None and task.cancelled():
             what.close()
-
-    def is_on(self, task: Task[Any]) -> bool:
-        """Whether it watches this task."""
-        return self._task() is task
 
     def end(self) -> None:
         """Look no more: a task may live long, and read many streams."""
@@ -111,16 +114,8 @@ class _Watch:
             task.remove_done_callback(self)
 
 
-def _watch(what: Chunks | EventStream, before: _Watch | None) -> _Watch | None:
-    """Watch the task that runs; return the eye on it, which may be the one `before`."""
-    from asyncio import current_task  # noqa: PLC0415 - importing the package stays light
-
-    task = current_task()
-    if task is None or (before is not None and before.is_on(task)):
-        return before
-    if before is not None:
-        before.end()
-    return _Watch(task, what)
+def _nobody() -> None:
+    return None
 
 
 class Chunks(AsyncIterator[str]):
@@ -142,14 +137,17 @@ class Chunks(AsyncIterator[str]):
             ClientClosedError: Nobody did.
         """
         stream = self._stream or self._found()
-        if self._watch is None:
-            self._watch = _watch(self, None)
-        for chunk in stream._ready:  # noqa: SLF001 - a part of the stream
-            if chunk:
-                return chunk
-        self._watch = _watch(self, self._watch)
+        watch = self._watch
+        if watch is None:
+            self._watch = watch = _Watch(self)
+            watch.look()
         try:
-            return await stream.__anext__()
+            while True:
+                for chunk in stream._ready:  # noqa: SLF001 - a part of the stream
+                    if chunk:
+                        return chunk
+                watch.look()
+                await stream._fill()  # noqa: SLF001 - a part of the stream
         except Exception:
             raise
         except BaseException as error:
@@ -217,7 +215,7 @@ class EventStream(AsyncIterator[bytes]):
         self._opening = True  # some servers hold the head of an answer back until it has a body
         self._over = False  # what comes last was given, or it was closed
         self._reading: Task[tuple[bytes, bool]] | None = None
-        self._watch: _Watch | None = None
+        self._watch = _Watch(self)
         self._stream = stream
 
     @property
@@ -242,7 +240,7 @@ class EventStream(AsyncIterator[bytes]):
         self._busy = True
         try:
             if not self._over:
-                self._watch = _watch(self, self._watch)
+                self._watch.look()
                 data = await self._next()
                 if data:
                     return data
@@ -311,8 +309,7 @@ class EventStream(AsyncIterator[bytes]):
             self.close()
         except (AttributeError, ImportError):
             return  # its construction failed; the interpreter ends
-        if self._watch is not None:
-            self._watch.end()
+        self._watch.end()
 
 
 def _is_positive(seconds: Any) -> bool:

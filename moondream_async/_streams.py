@@ -243,8 +243,13 @@ class Stream:
         the answer, and whenever nothing has come from the server for `heartbeat` seconds;
         None sends none. Comments are no progress to `Timeout`.
 
-        Closing it, cancelling the task that waits for it, and dropping it close the
-        stream at once. Its `headers` belong to the answer that carries it.
+        Closing it, dropping it, and cancelling the task that reads it close the stream at
+        once; web frameworks do one of these when the browser has gone. aiohttp.web does so
+        with ``handler_cancellation=True``. Without, as with Starlette under servers of ASGI
+        2.4, the next write fails, which is after a `heartbeat` at the latest.
+
+        Its `headers` belong to the answer that carries it. An ``EventSource`` is to be
+        closed at ``done`` and ``error``: it would ask again.
 
         Raises:
             RequestError: `heartbeat` is no positive number.

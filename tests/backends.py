@@ -58,29 +58,29 @@ def aiohttp():
 
     import moondream_async as md
 
-    CLIENT = web.AppKey("client", md.MoondreamClient)  # noqa: N806 - a module's, elsewhere
+    client_key = web.AppKey("client", md.MoondreamClient)
 
     async def client(app):
-        async with md.MoondreamClient() as app[CLIENT]:  # the key is in MOONDREAM_API_KEY
+        async with md.MoondreamClient() as app[client_key]:  # the key is in MOONDREAM_API_KEY
             yield
 
     async def ask(request):
         question = request.query["question"]
-        stream = await request.app[CLIENT].query("photo.jpg", question, stream=True)
+        stream = await request.app[client_key].query("photo.jpg", question, stream=True)
         events = stream.sse()
         return web.Response(body=events, headers=events.headers)
 
     app = web.Application()
     app.cleanup_ctx.append(client)
     app.router.add_get("/ask", ask)
-    if __name__ == "__main__":  # by itself, aiohttp sees no browser go before its next write
+    if __name__ == "__main__":  # without the option, it sees a browser go at its next write only
         web.run_app(app, handler_cancellation=True)
 
     # ---------------------------------------------------------------------------------
 
     async def text(request):
         question = request.query["question"]
-        async with request.app[CLIENT].query("photo.jpg", question, stream=True) as stream:
+        async with request.app[client_key].query("photo.jpg", question, stream=True) as stream:
             response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
             await response.prepare(request)
             async for chunk in stream.chunk:
@@ -89,7 +89,7 @@ def aiohttp():
 
     async def restless(request):
         question = request.query["question"]
-        stream = await request.app[CLIENT].query("photo.jpg", question, stream=True)
+        stream = await request.app[client_key].query("photo.jpg", question, stream=True)
         return web.Response(body=stream.sse(heartbeat=0.01))
 
     app.router.add_get("/text", text)

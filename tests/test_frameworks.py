@@ -27,9 +27,17 @@ from moondream_async._sse import SSEParser
 
 FIRST = STREAM_HEAD + in_chunks(EVENTS[0], end=False)
 BLOCK = in_chunks(event("x" * 4000), end=False)
+SECOND = {"fastapi-hypercorn", "django-hypercorn"}
 BOUND = 16_000_000  # what the kernel holds on the way, at the most that Linux sets by itself
 
-on_each = pytest.mark.parametrize(("backend", "server"), BACKENDS.values(), ids=BACKENDS)
+on_each = pytest.mark.parametrize(
+    ("backend", "server"),
+    [
+        # Some have a second server, which says the same on every Python.
+        pytest.param(*pair, id=name, marks=[pytest.mark.slow] if name in SECOND else [])
+        for name, pair in BACKENDS.items()
+    ],
+)
 
 
 class Api:
