@@ -151,6 +151,7 @@ def draw_bars(plt: Any, outcome: Outcome) -> Any:
         axes.invert_yaxis()
         if max(medians) > 20 * min(medians) > 0:
             axes.set_xscale("log")
+            axes.set_xlabel("logarithmic", fontsize=8)
         for index, (median, (_, high)) in enumerate(zip(medians, ranges, strict=True)):
             axes.annotate(
                 f" {median:,.{table.digits}f}", (max(median, high), index), va="center", fontsize=8

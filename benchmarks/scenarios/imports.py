@@ -57,6 +57,10 @@ async def main():
 asyncio.run(construct())
 print(json.dumps(asyncio.run(main())))
 """
+OWN = (
+    "A quarter of the import is msgspec with the `typing_extensions` and `inspect` that it loads; "
+    "most of the rest is making the types of events, answers and requests."
+)
 FIRST_CALLS = {
     "floor: aiohttp, post": "floor_aiohttp",
     "moondream_async": "moondream",
@@ -109,8 +113,13 @@ def run(bench: Bench) -> Outcome:
         us="moondream_async",
     )
     targets = [
-        Target("import, of import aiohttp", imports.ratio(US, AIOHTTP), 0.35),
-        Target("import and construction, of import aiohttp", imports.ratio(BOTH, AIOHTTP), 1.25),
+        Target("import, of import aiohttp", imports.ratio(US, AIOHTTP), 0.35, obstacle=OWN),
+        Target(
+            "import and construction, of import aiohttp",
+            imports.ratio(BOTH, AIOHTTP),
+            1.25,
+            obstacle=OWN,
+        ),
     ]
     return Outcome(NAME, TITLE, [imports, first, later], targets)
 
