@@ -98,6 +98,7 @@ class Place(NamedTuple):
     api: Api
     upstream: RawServer
     browser: aiohttp.ClientSession
+    address: str
 
     def get(self, path, question):
         return self.browser.get(path, params={"question": question})
@@ -111,7 +112,7 @@ async def standing(backend, server, photo, folder, monkeypatch):
     async with RawServer(api, sock=bound()) as upstream:
         monkeypatch.setenv("MOONDREAM_ENDPOINT", upstream.endpoint)
         async with running(backend, server) as address, aiohttp.ClientSession(address) as browser:
-            yield Place(api, upstream, browser)
+            yield Place(api, upstream, browser, address)
         await upstream.until_idle()  # the client was closed with the backend
 
 
@@ -249,6 +250,53 @@ async def test_aiohttp_that_cancels_nobody_sees_the_browser_go_with_the_next_hea
     response.close()
 
     await place.api.gone.get()
+
+
+# -- a real browser ----------------------------------------------------------------------
+
+LISTEN = """question => new Promise(resolve => {
+    const seen = [];
+    const source = new EventSource("/ask?question=" + question);
+    const note = name => event => {
+        seen.push([name, event.data ? JSON.parse(event.data) : null]);
+        if (name === "done" || name === "error") { source.close(); resolve(seen); }
+    };
+    source.onopen = () => seen.push("open");
+    for (const name of ["chunk", "done", "error"]) source.addEventListener(name, note(name));
+})"""
+WAIT = """question => new Promise(resolve => {
+    window.source = new EventSource("/ask?question=" + question);
+    window.source.onopen = resolve;
+})"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "server"), [BACKENDS["fastapi-uvicorn"]], ids=["fastapi"])
+async def test_an_event_source_reads_it_and_its_tab_ends_it_by_closing(place, disconnect_report):
+    needs = "needs: python -m pip install '.[browser]'"
+    playwright = pytest.importorskip("playwright.async_api", reason=needs)
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    async with playwright.async_playwright() as driver:
+        chromium = await driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        tab = await chromium.new_page()
+        await tab.goto(f"{place.address}/text?question=answer")
+
+        opened, *chunks, (last, done) = await tab.evaluate(LISTEN, "answer")
+        assert opened == "open"
+        assert chunks == [["chunk", {"chunk": word}] for word in WORDS]
+        assert (last, done["request_id"]) == ("done", "r-1")
+
+        *_, (last, data) = await tab.evaluate(LISTEN, "break_off")
+        assert (last, data["error"]["type"]) == ("error", "StreamInterruptedError")
+
+        await tab.evaluate(WAIT, "think_for_ever")  # it is open though nothing has been said
+        began = time.perf_counter()
+        await tab.close()
+        seconds = await place.api.gone.get() - began
+        disconnect_report.append(f"{'a tab of Chromium':60} {seconds * 1000:6.1f} ms")
+        await chromium.close()
 
 
 # -- the README --------------------------------------------------------------------------
