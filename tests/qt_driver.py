@@ -12,28 +12,35 @@ import os
 import runpy
 import sys
 
-from PySide6.QtCore import Qt, QTimer
-from PySide6.QtTest import QTest
-from PySide6.QtWidgets import QApplication, QPlainTextEdit, QPushButton
 
-told = []
+def main(program):
+    from PySide6.QtCore import Qt, QTimer
+    from PySide6.QtTest import QTest
+    from PySide6.QtWidgets import QApplication, QPlainTextEdit, QPushButton
 
+    told = []
 
-def tick():
-    for window in QApplication.topLevelWidgets():
-        buttons = {each.text(): each for each in window.findChildren(QPushButton)}
-        shown = {
-            "text": window.findChild(QPlainTextEdit).toPlainText(),
-            "enabled": [name for name, button in buttons.items() if button.isEnabled()],
-        }
-        if told[-1:] != [shown]:
-            told.append(shown)
-            print(json.dumps(shown), flush=True)  # noqa: T201 - a program
-        for order in orders():
-            if order == "close":
-                window.close()
-            else:
-                QTest.mouseClick(buttons[order.removeprefix("click ")], Qt.MouseButton.LeftButton)
+    def tick():
+        for window in QApplication.topLevelWidgets():
+            buttons = {each.text(): each for each in window.findChildren(QPushButton)}
+            shown = {
+                "text": window.findChild(QPlainTextEdit).toPlainText(),
+                "enabled": [name for name, button in buttons.items() if button.isEnabled()],
+            }
+            if told[-1:] != [shown]:
+                told.append(shown)
+                print(json.dumps(shown), flush=True)  # noqa: T201 - a program
+            for order in orders():
+                if order == "close":
+                    window.close()
+                else:
+                    button = buttons[order.removeprefix("click ")]
+                    QTest.mouseClick(button, Qt.MouseButton.LeftButton)
+
+    _app = QApplication([])
+    timer = QTimer(interval=5, timeout=tick)
+    timer.start()
+    runpy.run_path(program, run_name="__main__")
 
 
 def orders():
@@ -45,8 +52,5 @@ def orders():
 
 if __name__ == "__main__":
     os.set_blocking(sys.stdin.fileno(), False)
-    app = QApplication([])
-    timer = QTimer(interval=5, timeout=tick)
-    timer.start()
     sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    main(sys.argv[0])

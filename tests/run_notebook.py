@@ -10,11 +10,11 @@ import asyncio
 import json
 import sys
 
-import nbformat
-from nbclient import NotebookClient
-
 
 async def main(notebook, folder):
+    import nbformat
+    from nbclient import NotebookClient
+
     nb = nbformat.read(notebook, as_version=4)
     client = NotebookClient(nb, allow_errors=True, resources={"metadata": {"path": folder}})
     async with client.async_setup_kernel():
