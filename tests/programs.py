@@ -34,10 +34,12 @@ def needs(*packages):
 
 
 def _is_there(name):
-    try:
-        return find_spec(name) is not None
-    except ImportError:  # the package that it is a part of
+    """Look for a package, or a part of one, without importing anything."""
+    package, _, part = name.partition(".")
+    spec = find_spec(package)
+    if spec is None:
         return False
+    return any((Path(place) / part).exists() for place in spec.submodule_search_locations)
 
 
 class Program:
