@@ -106,6 +106,15 @@ class Caller:
             for name, number in more.items():
                 self._counts[name] += number
 
+    def free_place(self, received: int) -> None:
+        """Take note of the end of an answer.
+
+        Whoever has this method keeps the connections: a stream goes on when the client
+        has been dropped. It does not keep the call, whose pictures may be large.
+        """
+        self.places.give_back()
+        self.count(bytes_received=received)
+
     def stats(self) -> ClientStats:
         """Return what the client is doing and has done."""
         pooled = self.transport.idle_connections  # which has a lock of its own
@@ -267,6 +276,12 @@ class Call:
         return await self._try(partial(self._send, accept="*/*"))
 
     # -- what hooks are told; a stream reports to its call --------------------------
+
+    @property
+    def observer(self) -> Call | None:
+        """Whom a stream is to tell; None where there is no hook, so that the call can go."""
+        hooks = self._caller.hooks
+        return None if hooks.first_chunk is None and hooks.end is None else self
 
     def first_chunk(self, request_id: str | None) -> None:
         """Tell that the first piece of text is there."""
@@ -452,7 +467,7 @@ class Call:
                 headers=caller.headers(accept, request),
                 body=parts,
                 on_send=partial(self._sending, deadline),
-                on_close=self._free_place,
+                on_close=caller.free_place,
                 repeatable=request.repeatable,
                 leave_origin=request.elsewhere,
             )
@@ -478,12 +493,6 @@ class Call:
     def _sending(self, deadline: _Deadline) -> None:
         self._was_sent = True
         deadline.sent()
-
-    def _free_place(self, received: int) -> None:
-        # A method of the call, since the call keeps the client: a stream goes on when the
-        # client has been dropped.
-        self._caller.places.give_back()
-        self._caller.count(bytes_received=received)
 
 
 class _Deadline:

@@ -538,7 +538,7 @@ class Skills:
             total_at=call.total_at,
             reopen=call.reopen,
             opened_at=opened_at,
-            observer=call,
+            observer=call.observer,
         )
 
 

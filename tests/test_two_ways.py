@@ -320,13 +320,11 @@ def test_texts_are_read_without_their_events_once_the_form_is_known(skill, diale
     first, *others = [sse(body, end=end) for body in answer_in(dialect, pieces)[:4]]
     decoder.feed(first)
 
-    read = [template_of(decoder).read(each) for each in (*others, b"".join(others))]
+    template = decoder._plain.template
 
-    assert read == [*[[piece] for piece in pieces[1:]], pieces[1:]]
-
-
-def template_of(decoder):
-    return decoder._plain._template
+    assert [template.read_one(each).texts for each in others] == [[each] for each in pieces[1:]]
+    assert template.read(b"".join(others)) == pieces[1:]
+    assert template.read_one(b"".join(others)) is None
 
 
 def test_a_packet_that_ends_between_two_line_breaks_does_not_take_the_long_way():

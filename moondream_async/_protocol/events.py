@@ -116,11 +116,12 @@ class AnswerDecoder:
         self.secret = secret
         """The API key; an error that quotes it is not to pass it on."""
         self._max_event_bytes = max_event_bytes
-        self._parser = SSEParser(max_event_bytes=max_event_bytes, complete=_is_whole_event)
+        self._parser: SSEParser | None = None  # until something is not plain
         self._plain = PlainLines(*self._plain_kind)
         self._tail = bytearray()  # of a line whose end has not come, kept from the parser
         self._has_text = False
         self._ended_early = False
+        self._has_begun = False
         self._is_between = True  # two events: the parser has nothing that waits for more
 
     def fresh(self) -> AnswerDecoder:
@@ -137,6 +138,15 @@ class AnswerDecoder:
         if self.completed or self.failure is not None:
             return NOTHING
         if self._is_between:
+            # One event, as a model writes them: all that follows is for many, and would
+            # take half as long again.
+            template = self._plain.template
+            if template is not None and not self._tail and len(data) <= self._max_event_bytes:
+                block = template.read_one(data)
+                if block is not None:
+                    self.request_id = template.request_id or self.request_id
+                    self._has_text = self._has_text or block.texts[0] != ""
+                    return block
             block = self._feed_plain(data)
             if block is not None:
                 return block
@@ -196,7 +206,7 @@ class AnswerDecoder:
         block = self._plain.decode(lines)
         if block is None:
             return None
-        self._parser.skip_start()
+        self._has_begun = True
         if tail or cut < len(data):
             tail[:] = data[cut:]
         self.request_id = self._plain.request_id or self.request_id
@@ -229,12 +239,19 @@ class AnswerDecoder:
         return block + self._feed_any(rest)
 
     def _feed_any(self, data: bytes) -> Block:
+        parser = self._parser
+        if parser is None:
+            self._parser = parser = SSEParser(
+                max_event_bytes=self._max_event_bytes, complete=_is_whole_event
+            )
+        if self._has_begun:
+            parser.skip_start()
         try:
-            parsed = self._parser.feed(data)
+            parsed = parser.feed(data)
         except StreamProtocolError as error:
             self.failure = functools.partial(StreamProtocolError, str(error))
             return NOTHING
-        self._is_between = self._parser.idle
+        self._is_between = parser.idle
         events: list[StreamEvent] = []
         for event in parsed:
             events += self._decode(event)

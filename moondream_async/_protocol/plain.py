@@ -111,17 +111,18 @@ NOTHING = Block([], [])
 class _Template:
     """What all events of a block have around their text."""
 
-    __slots__ = ("_between", "_cut", "_gap", "_head", "_inside", "_tail", "request_id")
+    __slots__ = ("_cut", "_end", "_gap", "_head", "_start", "_tail", "request_id")
 
+    _decode_text = msgspec.json.Decoder(str).decode
     _decode_texts = msgspec.json.Decoder(list[str]).decode
 
     def __init__(self, head: bytes, tail: bytes, gap: bytes, request_id: str | None) -> None:
         self.request_id = request_id
         self._head = head
         self._tail = tail + gap
-        self._between = tail + gap + head
+        self._start = len(head)
+        self._end = -len(self._tail)
         self._gap = gap
-        self._inside = slice(len(head), -len(tail + gap))
         self._cut = operator.itemgetter(slice(len(head), -len(tail)))
 
     @classmethod
@@ -147,11 +148,11 @@ class _Template:
         strings; and if there are as many strings as texts, these have none of their own.
         """
         head, tail = self._head, self._tail
-        texts = [block[self._inside]]
-        if b'"' in texts[0]:  # more than one event, or quotes of its own
-            texts = list(map(self._cut, block.split(self._gap)))
-            del texts[-1]  # behind the last gap
-        if head + self._between.join(texts) + tail != block:
+        if not block.endswith(tail):
+            return None
+        texts = list(map(self._cut, block.split(self._gap)))
+        del texts[-1]  # behind the last gap
+        if head + (tail + head).join(texts) + tail != block:
             return None
         quoted = b'["' + b'","'.join(texts) + b'"]'
         if b'\\"' in quoted:
@@ -161,6 +162,16 @@ class _Template:
         except _FAULTS:
             return None
         return decoded if len(decoded) == len(texts) else None
+
+    def read_one(self, data: bytes) -> Block | None:
+        """Return a block of one event like this, as models write them; None if it is not."""
+        text = data[self._start : self._end]
+        if b'"' in text or self._head + text + self._tail != data:
+            return None
+        try:
+            return Block([self._decode_text(b'"' + text + b'"')], [self])
+        except _FAULTS:
+            return None
 
     def event(self, text: str) -> ChunkEvent:
         """Return the event with this text."""
@@ -175,7 +186,7 @@ _Raw = StreamEvent | PlainChunk | PlainChatChunk | _Template
 class PlainLines:
     """Decodes blocks of plain chunk events, which are those of one stream."""
 
-    __slots__ = ("_decode_lines", "_has_gaps", "_key", "_lessons", "_template", "request_id")
+    __slots__ = ("_decode_lines", "_has_gaps", "_key", "_lessons", "request_id", "template")
 
     def __init__(self, key: bytes, decoder: msgspec.json.Decoder[Any]) -> None:
         self.request_id: str | None = None
@@ -183,7 +194,7 @@ class PlainLines:
         self._key = key  # of the text
         self._decode_lines = decoder.decode_lines
         self._has_gaps = False  # blank lines, between the events
-        self._template: _Template | None = None
+        self.template: _Template | None = None
         self._lessons = _LESSONS
 
     def decode(self, block: bytes) -> Block | None:
@@ -199,7 +210,7 @@ class PlainLines:
                 return NOTHING
         if not block.endswith(b"\n\n") and (self._has_gaps or b"}\n\n" in block):
             block += b"\n"
-        template = self._template
+        template = self.template
         if template is not None:
             texts = template.read(block)
             if texts is not None:
@@ -238,8 +249,8 @@ class PlainLines:
         if self._lessons:
             self._lessons -= 1
             line = block[: -len(gap)].rpartition(b"\n")[2]
-            self._template = (
+            self.template = (
                 _Template.learn(line, self._key, gap, events[-1].request_id or None)
-                or self._template
+                or self.template
             )
         return Block.of(events)
