@@ -26,7 +26,7 @@ from moondream_async._passing import HEARTBEAT
 from moondream_async._sse import SSEParser
 
 FIRST = STREAM_HEAD + in_chunks(EVENTS[0], end=False)
-BLOCK = in_chunks(event("x" * 4000), end=False)
+BLOCK = in_chunks(event("x" * 16_000), end=False)
 SECOND = {"fastapi-hypercorn", "django-hypercorn"}
 BOUND = 16_000_000  # what the kernel holds on the way, at the most that Linux sets by itself
 
@@ -185,7 +185,7 @@ async def leveled_off(peer):
     sent = -1
     while sent != peer.bytes_sent:
         sent = peer.bytes_sent
-        for _ in range(1000):
+        for _ in range(300):
             await asyncio.sleep(0)
     return sent
 
