@@ -315,7 +315,7 @@ class EventStream(AsyncIterator[bytes]):
 def _is_positive(seconds: Any) -> bool:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         return False
-    return seconds > 0 and math.isfinite(seconds)
+    return 0 < seconds < math.inf
 
 
 async def _read(stream: Answer) -> tuple[bytes, bool]:
