@@ -1,10 +1,12 @@
 """Write the first sentences about several pictures, all at once, with task groups of anyio.
 
-Each picture has a cancel scope, which ends its stream when there are enough; Ctrl-C ends all.
+Each picture has a cancel scope, which ends its stream when there are enough. Ctrl-C cancels that
+of the group, and so all of them.
 
 python anyio_scopes.py 1 photo.jpg more.jpg
 """
 
+import signal
 import sys
 
 import anyio
@@ -23,14 +25,20 @@ async def describe(client: md.MoondreamClient, path: str, sentences: int) -> Non
     print(f"{path}: {text}", flush=True)
 
 
+async def stop_at_ctrl_c(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
 async def main(sentences: int, *paths: str) -> None:
-    async with md.MoondreamClient() as client, anyio.create_task_group() as group:
-        for path in paths:
-            group.start_soon(describe, client, path, sentences)
+    async with anyio.create_task_group() as program:
+        program.start_soon(stop_at_ctrl_c, program.cancel_scope)
+        async with md.MoondreamClient() as client, anyio.create_task_group() as pictures:
+            for path in paths:
+                pictures.start_soon(describe, client, path, sentences)
+        program.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
-    try:
-        anyio.run(main, int(sys.argv[1]), *sys.argv[2:])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    anyio.run(main, int(sys.argv[1]), *sys.argv[2:])
