@@ -9,13 +9,6 @@ import pytest
 import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE, Simulator
 
-# Programs that are run, and not imported in search of doctests: each needs what it shows.
-collect_ignore = [
-    str(path)
-    for path in Path(__file__).parent.glob("recipes/*.py")
-    if not path.name.startswith("test_")
-]
-
 
 @pytest.fixture
 def anyio_backend():
