@@ -8,6 +8,7 @@ phase to the next, so does the scope's deadline.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import logging
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio._backends._asyncio  # what the first await would load else, holding up the loop
-import anyio.to_thread
 from anyio import CancelScope
 from yarl import URL
 
@@ -51,7 +51,6 @@ from .errors import (
 from .types import CallEvent, ClientStats, EncodedImage, Hooks, Result, Timeout
 
 if TYPE_CHECKING:
-    import asyncio
     import ssl
 
     import aiohttp
@@ -167,11 +166,10 @@ class Caller:
         if isinstance(image, EncodedImage) and limit is None and max_bytes is None:
             return image
         more = {} if max_bytes is None else {"max_bytes": max_bytes}
-        return await anyio.to_thread.run_sync(
-            partial(encode_image, image, max_pixels=limit, **more),
-            limiter=self.transport.pool().image_limiter,
-            abandon_on_cancel=True,
-        )
+        async with self.transport.pool().image_limiter:
+            # Not in a thread of anyio's. That waits for the end of the task that began it, and
+            # holds up the interpreter's where a Ctrl-C has left such a task behind.
+            return await asyncio.to_thread(encode_image, image, max_pixels=limit, **more)
 
     def url(self, request: Request) -> URL:
         """Return where a request goes."""

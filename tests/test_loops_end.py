@@ -111,3 +111,29 @@ def test_interpreter_ends_in_silence(stalling, end, flags):
     if not flags:
         assert done.stderr == ""
     assert [line for line in done.stderr.splitlines() if not EXPECTED.match(line)] == []
+
+
+LEFT_BY_CTRL_C = """
+    def interrupt():
+        raise KeyboardInterrupt
+
+    async def main():
+        stream = await client.caption(sys.argv[2], stream=True)
+        await stream.__anext__()
+        loop.call_soon(interrupt)
+        await stream.text()
+
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(main())
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_interpreter_ends_though_ctrl_c_left_a_call_lying(stalling, photo):
+    """Its picture was prepared in a thread, which must not wait for the call to end."""
+    script = textwrap.dedent(START) + textwrap.dedent(LEFT_BY_CTRL_C)
+    command = [sys.executable, "-c", script, stalling.endpoint, str(photo)]
+
+    assert subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
