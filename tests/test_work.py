@@ -30,10 +30,10 @@ CHAT = (
 DIALECTS = {"caption": (CAPTION, DONE), "chat": (CHAT, b"data: [DONE]\n\n")}
 
 PER_EVENT = 1.15  # 1.0 when it was set: to hand it out
-PER_BLOCK = 32  # 28, with one event in it
-PER_CALL = 220  # 191
-PER_STREAM = 400  # 346, with four events in four blocks
-BYTES_PER_STREAM = 2_850  # 2,470, without the connection's
+PER_BLOCK = 19  # 16, with one event in it
+PER_CALL = 196  # 170
+PER_STREAM = 367  # 319, with four events in four blocks
+BYTES_PER_STREAM = 2_330  # 2,020, without the connection's
 
 both_dialects = pytest.mark.parametrize("skill", DIALECTS)
 
