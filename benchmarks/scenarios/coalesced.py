@@ -27,8 +27,8 @@ SHARE = {
 
 
 PER_PACKET = (
-    "Whatever is in a packet, it passes the stream, its clock, the body and the decoder, in "
-    "calls of functions that tests/test_work.py counts: that much is added to what a packet costs aiohttp."
+    "Whatever is in a packet, it passes the stream, its clock, the body and the decoder, in calls "
+    "of functions that tests/test_work.py counts, beside those that it costs aiohttp."
 )
 
 
