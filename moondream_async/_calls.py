@@ -25,7 +25,7 @@ from anyio import CancelScope
 from yarl import URL
 
 from ._clock import running_loop
-from ._images import encode_image
+from ._images import encode_at_once, encode_image
 from ._limits import Pace, Places
 from ._protocol import USER_AGENT
 from ._protocol.answers import (
@@ -161,10 +161,14 @@ class Caller:
     async def encode(
         self, image: Any, *, max_pixels: int | None = None, max_bytes: int | None = None
     ) -> EncodedImage:
-        """Prepare a picture in a worker thread."""
+        """Prepare a picture, in a worker thread where it takes a while."""
         limit = self.max_pixels if max_pixels is None else max_pixels
-        if isinstance(image, EncodedImage) and limit is None and max_bytes is None:
-            return image
+        if max_bytes is None:
+            if isinstance(image, EncodedImage) and limit is None:
+                return image
+            ready = encode_at_once(image, max_pixels=limit)
+            if ready is not None:
+                return ready
         more = {} if max_bytes is None else {"max_bytes": max_bytes}
         async with self.transport.pool().image_limiter:
             # Not in a thread of anyio's. That waits for the end of the task that began it, and

@@ -33,7 +33,7 @@ from pictures import (
 )
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
-from moondream_async._images import encode_image
+from moondream_async._images import encode_at_once, encode_image
 from moondream_async._images.convert import _fitted
 from moondream_async.errors import ImageError, RequestError
 
@@ -562,3 +562,35 @@ def test_fitted_size_never_passes_the_limit(width, height, max_pixels):
 def test_picture_is_told_while_another_thread_loads_pillow(monkeypatch, photo):
     monkeypatch.setitem(sys.modules, "PIL.Image", types.ModuleType("PIL.Image"))
     assert encode_image(photo).media_type == "image/jpeg"
+
+
+SMALL = Image.new("RGB", (40, 30), "teal")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_small_file_is_prepared_at_once_as_it_would_be_in_a_thread(kind):
+    data = save(SMALL, kind)
+
+    ready, expected = encode_at_once(data), encode_image(data)
+
+    assert (ready.data, ready.media_type) == (expected.data, expected.media_type)
+    assert (ready.width, ready.height) == (40, 30)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(save(SMALL, "BMP"), id="to be decoded"),
+        pytest.param(save(SMALL, "PNG")[:-20], id="cut short"),
+        pytest.param(b"", id="empty"),
+        pytest.param(save(SMALL, "JPEG") + bytes(20_000), id="not small"),
+        pytest.param("photo.jpg", id="path"),
+    ],
+)
+def test_what_takes_a_while_or_fails_is_not_prepared_at_once(image):
+    assert encode_at_once(image) is None
+
+
+def test_picture_over_the_limit_is_not_prepared_at_once():
+    assert encode_at_once(save(SMALL, "PNG"), max_pixels=1199) is None
+    assert encode_at_once(save(SMALL, "PNG"), max_pixels=1200) is not None
