@@ -51,6 +51,10 @@ class Program:
         self._errors = errors
         self._unread = b""
 
+    @property
+    def runs(self):
+        return self._process.returncode is None
+
     async def _read(self):
         return await self._process.stdout.receive()
 

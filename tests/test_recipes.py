@@ -14,7 +14,12 @@ from programs import RECIPES, STRICT, needs, running, running_in_terminal
 PROGRAMS = [
     pytest.param([*STRICT, RECIPES / "anyio_scopes.py", "99"], id="anyio"),
     pytest.param([*STRICT, RECIPES / "uvloop_program.py"], id="uvloop", marks=needs("uvloop")),
-    pytest.param([*STRICT, RECIPES / "trio_bridge.py"], id="trio", marks=needs("trio_asyncio")),
+    pytest.param(
+        # trio-asyncio itself makes use of what Python 3.12 has deprecated.
+        [*STRICT, "-W", "ignore::DeprecationWarning", RECIPES / "trio_bridge.py"],
+        id="trio",
+        marks=needs("trio_asyncio"),
+    ),
     pytest.param(
         [*STRICT, "-m", "IPython", RECIPES / "ipython_session.ipy"],
         id="IPython",
@@ -34,12 +39,14 @@ async def answer(client, photo):
     return (await client.caption(photo)).caption
 
 
-async def until_streaming(simulator):
+async def until_streaming(simulator, program=None):
     """Wait for the first pieces of a stream that stalls; return its request."""
     while True:
         for request in simulator.requests:
             if request.stream and request.events_sent:
                 return request
+        if program is not None and not program.runs:
+            pytest.fail(str(await program.end()))
         await anyio.sleep(0.01)  # nobody tells
 
 
@@ -62,7 +69,7 @@ async def test_recipe_that_is_interrupted_closes_its_connection(
 ):
     simulator.faults.append("stall=3")
     async with running(*command, photo, **environment) as program:
-        request = await until_streaming(simulator)
+        request = await until_streaming(simulator, program)
         program.interrupt()
         await simulator.wait_until(lambda: request.disconnected)
         status, _, complaints = await program.end()
@@ -96,7 +103,7 @@ async def test_ipython_session_goes_on_after_an_interrupted_cell(
     simulator.faults.append("stall=3")
     command = [*STRICT, "-m", "IPython", "--simple-prompt", "-i"]
     async with running(*command, RECIPES / "ipython_session.ipy", photo, **environment) as program:
-        request = await until_streaming(simulator)
+        request = await until_streaming(simulator, program)
         program.interrupt()
         await simulator.wait_until(lambda: request.disconnected)
         await program.tell("'still ' + f'here, {client.stats().open_streams} open'")
@@ -150,7 +157,7 @@ async def test_textual_app_in_a_terminal_closes_its_connection(keys, environment
     async with running_in_terminal(*command, **environment) as program:
         await program.until("Describe")
         program.press(b"\r")
-        request = await until_streaming(simulator)
+        request = await until_streaming(simulator, program)
         await program.until("640")
         program.press(codes[keys[0]])
         await simulator.wait_until(lambda: request.disconnected)
