@@ -37,14 +37,16 @@ def main() -> None:
     report.show_targets(console, outcomes)
     report.show_machine(console, about)
     for name, reason in bench.left_out.items():
-        console.print(f"Left out: {name} ({reason}). python -m pip install '.[bench]'")
+        console.print(f"Left out: {name} ({reason}); see benchmarks/README.md", markup=False)
     report.write_json(options.json, about, outcomes)
     console.print(f"All samples: {options.json}")
     try:
         for path in report.draw(options.plots, outcomes):
             console.print(f"Plot: {path}")
     except ImportError:
-        console.print("No plots: they need matplotlib. python -m pip install '.[bench]'")
+        console.print(
+            "No plots: they need matplotlib. python -m pip install '.[bench]'", markup=False
+        )
     console.print(f"{time.monotonic() - begun:.0f} seconds")
 
 

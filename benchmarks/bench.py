@@ -71,11 +71,16 @@ class Bench:
         self.versions: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         """Contenders that could not be had, and why."""
+        self.names: dict[str, str] = {}
+        """What the tables call the contenders that there are."""
         for name in contenders.ALL:
             try:
-                self.versions |= contenders.versions(contenders.load(name))
+                module = contenders.load(name)
             except ImportError as error:
                 self.left_out[name] = str(error)
+            else:
+                self.names[name] = module.NAME
+                self.versions |= contenders.versions(module)
 
     def __enter__(self) -> Self:
         self._server = Child("server")

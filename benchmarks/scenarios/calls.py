@@ -7,7 +7,7 @@ clients are made beforehand, this project's and the official SDK's are made in e
 from __future__ import annotations
 
 from benchmarks.bench import Bench
-from benchmarks.contenders import FLOOR, OURS, load
+from benchmarks.contenders import FLOOR, OURS
 from benchmarks.results import Outcome, Table, Target
 
 NAME = "calls"
@@ -39,7 +39,7 @@ def run(bench: Bench) -> Outcome:
             share = max(int(count * SHARE.get(name, 1)), at_once)
             tasks[name] = (name, "calls", {"at_once": at_once, "count": share})
         found = bench.rounds(5 if at_once < 500 and not bench.quick else 3, tasks)
-        names = {name: load(name).NAME.replace(" + httpx-sse", "") for name in found}
+        names = {name: bench.names[name].replace(" + httpx-sse", "") for name in found}
         names[FLOOR] = "floor: aiohttp, post"
         table = Table(
             f"{at_once} at once",

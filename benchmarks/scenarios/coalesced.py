@@ -64,7 +64,7 @@ def measure(
         counts[name] = share * streams
     rounds = 3 if bench.quick else 5
     found = bench.rounds(rounds, tasks)
-    labels = {name: load(name).NAME for name in found}
+    labels = {name: bench.names[name] for name in found}
     return Table(
         title,
         "microseconds of CPU an event",
@@ -74,6 +74,15 @@ def measure(
         },
         floor=labels[FLOOR],
         us=labels[OURS],
+    )
+
+
+def woken(table: Table, name: str) -> str:
+    """Tell how much less the floor costs."""
+    times = table.ratio(name, table.floor) or 0
+    return (
+        f"The aiohttp floor itself is {times:.1f} times cheaper: to be woken for each packet, and "
+        "to read it, is most of the cost."
     )
 
 
@@ -94,10 +103,7 @@ def targets(burst: Table, chat: Table, single: Table) -> list[Target]:
                     table.ratio(name, ours),
                     6,
                     at_least=True,
-                    obstacle=(
-                        f"The aiohttp floor itself is {table.ratio(name, table.floor):.1f} times "
-                        "cheaper: to be woken for each packet, and to read it, is most of the cost."
-                    ),
+                    obstacle=woken(table, name),
                 )
                 for name in ("aiohttp, async for line", "official SDK")
             ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.bench import Bench
-from benchmarks.contenders import FLOOR, OURS, RAW, load
+from benchmarks.contenders import FLOOR, OURS, RAW
 from benchmarks.results import Outcome, Table, Target
 from benchmarks.wire import Plan
 
@@ -31,7 +31,7 @@ def run(bench: Bench) -> Outcome:
         tasks = {name: (name, "first", arguments) for name in CONTENDERS}
         rounds = 3 if at_once == 1 else 2
         found = bench.rounds(rounds, tasks)
-        names = {name: load(name).NAME for name in found}
+        names = {name: bench.names[name] for name in found}
         for word, measure in (("median", statistics.median), ("99th percentile", percentile_99)):
             floors = [measure(delays) for delays in found[RAW]]
             table = Table(

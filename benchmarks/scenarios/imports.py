@@ -80,6 +80,8 @@ def run(bench: Bench) -> Outcome:
                 seconds.setdefault(what, []).append(_cpu(each, elsewhere))
     for _ in range(rounds):
         for what, name in FIRST_CALLS.items():
+            if name in bench.left_out:
+                continue
             output = subprocess.run(
                 [sys.executable, "-c", FIRST, name, bench.origin],
                 stdout=subprocess.PIPE,

@@ -7,7 +7,7 @@ several events at once, and are better off for it. How far they fall behind is s
 from __future__ import annotations
 
 from benchmarks.bench import Bench
-from benchmarks.contenders import FLOOR, OURS, RAW, load
+from benchmarks.contenders import FLOOR, OURS, RAW
 from benchmarks.results import Outcome, Table, Target
 from benchmarks.wire import Plan
 
@@ -40,12 +40,12 @@ def run(bench: Bench) -> Outcome:
 
     def table(title: str, unit: str, key: str, factor: float, digits: int = 2) -> Table:
         samples = {
-            load(name).NAME: [each[key] * factor for each in values]
+            bench.names[name]: [each[key] * factor for each in values]
             for name, values in found.items()
         }
         return Table(title, unit, samples, floor=floor, us=ours, digits=digits)
 
-    ours, floor, sse = (load(name).NAME for name in (OURS, FLOOR, SLOW))
+    ours, floor, sse = (bench.names.get(name, name) for name in (OURS, FLOOR, SLOW))
     events = table("reading", "microseconds of CPU an event", "cpu_per_event", 1e6)
     memory = table("memory", "KiB an open stream", "bytes_per_stream", 1 / 1024, 1)
     opening = table("opening", "microseconds of CPU a stream", "cpu_per_stream", 1e6, 0)
