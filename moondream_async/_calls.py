@@ -1,9 +1,8 @@
 """One call, from its request to its answer, over all its tries.
 
-A try waits for one of the client's places, has its pictures prepared in a worker
-thread, is sent, and is read; where it fails and another can help, the next one
-follows. One cancel scope carries all deadlines of a try: as it moves from one
-phase to the next, so does the scope's deadline.
+A try waits for one of the client's places, has its pictures prepared, is sent, and
+is read; where it fails and another can help, the next one follows. One cancel scope
+and one timer carry all deadlines of a try, from one phase to the next.
 """
 
 from __future__ import annotations
