@@ -9,6 +9,14 @@ import pytest
 import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE, Simulator
 
+# Programs that are run, and not imported in search of doctests: each needs what it shows. (Not
+# in a file of their folder's: it would stand in the way of whoever imports this one.)
+collect_ignore = [
+    str(path)
+    for path in Path(__file__).parent.glob("recipes/*.py")
+    if not path.name.startswith("test_")
+]
+
 
 @pytest.fixture
 def anyio_backend():
