@@ -442,7 +442,9 @@ READERS = {
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal can be sent to one process there")
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.slow
-async def test_interrupt_in_the_middle_of_a_stream_leaves_nothing_and_says_no_more(reader):
+async def test_interrupt_in_the_middle_of_a_stream_leaves_nothing_and_says_no_more(
+    reader, interruptible
+):
     script = textwrap.dedent(READ) + textwrap.dedent(READERS[reader])
     async with RawServer(stall) as server:
         process = await asyncio.create_subprocess_exec(
