@@ -4,11 +4,15 @@
 the tests marked slow. Anything else is handed to pytest.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+# More than there are processors: most tests wait, for another process or for a clock.
+WORKERS = 2 * (os.cpu_count() or 1)
 
 LINTERS = [
     ["ruff", "check"],
@@ -23,7 +27,7 @@ def main() -> int:
     commands = [] if fast else LINTERS
     chosen = ["-m", "not slow"] if fast else []
     rest = [argument for argument in arguments if argument != "--fast"]
-    for command in [*commands, ["pytest", "--numprocesses=auto", *chosen, *rest]]:
+    for command in [*commands, ["pytest", f"--numprocesses={WORKERS}", *chosen, *rest]]:
         print("$", *command, flush=True)  # noqa: T201 - a program
         status = subprocess.call([sys.executable, "-m", *command], cwd=ROOT)
         if status:
