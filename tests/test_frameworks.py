@@ -227,6 +227,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/text", "/ask"])
 @on_each
 async def test_when_a_browser_goes_away_its_request_ends_at_once(
