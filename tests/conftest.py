@@ -5,9 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE, Simulator
+
+# For the runs on the other Python versions, which come after the thorough one.
+settings.register_profile("fast", max_examples=20, deadline=None)
 
 # Programs that are run, and not imported in search of doctests: each needs what it shows. (Not
 # in a file of their folder's: it would stand in the way of whoever imports this one.)
