@@ -1,9 +1,16 @@
-"""What commands print: answers on stdout, all that is said about them on stderr."""
+"""What commands print: answers on stdout, all that is said about them on stderr.
+
+A terminal obeys some characters, and what a server says may come from a picture that
+somebody else made. Every command prints through this file, and nothing else does:
+`print_text` and `note` replace such characters, `encode_json` escapes them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +29,17 @@ from moondream_async.types import (
     UnknownEvent,
 )
 
-# A terminal obeys these, and what a model says may come from the picture.
-_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+# Control characters, and those that make a line read in another order than it is written.
+_DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_OBEYED = {*range(0x20), *range(0x7F, 0xA0), *_DIRECTIONS} - {ord("\n"), ord("\t")}
+_REPLACED = dict.fromkeys(_OBEYED, "\N{REPLACEMENT CHARACTER}")
+
+# JSON can say any character without writing it: also those that nobody sees, and halves of
+# surrogate pairs, which UTF-8 has no bytes for. (JSON's own rules escape what is below 0x20.)
+_ESCAPED = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def one_line(text: str) -> str:
@@ -56,15 +72,28 @@ def note(text: str) -> None:
     console.print(one_line(text), style="dim", markup=False, emoji=False, soft_wrap=True)
 
 
+def encode_json(value: Any) -> bytes:
+    r"""Return a value as a line of JSON, in UTF-8, that does nothing to a terminal.
+
+    >>> encode_json({"caption": "a\x9b2J \u202e cat"})
+    b'{"caption":"a\\u009b2J \\u202e cat"}'
+    """
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, separators=(",", ":"))
+    return _ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text).encode()
+
+
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON: UTF-8, whatever the locale."""
-    typer.echo(msgspec.json.encode(value))
+    typer.echo(encode_json(value))
 
 
 def print_text(text: str, *, end: str = "\n") -> None:
     """Print a text, at once; on a terminal without the characters that it would obey."""
     if sys.stdout is not None and sys.stdout.isatty():  # None: it is closed
-        text = text.translate(_CONTROLS)
+        text = text.replace("\r\n", "\n").translate(_REPLACED)
     typer.echo(text + end, nl=False, color=True)  # True: elsewhere, the text is left as it is
 
 

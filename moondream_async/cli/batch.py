@@ -6,7 +6,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 import typer
 
 from moondream_async import Batch, BatchRequest, MoondreamClient
@@ -14,7 +13,7 @@ from moondream_async.types import Length
 
 from . import _options as options
 from ._options import UsageError
-from ._output import note, print_json, print_text, replacing
+from ._output import encode_json, note, print_json, print_text, replacing
 from ._session import make_client, run
 
 app = typer.Typer(
@@ -144,7 +143,7 @@ def results(
         failed = total = 0
         with replacing(output) as file:
             async for result in client.batches.results(batch):
-                file.write(msgspec.json.encode(result.raw) + b"\n")
+                file.write(encode_json(result.raw) + b"\n")
                 total += 1
                 failed += not result.ok
         note(f"Written: {output}, {total} answers, of which {failed} failed")
