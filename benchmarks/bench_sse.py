@@ -1,4 +1,4 @@
-"""How fast is `moondream_async._sse`, and does its time grow with the input and no faster?
+"""How fast is `moondream_async._protocol.sse`, and does its time grow with the input and no faster?
 
 ::
 
@@ -54,7 +54,7 @@ def large_event(megabytes):
 
 
 def parse(packets):
-    from moondream_async._sse import SSEParser
+    from moondream_async._protocol.sse import SSEParser
 
     parser = SSEParser()
     for packet in packets:

@@ -1,11 +1,11 @@
 """Asyncio-first streaming client for the Moondream vision API."""
 
 from ._client import MoondreamClient, vl
-from ._fetch import fetch_image
-from ._protocol.batches import BatchRequest
-from ._protocol.tuning import TrainGroup, TuningRequest
-from ._streams import CaptionStream, ChatStream, QueryStream, SegmentStream
+from ._stream.stream import CaptionStream, ChatStream, QueryStream, SegmentStream
+from ._transport.fetch import fetch_image
 from ._version import __version__
+from .batch.records import Batch, BatchFailure, BatchOutput, BatchProgress, BatchResult, BatchUsage
+from .batch.wire import BatchRequest
 from .errors import (
     APIConnectionError,
     APIStatusError,
@@ -27,37 +27,17 @@ from .errors import (
     StreamServerError,
     StreamStalledError,
 )
-from .records import (
-    Batch,
-    BatchFailure,
-    BatchOutput,
-    BatchProgress,
-    BatchResult,
-    BatchUsage,
-    Checkpoint,
-    CheckpointDownload,
-    Finetune,
-    MetricsLog,
-    Rollout,
-    RolloutOutput,
-    Rollouts,
-    TrainStep,
-)
-from .types import (
+from .results import (
     BboxEvent,
-    CallEvent,
     CaptionResult,
     ChatMessage,
     ChatResult,
     ChunkEvent,
     ClientStats,
     DetectResult,
-    EncodedImage,
     FinalEvent,
     Grounding,
     Health,
-    Hooks,
-    ImageInput,
     MetricsEvent,
     Model,
     Point,
@@ -69,12 +49,22 @@ from .types import (
     Result,
     SegmentResult,
     ServerStats,
-    Settings,
     StreamEvent,
-    Timeout,
     UnknownEvent,
     Usage,
 )
+from .tuning.records import (
+    Checkpoint,
+    CheckpointDownload,
+    Finetune,
+    MetricsLog,
+    Rollout,
+    RolloutOutput,
+    Rollouts,
+    TrainStep,
+)
+from .tuning.wire import TrainGroup, TuningRequest
+from .types import CallEvent, EncodedImage, Hooks, ImageInput, Settings, Timeout
 
 __all__ = [
     "APIConnectionError",

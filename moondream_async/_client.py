@@ -7,10 +7,11 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ._secret import Secret
+from ._protocol.secret import Secret
 from ._skills import Skills
 from .errors import RequestError
-from .types import ClientStats, Hooks, Length, Timeout
+from .results import ClientStats
+from .types import Hooks, Length, Timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     import aiohttp
     from typing_extensions import Self
 
-    from .batch import Batches
+    from .batch.batches import Batches
     from .bulk.items import ItemT
     from .bulk.run import BulkRun, Items
-    from .tuning import Tuning
+    from .tuning.finetunes import Tuning
 
 CLOUD = "https://api.moondream.ai/v1"
 
@@ -106,7 +107,7 @@ class MoondreamClient(Skills):
         # Loads aiohttp, which takes a third of a second: now, and not in the first await,
         # where it would hold up the event loop; and not with the package, which may be
         # imported by programs that never get here.
-        from ._calls import Caller  # noqa: PLC0415
+        from ._call.call import Caller  # noqa: PLC0415
 
         self._model = model
         self._caller = Caller(
@@ -133,7 +134,7 @@ class MoondreamClient(Skills):
     @property
     def batches(self) -> Batches:
         """The server's own batches: many requests in a file, done when it likes."""
-        from .batch import Batches  # noqa: PLC0415 - most programs have none
+        from .batch.batches import Batches  # noqa: PLC0415 - most programs have none
 
         return Batches(self._caller, self._model)
 
@@ -210,7 +211,7 @@ class MoondreamClient(Skills):
     @property
     def tuning(self) -> Tuning:
         """Finetunes: the cloud's model, trained on tasks of yours."""
-        from .tuning import Tuning  # noqa: PLC0415 - most programs have none
+        from .tuning.finetunes import Tuning  # noqa: PLC0415 - most programs have none
 
         return Tuning(self._caller)
 

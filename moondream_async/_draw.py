@@ -19,7 +19,7 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
 
 from ._images import decode_image
 from .errors import RequestError
-from .types import (
+from .results import (
     DetectResult,
     PointResult,
     QueryResult,

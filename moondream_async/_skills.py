@@ -20,35 +20,32 @@ from ._protocol.requests import (
     query_request,
     segment_request,
 )
-from ._stream_call import AnyStream, StreamCall
-from ._streams import (
+from ._stream.call import AnyStream, StreamCall
+from ._stream.stream import (
     CaptionStream,
     ChatStream,
     QueryStream,
     SegmentStream,
 )
 from .errors import NotFoundError, ServerError
-from .types import (
+from .results import (
     CaptionResult,
     ChatMessage,
     ChatResult,
     DetectResult,
-    EncodedImage,
     Health,
-    ImageInput,
-    Length,
     Model,
     PointResult,
     QueryResult,
     Result,
     SegmentResult,
     ServerStats,
-    Settings,
     SpatialRefs,
 )
+from .types import EncodedImage, ImageInput, Length, Settings
 
 if TYPE_CHECKING:
-    from ._calls import Caller
+    from ._call.call import Caller
 
 AnySettings = Settings | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any] | ChatMessage]

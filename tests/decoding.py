@@ -4,7 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from moondream_async._protocol.events import decoder_for
-from moondream_async.types import Reasoning, Region, Usage
+from moondream_async.results import Reasoning, Region, Usage
 
 
 class Known(NamedTuple):

@@ -23,7 +23,7 @@ from moondream_async._protocol.answers import (
     read_stats,
 )
 from moondream_async.errors import APIStatusError, MoondreamError, NotFoundError, ServerError
-from moondream_async.types import Grounding, Point, Reasoning, Region, Usage
+from moondream_async.results import Grounding, Point, Reasoning, Region, Usage
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 

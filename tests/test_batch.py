@@ -20,9 +20,9 @@ from raw_server import GoneError, RawServer, head, whole
 from yarl import URL
 
 import moondream_async as md
-from moondream_async._files import SharedFile
-from moondream_async._protocol import batches as protocol
-from moondream_async._protocol.batches import FileChecker, Tally
+from moondream_async.batch import wire as protocol
+from moondream_async._transport.files import SharedFile
+from moondream_async.batch.wire import FileChecker, Tally
 from moondream_async.simulator import Simulator
 
 KEY = "a-key-of-some-length"
@@ -1167,9 +1167,9 @@ async def test_programs_that_have_no_batches_do_not_load_them(simulator):
     code = (
         "import sys, moondream_async as md\n"
         "client = md.MoondreamClient(endpoint='http://127.0.0.1:1')\n"
-        "assert 'moondream_async.batch' not in sys.modules\n"
+        "assert 'moondream_async.batch.batches' not in sys.modules\n"
         "client.batches\n"
-        "assert 'moondream_async.batch' in sys.modules\n"
+        "assert 'moondream_async.batch.batches' in sys.modules\n"
     )
     program = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     assert await program.wait() == 0
@@ -1177,13 +1177,13 @@ async def test_programs_that_have_no_batches_do_not_load_them(simulator):
 
 @pytest.mark.slow
 async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
-    from moondream_async import batch
+    from moondream_async.batch import batches
 
     (tmp_path / "photos").mkdir()
     shutil.copy(photo, tmp_path / "photos" / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
-    example = re.search(r"::\n\n((?: {4}.*\n)+)", batch.__doc__)[1]
+    example = re.search(r"::\n\n((?: {4}.*\n)+)", batches.__doc__)[1]
     namespace = {"md": md, "Path": Path}
     exec(f"async def example():\n{example}", namespace)
     await namespace["example"]()

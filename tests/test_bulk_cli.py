@@ -14,11 +14,11 @@ import anyio
 import pytest
 from PIL import Image
 
-from moondream_async.bulk.journal import Journal
-from moondream_async.bulk.sources import Contents, Found, PictureFile, find
+from moondream_async.cli.bulk.journal import Journal
+from moondream_async.cli.bulk.sources import Contents, Found, PictureFile, find
 from moondream_async.errors import RequestError
+from moondream_async.results import CaptionResult
 from moondream_async.simulator import Fault, Simulator
-from moondream_async.types import CaptionResult
 
 pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("rich", reason="the extra cli is not installed")

@@ -17,7 +17,7 @@ from moondream_async._protocol.events import (
     ChatDecoder,
     decoder_for,
 )
-from moondream_async.types import Grounding, Reasoning, Region, Usage
+from moondream_async.results import Grounding, Reasoning, Region, Usage
 
 WIRE = Path(__file__).parent / "wire"
 

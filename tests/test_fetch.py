@@ -6,7 +6,7 @@ import pytest
 from aiohttp import web
 
 import moondream_async as md
-from moondream_async._fetch import _may_reach
+from moondream_async._transport.fetch import _may_reach
 
 HERE = ["127.0.0.1/32"]
 

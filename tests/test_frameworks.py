@@ -22,8 +22,8 @@ from raw_server import EVENTS, STREAM, STREAM_HEAD, TEXT, WORDS, RawServer, even
 from sources import no_cycles
 from test_docs import SNIPPETS
 
-from moondream_async._passing import HEARTBEAT
-from moondream_async._sse import SSEParser
+from moondream_async._protocol.sse import SSEParser
+from moondream_async._stream.relay import HEARTBEAT
 
 FIRST = STREAM_HEAD + in_chunks(EVENTS[0], end=False)
 BLOCK = in_chunks(event("x" * 16_000), end=False)

@@ -32,7 +32,7 @@ from sources import END, Source, closed_by_client, lost, opened
 from test_two_ways import SKILLS, randomly_cut, streams
 
 import moondream_async as md
-from moondream_async._streams import CaptionStream, ChatStream, QueryStream, SegmentStream
+from moondream_async._stream.stream import CaptionStream, ChatStream, QueryStream, SegmentStream
 
 IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 CLASSES = {

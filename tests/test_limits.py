@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moondream_async._limits import Places
+from moondream_async._call.limits import Places
 
 
 async def rounds(count=10):

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 import moondream_async as md
-from moondream_async._retry import BUDGET, RETRY_COST
+from moondream_async._call.retry import BUDGET, RETRY_COST
 from moondream_async.simulator import Fault, Simulator
 
 KEY = "md-0123456789-secret"  # no local: these are shown below

@@ -31,8 +31,8 @@ from raw_server import (
 )
 
 import moondream_async as md
-from moondream_async._limits import Pace, Places
-from moondream_async._retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget
+from moondream_async._call.limits import Pace, Places
+from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget
 
 IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 TINY = 1e-6  # seconds: what is lost in adding up floats

@@ -29,11 +29,17 @@ from sources import (
 )
 
 import moondream_async as md
-from moondream_async._passing import HEARTBEAT, Chunks, EventStream
 from moondream_async._protocol.events import decoder_for
 from moondream_async._protocol.plain import Block
-from moondream_async._sse import SSEParser
-from moondream_async._streams import CaptionStream, ChatStream, Opening, QueryStream, SegmentStream
+from moondream_async._protocol.sse import SSEParser
+from moondream_async._stream.relay import HEARTBEAT, Chunks, EventStream
+from moondream_async._stream.stream import (
+    CaptionStream,
+    ChatStream,
+    Opening,
+    QueryStream,
+    SegmentStream,
+)
 
 KEY = "key-0123456789"
 FINAL = md.FinalEvent(raw={})

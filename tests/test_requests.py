@@ -23,7 +23,8 @@ from moondream_async._protocol.requests import (
     segment_request,
 )
 from moondream_async.errors import RequestError
-from moondream_async.types import EncodedImage, Point, Region
+from moondream_async.results import Point, Region
+from moondream_async.types import EncodedImage
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moondream_async._protocol.answers import decode_json
-from moondream_async._retry import (
+from moondream_async._call.retry import (
     FIRST_DELAY,
     LONGEST_DELAY,
     LONGEST_RETRY_AFTER,
     backoff,
     is_worth_retrying,
-    parse_retry_after,
 )
+from moondream_async._protocol.answers import decode_json
+from moondream_async._protocol.retry_after import parse_retry_after
 from moondream_async.errors import (
     APIConnectionError,
     APIStatusError,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moondream_async._sse import ServerSentEvent, SSEParser
+from moondream_async._protocol.sse import ServerSentEvent, SSEParser
 from moondream_async.errors import StreamProtocolError
 
 Event = ServerSentEvent

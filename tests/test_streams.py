@@ -27,8 +27,8 @@ from sources import (
 
 import moondream_async as md
 from moondream_async._protocol.events import decoder_for
-from moondream_async._stream_call import StreamCall
-from moondream_async._streams import (
+from moondream_async._stream.call import StreamCall
+from moondream_async._stream.stream import (
     CaptionStream,
     ChatStream,
     Opening,

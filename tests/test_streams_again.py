@@ -22,7 +22,7 @@ from sources import (
 
 import moondream_async as md
 from moondream_async._protocol.events import decoder_for
-from moondream_async._streams import (
+from moondream_async._stream.stream import (
     Opening,
 )
 

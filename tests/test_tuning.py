@@ -697,21 +697,21 @@ async def test_programs_that_tune_nothing_do_not_load_it():
     code = (
         "import sys, moondream_async as md\n"
         "client = md.MoondreamClient(endpoint='http://127.0.0.1:1')\n"
-        "assert 'moondream_async.tuning' not in sys.modules\n"
+        "assert 'moondream_async.tuning.finetunes' not in sys.modules\n"
         "client.tuning\n"
-        "assert 'moondream_async.tuning' in sys.modules\n"
+        "assert 'moondream_async.tuning.finetunes' in sys.modules\n"
     )
     program = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     assert await program.wait() == 0
 
 
 async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
-    from moondream_async import tuning
+    from moondream_async.tuning import finetunes
 
     shutil.copy(photo, tmp_path / "hall.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
-    example = re.search(r"::\n\n((?: {4}.*\n)+)", tuning.__doc__)[1]
+    example = re.search(r"::\n\n((?: {4}.*\n)+)", finetunes.__doc__)[1]
     namespace = {"md": md}
     exec(f"async def example():\n{example}", namespace)
     await namespace["example"]()

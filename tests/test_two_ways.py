@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import moondream_async as md
 from moondream_async._protocol.events import AnswerDecoder, ChatDecoder, decoder_for
-from moondream_async.types import StreamEvent
+from moondream_async.results import StreamEvent
 
 thorough = settings(max_examples=300, deadline=None)  # a busy machine is no failure
 unhurried = settings(deadline=None)

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moondream_async as md
-from moondream_async.types import (
+from moondream_async.results import (
     CaptionResult,
     ChunkEvent,
-    EncodedImage,
     FinalEvent,
     Grounding,
     MetricsEvent,
@@ -21,9 +20,9 @@ from moondream_async.types import (
     Reasoning,
     Region,
     Result,
-    Timeout,
     UnknownEvent,
 )
+from moondream_async.types import EncodedImage, Timeout
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from moondream_async._retry import parse_retry_after
 from moondream_async.errors import (
     APIStatusError,
     AuthenticationError,
@@ -23,7 +22,7 @@ from moondream_async.errors import (
     RateLimitError,
     ServerError,
 )
-from moondream_async.types import (
+from moondream_async.results import (
     CaptionResult,
     ChatMessage,
     ChatResult,
@@ -42,6 +41,7 @@ from moondream_async.types import (
 )
 
 from .requests import Skill
+from .retry_after import parse_retry_after
 
 ANSWER_KEY: dict[Skill, str] = {"caption": "caption", "query": "answer", "segment": "path"}
 """Where the text of a skill's answer stands, in a body and in the last event of a stream."""

@@ -25,14 +25,13 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from moondream_async._sse import ServerSentEvent, SSEParser
 from moondream_async.errors import (
     StreamError,
     StreamInterruptedError,
     StreamProtocolError,
     StreamServerError,
 )
-from moondream_async.types import (
+from moondream_async.results import (
     BboxEvent,
     ChatResult,
     ChunkEvent,
@@ -62,6 +61,7 @@ from .answers import (
 )
 from .plain import NOTHING, Block, PlainChatChunk, PlainChunk, PlainLines
 from .requests import Skill
+from .sse import ServerSentEvent, SSEParser
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, overload
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from moondream_async.types import ChunkEvent, StreamEvent
+from moondream_async.results import ChunkEvent, StreamEvent
 
 _FAULTS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import msgspec
 
 from moondream_async.errors import RequestError
-from moondream_async.types import ChatMessage, EncodedImage, Point, Region, SpatialRefs
+from moondream_async.results import ChatMessage, Point, Region, SpatialRefs
+from moondream_async.types import EncodedImage
 
 Skill = Literal["caption", "query", "detect", "point", "segment", "chat"]
 

@@ -5,10 +5,3 @@ it: what goes wrong is translated (`faults`) into this package's errors, with th
 original as the cause. `pools` holds the connections, `uploads` writes a request's
 body, `bodies` reads an answer's, and `fetching` is for pictures from the web.
 """
-
-from .bodies import READ_BUFFER_BYTES, Body
-from .fetching import fetch
-from .pools import Pool, Transport
-from .uploads import Part, size_on_wire
-
-__all__ = ["READ_BUFFER_BYTES", "Body", "Part", "Pool", "Transport", "fetch", "size_on_wire"]

@@ -57,7 +57,7 @@ class Transport:
         self._ssl_context = ssl_context
         self._proxy = proxy
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
-        self._lock = threading.RLock()  # see `_limits` on why its own thread may take it again
+        self._lock = threading.RLock()  # see `_call.limits` on why its own thread may take it again
         self._closed = False
 
     def pool(self) -> Pool:

@@ -10,8 +10,9 @@ from typing import Any
 
 import aiohttp
 
-from moondream_async._files import FileSlice
 from moondream_async.types import EncodedImage
+
+from .files import FileSlice
 
 Part = bytes | EncodedImage | FileSlice
 """A part of a body: an image goes out as a data URL in quotes."""

@@ -1,10 +1,7 @@
 """Many pictures through one client, as fast as the server takes them.
 
 `run` reads the items and asks about them, `control` finds how many requests the
-server takes at once, and `items` says what goes in and what comes out. The rest
-keeps results on the disk, for the command line and for programs like it:
-`sources` finds pictures, `journal` is the file that a run goes on from, and
-`exports` and `report` make of it what other programs and people read.
+server takes at once, and `items` says what goes in and what comes out.
 """
 
 from __future__ import annotations

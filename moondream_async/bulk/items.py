@@ -17,7 +17,8 @@ from moondream_async._protocol.requests import (
     segment_request,
 )
 from moondream_async.errors import MoondreamError, RequestError
-from moondream_async.types import EncodedImage, Result
+from moondream_async.results import Result
+from moondream_async.types import EncodedImage
 
 ItemT = TypeVar("ItemT")
 Make = Callable[[EncodedImage], Request]

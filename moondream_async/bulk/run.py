@@ -19,8 +19,8 @@ import anyio
 import anyio.to_thread
 from anyio import current_time
 
+from moondream_async._call.retry import backoff, is_worth_retrying
 from moondream_async._protocol.answers import read_result
-from moondream_async._retry import backoff, is_worth_retrying
 from moondream_async.errors import (
     APIConnectionError,
     APIStatusError,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from moondream_async._calls import Caller
+    from moondream_async._call.call import Caller
     from moondream_async.types import EncodedImage
 
 Items = Iterable[ItemT] | AsyncIterable[ItemT]

@@ -19,8 +19,8 @@ from typing import IO, Any
 import msgspec
 import typer
 
-from moondream_async._streams import Stream
-from moondream_async.types import (
+from moondream_async._stream.stream import Stream
+from moondream_async.results import (
     BboxEvent,
     FinalEvent,
     MetricsEvent,

@@ -18,9 +18,10 @@ import typer
 from moondream_async._version import __version__
 from moondream_async.errors import MoondreamError
 
-from . import batch, bulk, chat, demo, places, serve, server, skills
+from . import batch, chat, demo, places, serve, server, skills
 from ._options import UsageError
 from ._output import one_line
+from .bulk import command as bulk
 
 NAME = "moondream-async"
 

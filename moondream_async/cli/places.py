@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from moondream_async import MoondreamClient
-from moondream_async._streams import SegmentStream
-from moondream_async.types import DetectResult, PointResult, SegmentResult
+from moondream_async._stream.stream import SegmentStream
+from moondream_async.results import DetectResult, PointResult, SegmentResult
 
 from . import _options as options
 from ._options import UsageError

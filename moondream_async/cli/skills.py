@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from moondream_async import MoondreamClient
-from moondream_async._streams import Stream
-from moondream_async.types import Length, Result
+from moondream_async._stream.stream import Stream
+from moondream_async.results import Result
+from moondream_async.types import Length
 
 from . import _options as options
 from ._options import UsageError

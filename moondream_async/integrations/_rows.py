@@ -33,7 +33,8 @@ from moondream_async.errors import (
     MoondreamError,
     RequestError,
 )
-from moondream_async.types import Length, Result, Settings, Timeout
+from moondream_async.results import Result
+from moondream_async.types import Length, Settings, Timeout
 
 if TYPE_CHECKING:
     from anyio import Semaphore

@@ -3,7 +3,7 @@
 `ask` adds them to a dataset::
 
     from datasets import Image, load_dataset
-    from moondream_async.integrations.datasets import ask
+    from .datasets import ask
 
     photos = load_dataset("imagefolder", data_dir="photos", split="train")
     photos = photos.cast_column("image", Image(decode=False))

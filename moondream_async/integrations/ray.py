@@ -3,7 +3,7 @@
 `ask` adds columns to a dataset::
 
     import ray
-    from moondream_async.integrations.ray import ask
+    from .ray import ask
 
     photos = ray.data.read_parquet("s3://bucket/photos")  # with a column "path"
     photos = ask(photos, "caption", image_column="path", actors=4, rate_limit=10)

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from moondream_async.types import Point, Reasoning, Region
+from moondream_async.results import Point, Reasoning, Region
 
 from .answers import split_words
 from .dialects import Answer, Body

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from moondream_async import MoondreamClient, RequestError
-from moondream_async._streams import Stream
-from moondream_async.types import Length, Result
+from moondream_async._stream.stream import Stream
+from moondream_async.results import Result
+from moondream_async.types import Length
 
 if TYPE_CHECKING:
     from aiohttp import web

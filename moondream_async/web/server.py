@@ -16,7 +16,7 @@ from moondream_async import (
     MoondreamError,
     RequestError,
 )
-from moondream_async._streams import Stream
+from moondream_async._stream.stream import Stream
 from moondream_async.types import EncodedImage, ImageInput
 
 from .asking import ask, read_question

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import typer
 
 from moondream_async import MoondreamClient, Timeout
+from moondream_async.cli import _options as options
+from moondream_async.cli._options import UsageError
+from moondream_async.cli._session import run
 from moondream_async.types import Length
-
-from . import _options as options
-from ._options import UsageError
-from ._session import run
 
 Skill = Literal["caption", "query", "detect", "point"]
 Via = Literal["requests", "batch-api"]
@@ -123,7 +122,7 @@ def bulk(
     form = _form(output)
     if form == "folder" and skill not in ("caption", "query"):
         raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
-    from moondream_async.bulk.exports import check_parquet  # noqa: PLC0415 - --help does without
+    from .exports import check_parquet  # noqa: PLC0415 - --help does without
 
     if form == "parquet":
         check_parquet()
@@ -136,7 +135,7 @@ def bulk(
         max_retries=retries,
         rate_limit=rate_limit,
     )
-    from ._bulk_job import Job  # noqa: PLC0415 - --help does without
+    from .job import Job  # noqa: PLC0415 - --help does without
 
     asked = {name: value for name, value in arguments.items() if value is not None}
     job = Job(client, skill, asked, model=model, output=Output(output, form), report=report)

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from ._protocol.plain import Block
-from .errors import ClientClosedError, MoondreamError, RequestError
-from .types import BboxEvent, ReasoningEvent, StreamEvent
+from moondream_async._protocol.plain import Block
+from moondream_async.errors import ClientClosedError, MoondreamError, RequestError
+from moondream_async.results import BboxEvent, ReasoningEvent, StreamEvent
 
 if TYPE_CHECKING:
     from asyncio import Task

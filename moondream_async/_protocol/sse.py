@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from .errors import StreamProtocolError
+from moondream_async.errors import StreamProtocolError
 
 _BOM = b"\xef\xbb\xbf"
 

@@ -28,12 +28,10 @@ from urllib.parse import quote
 
 import anyio
 
-from ._items import entries
-from ._protocol.batches import MAX_RESULT_BYTES, LineSplitter, read_batch, read_batch_result
-from ._protocol.requests import Request
-from ._retry import is_worth_retrying
-from ._uploads import Progress, Requests, Upload, open_checked, spooled
-from .errors import (
+from moondream_async._call.pages import entries
+from moondream_async._call.retry import is_worth_retrying
+from moondream_async._protocol.requests import Request
+from moondream_async.errors import (
     APIConnectionError,
     APIStatusError,
     APITimeoutError,
@@ -41,13 +39,17 @@ from .errors import (
     RequestError,
     ServerError,
 )
-from .records import BASE_MODEL, Batch, BatchResult
+from moondream_async.results import BASE_MODEL
+
+from .records import Batch, BatchResult
+from .uploads import Progress, Requests, Upload, open_checked, spooled
+from .wire import MAX_RESULT_BYTES, LineSplitter, read_batch, read_batch_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._calls import Call, Caller
-    from ._transport import Body
+    from moondream_async._call.call import Call, Caller
+    from moondream_async._transport.bodies import Body
 
 PART_BYTES = 50_000_000  # what the documentation advises
 MAX_PART_BYTES = 99_999_999  # the documented limit is 100 MB

@@ -15,9 +15,12 @@ from urllib.parse import quote, urlencode
 import anyio
 import anyio.to_thread
 
-from ._files import FileSlice, SharedFile
-from ._items import each
-from ._protocol.batches import (
+from moondream_async._call.pages import each
+from moondream_async._protocol.requests import Request
+from moondream_async._transport.files import FileSlice, SharedFile
+from moondream_async.errors import ImageError, MoondreamError, RequestError, ServerError
+
+from .wire import (
     MAX_FILE_BYTES,
     MAX_IMAGE_BYTES,
     BatchLine,
@@ -25,11 +28,9 @@ from ._protocol.batches import (
     FileChecker,
     Tally,
 )
-from ._protocol.requests import Request
-from .errors import ImageError, MoondreamError, RequestError, ServerError
 
 if TYPE_CHECKING:
-    from ._calls import Caller
+    from moondream_async._call.call import Caller
 
 Requests: TypeAlias = Iterable[BatchRequest] | AsyncIterable[BatchRequest]
 Progress: TypeAlias = Callable[[int, int], object]

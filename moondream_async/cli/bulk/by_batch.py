@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from moondream_async._protocol.batches import BatchRequest
-from moondream_async.bulk.journal import replacing
-from moondream_async.bulk.sources import Contents, Found, PictureFile
+from moondream_async.batch.wire import BatchRequest
+from moondream_async.cli._output import note
 from moondream_async.errors import ImageError, RequestError
 
-from ._output import note
+from .journal import replacing
+from .sources import Contents, Found, PictureFile
 
 if TYPE_CHECKING:
     from moondream_async import Batch, BatchResult, EncodedImage
 
-    from ._bulk_job import Job
+    from .job import Job
 
 MOST_PICTURES = 20_000  # a batch; the server takes 100,000, and 2 GB
 MOST_BYTES = 1_000_000_000  # of pictures, before base64

@@ -13,18 +13,8 @@ from typing import Any
 
 import msgspec
 
-from moondream_async.errors import RequestError, ServerError
-from moondream_async.records import (
-    Batch,
-    BatchFailure,
-    BatchProgress,
-    BatchResult,
-    BatchUsage,
-)
-from moondream_async.types import EncodedImage, Length, Result
-
-from .answers import decode_object, read_result
-from .requests import (
+from moondream_async._protocol.answers import decode_object, read_result
+from moondream_async._protocol.requests import (
     Request,
     Skill,
     caption_request,
@@ -32,7 +22,18 @@ from .requests import (
     point_request,
     query_request,
 )
-from .values import read_failure, read_value
+from moondream_async._protocol.values import read_failure, read_value
+from moondream_async.errors import RequestError, ServerError
+from moondream_async.results import Result
+from moondream_async.types import EncodedImage, Length
+
+from .records import (
+    Batch,
+    BatchFailure,
+    BatchProgress,
+    BatchResult,
+    BatchUsage,
+)
 
 # The documentation says GB and MB. Taken as powers of ten they keep either limit.
 MAX_FILE_BYTES = 2_000_000_000

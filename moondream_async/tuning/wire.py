@@ -12,12 +12,18 @@ from typing import Any
 
 import msgspec
 
+from moondream_async._protocol.answers import decode_reasoning
+from moondream_async._protocol.requests import (
+    Picture,
+    Request,
+    detect_request,
+    point_request,
+    query_request,
+)
+from moondream_async._protocol.values import read_value
 from moondream_async.errors import RequestError
-from moondream_async.records import Finetune, Rollout, RolloutOutput, Rollouts
 
-from .answers import decode_reasoning
-from .requests import Picture, Request, detect_request, point_request, query_request
-from .values import read_value
+from .records import Finetune, Rollout, RolloutOutput, Rollouts
 
 RANKS = (8, 16, 24, 32)
 MAX_ROLLOUTS = 16

@@ -23,23 +23,23 @@ import anyio._backends._asyncio  # what the first await would load else, holding
 from anyio import CancelScope
 from yarl import URL
 
-from ._clock import running_loop
-from ._images import encode_at_once, encode_image
-from ._limits import Pace, Places
-from ._protocol import USER_AGENT
-from ._protocol.answers import (
+from moondream_async._images import encode_at_once, encode_image
+from moondream_async._protocol import USER_AGENT
+from moondream_async._protocol.answers import (
     decode_json,
     decode_object,
     error_from_response,
     read_result,
     to_id,
 )
-from ._protocol.events import decoder_for
-from ._retry import Budget, backoff, is_worth_retrying, was_refused
-from ._secret import Secret, conceal, redact
-from ._streams import Opening
-from ._transport import Body, Pool, Transport, size_on_wire
-from .errors import (
+from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.secret import Secret, conceal, redact
+from moondream_async._stream.clock import running_loop
+from moondream_async._stream.stream import Opening
+from moondream_async._transport.bodies import Body
+from moondream_async._transport.pools import Pool, Transport
+from moondream_async._transport.uploads import size_on_wire
+from moondream_async.errors import (
     APIStatusError,
     APITimeoutError,
     ClientClosedError,
@@ -47,14 +47,18 @@ from .errors import (
     Phase,
     StreamProtocolError,
 )
-from .types import CallEvent, ClientStats, EncodedImage, Hooks, Result, Timeout
+from moondream_async.results import ClientStats, Result
+from moondream_async.types import CallEvent, EncodedImage, Hooks, Timeout
+
+from .limits import Pace, Places
+from .retry import Budget, backoff, is_worth_retrying, was_refused
 
 if TYPE_CHECKING:
     import ssl
 
     import aiohttp
 
-    from ._protocol.requests import Request, Skill
+    from moondream_async._protocol.requests import Request, Skill
 
 _NEVER = float("inf")
 _SHORTEST_SECRET = 8
@@ -95,7 +99,7 @@ class Caller:
         self.admission = None if rate_limit is None else Pace(rate_limit)
         self.pace = None if rate_limit is None else Pace(rate_limit)
         self.transport = Transport(session=session, ssl_context=ssl_context, proxy=proxy)
-        self._lock = threading.RLock()  # see `_limits` on why its own thread may take it again
+        self._lock = threading.RLock()  # see `limits` on why its own thread may take it again
         self._counts = dict.fromkeys(("requests", "retries", "bytes_sent", "bytes_received"), 0)
 
     def count(self, **more: int) -> None:

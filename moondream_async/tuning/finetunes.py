@@ -27,9 +27,20 @@ from urllib.parse import quote
 import anyio
 import msgspec
 
-from ._items import each, entries
-from ._protocol.requests import Request
-from ._protocol.tuning import (
+from moondream_async._call.pages import each, entries
+from moondream_async._protocol.requests import Request
+from moondream_async._protocol.values import read_value
+from moondream_async.errors import RequestError
+
+from .records import (
+    Checkpoint,
+    CheckpointDownload,
+    Finetune,
+    MetricsLog,
+    Rollouts,
+    TrainStep,
+)
+from .wire import (
     LEARNING_RATE,
     TrainGroup,
     TuningRequest,
@@ -40,12 +51,9 @@ from ._protocol.tuning import (
     rollouts_request,
     train_step_request,
 )
-from ._protocol.values import read_value
-from .errors import RequestError
-from .records import Checkpoint, CheckpointDownload, Finetune, MetricsLog, Rollouts, TrainStep
 
 if TYPE_CHECKING:
-    from ._calls import Caller
+    from moondream_async._call.call import Caller
 
 TRAIN_TIMEOUT = 900.0
 """Seconds. A step takes up to minutes; the figure is the official SDK's."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ._output import note
+from moondream_async.cli._output import note
 
 if TYPE_CHECKING:
     from typing_extensions import Self

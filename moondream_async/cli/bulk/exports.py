@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moondream_async.errors import RequestError
-from moondream_async.types import Result
+from moondream_async.results import Result
 
 from .journal import replacing
 from .sources import Found

@@ -18,12 +18,10 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from ._clock import Clock, running_loop
-from ._passing import Chunks, EventStream
-from ._protocol.events import AnswerDecoder
-from ._protocol.plain import NOTHING, Block
-from ._secret import conceal
-from .errors import (
+from moondream_async._protocol.events import AnswerDecoder
+from moondream_async._protocol.plain import NOTHING, Block
+from moondream_async._protocol.secret import conceal
+from moondream_async.errors import (
     APIConnectionError,
     APITimeoutError,
     ClientClosedError,
@@ -32,7 +30,11 @@ from .errors import (
     StreamInterruptedError,
     StreamStalledError,
 )
-from .types import Reasoning, Region, StreamEvent, Timeout, Usage
+from moondream_async.results import Reasoning, Region, StreamEvent, Usage
+from moondream_async.types import Timeout
+
+from .clock import Clock, running_loop
+from .relay import Chunks, EventStream
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._streams import Stream
+from .stream import Stream
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from moondream_async.errors import APIStatusError, MoondreamError, RequestError
-from moondream_async.types import Result
+from moondream_async.results import Result
 
 from .sources import Contents, Found, is_same
 

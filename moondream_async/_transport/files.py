@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import anyio.to_thread
 
-from .errors import MoondreamError, RequestError
+from moondream_async.errors import MoondreamError, RequestError
 
 _PIECE_BYTES = 256 * 1024  # read at once: long enough to be worth a change of threads
 

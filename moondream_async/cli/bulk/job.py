@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from moondream_async.bulk.exports import TextFolder, write_parquet
-from moondream_async.bulk.journal import Journal
-from moondream_async.bulk.report import write_report
-from moondream_async.bulk.sources import Contents, Found, PictureFile, find, lines
+from moondream_async.cli._output import note
 from moondream_async.errors import MoondreamError, RequestError
-from moondream_async.types import Result
+from moondream_async.results import Result
 
-from ._output import note
-from ._progress import BATCH_DISCOUNT, Progress
+from .exports import TextFolder, write_parquet
+from .journal import Journal
+from .progress import BATCH_DISCOUNT, Progress
+from .report import write_report
+from .sources import Contents, Found, PictureFile, find, lines
 
 if TYPE_CHECKING:
     from moondream_async import MoondreamClient
 
-    from .bulk import Output
+    from .command import Output
 
 _CHUNK = 64  # files that are looked up in one go of a thread
 _BETWEEN_SHOWS = 0.2  # seconds
@@ -170,7 +170,7 @@ class Job:
                     )
 
     async def _by_batch(self) -> None:
-        from ._bulk_batch import ask_by_batch  # noqa: PLC0415 - seldom used
+        from .by_batch import ask_by_batch  # noqa: PLC0415 - seldom used
 
         await ask_by_batch(self)
 

@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from ._protocol.requests import Request
-from .errors import RequestError, ServerError
+from moondream_async._protocol.requests import Request
+from moondream_async.errors import RequestError, ServerError
 
 if TYPE_CHECKING:
-    from ._calls import Caller
+    from .call import Caller
 
 _MAX_LIMIT = 100  # the server's
 

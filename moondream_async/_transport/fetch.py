@@ -14,8 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from .errors import APITimeoutError, ImageError, RequestError
-from .types import EncodedImage
+from moondream_async.errors import APITimeoutError, ImageError, RequestError
+from moondream_async.types import EncodedImage
 
 if TYPE_CHECKING:
     import ssl
@@ -58,7 +58,7 @@ async def fetch_image(
     """
     from anyio import move_on_after, to_thread  # noqa: PLC0415 - importing the package stays light
 
-    from ._images import encode_image  # noqa: PLC0415
+    from moondream_async._images import encode_image  # noqa: PLC0415
 
     try:
         networks = [ipaddress.ip_network(each) for each in allow]
@@ -79,7 +79,7 @@ async def fetch_image(
 async def _fetch(
     url: str, max_bytes: int, networks: Sequence[Network], ssl_context: ssl.SSLContext | None
 ) -> bytes:
-    from ._transport import fetch  # noqa: PLC0415 - loads aiohttp
+    from .fetching import fetch  # noqa: PLC0415 - loads aiohttp
 
     reaches = partial(_may_reach, networks=networks)
     for _ in range(_MAX_REDIRECTS + 1):

@@ -6,10 +6,14 @@ a number of seconds or a plain "no" comes out.
 
 from __future__ import annotations
 
-import re
 import threading
 
-from .errors import APIConnectionError, APIStatusError, APITimeoutError, MoondreamError
+from moondream_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    MoondreamError,
+)
 
 STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
 """Worth another try: all skills only read a picture, so a second POST changes nothing."""
@@ -25,8 +29,6 @@ BUDGET = 500
 """What a client may spend on retries before some of its calls succeed."""
 RETRY_COST = 5
 """So a hundred retries in a row that come to nothing are the last for now."""
-
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 def is_worth_retrying(error: MoondreamError) -> bool:
@@ -99,31 +101,3 @@ class Budget:
         """Put back what a call that succeeded is worth."""
         with self._lock:
             self._left = min(self._size, self._left + (RETRY_COST if after_retry else 1))
-
-
-def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds that a ``Retry-After`` header asks for, or None if it makes no sense.
-
-    `now` is the time in seconds since the epoch, for headers that name a date
-    (RFC 9110, 10.2.3). A date in the past is 0.
-
-    >>> parse_retry_after("2.5", 0), parse_retry_after("-1", 0), parse_retry_after("soon", 0)
-    (2.5, None, None)
-    >>> parse_retry_after("Thu, 01 Jan 1970 00:01:00 GMT", 50)
-    10.0
-    """
-    if value is None:
-        return None
-    value = value.strip()
-    if _SECONDS.fullmatch(value):
-        return float(value)
-    from datetime import timezone  # noqa: PLC0415 - seldom needed
-    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - slow to load, seldom needed
-
-    try:
-        date = parsedate_to_datetime(value)
-        if date.tzinfo is None:  # all of HTTP's dates are UTC, also those that don't say so
-            date = date.replace(tzinfo=timezone.utc)
-        return max(0.0, date.timestamp() - now)
-    except (TypeError, ValueError, OverflowError, OSError):  # all seen for odd dates
-        return None

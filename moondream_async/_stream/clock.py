@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import Phase
-from .types import Timeout
+from moondream_async.errors import Phase
+from moondream_async.types import Timeout
 
 if TYPE_CHECKING:
     import asyncio

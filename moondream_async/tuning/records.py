@@ -1,0 +1,123 @@
+"""What the server keeps of a finetune. What it leaves out is None here, or empty."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+from moondream_async.errors import RequestError
+from moondream_async.results import BASE_MODEL, Point, Reasoning, Record, Region
+
+
+class Finetune(Record, frozen=True, kw_only=True):
+    """A model that is being trained."""
+
+    finetune_id: str
+    name: str | None = None
+    rank: int | None = None
+    """Of the adapter: 8, 16, 24 or 32. A higher one learns more, and more slowly."""
+    created_at_ms: int | None = None
+    """Milliseconds since the epoch, as all of these."""
+    updated_at_ms: int | None = None
+
+    def model(self, step: int, *, base_model: str = BASE_MODEL) -> str:
+        """Return what to pass as ``model=`` to use what it had learnt at a saved step.
+
+        >>> Finetune(finetune_id="01HXYZ").model(500)
+        'moondream3-preview/01HXYZ@500'
+        """
+        return _name_model(base_model, self.finetune_id, step)
+
+
+class Checkpoint(Record, frozen=True, kw_only=True):
+    """A state of a finetune that was saved."""
+
+    finetune_id: str
+    step: int
+    checkpoint_id: str | None = None
+    created_at_ms: int | None = None
+    updated_at_ms: int | None = None
+    expires_at_ms: int | None = None
+
+    def model(self, *, base_model: str = BASE_MODEL) -> str:
+        """Return what to pass as ``model=`` to use it.
+
+        >>> Checkpoint(finetune_id="01HXYZ", step=500).model()
+        'moondream3-preview/01HXYZ@500'
+        """
+        return _name_model(base_model, self.finetune_id, self.step)
+
+
+def _name_model(base_model: str, finetune_id: str, step: int) -> str:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise RequestError(f"step must be a whole number, not {step!r}")
+    return f"{base_model}/{finetune_id}@{step}"
+
+
+class CheckpointDownload(Record, frozen=True, kw_only=True):
+    """Where a checkpoint can be fetched from for a while."""
+
+    url: str
+    """Whoever has this address can fetch it. It takes no key."""
+    expires_in: float | None = None
+    """Seconds."""
+
+    _hidden: ClassVar[tuple[str, ...]] = ("raw", "url")
+
+
+class RolloutOutput(Record, frozen=True, kw_only=True):
+    """The answer of a rollout; which fields it has depends on the skill."""
+
+    answer: str | None = None
+    reasoning: Reasoning | None = None
+    points: tuple[Point, ...] | None = None
+    objects: tuple[Region, ...] | None = None
+
+
+class Rollout(Record, frozen=True, kw_only=True):
+    """One try of a model that is being trained, and what training wants to know of it."""
+
+    output: RolloutOutput = RolloutOutput()
+    skill: str | None = None
+    finish_reason: str | None = None
+    answer_tokens: tuple[int, ...] = ()
+    thinking_tokens: tuple[int, ...] = ()
+    has_answer_separator: bool | None = None
+    coords: tuple[Any, ...] = ()
+    sizes: tuple[Any, ...] = ()
+
+
+class Rollouts(Record, frozen=True, kw_only=True):
+    """All tries at one request."""
+
+    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The request, as the server says it back; pictures included."""
+    rollouts: tuple[Rollout, ...] = ()
+    rewards: tuple[float, ...] | None = None
+    """How good each is, where the request came with its ground truth."""
+
+    _hidden: ClassVar[tuple[str, ...]] = ("raw", "request")
+
+
+class TrainStep(Record, frozen=True, kw_only=True):
+    """What a step of training did."""
+
+    step: int
+    """How many there were, this one included."""
+    applied: bool | None = None
+    """Whether it changed the model."""
+    kl: float | None = None
+    router_kl: float | None = None
+    grad_norm: float | None = None
+    sft_loss: float | None = None
+    reward_mean: float | None = None
+    reward_std: float | None = None
+
+
+class MetricsLog(Record, frozen=True, kw_only=True):
+    """What became of metrics that were logged."""
+
+    ok: bool | None = None
+    step: int | None = None
+    logged_count: int | None = None
