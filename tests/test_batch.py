@@ -20,8 +20,8 @@ from raw_server import GoneError, RawServer, head, whole
 from yarl import URL
 
 import moondream_async as md
-from moondream_async.batch import wire as protocol
 from moondream_async._transport.files import SharedFile
+from moondream_async.batch import wire as protocol
 from moondream_async.batch.wire import FileChecker, Tally
 from moondream_async.simulator import Simulator
 
