@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import contenders
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,7 +26,7 @@ from .server import allow_many_files
 from .wire import Plan
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 def check(module: ModuleType, plan: Plan, skill: str, pieces: list[Any]) -> None:

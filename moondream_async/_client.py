@@ -16,9 +16,9 @@ from .types import Hooks, Length, Timeout
 if TYPE_CHECKING:
     import ssl
     from types import TracebackType
+    from typing import Self
 
     import aiohttp
-    from typing_extensions import Self
 
     from .batch.batches import Batches
     from .bulk.items import ItemT

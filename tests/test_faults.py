@@ -186,7 +186,7 @@ def burst_row(name, status):
 
 
 ERROR = {"message": "No.", "type": "kind", "param": "question", "code": "c1"}
-IN_AN_HOUR = dt.datetime(2100, 1, 1, tzinfo=dt.timezone.utc)
+IN_AN_HOUR = dt.datetime(2100, 1, 1, tzinfo=dt.UTC)
 INSIDE = STREAM_HEAD + in_chunks(EVENTS[0], EVENTS[1][:12], end=False)
 CHUNK_CUT = STREAM_HEAD + in_chunks(EVENTS[0], end=False) + b"20\r\n" + EVENTS[1][:9]
 ACCENT = 'data: {"chunk": "é"}'.encode()
@@ -498,9 +498,7 @@ CERTIFICATES = {
     "unknown authority": (lambda ca: ca.issue_cert("localhost"), False, LOST),
     "wrong host": (lambda ca: ca.issue_cert("other.example"), True, LOST),
     "expired": (
-        lambda ca: ca.issue_cert(
-            "localhost", not_after=dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
-        ),
+        lambda ca: ca.issue_cert("localhost", not_after=dt.datetime(2020, 1, 1, tzinfo=dt.UTC)),
         True,
         LOST,
     ),

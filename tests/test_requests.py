@@ -292,7 +292,7 @@ class Word(str):
     __slots__ = ()
 
 
-class Skill(str, enum.Enum):
+class Skill(enum.StrEnum):
     BOAT = "boat"
 
 

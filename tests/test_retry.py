@@ -141,7 +141,7 @@ def test_the_first_wait_is_that_of_the_official_sdk():
 
 # -- Retry-After ---------------------------------------------------------------------------
 
-NOW = dt.datetime(2026, 1, 15, 12, 0, 0, tzinfo=dt.timezone.utc).timestamp()
+NOW = dt.datetime(2026, 1, 15, 12, 0, 0, tzinfo=dt.UTC).timestamp()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ seconds_of_a_century = st.integers(631152000, 3786912000)  # 1990 to 2090, since
 @unhurried
 @given(date=seconds_of_a_century, now=seconds_of_a_century)
 def test_a_date_is_the_time_up_to_it(date, now):
-    header = f"{dt.datetime.fromtimestamp(date, dt.timezone.utc):%a, %d %b %Y %H:%M:%S} GMT"
+    header = f"{dt.datetime.fromtimestamp(date, dt.UTC):%a, %d %b %Y %H:%M:%S} GMT"
 
     assert parse_retry_after(header, now) == max(0, date - now)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC
 
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
@@ -23,13 +24,12 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     value = value.strip()
     if _SECONDS.fullmatch(value):
         return float(value)
-    from datetime import timezone  # noqa: PLC0415 - seldom needed
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 - slow to load, seldom needed
 
     try:
         date = parsedate_to_datetime(value)
         if date.tzinfo is None:  # all of HTTP's dates are UTC, also those that don't say so
-            date = date.replace(tzinfo=timezone.utc)
+            date = date.replace(tzinfo=UTC)
         return max(0.0, date.timestamp() - now)
     except (TypeError, ValueError, OverflowError, OSError):  # all seen for odd dates
         return None

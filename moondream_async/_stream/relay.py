@@ -33,8 +33,7 @@ from moondream_async.results import BboxEvent, ReasoningEvent, StreamEvent
 
 if TYPE_CHECKING:
     from asyncio import Task
-
-    from typing_extensions import Self
+    from typing import Self
 
 HEARTBEAT = b":\n\n"
 """A comment: readers of events overlook it, and proxies see that the line is in use."""

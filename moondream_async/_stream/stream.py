@@ -38,9 +38,9 @@ from .relay import Chunks, EventStream
 
 if TYPE_CHECKING:
     from types import TracebackType
+    from typing import Self
 
     import anyio
-    from typing_extensions import Self
 
 
 class ByteSource(Protocol):

@@ -16,7 +16,7 @@ from .abandoned import close_response
 from .faults import FAULTS, say
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
     from .pools import Pool
 

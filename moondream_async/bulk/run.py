@@ -36,8 +36,7 @@ from .items import Asking, BulkResult, ItemT, Make
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from moondream_async._call.call import Caller
     from moondream_async.types import EncodedImage

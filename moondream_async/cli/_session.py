@@ -40,15 +40,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine to its end; Ctrl-C cancels it, and is raised when it has cleaned up."""
     import asyncio  # noqa: PLC0415 - --help and errors of usage do without
 
-    import anyio  # noqa: PLC0415 - likewise
-
     async def whole() -> None:
         await main
 
-    # On Python 3.10, asyncio.run raises KeyboardInterrupt wherever the loop happens to be.
-    # Inside aiohttp's parser that reads as bad data, and the interrupt was lost. anyio's
-    # runner cancels there, too, and only calls it by another name.
-    try:
-        anyio.run(whole)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    asyncio.run(whole())

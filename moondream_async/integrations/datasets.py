@@ -35,8 +35,9 @@ from moondream_async.errors import RequestError
 from ._rows import Asker, Job, Options, Secret, check_count
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from datasets import Dataset, Features
-    from typing_extensions import Unpack
 
 __all__ = ["Secret", "ask", "asking"]
 

@@ -39,9 +39,10 @@ from typing import TYPE_CHECKING, Any
 from ._rows import Asker, Job, Options, Secret, check_count
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     import pyarrow as pa
     from ray.data import Dataset
-    from typing_extensions import Unpack
 
 __all__ = ["Secret", "SkillStage", "ask"]
 

@@ -79,9 +79,7 @@ class Batch(msgspec.Struct):
     results: list[Body] = []
     outputs: int = 0
     error: Body | None = None
-    created_at: dt.datetime = msgspec.field(
-        default_factory=lambda: dt.datetime.now(dt.timezone.utc)
-    )
+    created_at: dt.datetime = msgspec.field(default_factory=lambda: dt.datetime.now(dt.UTC))
     completed_at: dt.datetime | None = None
     lock: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
 
@@ -234,7 +232,7 @@ class Batches:
             self._storage.put(batch.output_name(batch.outputs), lines)
             batch.outputs += 1
         batch.status = "completed"
-        batch.completed_at = dt.datetime.now(dt.timezone.utc)
+        batch.completed_at = dt.datetime.now(dt.UTC)
 
     def _do_line(self, index: int, line: bytes) -> Body:
         result: Body = {"line_index": index}

@@ -193,7 +193,7 @@ class Cloud(Dialect):
         return json.dumps(body, ensure_ascii=False)
 
     def _request_id(self, answer: Answer) -> str:
-        now = dt.datetime.now(dt.timezone.utc)
+        now = dt.datetime.now(dt.UTC)
         return (
             f"{now:%Y-%m-%d}_{answer.skill}_{now:%Y-%m-%d-%H:%M:%S}-{answer.number & 0xFFFFFF:06x}"
         )

@@ -31,7 +31,7 @@ from .tuning import Tuning
 from .validation import RefusedError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 # A picture of 10 MB is 13.4 MB of base64. A longer body is refused.
 MAX_BODY_BYTES = 20 * 1024 * 1024

@@ -17,7 +17,7 @@ from .script import Script
 from .server import Simulator
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 class SimulatorThread:

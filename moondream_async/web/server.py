@@ -23,7 +23,7 @@ from .asking import ask, read_question
 from .guard import HEADERS, refusal
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 HOST = "127.0.0.1"
 USUAL_PORT = 8020

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import moondream_async as md
 
 if TYPE_CHECKING:
+    from typing import assert_type  # noqa: TC004 - it is never run
+
     import PIL.Image
-    from typing_extensions import assert_type  # noqa: TC004 - it is never run
 
 
 # -- stream=True, stream=False, and a bool -------------------------------------------------

@@ -27,7 +27,7 @@ from moondream_async.results import Result
 from .sources import Contents, Found, is_same
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _ASKED = ("skill", "question", "object", "length", "reasoning", "model", "settings")
 _READ_BYTES = 1 << 20

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moondream_async.cli._output import note
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 INPUT_PRICE, OUTPUT_PRICE = 0.30e-6, 2.50e-6  # dollars a token (docs.moondream.ai/pricing)
 BATCH_DISCOUNT = 0.5
