@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 import urllib.parse
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,12 +22,14 @@ from pictures import (
     ICC,
     PHOTO,
     SECRET,
+    chunk,
     difference,
     exif,
     frames,
     make_drawing,
     make_photo,
     opened,
+    riff,
     save,
     segment,
     with_secrets,
@@ -202,6 +205,83 @@ def test_metadata_is_cut_out_and_the_pixels_stay(name):
     assert not picture.getexif()
     assert len(result.data) <= len(CLEAN[name]) + 18  # WebP may keep its extended header
     assert encode_image(result.data).data is result.data
+
+
+def in_png(*chunks):
+    return CLEAN["png"][:33] + b"".join(chunks) + CLEAN["png"][33:]
+
+
+def in_jpeg(*segments):
+    return CLEAN["jpeg"][:2] + b"".join(segments) + CLEAN["jpeg"][2:]
+
+
+def in_picture_data(change, *, behind=b""):
+    """The PNG with its compressed data changed, and with more chunks behind them."""
+    data = CLEAN["png"]
+    at = data.index(b"IDAT") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+    return data[:at] + chunk(b"IDAT", change(data[at + 8 : end - 4])) + behind + data[end:]
+
+
+def in_webp(name, tail):
+    """The WebP with more bytes in the chunk of its picture."""
+    data = CLEAN[name]
+    kind = b"VP8L" if "lossless" in name else b"VP8 "
+    at = data.index(kind)
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    chunks = data[12:at] + riff(kind, data[at + 8 : at + 8 + size] + tail)
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+
+
+NINE = [SECRET[at : at + 9] for at in range(0, 36, 9)]
+FIVES = [SECRET[at : at + 5] for at in range(0, 32, 2)]
+HIDING = {
+    "png-end": CLEAN["png"][:-12] + chunk(b"IEND", SECRET),
+    "png-pHYs": in_png(chunk(b"pHYs", bytes(9) + SECRET)),
+    "png-gAMA": in_png(chunk(b"gAMA", bytes(4) + SECRET)),
+    "png-sRGB": in_png(chunk(b"sRGB", b"\0" + SECRET)),
+    "png-cHRM": in_png(chunk(b"cHRM", bytes(32) + SECRET)),
+    "png-cICP": in_png(chunk(b"cICP", bytes(4) + SECRET)),
+    "png-sBIT": in_png(chunk(b"sBIT", b"\x08\x08\x08" + SECRET)),
+    "png-palette-in-rgb": in_png(chunk(b"PLTE", SECRET)),
+    "png-pHYs-again": in_png(*(chunk(b"pHYs", piece) for piece in (bytes(9), *NINE))),
+    "png-pHYs-late": in_picture_data(bytes, behind=chunk(b"pHYs", SECRET[:9])),
+    "png-profile": in_png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(ICC) + SECRET)),
+    "png-behind-profile": in_png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(ICC + SECRET, 0))),
+    "png-profile-name": in_png(chunk(b"iCCP", SECRET + b"\0\0" + zlib.compress(ICC))),
+    "png-data": in_picture_data(lambda data: data + SECRET),
+    "png-rows": in_picture_data(lambda data: zlib.compress(zlib.decompress(data) + SECRET, 0)),
+    "png-more-data": in_picture_data(bytes, behind=chunk(b"IDAT", SECRET)),
+    "png-second-run": in_picture_data(bytes, behind=chunk(b"tEXt", b"") + chunk(b"IDAT", SECRET)),
+    "webp": in_webp("webp", SECRET),
+    "webp-short": in_webp("webp", SECRET[:16]),
+    "webp-lossless": in_webp("webp-lossless", SECRET),
+    "gif": CLEAN["gif"][:-2] + bytes([len(SECRET)]) + SECRET + b"\0;",
+    "jpeg-jfif": in_jpeg(
+        segment(0xE0, b"JFIF\0\1\1" + bytes(7)), segment(0xE0, b"JFIF\0\1\1" + SECRET)
+    ),
+    "jpeg-adobe": in_jpeg(
+        segment(0xEE, b"Adobe\0\x64" + bytes(4) + b"\1"), segment(0xEE, b"Adobe" + SECRET[:7])
+    ),
+    "jpeg-table": in_jpeg(segment(0xDB, b"\0" + SECRET.ljust(64, b"x"))),
+    "jpeg-profile": in_jpeg(segment(0xE2, b"ICC_PROFILE\0\1\1" + ICC + SECRET)),
+    "jpeg-no-profile": in_jpeg(segment(0xE2, b"ICC_PROFILE\0\1\1" + SECRET)),
+    "jpeg-short-segment": in_jpeg(b"\xff\xec\0\0" + SECRET),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_nothing_hides_in_what_is_kept(name):
+    result = encode_image(HIDING[name])
+    assert [piece for piece in FIVES if piece in result.data] == []
+    clean = CLEAN["webp-lossless" if name == "webp-lossless" else name.partition("-")[0]]
+    assert difference(opened(result), Image.open(io.BytesIO(clean))) <= 24
+
+
+def test_reserved_bytes_of_a_webp_are_zero():
+    data = with_secrets("webp")
+    at = data.index(b"VP8X") + 9  # after the flags
+    assert encode_image(data[:at] + SECRET[:3] + data[at + 3 :]).data == encode_image(data).data
 
 
 @pytest.mark.parametrize("name", ["jpeg-icc", "png-icc", "webp-icc"])

@@ -9,10 +9,22 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pictures import CLEAN, PHOTO, chunk, exif, frames, opened, riff, save, segment, with_secrets
+from pictures import (
+    CLEAN,
+    PHOTO,
+    chunk,
+    difference,
+    exif,
+    frames,
+    opened,
+    riff,
+    save,
+    segment,
+    with_secrets,
+)
 from PIL import Image
 
-from moondream_async._images import encode_image
+from moondream_async._images import decode_image, encode_image
 from moondream_async.errors import ImageError
 
 # What is no picture
@@ -132,12 +144,59 @@ def test_endless_file_is_given_up():
 
 
 @pytest.mark.parametrize("name", [*CLEAN, "tiff", "bmp"])
-def test_truncated_file_is_refused_wherever_it_is_cut(name):
+def test_truncated_file_is_refused_unless_only_its_end_mark_is_missing(name):
     data = CLEAN.get(name) or save(PHOTO, name.upper())
-    end = len(data) - (1 if name == "gif" else 0)  # the trailer says nothing, and is put back
-    for length in {*range(min(end, 700)), *range(0, end, 97), end - 2, end - 1}:
+    mark = 16 if name.startswith("png") else {"gif": 1, "jpeg": 2}.get(name.partition("-")[0], 0)
+    end = len(data) - mark  # of a PNG, IEND and what checks the data
+    for length in {*range(min(end, 700)), *range(0, end, 97), *range(end - 30, end)}:
         with pytest.raises(ImageError):
             encode_image(data[:length])
+    for length in range(end, len(data)):
+        picture = opened(encode_image(data[:length]))
+        if name.startswith("jpeg"):  # encoded anew
+            assert difference(picture, decode_image(data)) <= 16
+        else:
+            assert picture.tobytes() == Image.open(io.BytesIO(data)).tobytes()
+
+
+def damaged_chunk(kind, body):
+    return chunk(kind, body)[:-4] + b"\0\0\0\0"
+
+
+def between_segments(stray):
+    """The JPEG with bytes before its first table, where only a marker may be."""
+    at = CLEAN["jpeg"].index(b"\xff\xdb")
+    return CLEAN["jpeg"][:at] + stray + CLEAN["jpeg"][at:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(between_segments(b"stray bytes"), id="jpeg-stray"),
+        pytest.param(between_segments(bytes(500)), id="jpeg-zeros"),
+        pytest.param(between_segments(b"\xff\0"), id="jpeg-ff00"),
+        pytest.param(between_segments(b"\xff\xe5\0\0"), id="jpeg-length-0"),
+        pytest.param(between_segments(b"\xff\xe5\0\1"), id="jpeg-length-1"),
+        pytest.param(between_segments(b"\xff\xfe\0\4four and more"), id="jpeg-too-short"),
+        pytest.param(between_segments(segment(0xE1, bytes(40))), id="jpeg-segment-of-zeros"),
+        pytest.param(
+            CLEAN["png"][:33] + damaged_chunk(b"tEXt", b"a\0b") + CLEAN["png"][33:], id="png-text"
+        ),
+        pytest.param(
+            CLEAN["png"][:33] + damaged_chunk(b"gAMA", bytes(4)) + CLEAN["png"][33:], id="png-gamma"
+        ),
+        pytest.param(
+            CLEAN["png"][:-12] + damaged_chunk(b"tIME", bytes(7)) + CLEAN["png"][-12:],
+            id="png-time-behind",
+        ),
+        pytest.param(CLEAN["png"][:-4] + bytes(4), id="png-end"),
+        pytest.param(CLEAN["png"][:-12] + chunk(b"tEXt", b"a\0b")[:-5], id="png-cut-in-text"),
+    ],
+)
+def test_picture_that_viewers_show_though_it_is_damaged_is_sent(data):
+    picture = opened(encode_image(data))
+    clean = CLEAN["jpeg" if data.startswith(b"\xff") else "png"]
+    assert difference(picture, Image.open(io.BytesIO(clean))) <= (16 if data[0] == 0xFF else 0)
 
 
 def test_damaged_png_is_told_by_its_checksum():

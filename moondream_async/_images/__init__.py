@@ -11,6 +11,8 @@ data URIs.
 from __future__ import annotations
 
 import contextlib
+import struct
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,9 @@ __all__ = ["ImageSource", "decode_image", "encode_at_once", "encode_image"]
 
 _AT_ONCE_BYTES = 16 * 1024
 """Files up to here are walked in 0.1 ms, and in a few ms if made to be slow."""
+
+_AT_ONCE_PIXELS = 100_000
+"""Pictures up to here are inflated in a ms, and decoded in a few, where that must be done."""
 
 
 def encode_image(
@@ -96,7 +101,15 @@ def encode_at_once(image: object, *, max_pixels: int | None = None) -> EncodedIm
     if not isinstance(image, bytes) or len(image) > _AT_ONCE_BYTES:
         return None
     try:
+        if image.startswith(png.SIGNATURE):
+            width, height = struct.unpack(">II", image[16:24])
+            if width * height > _AT_ONCE_PIXELS:
+                return None
         data, header = _read(image)
+        if header is not None and header.shortened is not None:
+            few = header.width * header.height <= _AT_ONCE_PIXELS
+            if not few or "moondream_async._images.convert" not in sys.modules:
+                return None
         return _as_it_is(data, header, max_pixels, _AT_ONCE_BYTES)
     except Exception:  # noqa: BLE001 - see above
         return None
@@ -115,7 +128,7 @@ def decode_image(image: ImageSource | EncodedImage) -> Image:
         source, header = _read(source)
         from . import convert  # noqa: PLC0415 - loads Pillow
 
-        return convert.decode(source, orientation=None if header is None else header.orientation)
+        return convert.decode(source, header=header)
 
 
 @contextlib.contextmanager
@@ -137,13 +150,7 @@ def _encode(image: ImageSource, max_pixels: int | None, max_bytes: int) -> Encod
         return ready
     from . import convert  # noqa: PLC0415 - loads Pillow, which most pictures don't need
 
-    return convert.encode(
-        image,
-        orientation=None if header is None else header.orientation,
-        max_pixels=max_pixels,
-        max_bytes=max_bytes,
-        may_be_png=header is None or header.media_type != "image/jpeg",
-    )
+    return convert.encode(image, header=header, max_pixels=max_pixels, max_bytes=max_bytes)
 
 
 def _as_it_is(
@@ -153,9 +160,14 @@ def _as_it_is(
     if header is None or not isinstance(image, bytes):
         return None
     few_pixels = max_pixels is None or header.width * header.height <= max_pixels
-    if header.plain and header.orientation == 1 and few_pixels and len(image) <= max_bytes:
-        return EncodedImage(image, header.media_type, header.width, header.height)
-    return None
+    if not (header.plain and header.orientation == 1 and few_pixels and len(image) <= max_bytes):
+        return None
+    if header.shortened is not None:
+        from . import convert  # noqa: PLC0415 - loads Pillow, which JPEG and PNG don't need
+
+        if convert.hides_something(header.shortened()):
+            return None
+    return EncodedImage(image, header.media_type, header.width, header.height)
 
 
 def _read(image: ImageSource) -> tuple[ImageSource, Header | None]:

@@ -22,7 +22,7 @@ from PIL import Image
 from moondream_async.errors import ImageError
 from moondream_async.types import EncodedImage
 
-from .header import check_size, exif_orientation
+from .header import Header, check_size, exif_orientation, xmp_orientation
 from .inputs import ImageSource
 
 _QUALITIES: Final = (
@@ -40,6 +40,12 @@ _FORMATS: Final = frozenset(
     | {"PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
 )
 
+# What a JPEG decoder that lacks data takes for them; without it, it goes on with zeros.
+_NO_END: Final = b"".join(
+    (b"\xaa" * 256, *(bytes([0xFF, 0xD0 + number]) + b"\xaa" * 64 for number in range(8)))
+)
+_UPRIGHT_ALREADY: Final = ("AVIF", "HEIF")  # where other parts of the file say how they lie
+
 _UPRIGHT: Final = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,13 +61,13 @@ _loading = threading.Lock()
 
 
 def decode(
-    source: ImageSource, *, orientation: int | None = None, max_pixels: int | None = None
+    source: ImageSource, *, header: Header | None = None, max_pixels: int | None = None
 ) -> Image.Image:
     """Decode a picture; make it plain, upright and small enough.
 
     Args:
         source: A file's bytes, a Pillow image (never changed) or an array.
-        orientation: EXIF's; None to take the one that the picture brings along.
+        header: What was read of it already; None to take what the picture brings along.
         max_pixels: Width times height at most.
 
     Returns:
@@ -72,7 +78,7 @@ def decode(
             raises other exceptions for what is damaged.
     """
     if isinstance(source, bytes):
-        image = _decoded(source, max_pixels)
+        image = _decoded(source, max_pixels, header)
     elif isinstance(source, Image.Image):
         image = source
         check_size(*image.size)
@@ -80,9 +86,7 @@ def decode(
             _load(image)
     else:
         image = _from_array(source)
-    if orientation is None:
-        exif = image.info.get("exif")
-        orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
+    orientation = _orientation(image) if header is None else header.orientation
     # Saving changes an image, and the caller's may be in use in other threads.
     image = _flattened(image, copy=image is source)
     size = _fitted(image.size, max_pixels)
@@ -97,40 +101,63 @@ def decode(
 def encode(
     source: ImageSource,
     *,
-    orientation: int | None,
+    header: Header | None,
     max_pixels: int | None,
     max_bytes: int,
-    may_be_png: bool,
 ) -> EncodedImage:
     """Decode a picture as `decode` does, and encode it.
 
     Args:
         source: As for `decode`.
-        orientation: As for `decode`.
+        header: As for `decode`.
         max_pixels: As for `decode`.
         max_bytes: The encoded size at most.
-        may_be_png: Whether to try PNG: not for what was a JPEG, whose artefacts
-            are not worth keeping exactly.
 
     Raises:
         ImageError: As for `decode`, or not even one pixel of it fits into `max_bytes`.
     """
-    image = decode(source, orientation=orientation, max_pixels=max_pixels)
-    if may_be_png and _is_drawn(image):
+    image = decode(source, header=header, max_pixels=max_pixels)
+    # What was a JPEG has artefacts, which are not worth keeping exactly.
+    was_jpeg = header is not None and header.media_type == "image/jpeg"
+    if not was_jpeg and _is_drawn(image):
         data = _png(image)
         if len(data) <= max_bytes:
             return EncodedImage(data, "image/png", *image.size)
     return _fitting_jpeg(image, max_bytes)
 
 
-def _decoded(data: bytes, max_pixels: int | None) -> Image.Image:
+def hides_something(shortened: bytes) -> bool:
+    """Tell whether a picture is whole though the end of its data was taken away."""
+    try:
+        _load(_open(shortened))
+    except Exception:  # noqa: BLE001 - decoders fail in any way
+        return False
+    return True
+
+
+def _decoded(data: bytes, max_pixels: int | None, header: Header | None = None) -> Image.Image:
     """Decode a file; a JPEG over `max_pixels` at a half, a quarter or an eighth of its size."""
     image = _open(data)
     check_size(*image.size)
     if max_pixels is not None:
         image.draft(image.mode, _fitted(image.size, max_pixels))
     _load(image)
+    if header is not None and header.unfinished:
+        # What comes instead of data that are missing would show.
+        end = len(data) - 2
+        other = _decoded(data[:end] + _NO_END + data[end:], max_pixels)
+        if other.tobytes() != image.tobytes():
+            raise ImageError("is cut short: a JPEG that ends within its picture")
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return what EXIF says, or XMP where it says nothing."""
+    exif, xmp = image.info.get("exif"), image.info.get("xmp")
+    found = exif_orientation(exif) if isinstance(exif, bytes) else 0
+    if not found and isinstance(xmp, bytes) and image.format not in _UPRIGHT_ALREADY:
+        found = xmp_orientation(xmp)
+    return found or 1
 
 
 def _load(image: Image.Image) -> None:

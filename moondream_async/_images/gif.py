@@ -12,6 +12,7 @@ from .header import Header
 
 _EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
 _GRAPHIC_CONTROL: Final = 0xF9
+_TAIL: Final = 8  # bytes; a decoder can do without the last two or three
 _MAX_BLOCKS: Final = 1_000_000  # they hold 255 bytes each, so that 256 MB need no more
 
 
@@ -19,7 +20,8 @@ def parse(data: bytes) -> Header:
     """Walk a GIF to the end of its first picture; what follows is not looked at.
 
     Kept are the header, the palettes, the first picture and its graphic control.
-    Comments, application data (XMP and ICC among them) and the other frames go.
+    Comments, application data (XMP and ICC among them) and the other frames go. Whether
+    bytes hide behind the picture's own is left to a decoder.
 
     It is plain when the first picture covers the whole canvas and has no
     transparent colour. A palette it has by nature: every server that takes GIF
@@ -43,8 +45,8 @@ def parse(data: bytes) -> Header:
             raise ImageError("is a GIF without a picture in it")
         begun = at
         left, top, inner_width, inner_height, packed = struct.unpack_from("<HHHHB", data, at + 1)
-        at += 10 + _palette_size(packed)
-        at = _after_blocks(data, at + 1, budget)  # after the one byte that says how the codes begin
+        codes = at + 11 + _palette_size(packed)  # after the one byte that says how they begin
+        at = _after_blocks(data, codes, budget)
     except (IndexError, struct.error) as error:
         raise ImageError("is cut short: a GIF that ends within its first picture") from error
     if control is not None and len(control) != 8:
@@ -60,7 +62,22 @@ def parse(data: bytes) -> Header:
         height=height,
         kept=kept,
         plain=whole and not transparent,
+        shortened=lambda: b"".join(
+            (view[:head], view[begun:codes], _shortened(view[codes:at]), bytes([_TRAILER]))
+        ),
     )
+
+
+def _shortened(blocks: memoryview) -> bytes:
+    """Return data blocks without their last bytes."""
+    data = bytearray()
+    at = 0
+    while size := blocks[at]:
+        data += blocks[at + 1 : at + 1 + size]
+        at += 1 + size
+    del data[-_TAIL:]
+    pieces = (data[at : at + 255] for at in range(0, len(data), 255))
+    return b"".join(bytes([len(piece)]) + piece for piece in pieces) + b"\0"
 
 
 def _palette_size(packed: int) -> int:

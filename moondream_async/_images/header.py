@@ -8,17 +8,22 @@ out too. A file that ends before its picture does is an `ImageError` already her
 
 from __future__ import annotations
 
+import re
 import struct
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from moondream_async.errors import ImageError
 
-MAX_PIXELS = 89_478_485
+MAX_PIXELS: Final = 89_478_485
 """Larger pictures are refused: Pillow's own line, from where it warns of a decompression bomb.
 
-256 MiB at three bytes a pixel; a picture of that size is some fifty times what
-the model looks at.
+358 MB at the four bytes that a pixel takes in memory; a picture of that size is some fifty times
+what the model looks at.
 """
+
+MAX_SIDE: Final = 1_000_000
+"""Longer pictures are refused: a decoder needs up to 16 bytes a row, however short."""
 
 
 class Header(NamedTuple):
@@ -33,39 +38,50 @@ class Header(NamedTuple):
     """Whether every server can be trusted to show it as it is: no alpha, palette or 16 bits."""
     orientation: int = 1
     """EXIF's: 1 is upright, 2-8 are mirrored and turned."""
+    shortened: Callable[[], bytes] | None = None
+    """Gives the picture less the last bytes of its compressed data, where nothing else tells
+    whether bytes hide behind these: if that can be decoded, some do."""
+    scans: int = 1
+    """How often a decoder goes over the whole picture."""
+    unfinished: bool = False
+    """Whether its end mark is missing: decoding must tell if all of the picture is there."""
 
     def cleaned(self, data: bytes) -> bytes:
         """Return `data` as it will be sent; the same object if nothing had to be cut out."""
         if sum(map(len, self.kept)) == len(data) and all(
-            isinstance(piece, memoryview) for piece in self.kept
+            isinstance(piece, memoryview) or not piece for piece in self.kept
         ):
             return data
         return b"".join(self.kept)
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise `ImageError` for a picture without pixels or with more than `MAX_PIXELS`."""
+    """Raise `ImageError` for a picture without pixels, or over `MAX_PIXELS` or `MAX_SIDE`."""
     if width < 1 or height < 1:
         raise ImageError(f"has no pixels: {width}x{height}")
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"is too large to be opened: {width}x{height} is more than {MAX_PIXELS:,} pixels"
         )
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(
+            f"is too large to be opened: {width}x{height} has a side over {MAX_SIDE:,} pixels"
+        )
 
 
 def exif_orientation(exif: bytes | memoryview) -> int:
-    r"""Return the orientation, 1-8, that an EXIF block asks for; 1 if it is damaged or silent.
+    r"""Return the orientation, 1-8, that an EXIF block asks for; 0 if it is damaged or silent.
 
     >>> one_entry = b"\0\x01" + b"\x01\x12" + b"\0\x03" + b"\0\0\0\x01" + b"\0\x06\0\0"
     >>> exif_orientation(b"Exif\0\0MM\0*\0\0\0\x08" + one_entry)
     6
     >>> exif_orientation(b"MM\0*")
-    1
+    0
     """
     tiff = bytes(exif[:65536]).removeprefix(b"Exif\0\0")  # one APP1 segment holds no more
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
-        return 1
+        return 0
     try:
         (ifd,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, ifd)
@@ -76,4 +92,25 @@ def exif_orientation(exif: bytes | memoryview) -> int:
                 return value if 1 <= value <= 8 else 1
     except struct.error:
         pass
-    return 1
+    return 0
+
+
+_XMP_ORIENTATION: Final = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|>)\s*([1-8])\b""")
+
+
+def xmp_orientation(xmp: bytes) -> int:
+    """Return the orientation, 1-8, that XMP asks for; 0 if it says nothing of it.
+
+    >>> xmp_orientation(b"<tiff:Orientation>6</tiff:Orientation>")
+    6
+    """
+    found = _XMP_ORIENTATION.search(xmp[: 1 << 18])
+    return int(found[1]) if found else 0
+
+
+def icc_profile(data: bytes) -> bytes | None:
+    """Return an ICC profile without what follows it; None if it is none, or not whole."""
+    size = int.from_bytes(data[:4], "big")
+    if size < 132 or size > len(data) or data[36:40] != b"acsp":
+        return None
+    return data[:size]

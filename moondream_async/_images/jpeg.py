@@ -8,30 +8,45 @@ rare; they are decoded.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from moondream_async.errors import ImageError
 
-from .header import Header, exif_orientation
+from .header import Header, exif_orientation, icc_profile, xmp_orientation
 
 _DHT, _SOI, _EOI, _SOS, _DQT, _DNL, _DRI = 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD
 _APP0, _APP1, _APP2, _APP14 = 0xE0, 0xE1, 0xE2, 0xEE
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _KEPT: Final = frozenset(range(0xC0, 0xD0)) | {_SOS, _DQT, _DNL, _DRI}  # frames, tables, scans
 _STANDALONE: Final = frozenset(range(0xD0, 0xD9)) | {0x01}  # RST, SOI, TEM: no length follows
+_PROFILE: Final = b"ICC_PROFILE\0"
+_XMP: Final = b"http://ns.adobe.com/xap/1.0/\0"
 
 _MARKER: Final = re.compile(rb"\xff{1,64}([\x01-\xfe])")  # with fill bytes, as T.81 allows
+# Where something else stands between two segments, decoders pass over it, to the next of these.
+_NEXT_MARKER: Final = re.compile(rb"\xff[\xc0-\xfe]")
 # In entropy-coded data an FF is followed by 00 (it was data), by a restart
 # marker, by another FF (fill), or the data is over.
 _END_OF_SCAN: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _WINDOW: Final = 1 << 20  # `re` holds the GIL; a MiB takes it less than a millisecond
 
 _CUT_SHORT: Final = "is cut short: a JPEG without an end"
-_DAMAGED: Final = "is damaged: a JPEG with something else where a marker must be"
-_MAX_SCANS: Final = 200  # encoders write about ten; each costs the decoder one more pass
+_MAX_SCANS: Final = 100  # encoders write about ten; each costs a decoder one more pass
 _MAX_SEGMENTS: Final = 10_000  # an ICC profile has at most 255, a scan three
+
+
+class _Segment(NamedTuple):
+    marker: int
+    begin: int
+    body: bytes
+    """Of a scan its header only."""
+    end: int
+    """Of a scan that of its entropy-coded data."""
+    short: bool = False
+    """Whether its length is less than the length itself takes, so that it has no body."""
 
 
 def parse(data: bytes) -> Header:
@@ -39,72 +54,129 @@ def parse(data: bytes) -> Header:
 
     Kept are tables, frame and scans, JFIF without its thumbnail, Adobe's colour
     transform, ICC profiles. All else goes: EXIF, XMP, IPTC, comments, further
-    pictures, and what follows the end.
+    pictures, and what follows the end. Stray bytes between two segments go, too, and
+    the picture is not plain then.
 
     Raises:
         ImageError: It ends before its picture does, or is no JPEG throughout.
     """
-    view = memoryview(data)
-    kept: list[bytes | memoryview] = []
-    start = end = 0  # what lies between is kept and not yet in `kept`
-    frame = _Frame()
-    orientation = 1
-    for marker, begin, body, end in _segments(data):
-        replacement = _replacement(marker, body)
-        if replacement is not None:
-            kept += (view[start:begin], replacement)
-            start = end
-        if marker == _APP1 and orientation == 1 and body.startswith(b"Exif\0\0"):
-            orientation = exif_orientation(body)
-        frame.read(marker, body)
-    kept.append(view[start:end])
-    if not frame.scans:
-        raise ImageError("is a JPEG without a picture in it")
-    if frame.scans > _MAX_SCANS:
-        raise ImageError(f"is no ordinary JPEG: it has {frame.scans} scans")
-    return Header(
-        media_type="image/jpeg",
-        width=frame.width,
-        height=frame.height,
-        kept=kept,
-        plain=frame.complete,
-        orientation=orientation,
-    )
+    walk = _Walk(data)
+    for segment in _segments(data):
+        walk.take(segment)
+    return walk.header()
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, bytes, int]]:
-    """Yield marker, beginning, body and end of all segments after SOI, up to and with EOI.
+class _Walk:
+    """What was found so far."""
 
-    A scan's end is that of its entropy-coded data; its body is its header only.
+    def __init__(self, data: bytes) -> None:
+        self._view = memoryview(data)
+        self._kept: list[bytes | memoryview] = []
+        self._start, self._end = 0, 2  # what lies between is kept and not yet in `_kept`
+        self._frame = _Frame()
+        self._profile = _ProfileSegments()
+        self._seen: set[int] = set()
+        self._last = _SOI
+        self._exif = self._xmp = 0
+
+    def take(self, segment: _Segment) -> None:
+        """Take the next segment; keep what is needed of it."""
+        marker, begin, body, end, short = segment
+        if begin > self._end or short:
+            self._frame.damage()
+        if marker == _APP2 and body.startswith(_PROFILE):
+            self._replace(begin, end)
+            self._profile.take(self._kept, self._view[begin:end], body[len(_PROFILE) :])
+        else:
+            replacement = b"" if short else _replacement(marker, body, self._seen)
+            if replacement is not None:
+                self._replace(begin, end, replacement)
+            elif begin > self._end:
+                self._replace(begin, begin)
+            if replacement != b"":
+                self._seen.add(marker)
+        self._end = end
+        self._last = marker
+        if marker == _APP1 and body.startswith(b"Exif\0\0"):
+            self._exif = self._exif or exif_orientation(body)
+        elif marker == _APP1 and body.startswith(_XMP):
+            self._xmp = self._xmp or xmp_orientation(body)
+        self._frame.read(marker, body)
+
+    def _replace(self, begin: int, end: int, replacement: bytes = b"") -> None:
+        """Leave out what is not kept, up to `end`."""
+        self._kept += (self._view[self._start : min(begin, self._end)], replacement)
+        self._start = end
+
+    def header(self) -> Header:
+        """Return the header, once all segments were taken.
+
+        Raises:
+            ImageError: There is no whole picture.
+        """
+        frame = self._frame
+        unfinished = self._last != _EOI
+        if unfinished and not (self._last == _SOS and frame.could_be_whole):
+            raise ImageError(_CUT_SHORT)
+        if not frame.scans:
+            raise ImageError("is a JPEG without a picture in it")
+        if frame.scans > _MAX_SCANS:
+            raise ImageError(f"is no ordinary JPEG: it has {frame.scans} scans")
+        end: memoryview | bytes = self._view[self._start : self._end]
+        self._kept += (bytes(end).rstrip(b"\xff"), b"\xff\xd9") if unfinished else (end,)
+        self._profile.settle(self._kept)
+        return Header(
+            media_type="image/jpeg",
+            width=frame.width,
+            height=frame.height,
+            kept=self._kept,
+            plain=frame.complete and not unfinished,
+            orientation=self._exif or self._xmp or 1,
+            unfinished=unfinished,
+            scans=frame.scans if frame.progressive else 1,
+        )
+
+
+def _segments(data: bytes) -> Iterator[_Segment]:
+    """Yield all segments after SOI, up to and with EOI, or to the end of the last scan.
+
+    Raises:
+        ImageError: It ends elsewhere, or has too many of them.
     """
     at = 2
     for _ in range(_MAX_SEGMENTS):
+        if at >= len(data):
+            return
         found = _MARKER.match(data, at)
         if found is None:
-            raise ImageError(_CUT_SHORT if at >= len(data) - 1 else _DAMAGED)
+            at = _find(_NEXT_MARKER, data, at)
+            found = _MARKER.match(data, at)
+            if found is None:
+                raise ImageError(_CUT_SHORT)
         marker, begin, after = found[1][0], at, found.end()
         if marker == _EOI or marker in _STANDALONE:
-            yield marker, begin, b"", after
+            yield _Segment(marker, begin, b"", after)
             if marker == _EOI:
                 return
             at = after
             continue
-        at = after + int.from_bytes(data[after : after + 2], "big")
+        size = int.from_bytes(data[after : after + 2], "big")
+        at = after + max(size, 2)
         if at > len(data):
             raise ImageError(_CUT_SHORT)
-        if at < after + 2:
-            raise ImageError(_DAMAGED)
         body = data[after + 2 : at]
         if marker == _SOS:
-            at = _end_of_scan(data, at)
-        yield marker, begin, body, at
+            at = _find(_END_OF_SCAN, data, at)
+        yield _Segment(marker, begin, body, at, short=size < 2)
     raise ImageError(f"is no ordinary JPEG: it has more than {_MAX_SEGMENTS:,} segments")
 
 
-def _replacement(marker: int, body: bytes) -> bytes | None:
+def _replacement(marker: int, body: bytes, seen: set[int]) -> bytes | None:
     """Return what a segment is replaced by: None to keep it as it is, nothing to drop it."""
-    if marker in _KEPT or marker == _EOI or (marker == _APP2 and body.startswith(b"ICC_PROFILE\0")):
+    if marker in _KEPT or marker == _EOI:
         return None
+    if marker in seen:
+        return b""
     if marker == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 14:
         if len(body) == 14 and body.endswith(b"\0\0"):
             return None
@@ -114,14 +186,50 @@ def _replacement(marker: int, body: bytes) -> bytes | None:
     return b""
 
 
-def _end_of_scan(data: bytes, at: int) -> int:
-    """Return where the next marker after the entropy-coded data at `at` begins."""
+class _ProfileSegments:
+    """The parts of an ICC profile, each a segment, and where they stand in what is kept."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._parts: list[bytes] = []
+
+    def take(self, kept: list[bytes | memoryview], whole: memoryview, body: bytes) -> None:
+        """Take the next part: its segment, and what follows the name in it."""
+        self._places.append(len(kept))
+        self._parts.append(body)
+        kept.append(whole)
+
+    def settle(self, kept: list[bytes | memoryview]) -> None:
+        """Leave in `kept` what is the profile's own, or nothing if it is not whole."""
+        count = len(self._parts)
+        numbers = [(part[0], part[1]) for part in self._parts if len(part) > 1]
+        given = b"".join(part[2:] for part in sorted(self._parts))
+        profile = icc_profile(given)
+        whole = sorted(numbers) == [(number, count) for number in range(1, count + 1)]
+        if profile is not None and whole and profile == given:
+            return
+        for place in self._places:
+            kept[place] = b""
+        if profile is None or not whole:
+            return
+        pieces = [profile[at : at + 65_000] for at in range(0, len(profile), 65_000)]
+        kept[self._places[0]] = b"".join(
+            b"\xff\xe2%b" % (len(piece) + 16).to_bytes(2, "big")
+            + _PROFILE
+            + bytes([number, len(pieces)])
+            + piece
+            for number, piece in enumerate(pieces, 1)
+        )
+
+
+def _find(pattern: re.Pattern[bytes], data: bytes, at: int) -> int:
+    """Return where the next of `pattern` begins, or where the data end."""
     while at < len(data):
-        found = _END_OF_SCAN.search(data, at, at + _WINDOW)
+        found = pattern.search(data, at, at + _WINDOW)
         if found:
             return found.start()
         at += _WINDOW - 1  # a marker may lie across the edge
-    raise ImageError(_CUT_SHORT)
+    return len(data)
 
 
 class _Frame:
@@ -132,17 +240,33 @@ class _Frame:
 
     def __init__(self) -> None:
         self.width = self.height = self.scans = 0
+        self.progressive = False
         self._sound = True
-        self._progressive = False
         self._components: dict[int, tuple[int, int]] = {}  # id -> blocks in an MCU, DQT number
         self._unseen: set[int] = set()
         self._quantization: set[int] = set()
         self._huffman: set[int] = set()  # class (0 DC, 16 AC) + number
+        self._unused: set[tuple[str, int]] = set()  # tables that no scan has asked for yet
+        self._missing: dict[int, list[int]] = {}  # id -> bits to come of each coefficient
 
     @property
     def complete(self) -> bool:
         """Whether all is sound so far, and there is a scan for each of the frame's components."""
-        return self._sound and bool(self._components) and not self._unseen
+        return self._sound and self._all_seen
+
+    @property
+    def could_be_whole(self) -> bool:
+        """Whether all scans that the picture needs have at least begun."""
+        bits = itertools.chain.from_iterable(self._missing.values())
+        return self._all_seen and not (self.progressive and any(bits))
+
+    @property
+    def _all_seen(self) -> bool:
+        return bool(self._components) and not self._unseen
+
+    def damage(self) -> None:
+        """Take it that something is not as it should be."""
+        self._sound = False
 
     def read(self, marker: int, body: bytes) -> None:
         """Take the next segment."""
@@ -167,26 +291,38 @@ class _Frame:
         again = bool(self._components)
         self.height = int.from_bytes(body[1:3], "big")
         self.width = int.from_bytes(body[3:5], "big")
-        self._progressive = marker == _PROGRESSIVE
+        self.progressive = marker == _PROGRESSIVE
         sound = not again and marker <= _PROGRESSIVE and body[0] == 8
         sound = sound and body[5] in (1, 3) and len(body) == 6 + 3 * body[5]
         for number, sampling, table in zip(body[6::3], body[7::3], body[8::3], strict=False):
             horizontal, vertical = sampling >> 4, sampling & 15
             sound = sound and horizontal in (1, 2, 4) and vertical in (1, 2, 4)
             self._components[number] = horizontal * vertical, table
+            self._missing[number] = [1] * 64
         self._unseen = set(self._components)
         return sound and len(self._components) == body[5]
 
+    def _define(self, kind: str, number: int) -> bool:
+        """Note a table; return whether it takes the place of none that was never used.
+
+        Such tables could hold anything, and any number of them.
+        """
+        new = (kind, number) not in self._unused
+        self._unused.add((kind, number))
+        return new
+
     def _read_quantization(self, body: bytes) -> bool:
+        sound = True
         while body:
             size = 1 + (128 if body[0] & 0xF0 else 64)
             if body[0] & 0xEC or len(body) < size:
                 return False
             self._quantization.add(body[0] & 3)
-            body = body[size:]
-        return True
+            body, sound = body[size:], self._define("quantization", body[0] & 3) and sound
+        return sound
 
     def _read_huffman(self, body: bytes) -> bool:
+        sound = True
         while body:
             counts = body[1:17]
             size = 17 + sum(counts)
@@ -201,8 +337,8 @@ class _Frame:
                 if code >= 1 << bits:  # too many codes; and none may be all ones
                     return False
             self._huffman.add(body[0])
-            body = body[size:]
-        return True
+            body, sound = body[size:], self._define("huffman", body[0]) and sound
+        return sound
 
     def _read_scan(self, body: bytes) -> bool:
         self.scans += 1
@@ -213,6 +349,12 @@ class _Frame:
             return False
         self._unseen -= set(numbers)
         parts = [self._components[number] for number in numbers]
+        self._unused -= {("quantization", table) for _, table in parts}
+        self._unused -= {("huffman", table >> 4) for table in tables}
+        self._unused -= {("huffman", 16 + (table & 15)) for table in tables}
+        for number in numbers:
+            for coefficient in range(body[-3], min(body[-2], 63) + 1):
+                self._missing[number][coefficient] = body[-1] & 15
         return (
             (len(parts) == 1 or sum(blocks for blocks, _ in parts) <= 10)
             and self._quantization >= {table for _, table in parts}
@@ -224,7 +366,7 @@ class _Frame:
         first, last, high, low = band[0], band[1], band[2] >> 4, band[2] & 15
         dc = {table >> 4 for table in tables}
         ac = {16 + (table & 15) for table in tables}
-        if not self._progressive:
+        if not self.progressive:
             return (first, last, high, low) == (0, 63, 0, 0) and self._huffman >= dc | ac
         if low > 13 or (high and high != low + 1):
             return False

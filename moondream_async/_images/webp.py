@@ -6,12 +6,13 @@ from typing import Final, NamedTuple
 
 from moondream_async.errors import ImageError
 
-from .header import Header, exif_orientation
+from .header import Header, exif_orientation, icc_profile, xmp_orientation
 
 _ICC, _ALPHA, _ANIMATION = 0x20, 0x10, 0x02  # flags in VP8X; those of EXIF and XMP are cleared
 _MAX_CHUNKS: Final = 10_000  # a still picture has at most six
 _CUT_SHORT: Final = "is cut short: a WebP that ends before it says"
 _DAMAGED: Final = "is damaged: a WebP whose parts do not fit together"
+_TAIL: Final = 8  # bytes; a decoder can do without the last two or three
 
 
 class _Chunk(NamedTuple):
@@ -25,13 +26,16 @@ class _Still(NamedTuple):
     pieces: list[bytes | memoryview]
     size: tuple[int, int]
     alpha: bool
+    kind: bytes
+    body: memoryview
 
 
 def parse(data: bytes) -> Header:
     """Walk a WebP file to the end of its container.
 
     Kept are the first picture, its alpha and its ICC profile. EXIF, XMP, unknown
-    chunks, an animation's other frames, and what follows the container go. A
+    chunks, an animation's other frames, reserved bytes, and what follows the container
+    go. Whether bytes hide behind the picture's own is left to a decoder. A
     first frame that is opaque and covers the canvas becomes a still picture; any
     other stays an animation, of one frame, and is not plain. Nor is alpha.
 
@@ -54,10 +58,11 @@ def parse(data: bytes) -> Header:
             raise ImageError(_DAMAGED)
         flags = extended.body[0] & (_ICC | _ALPHA | _ANIMATION)
         canvas = _u24(extended.body, 4) + 1, _u24(extended.body, 7) + 1
-        if b"ICCP" not in first:
+        profile = _profile(first) if flags & _ICC else None
+        if profile is None:
             flags &= ~_ICC
-        elif flags & _ICC:
-            pieces.append(first[b"ICCP"].whole)
+        else:
+            pieces.append(profile)
         still = _first_frame(first) if flags & _ANIMATION else _still(chunks)
         if still.size == canvas and not still.alpha:
             flags &= ~_ANIMATION
@@ -68,11 +73,10 @@ def parse(data: bytes) -> Header:
     else:
         pieces += still.pieces
     if extended is not None:
-        same = extended.body[0] == flags
-        head = b"VP8X\x0a\0\0\0" + bytes([flags]) + extended.body[1:]
+        same = bytes(extended.body[:4]) == bytes([flags, 0, 0, 0])  # three are reserved
+        head = _riff(b"VP8X", bytes([flags, 0, 0, 0]) + bytes(extended.body[4:]))
         pieces.insert(0, extended.whole if same else head)
-    size = 4 + sum(map(len, pieces))
-    container = b"RIFF" + size.to_bytes(4, "little") + b"WEBP"
+    container = _container(pieces)
     unchanged = container == data[:12] and all(isinstance(piece, memoryview) for piece in pieces)
     return Header(
         media_type="image/webp",
@@ -80,8 +84,42 @@ def parse(data: bytes) -> Header:
         height=canvas[1],
         kept=[memoryview(data)] if unchanged and end == len(data) else [container, *pieces],
         plain=not still.alpha and not flags & (_ALPHA | _ANIMATION),
-        orientation=exif_orientation(first[b"EXIF"].body) if b"EXIF" in first else 1,
+        orientation=_orientation(first),
+        shortened=lambda: _shortened(still),
     )
+
+
+def _profile(first: dict[bytes, _Chunk]) -> memoryview | bytes | None:
+    """Return the chunk with the ICC profile and nothing else in it; None if there is none."""
+    if b"ICCP" not in first:
+        return None
+    _, body, whole = first[b"ICCP"]
+    profile = icc_profile(bytes(body))
+    if profile is None or len(profile) == len(body):
+        return None if profile is None else _filled(whole, body)
+    return _riff(b"ICCP", profile)
+
+
+def _orientation(first: dict[bytes, _Chunk]) -> int:
+    """Return what EXIF says, or XMP where it says nothing."""
+    found = exif_orientation(first[b"EXIF"].body) if b"EXIF" in first else 0
+    if not found and b"XMP " in first:
+        found = xmp_orientation(bytes(first[b"XMP "].body))
+    return found or 1
+
+
+def _riff(kind: bytes, body: bytes) -> bytes:
+    return kind + len(body).to_bytes(4, "little") + body + b"\0" * (len(body) & 1)
+
+
+def _shortened(still: _Still) -> bytes:
+    chunk = _riff(still.kind, bytes(still.body[:-_TAIL]))
+    return _container([chunk]) + chunk
+
+
+def _container(pieces: list[bytes | memoryview]) -> bytes:
+    size = 4 + sum(map(len, pieces))
+    return b"RIFF" + size.to_bytes(4, "little") + b"WEBP"
 
 
 def _chunks(view: memoryview) -> list[_Chunk]:
@@ -94,7 +132,7 @@ def _chunks(view: memoryview) -> list[_Chunk]:
         end = body + int.from_bytes(view[at + 4 : body], "little")
         if end > len(view):
             raise ImageError(_CUT_SHORT)
-        after = end + (end - body & 1)
+        after = end + (end - body & 1)  # the byte in between fills up
         chunks.append(_Chunk(bytes(view[at : at + 4]), view[body:end], view[at:after]))
         at = after
     return chunks
@@ -122,12 +160,20 @@ def _still(chunks: list[_Chunk]) -> _Still:
             if tag & 0x11 != 0x10 or tag >> 5 > len(body) - 10:
                 break
             sides = int.from_bytes(body[6:10], "little")
-            return _Still([*pieces, whole], (sides & 0x3FFF, sides >> 16 & 0x3FFF), bool(pieces))
+            size = sides & 0x3FFF, sides >> 16 & 0x3FFF
+            return _Still([*pieces, _filled(whole, body)], size, bool(pieces), kind, body)
         elif kind == b"VP8L" and len(body) > 5 and body[0] == 0x2F and body[4] < 0x20:
             bits = int.from_bytes(body[1:5], "little")
             size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-            return _Still([whole], size, bool(bits >> 28 & 1))
+            return _Still([_filled(whole, body)], size, bool(bits >> 28 & 1), kind, body)
     raise ImageError(_DAMAGED)
+
+
+def _filled(whole: memoryview, body: memoryview) -> bytes | memoryview:
+    """Return a chunk filled up with zero, and with nothing else."""
+    if not len(body) & 1 or len(whole) == 8 + len(body) or bytes(whole[-1:]) == b"\0":
+        return whole
+    return bytes(whole[:-1]) + b"\0"
 
 
 def _u24(view: memoryview, at: int) -> int:
