@@ -1,6 +1,7 @@
 """Asyncio-first streaming client for the Moondream vision API."""
 
 from ._client import MoondreamClient, vl
+from ._stream.interruptible import interruptible
 from ._stream.stream import CaptionStream, ChatStream, QueryStream, SegmentStream
 from ._transport.fetch import fetch_image
 from ._version import __version__
@@ -140,5 +141,6 @@ __all__ = [
     "Usage",
     "__version__",
     "fetch_image",
+    "interruptible",
     "vl",
 ]

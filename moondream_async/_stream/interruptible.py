@@ -1,0 +1,86 @@
+"""Ctrl-C, and a notebook's stop button, made the cancellation of a block."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from .clock import running_loop
+
+if TYPE_CHECKING:
+    import asyncio
+
+    import anyio
+
+
+class _Handler:
+    """The signal handler while blocks are open: one for all of them, whichever ends first."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[anyio.CancelScope, asyncio.AbstractEventLoop] = {}
+        self.interrupted: set[anyio.CancelScope] = set()
+        self._previous: Any = None
+
+    def add(self, scope: anyio.CancelScope) -> None:
+        if not self.blocks:
+            self._previous = signal.signal(signal.SIGINT, self)
+        self.blocks[scope] = running_loop()
+
+    def remove(self, scope: anyio.CancelScope) -> None:
+        self.interrupted.discard(scope)
+        del self.blocks[scope]
+        # Whoever has taken the signal meanwhile keeps it.
+        if not self.blocks and signal.getsignal(signal.SIGINT) == self:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.interrupted:  # a second time: the block does not end, or not soon enough
+            signal.default_int_handler(number, frame)
+        for scope, loop in self.blocks.items():
+            self.interrupted.add(scope)
+            with suppress(RuntimeError):  # the loop was closed under the block
+                loop.call_soon_threadsafe(scope.cancel)
+
+
+_handler = _Handler()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C, or a notebook's stop button, cancel a block that awaits.
+
+    ::
+
+        with md.interruptible():
+            async with client.caption("photo.jpg", stream=True) as stream:
+                async for piece in stream.chunk:
+                    print(piece, end="", flush=True)
+
+    By itself an interrupted cell of IPython is left with what it awaits still running, and
+    its connection open; a kernel notices the stop button only when the next piece arrives.
+    In the block both cancel what is awaited, at once, so that streams close their
+    connections; then the block raises `KeyboardInterrupt`, and the lines after it do not run.
+    A second interrupt while the block is being cancelled raises it wherever the program is.
+
+    Python hands signals to the main thread alone: in any other, the block runs as without.
+
+    Raises:
+        KeyboardInterrupt: The block was interrupted.
+    """
+    import anyio  # noqa: PLC0415 - importing the package stays light
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with anyio.CancelScope() as scope:
+        _handler.add(scope)
+        try:
+            yield
+        finally:
+            interrupted = scope in _handler.interrupted
+            _handler.remove(scope)
+    if interrupted:
+        raise KeyboardInterrupt
