@@ -1,30 +1,28 @@
 """Pictures from the web, for programs that are handed addresses by strangers.
 
 A web backend that fetches what its users name can be made to fetch from the
-inside of its own network. So private, loopback and link-local addresses are
-refused: after names are resolved, so that a name can't hide one, at each
-redirect, and for the very address that is then connected to.
+inside of its own network. So only public addresses are connected to, at each
+redirect, and judged is the very address that a connection is then made to.
 """
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 from functools import partial
+from ipaddress import ip_network
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from moondream_async.errors import APITimeoutError, ImageError, RequestError
 from moondream_async.types import EncodedImage
+
+from .addresses import Network, is_public, shown
 
 if TYPE_CHECKING:
     import ssl
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 async def fetch_image(
@@ -39,7 +37,8 @@ async def fetch_image(
     """Fetch a picture from the web and prepare it for any number of calls.
 
     Only addresses that are reachable from the whole internet are connected to, also
-    after a redirect and however a name resolves. At most five redirects are followed.
+    after a redirect and however a name resolves. That is why no proxy is used: what a
+    proxy connects to can't be seen from here. At most five redirects are followed.
     Cancelling it drops the connection.
 
     Args:
@@ -60,20 +59,19 @@ async def fetch_image(
 
     from moondream_async._images import encode_image  # noqa: PLC0415
 
-    try:
-        networks = [ipaddress.ip_network(each) for each in allow]
-    except ValueError as error:
-        raise RequestError(f"allow must name networks, as '10.1.0.0/16': {error}") from error
+    networks = _networks(allow)
+    reason = _objection(url)
+    if reason is not None:
+        url = shown(url)  # a password in it is not to be seen among the variables, either
+        raise ImageError(f"{url} {reason}")
     with move_on_after(timeout):
-        data = await _fetch(_checked(url, networks), max_bytes, networks, ssl_context)
+        data = await _fetch(url, max_bytes, networks, ssl_context)
         encode = partial(encode_image, data, max_pixels=max_pixels)
         try:
             return await to_thread.run_sync(encode, abandon_on_cancel=True)
         except ImageError as error:
-            raise ImageError(f"{_shown(url)}: {error}") from error.__cause__
-    raise APITimeoutError(
-        f"{_shown(url)} was not fetched within {timeout:g} seconds", phase="total"
-    )
+            raise ImageError(f"{shown(url)}: {error}") from error.__cause__
+    raise APITimeoutError(f"{shown(url)} was not fetched within {timeout:g} seconds", phase="total")
 
 
 async def _fetch(
@@ -81,70 +79,55 @@ async def _fetch(
 ) -> bytes:
     from .fetching import fetch  # noqa: PLC0415 - loads aiohttp
 
-    reaches = partial(_may_reach, networks=networks)
+    allows = partial(is_public, networks=networks)
     for _ in range(_MAX_REDIRECTS + 1):
-        async with fetch(url, may_reach=reaches, ssl_context=ssl_context) as response:
+        async with fetch(url, allows=allows, ssl_context=ssl_context) as response:
             if response.status in _REDIRECTS and "Location" in response.headers:
-                url = _checked(urljoin(url, response.headers["Location"]), networks)
+                url = _redirected(url, response.headers["Location"])
                 continue
             if not 200 <= response.status < 300:
-                raise ImageError(f"{_shown(url)} gives no picture, but status {response.status}")
+                raise ImageError(f"{shown(url)} gives no picture, but status {response.status}")
             kind = response.content_type
             if not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
-                raise ImageError(f"{_shown(url)} gives no picture, but {kind}")
+                raise ImageError(f"{shown(url)} gives no picture, but {kind}")
             data = bytearray()
             async for part in response:
                 data += part
                 if len(data) > max_bytes:
-                    raise ImageError(f"{_shown(url)} is larger than {max_bytes} bytes")
+                    raise ImageError(f"{shown(url)} is larger than {max_bytes} bytes")
             return bytes(data)
-    raise ImageError(f"{_shown(url)} redirects more than {_MAX_REDIRECTS} times")
+    raise ImageError(f"{shown(url)} redirects more than {_MAX_REDIRECTS} times")
 
 
-def _checked(url: str, networks: Sequence[Network]) -> str:
-    """Refuse what can be refused by the address as it is written."""
+def _networks(allow: Sequence[str]) -> list[Network]:
     try:
-        parts = urlsplit(url)
-        host, _port = parts.hostname, parts.port  # reading the port checks it
-    except ValueError as error:
-        raise ImageError(f"{_shown(url)} is no valid address: {error}") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise ImageError(f"{_shown(url)} is no http or https address")
-    if parts.username is not None:
-        raise ImageError(f"{_shown(url)} has a user in it, which is not sent")
+        return [ip_network(each) for each in ([allow] if isinstance(allow, str) else allow)]
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"allow must name networks, as '10.1.0.0/16': {error}") from error
+
+
+def _redirected(url: str, location: str) -> str:
     try:
-        address = ipaddress.ip_address(host)
+        target = urljoin(url, location)
+        reason = _objection(target)
     except ValueError:
-        return url  # a name; what it resolves to is checked then
-    if not _may_reach(str(address), networks=networks):
-        raise ImageError(f"{_shown(url)} is not on the public internet")
-    return url
+        reason = "is no valid address"
+    if reason is not None:
+        raise ImageError(f"{shown(url)} redirects to {shown(location)}, which {reason}")
+    return target
 
 
-def _may_reach(address: str, *, networks: Sequence[Network]) -> bool:
-    """Say whether an IP address is public, or in one of the networks.
+def _objection(url: str) -> str | None:
+    """Return what is wrong with an address as it is written; None if it may be asked."""
+    from yarl import URL  # noqa: PLC0415 - aiohttp's, loaded when it is
 
-    >>> _may_reach("1.1.1.1", networks=()), _may_reach("10.0.0.1", networks=())
-    (True, False)
-    >>> _may_reach("::ffff:127.0.0.1", networks=()), _may_reach("64:ff9b::7f00:1", networks=())
-    (False, False)
-    """
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if any(ip.version == network.version and ip in network for network in networks):
-        return True
-    public = ip.is_global and not ip.is_multicast
-    return public and all(_may_reach(str(each), networks=networks) for each in _carried(ip))
-
-
-def _carried(ip: Address) -> list[Address]:
-    """Return the IPv4 addresses that an IPv6 address stands for, on the ways there are."""
-    if isinstance(ip, ipaddress.IPv4Address):
-        return []
-    carried: list[Address | None] = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-    if ip in ipaddress.IPv6Network("64:ff9b::/96"):  # NAT64, RFC 6052
-        carried.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return [each for each in carried if each is not None]
-
-
-def _shown(url: str) -> str:
-    return url if len(url) <= 200 else f"{url[:200]}..."
+    try:
+        target = URL(url)
+        host, port = target.host, target.explicit_port
+    except (TypeError, ValueError):
+        return "is no valid address"
+    if target.scheme not in ("http", "https") or not host:
+        return "is no http or https address"
+    if target.user is not None or target.password is not None:
+        return "has a user in it, which is not sent"
+    return "has no valid port" if port == 0 else None

@@ -26,6 +26,7 @@ from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamE
 from .abandoned import close_connector
 from .bodies import READ_BUFFER_BYTES, Body
 from .faults import FAULTS_OF_SENDING, is_disconnect, translate
+from .sockets import Guard, guarded, open_socket
 from .uploads import Part, Upload
 
 if TYPE_CHECKING:
@@ -52,10 +53,12 @@ class Transport:
         session: aiohttp.ClientSession | None = None,
         ssl_context: ssl.SSLContext | None = None,
         proxy: str | None = None,
+        guard: Callable[[URL], Guard | None] | None = None,
     ) -> None:
         self._session = session
         self._ssl_context = ssl_context
         self._proxy = proxy
+        self._guard = guard
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
         self._lock = threading.RLock()  # see `_call.limits` on why its own thread may take it again
         self._closed = False
@@ -75,7 +78,11 @@ class Transport:
                 raise ClientClosedError("The client is closed")
             gone = [self._pools.pop(other) for other in list(self._pools) if other.is_closed()]
             self._pools[loop] = pool = Pool(
-                loop, session=self._session, ssl_context=self._ssl_context, proxy=self._proxy
+                loop,
+                session=self._session,
+                ssl_context=self._ssl_context,
+                proxy=self._proxy,
+                guard=self._guard,
             )
         for each in gone:
             each.abandon()
@@ -83,7 +90,12 @@ class Transport:
 
     def apart(self) -> Transport:
         """Return one that goes the same ways, over connections of its own."""
-        return Transport(session=self._session, ssl_context=self._ssl_context, proxy=self._proxy)
+        return Transport(
+            session=self._session,
+            ssl_context=self._ssl_context,
+            proxy=self._proxy,
+            guard=self._guard,
+        )
 
     @property
     def idle_connections(self) -> int:
@@ -128,7 +140,7 @@ class Pool:
         session: aiohttp.ClientSession | None,
         ssl_context: ssl.SSLContext | None,
         proxy: str | None,
-        resolver: aiohttp.abc.AbstractResolver | None = None,
+        guard: Callable[[URL], Guard | None] | None = None,
     ) -> None:
         self.loop = loop
         self.closed = False
@@ -139,9 +151,10 @@ class Pool:
         """Pictures that are prepared at once: each may hold a decoded copy."""
         self._ssl = ssl_context or True
         self._proxy = proxy
+        self._guard = guard
         self._owns_session = session is None
         self._session = session or aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, resolver=resolver),
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=open_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=_NO_TIMEOUT,
         )
@@ -215,24 +228,26 @@ class Pool:
         repeatable: bool = True,
     ) -> aiohttp.ClientResponse:
         """Send a request, over a new connection where a kept one turns out to be closed."""
+        guard = None if self._guard is None else self._guard(url)
         while True:
             # Also for nothing: when it is asked to write, a connection stands.
             upload = Upload(body, self._used, on_send)
             try:
-                return await self._session.request(
-                    method,
-                    url,
-                    data=upload,
-                    headers=headers,
-                    skip_auto_headers=() if body else (hdrs.CONTENT_TYPE,),
-                    allow_redirects=False,
-                    raise_for_status=False,  # these two: a session of the caller's may differ
-                    auto_decompress=True,
-                    timeout=_NO_TIMEOUT,
-                    read_bufsize=READ_BUFFER_BYTES,
-                    ssl=self._ssl,
-                    proxy=self._proxy,
-                )
+                with guarded(guard):
+                    return await self._session.request(
+                        method,
+                        url,
+                        data=upload,
+                        headers=headers,
+                        skip_auto_headers=() if body else (hdrs.CONTENT_TYPE,),
+                        allow_redirects=False,
+                        raise_for_status=False,  # these two: a session of the caller's may differ
+                        auto_decompress=True,
+                        timeout=_NO_TIMEOUT,
+                        read_bufsize=READ_BUFFER_BYTES,
+                        ssl=self._ssl,
+                        proxy=self._proxy,
+                    )
             except FAULTS_OF_SENDING as error:
                 if self.closed:
                     raise ClientClosedError("The client was closed during the call") from error
@@ -242,6 +257,8 @@ class Pool:
                 # can't have seen the request. Each round uses up one such connection.
                 if upload.reused and repeatable and is_disconnect(error):
                     continue
+                if guard is not None and guard.refused is not None:
+                    raise guard.error(url) from error
                 raise translate(error, url) from error
 
     async def aclose(self, grace: float | None = None) -> None:
