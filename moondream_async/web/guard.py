@@ -11,11 +11,11 @@ from __future__ import annotations
 from aiohttp import hdrs, web
 
 HEADERS = {
-    # Nothing but what this server sends, and pictures of the page's own making.
+    # Nothing but what this server sends, and pictures and videos of the page's own making.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'"
+        "img-src 'self' blob:; media-src blob:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'"
     ),
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",

@@ -1,6 +1,7 @@
 // Asks our own server, and yields what it answers as {type, data}, one at a time: `chunk`,
-// `reasoning`, `bbox`, `done` and `error`, as Stream.sse in Python has them. Aborting the signal closes the connection, on which the server
-// closes its own to the model. JSON has no line breaks of its own, so one ends it.
+// `reasoning`, `bbox`, `done` and `error`, as Stream.sse in Python has them. Aborting the signal
+// closes the connection, on which the server closes its own to the model. JSON has no line
+// breaks of its own, so one ends it.
 
 export async function* ask(question, picture, signal) {
   const body = new Blob([JSON.stringify(question), "\n", picture], { type: "application/octet-stream" });

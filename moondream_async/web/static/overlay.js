@@ -4,13 +4,17 @@
 const shapes = document.getElementById("shapes");
 const labels = document.getElementById("labels");
 
+const MOST_LABELS = 24; // more of them would hide the picture
+
 export function clear() {
   shapes.replaceChildren();
   labels.replaceChildren();
+  for (const layer of [shapes, labels]) layer.classList.remove("many", "crowd");
 }
 
 export function drawBoxes(boxes, name) {
   clear();
+  crowd(boxes.length);
   boxes.forEach((box, index) => {
     const sides = {
       x: box.x_min,
@@ -19,23 +23,47 @@ export function drawBoxes(boxes, name) {
       height: box.y_max - box.y_min,
     };
     shapes.append(twice("rect", sides));
-    labels.append(label(box, boxes.length > 1 ? index + 1 : name));
+    if (boxes.length <= MOST_LABELS) labels.append(label(box, boxes.length > 1 ? index + 1 : name));
   });
 }
 
 export function drawPoints(points, name) {
   clear();
+  crowd(points.length);
   points.forEach((point, index) => {
     const dot = document.createElement("i");
     place(dot, point.x, point.y);
     labels.append(dot);
-    if (points.length === 1 && !name) return;
+    if ((points.length === 1 && !name) || points.length > MOST_LABELS) return;
     const text = document.createElement("span");
     text.textContent = points.length > 1 ? index + 1 : name;
     text.classList.toggle("leftwards", point.x > 0.5);
     place(text, point.x, point.y);
     labels.append(text);
   });
+}
+
+// Let one of several stand out; `null` is none of them.
+export function pickOut(index) {
+  labels.querySelector(".picked-out")?.remove();
+  const drawn = [...shapes.children, ...labels.querySelectorAll("i")];
+  drawn.forEach((each, number) => each.classList.toggle("picked", number === index));
+  if (index === null || labels.querySelector("span")) return;
+  const text = document.createElement("span"); // which there are too many of to have one each
+  text.textContent = index + 1;
+  text.className = "picked-out";
+  const [at, frame] = [drawn[index].getBoundingClientRect(), labels.getBoundingClientRect()];
+  const y = (at.top - frame.top) / frame.height;
+  text.classList.toggle("hanging", y < 0.1);
+  place(text, (at.left - frame.left) / frame.width, y < 0.1 ? (at.bottom - frame.top) / frame.height : y);
+  labels.append(text);
+}
+
+function crowd(count) {
+  for (const layer of [shapes, labels]) {
+    layer.classList.toggle("many", count > 8);
+    layer.classList.toggle("crowd", count > MOST_LABELS);
+  }
 }
 
 // A path's coordinates are 0-1 of its box. A coarse one may end anywhere.

@@ -2,9 +2,14 @@
 
 import { ask } from "./asking.js";
 import { GrowingText } from "./answer.js";
+import { examples } from "./examples.js";
+import { Follower } from "./follow.js";
+import { fillIn, keep, keepPicture, keptPicture } from "./kept.js";
+import { live } from "./live.js";
 import * as overlay from "./overlay.js";
-import { picture, show, watchSources } from "./picture.js";
+import { fault, picture, show, watchSources } from "./picture.js";
 import { program } from "./python.js";
+import * as shown from "./shown.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
@@ -14,12 +19,14 @@ const VERBS = {
   caption: "Describe", query: "Ask", detect: "Detect", point: "Point", segment: "Segment", chat: "Send",
 };
 const SETTINGS = ["max_tokens", "max_objects", "temperature"];
+const DRAWN = ["detect", "point", "segment"];
 
 let about = null;
 let turns = []; // of the conversation
-let running = null; // an AbortController while an answer is on its way
+let running = null; // an AbortController while an answer is on its way, or a moving picture
 let ended = Promise.resolve(); // when it has been put away
 let chosen = null; // the skill, whose answer is shown
+const isLive = () => $("live").getAttribute("aria-pressed") === "true";
 
 // -- the question --------------------------------------------------------------------------
 
@@ -28,7 +35,7 @@ function question() {
   const asked = { skill, settings: {} };
   if (skill === "caption") asked.length = fields.namedItem("length").value; // not how many there are
   if (skill === "query") asked.question = fields.question.value;
-  if (["detect", "point", "segment"].includes(skill)) asked.object = fields.object.value;
+  if (DRAWN.includes(skill)) asked.object = fields.object.value;
   if (skill === "chat") asked.messages = messages();
   if (["query", "chat"].includes(skill) && fields.reasoning.checked) asked.reasoning = true;
   for (const name of SETTINGS) {
@@ -62,178 +69,125 @@ function arrange() {
   }
   $("restart").hidden = skill !== "chat" || turns.length === 0;
   $("ask").textContent = VERBS[skill];
-  if (skill !== chosen) clearAnswer();
+  if (skill !== chosen) {
+    if (isLive()) overlay.clear();
+    else shown.clear();
+    offer(skill);
+  }
   chosen = skill;
   tellPython();
 }
 
+// Offer questions that are worth asking; what is pressed is asked.
+function offer(skill) {
+  const { field, questions } = examples(skill, picture.source === null);
+  $("examples").replaceChildren(...questions.map((text) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = text;
+    button.addEventListener("click", () => {
+      fields[field].value = text;
+      tellPython();
+      if (!isLive()) form.requestSubmit();
+    });
+    return button;
+  }));
+}
+
 function tellPython() {
-  if (about) $("code").textContent = program(question(), { about, picture: picture.source });
+  if (!about) return;
+  $("code").textContent = program(question(), { about, picture: picture.source });
+  keep(fields, turns);
 }
 
 // -- the answer ----------------------------------------------------------------------------
 
-class Clock {
-  constructor() {
-    this.start = performance.now();
-    this.count = 0;
-  }
-
-  tick() {
-    this.last = performance.now();
-    this.first ??= this.last;
-    this.count += 1;
-  }
-
-  show() {
-    const spread = (this.last - this.first) / 1000;
-    $("first-label").textContent = "First chunk";
-    $("first").textContent = this.first ? seconds(this.first - this.start) : "–";
-    const pace = (this.count - 1) / spread;
-    $("pace").textContent = pace > 0 && spread > 0
-      ? `${pace.toFixed(pace < 100 ? 1 : 0)} chunks/s` : "–";
-    $("count").textContent = this.count;
-    for (const id of ["pace", "count"]) $(id).parentElement.hidden = false;
-    $("numbers").hidden = false;
-  }
-
-  showWhole() {
-    $("first-label").textContent = "Time";
-    $("first").textContent = seconds(performance.now() - this.start);
-    for (const id of ["pace", "count"]) $(id).parentElement.hidden = true;
-    $("numbers").hidden = false;
-  }
+// How much of the window's top the picture covers, where it stays there.
+function covered() {
+  const { position } = getComputedStyle($("view"));
+  return position === "sticky" ? $("view").offsetHeight : 0;
 }
 
-function seconds(milliseconds) {
-  return `${(milliseconds / 1000).toFixed(2)} s`;
-}
+const follower = new Follower(covered);
 
-function clearAnswer() {
-  overlay.clear();
-  $("answer").replaceChildren();
-  $("answer").className = "";
-  $("state").textContent = "";
-  $("numbers").hidden = true;
-  $("thoughts").hidden = true;
-  $("thoughts").querySelector("p").replaceChildren();
-  $("request").parentElement.hidden = true;
-  complain("");
-}
-
-function complain(sentence) {
-  $("error").textContent = sentence;
+// Show where the answer will be: on a phone, the button is at the bottom of the screen.
+function reveal() {
+  const { top } = $("answering").getBoundingClientRect();
+  if (top > innerHeight * 0.7 || top < covered()) {
+    $("answering").scrollIntoView({ block: "start", behavior: "instant" });
+  }
 }
 
 async function answer() {
   const asked = question();
   const mine = new AbortController();
   running = mine;
-  clearAnswer();
+  shown.clear();
   setBusy(true);
-  $("state").textContent = "Waiting for the answer to begin";
-  const clock = new Clock();
-  const text = new GrowingText(asked.skill === "chat" ? addTurns(asked) : $("answer"));
-  $("answer").classList.toggle("path", asked.skill === "segment");
-  $("answer").ariaLive = asked.skill === "segment" ? "off" : "polite"; // nobody wants to hear a path
-  // What will be drawn there is to be seen: on a phone, the button is far below.
-  if (["detect", "point", "segment"].includes(asked.skill)) $("frame").scrollIntoView({ block: "nearest" });
+  shown.tell("Waiting for the answer to begin");
+  const clock = new shown.Clock();
+  const isChat = asked.skill === "chat";
+  const place = isChat ? addTurns(asked) : $("answer");
+  const text = new GrowingText(place);
+  if (!isChat) reveal();
+  follower.begin(place);
+  follower.update();
   let box = null;
+  let path = "";
   let ending = "";
   try {
     for await (const { type, data } of ask(asked, picture.blob, mine.signal)) {
       if (type === "chunk") {
         clock.tick();
         clock.show();
-        $("state").textContent = "Writing";
-        text.append(data.chunk);
-        if (asked.skill === "segment") overlay.drawOutline(text.text, box, asked.object, { coarse: true });
+        if (asked.skill === "segment") {
+          shown.tell("Drawing the outline");
+          path += data.chunk;
+          overlay.drawOutline(path, box, asked.object, { coarse: true });
+        } else {
+          shown.tell("Writing");
+          text.append(data.chunk);
+          follower.update();
+        }
       } else if (type === "bbox") {
         box = data.bbox;
       } else if (type === "reasoning") {
-        $("state").textContent = "Thinking";
-        think(data.text);
+        shown.tell("Thinking");
+        shown.think(data.text);
       } else if (type === "error") {
-        throw new Error(data.error.message);
+        throw failure(data);
       } else if (type === "done") {
-        ending = finish(asked, data, text, clock, box);
+        ending = finish(asked, { ...data, bbox: data.bbox ?? box }, text, clock);
       }
     }
     if (!ending) throw new Error("The page’s own server ended the answer before it was complete.");
   } catch (error) {
-    ending = text.text ? "Failed after this had arrived" : "Failed";
+    ending = text.text || path ? "Failed after this had arrived" : "Failed";
     if (mine.signal.aborted) ending = "Stopped: the connection to the server is closed";
-    if (!mine.signal.aborted) complain(sentence(error));
+    else shown.complain(error, about.endpoint);
   } finally {
     text.finish();
-    if (asked.skill === "chat") keepTurns(asked, text);
-    $("state").textContent = ending;
+    follower.update();
+    follower.end();
+    if (isChat) keepTurns(asked, text);
+    shown.tell(ending);
     running = null;
     setBusy(false);
     arrange();
   }
 }
 
+function failure({ error }) {
+  return fault(error.type, error.message);
+}
+
 // Show the end of an answer; return what there is to say of it.
-function finish(asked, data, text, clock, box) {
-  if (data.request_id) {
-    $("request").textContent = data.request_id;
-    $("request").parentElement.hidden = false;
-  }
-  if (data.reasoning?.text) think(data.reasoning);
-  if (asked.skill === "detect") {
-    overlay.drawBoxes(data.objects, asked.object);
-    text.append(list(data.objects, asked.object, corners));
-  } else if (asked.skill === "point") {
-    overlay.drawPoints(data.points, asked.object);
-    text.append(list(data.points, asked.object, (each) => `at ${spot(each.x, each.y)}`));
-  } else if (asked.skill === "segment") {
-    const place = data.bbox ?? box;
-    const found = data.path && place;
-    if (found) {
-      overlay.drawOutline(`${data.path} `, place, asked.object);
-      text.replace(data.path);
-    }
-    clock.show();
-    return found ? `Outlined “${asked.object}” ${corners(place)}` : `Found no “${asked.object}”`;
-  }
-  if (clock.count) clock.show();
-  else clock.showWhole();
+function finish(asked, data, text, clock) {
+  shown.showRequest(data.request_id);
+  if (data.reasoning?.text) shown.think(data.reasoning);
+  if (DRAWN.includes(asked.skill)) text.append(shown.showFound(asked.skill, data, asked.object));
+  clock.show();
   return data.finish_reason === "length" ? "Done: cut at the number of tokens" : "Done";
-}
-
-function list(found, name, describe) {
-  if (found.length === 0) return `Found no “${name}”.`;
-  if (found.length === 1) return `Found “${name}” ${describe(found[0])}.`;
-  const lines = found.map((each, index) => `${index + 1}. ${describe(each)}`);
-  return `Found “${name}” ${found.length} times:\n${lines.join("\n")}`;
-}
-
-function corners(box) {
-  return `from ${spot(box.x_min, box.y_min)} to ${spot(box.x_max, box.y_max)}`;
-}
-
-function spot(x, y) {
-  return `(${x.toFixed(2)}, ${y.toFixed(2)})`;
-}
-
-// Show a piece of what the model thinks, or all of it, with the places that it speaks of.
-function think(thought) {
-  const text = $("thoughts").querySelector("p");
-  $("thoughts").hidden = false;
-  if (typeof thought === "string") {
-    text.append(thought);
-    return;
-  }
-  text.textContent = thought.text;
-  const places = thought.grounding.flatMap((each) => each.points);
-  overlay.drawPoints(places.filter((each) => each.length === 2).map(([x, y]) => ({ x, y })), "");
-}
-
-function sentence(error) {
-  // fetch has no words for it that a reader could use.
-  if (error instanceof TypeError) return "The page’s own server can’t be reached. Is it still running?";
-  return error.message;
 }
 
 function setBusy(busy) {
@@ -245,15 +199,88 @@ function setBusy(busy) {
   $("skills").disabled = busy;
 }
 
+// -- the moving picture --------------------------------------------------------------------
+
+async function goLive(file) {
+  await stop();
+  const mine = new AbortController();
+  running = mine;
+  if (fields.skill.value === "chat") fields.skill.value = "detect"; // each frame stands for itself
+  shown.clear();
+  restart();
+  setLive(true);
+  arrange();
+  let ending = "Stopped";
+  try {
+    shown.tell("Waiting for the camera");
+    ending = await live({
+      file,
+      signal: mine.signal,
+      answer: answerFrame,
+      complain: (error) => shown.complain(error, about.endpoint),
+      started: () => shown.tell("Live: every answer is about the newest frame"),
+    });
+  } catch (error) {
+    ending = "Failed";
+    shown.complain(error, about.endpoint);
+  } finally {
+    overlay.clear();
+    shown.tell(ending);
+    running = null;
+    setLive(false);
+    arrange();
+  }
+}
+
+function setLive(moves) {
+  const hadFocus = document.activeElement === (moves ? $("ask") : $("stop"));
+  $("live").setAttribute("aria-pressed", moves);
+  $("ask").hidden = moves;
+  $("stop").hidden = !moves;
+  if (hadFocus) (moves ? $("stop") : $("ask")).focus({ preventScroll: true });
+  $("answer").ariaLive = moves ? "off" : "polite"; // nobody wants to hear every frame
+}
+
+// Ask about a frame, and show the answer when it is whole: half of one would flicker.
+async function answerFrame(blob, signal, drawn) {
+  const asked = question();
+  if (asked.skill === "chat") return;
+  let text = "";
+  let box = null;
+  for await (const { type, data } of ask(asked, blob, signal)) {
+    if (type === "error") throw failure(data);
+    if (type === "chunk") text += data.chunk;
+    if (type === "bbox") box = data.bbox;
+    if (type !== "done" || asked.skill !== fields.skill.value) continue;
+    const found = { ...data, bbox: data.bbox ?? box };
+    const isDrawn = DRAWN.includes(asked.skill);
+    const said = isDrawn
+      ? shown.showFound(asked.skill, found, asked.object, { listed: false }) : text;
+    const answered = new GrowingText($("answer"));
+    answered.append(said);
+    answered.finish();
+    drawn();
+  }
+}
+
 // -- the conversation ----------------------------------------------------------------------
 
+function addTurn(className) {
+  const item = document.createElement("li");
+  item.className = className;
+  $("conversation").append(item);
+  return item;
+}
+
 function addTurns(asked) {
-  const items = [document.createElement("li"), document.createElement("li")];
-  items[0].textContent = asked.messages.at(-1).content;
-  items[0].className = "user";
-  items[1].className = "assistant";
-  $("conversation").append(...items);
-  return items[1];
+  addTurn("user said").append(paragraph(asked.messages.at(-1).content));
+  return addTurn("assistant said");
+}
+
+function paragraph(text) {
+  const made = document.createElement("p");
+  made.textContent = text;
+  return made;
 }
 
 // An answer that did not come whole is kept as far as it came. One that never began is no turn,
@@ -267,10 +294,23 @@ function keepTurns(asked, text) {
   }
 }
 
+function showTurns(kept) {
+  turns = kept;
+  for (const { role, content } of turns) {
+    const item = addTurn(`${role} said`);
+    if (role === "user") item.append(paragraph(content));
+    else {
+      const text = new GrowingText(item);
+      text.append(content);
+      text.finish();
+    }
+  }
+}
+
 function restart() {
   turns = [];
   $("conversation").replaceChildren();
-  clearAnswer();
+  shown.clear();
 }
 
 async function stop() {
@@ -281,14 +321,26 @@ async function stop() {
 // -- what the user does --------------------------------------------------------------------
 
 async function take(blob, name) {
+  if (blob.type.startsWith("video/")) {
+    await stop();
+    ended = goLive(blob);
+    return;
+  }
   await stop();
   try {
     await show(blob, name, { source: JSON.stringify(name), maxBytes: about.max_bytes });
     restart(); // it was about the picture before
+    await keepPicture(blob, name);
   } catch (error) {
-    complain(error.message);
+    refuse(error);
   }
   arrange();
+  offer(fields.skill.value); // other questions are worth asking
+}
+
+function refuse(error) {
+  shown.complain(error, about.endpoint);
+  reveal();
 }
 
 form.addEventListener("submit", (event) => {
@@ -298,6 +350,10 @@ form.addEventListener("submit", (event) => {
 form.addEventListener("change", arrange);
 form.addEventListener("input", tellPython);
 $("stop").addEventListener("click", stop);
+$("live").addEventListener("click", () => {
+  if (isLive()) stop();
+  else ended = goLive(null);
+});
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !$("camera").open) stop();
 });
@@ -317,6 +373,9 @@ $("copy").addEventListener("click", async () => {
   }
 });
 $("copy").addEventListener("blur", () => { $("copy").textContent = "Copy"; });
+new ResizeObserver(() => {
+  document.documentElement.style.setProperty("--covered", `${covered()}px`);
+}).observe($("view"));
 
 async function start() {
   about = await (await fetch("/about")).json();
@@ -324,10 +383,13 @@ async function start() {
   $("server").textContent = about.simulated
     ? "No model is looking at the picture: a simulator answers"
     : `Answers come from ${about.endpoint}`;
-  watchSources(take, complain);
-  const response = await fetch("/picture");
-  const name = about.picture?.split(/[/\\]/).at(-1) ?? "sample.jpg";
-  await show(await response.blob(), name, { source: about.picture && JSON.stringify(about.picture) });
+  watchSources(take, refuse);
+  const kept = await keptPicture();
+  const blob = kept?.blob ?? (await (await fetch("/picture")).blob());
+  const name = kept?.name ?? about.picture?.split(/[/\\]/).at(-1) ?? "sample.jpg";
+  const source = kept?.name ?? about.picture;
+  await show(blob, name, { source: source ? JSON.stringify(source) : null });
+  showTurns(fillIn(fields));
   arrange();
 }
 

@@ -1,15 +1,22 @@
 // The picture that is asked about: chosen, dropped, pasted or photographed.
 
+import { closeCamera, frame as photo, openCamera } from "./frames.js";
+
 const frame = document.getElementById("frame");
 const image = document.getElementById("picture");
 const caption = document.getElementById("picture-name");
+
+// An error of a kind that `remedies.js` knows.
+export function fault(type, message) {
+  return Object.assign(new Error(message), { type });
+}
 
 export const picture = { blob: null, name: "", source: null };
 
 // Show a picture; throws, with a sentence, what can't be one. `source` is its Python expression.
 export async function show(blob, name, { source = null, maxBytes = Infinity } = {}) {
   if (blob.size > maxBytes) {
-    throw new Error(`${name} has ${megabytes(blob.size)} MB; up to ${megabytes(maxBytes)} MB can be sent.`);
+    throw fault("TooLarge", `${name} has ${megabytes(blob.size)} MB; up to ${megabytes(maxBytes)} MB can be sent.`);
   }
   const url = URL.createObjectURL(blob);
   try {
@@ -18,7 +25,7 @@ export async function show(blob, name, { source = null, maxBytes = Infinity } = 
     await trial.decode();
   } catch {
     URL.revokeObjectURL(url);
-    throw new Error(`${name} is no picture that this browser can show.`);
+    throw fault("Picture", `${name} is no picture that this browser can show.`);
   }
   const before = image.src;
   image.src = url;
@@ -30,8 +37,8 @@ export async function show(blob, name, { source = null, maxBytes = Infinity } = 
   Object.assign(picture, { blob, name, source });
 }
 
-// Call `take(blob, name)` for each picture that the user brings, and `refuse(sentence)` for
-// what is none.
+// Call `take(blob, name)` for each picture or video that the user brings, and `refuse(error)`
+// for what is neither.
 export function watchSources(take, refuse) {
   for (const [button, input] of [["choose", "file"], ["photograph", "capture"]]) {
     const field = document.getElementById(input);
@@ -67,7 +74,7 @@ function watchDrops(take, refuse) {
     mark(-Infinity);
     const file = event.dataTransfer.files[0];
     if (file) take(file, file.name);
-    else refuse("That was no file. Save the picture first, or copy it and paste it here.");
+    else refuse(fault("", "That was no file. Save the picture first, or copy it and paste it here."));
   });
 }
 
@@ -76,36 +83,27 @@ function watchCamera(take, refuse) {
   const dialog = document.getElementById("camera");
   const video = dialog.querySelector("video");
   const hasApp = matchMedia("(pointer: coarse)").matches || !navigator.mediaDevices;
-  const off = () => {
-    for (const track of video.srcObject?.getTracks() ?? []) track.stop();
-    video.srcObject = null;
-  };
   document.getElementById("photograph").addEventListener("click", async () => {
     if (hasApp) {
       document.getElementById("capture").click();
       return;
     }
     try {
-      video.srcObject = await navigator.mediaDevices.getUserMedia({
-        video: { facingMode: "environment" },
-      });
+      video.srcObject = await openCamera();
       dialog.showModal();
       await video.play();
     } catch (error) {
-      off();
-      refuse(`No photo could be taken: ${error.message}.`);
+      closeCamera(video);
+      refuse(fault("Camera", `No photo could be taken: ${error.message}.`));
     }
   });
-  document.getElementById("shoot").addEventListener("click", () => {
-    const canvas = document.createElement("canvas");
-    canvas.width = video.videoWidth;
-    canvas.height = video.videoHeight;
-    canvas.getContext("2d").drawImage(video, 0, 0);
+  document.getElementById("shoot").addEventListener("click", async () => {
+    const taken = await photo(video, Infinity);
     dialog.close();
-    canvas.toBlob((blob) => take(blob, "photo.jpg"), "image/jpeg", 0.92);
+    take(taken, "photo.jpg");
   });
   document.getElementById("close-camera").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("close", off); // Escape closes it, too
+  dialog.addEventListener("close", () => closeCamera(video)); // Escape closes it, too
 }
 
 function megabytes(bytes) {
