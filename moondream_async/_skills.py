@@ -450,7 +450,7 @@ class Skills:
             return StreamCall(self._stream(ChatStream, request, _caller_line()))
         return self._result(request)
 
-    async def models(self) -> tuple[Model, ...]:
+    async def models(self) -> list[Model]:
         """Return the models that the server offers.
 
         The cloud's list is known to leave out models that work.

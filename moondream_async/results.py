@@ -1,16 +1,38 @@
-"""What comes out: answers, the events of streams, and what is known of a server. Frozen values.
+"""What comes out: answers, the events of streams, and what is known of a server.
 
-Results are read by attribute or by item, with the keys of the official SDK:
-``result.caption == result["caption"]``. Each carries `raw`, the decoded body,
-so that nothing the server sent is lost.
+Results are dictionaries whose items can be read as attributes too, with the keys of the
+official SDK: ``result.caption == result["caption"]``. So they go wherever a plain dict
+goes: to `json`, into a web framework, into a table. What the server did not say is no
+key, and None as an attribute. `raw`, the decoded body, and `headers`, those of the
+response, are attributes and no keys: nothing the server sent is lost, and nothing is
+passed on twice.
+
+- Items can be changed and added, as in any dict. Attributes show the items; they are not set.
+- Results are equal if their items are, to plain dicts too, and can't be hashed: dicts' rules.
+- ``result | {...}`` and ``result.copy()`` are plain dicts. What `copy` and `pickle` make has
+  the type, `raw` and `headers` of what it was made from.
+- A result is made of keywords, or like a dict of a mapping, which may have further keys.
 
 Coordinates are 0-1 of the picture's width and height, from the top left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NotRequired,
+    Self,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
+    overload,
+)
 
 import msgspec
 
@@ -19,36 +41,185 @@ from .types import ImageInput
 if TYPE_CHECKING:
     import PIL.Image
 
-
-class Value(msgspec.Struct, frozen=True):
-    """Attribute and item access to the same fields."""
-
-    def __getitem__(self, key: str) -> Any:
-        if key in self.__struct_fields__:
-            return getattr(self, key)
-        raise KeyError(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.__struct_fields__
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.__struct_fields__)
-
-    def keys(self) -> tuple[str, ...]:
-        """Return the names of the fields, so that ``dict(value)`` works."""
-        return self.__struct_fields__
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the field `key`, or `default` where there is none or it is None."""
-        value = getattr(self, key, None) if key in self.__struct_fields__ else None
-        return default if value is None else value
+_REQUIRED: Any = msgspec.NODEFAULT
 
 
-class Point(Value, frozen=True):
+class _Item:
+    """An attribute that is an item, or None where there is none. It can't be set."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, value: Value | None, cls: type[Value]) -> Any:
+        return self if value is None else value.get(self._name)
+
+
+class _Beside(_Item):
+    """An attribute that is no item."""
+
+    def __get__(self, value: Value | None, cls: type[Value]) -> Any:
+        return self if value is None else getattr(value, f"_{self._name}")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+class Value(dict[str, Any]):
+    """A dict whose items are attributes too.
+
+    The annotations of a subclass are its keys, with the values that they have where
+    nothing is said; None is said by leaving the key out. What is named in `_beside` is an
+    attribute and no key, in a slot of that name with an underscore before it.
+    """
+
+    __slots__ = ()
+
+    _fields: ClassVar[dict[str, Any]] = {}
+    """The default of each field, in the order in which they are shown: own ones first."""
+    _ordered: ClassVar[tuple[str, ...]] = ()
+    """The fields that can be given without their names."""
+    _beside: ClassVar[frozenset[str]] = frozenset()
+    _hidden: ClassVar[frozenset[str]] = frozenset()  # from repr
+
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
+        own = [name for name in cls.__annotations__ if name[0] != "_"]
+        defaults = {name: cls.__dict__.get(name, _REQUIRED) for name in own}
+        cls._fields = defaults | {
+            name: default for name, default in cls._fields.items() if name not in defaults
+        }
+        cls._ordered = () if kw_only else tuple(own)
+        keys = tuple(name for name in cls._fields if name not in cls._beside)
+        type.__setattr__(cls, "__match_args__", keys)
+        for name in own:
+            setattr(cls, name, _Beside(name) if name in cls._beside else _Item(name))
+
+    def __init__(self, /, *args: Any, **fields: Any) -> None:
+        cls = type(self)
+        if len(args) == 1 and isinstance(args[0], Iterable) and not isinstance(args[0], str):
+            fields = dict(args[0], **fields)  # as `dict` takes it, and as libraries make another
+        else:
+            fields = cls._named(args, fields)
+        nested = _nested(cls)
+        for name, default in cls._fields.items():
+            value = fields.pop(name, None)
+            if value is None:
+                if default is _REQUIRED:
+                    raise TypeError(f"{cls.__name__} needs {name!r}")
+                value = _fresh(default)
+            elif name in nested or type(value) is tuple:
+                value = _made(value, nested.get(name))
+            if name in cls._beside:
+                setattr(self, f"_{name}", value)
+            elif value is not None:
+                self[name] = value
+        self.update(fields)
+
+    @classmethod
+    def _named(cls, args: tuple[Any, ...], fields: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > len(cls._ordered):
+            raise TypeError(f"{cls.__name__} takes {len(cls._ordered)} values without a name")
+        given = dict(zip(cls._ordered, args, strict=False))
+        if wrong := (fields.keys() & given.keys()) | (fields.keys() - cls._fields.keys()):
+            raise TypeError(f"{cls.__name__} does not take {', '.join(sorted(wrong))} as well")
+        return given | fields
+
+    @classmethod
+    def fields(cls) -> dict[str, bool]:
+        """Return the names of the fields, and whether there is none without it."""
+        return {name: default is _REQUIRED for name, default in cls._fields.items()}
+
+    @classmethod
+    def of(cls, items: Mapping[str, Any], **beside: Any) -> Self:
+        """Return a value with these items as they are, unchecked: the quick way."""
+        made = cls.__new__(cls)
+        made.update(items)
+        for name in cls._beside:
+            setattr(made, f"_{name}", beside.get(name))
+        return made
+
+    def __repr__(self) -> str:
+        known = [name for name in self._fields if name in self]
+        names = known + [name for name in self if name not in self._fields]
+        shown = ", ".join(f"{name}={self[name]!r}" for name in names if name not in self._hidden)
+        return f"{type(self).__name__}({shown})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (
+            type(self),
+            dict(self),
+            {name: getattr(self, name) for name in self._beside},
+        )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Return what pydantic, and with it FastAPI, is to know of this type."""
+        from pydantic_core import core_schema  # noqa: PLC0415 - only pydantic calls this
+
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, check: value if isinstance(value, cls) else cls(check(value)),
+            handler.generate_schema(typed_dict(cls)),
+        )
+
+
+@cache
+def _nested(cls: type[Value]) -> dict[str, type[Value]]:
+    """Return the fields that are values themselves, or lists of them."""
+    hints = get_type_hints(cls)
+    found = {}
+    for name in cls._fields:
+        for hint in (hints[name], *get_args(hints[name])):
+            kind = (get_args(hint) or (hint,))[0]
+            if isinstance(kind, type) and issubclass(kind, Value):
+                found[name] = kind
+    return found
+
+
+def _made(value: Any, kind: type[Value] | None) -> Any:
+    """Return plain dicts, as JSON has them, as values of their kind, and tuples as lists."""
+    if isinstance(value, (list, tuple)):
+        return [_made(each, kind) for each in value] if kind else list(value)
+    plain = kind is not None and isinstance(value, Mapping) and not isinstance(value, Value)
+    return kind(value) if kind and plain else value
+
+
+def _fresh(default: Any) -> Any:
+    """Return a default, made anew where it can be changed."""
+    factory = getattr(default, "default_factory", _REQUIRED)
+    return default if factory is _REQUIRED else factory()
+
+
+def _revive(cls: type[Value], items: dict[str, Any], beside: dict[str, Any]) -> Value:
+    return cls.of(items, **beside)
+
+
+@cache
+def typed_dict(cls: type[Value]) -> Any:
+    """Return the TypedDict of the same keys: as which pydantic and msgspec know the type."""
+    if sys.version_info >= (3, 12):
+        from typing import TypedDict  # noqa: PLC0415
+    else:
+        from typing_extensions import TypedDict  # noqa: PLC0415 - pydantic takes no other
+    hints = get_type_hints(cls)
+    keys = {
+        name: hints[name] if required else NotRequired[hints[name]]
+        for name, required in cls.fields().items()
+        if name not in cls._beside
+    }
+    made = TypedDict(cls.__name__, keys)  # type: ignore[misc]
+    made.__doc__ = (cls.__doc__ or "").partition("\n")[0]
+    made.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]
+    return made
+
+
+class Point(Value):
     """A place in the picture."""
+
+    __slots__ = ()
 
     x: float
     y: float
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: Literal["x", "y"], /) -> float: ...  # type: ignore[override]
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float]:
         """Return x and y in pixels, for a picture of that size.
@@ -59,13 +230,21 @@ class Point(Value, frozen=True):
         return self.x * width, self.y * height
 
 
-class Region(Value, frozen=True):
+class Region(Value):
     """A box in the picture."""
+
+    __slots__ = ()
 
     x_min: float
     y_min: float
     x_max: float
     y_max: float
+
+    if TYPE_CHECKING:
+
+        def __getitem__(  # type: ignore[override]
+            self, key: Literal["x_min", "y_min", "x_max", "y_max"], /
+        ) -> float: ...
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Return left, top, right and bottom in pixels, for a picture of that size.
@@ -83,24 +262,63 @@ SpatialRefs = Sequence[Point | Region | Sequence[float]]
 calls found."""
 
 
-class Grounding(Value, frozen=True):
+class Grounding(Value):
     """A span of the reasoning's text and the places in the picture that it speaks of."""
+
+    __slots__ = ()
 
     start_idx: int
     """Characters into the reasoning's text."""
     end_idx: int
-    points: tuple[tuple[float, ...], ...] = ()
+    points: list[list[float]] = msgspec.field(default_factory=list)
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["start_idx", "end_idx"], /) -> int: ...
+        @overload
+        def __getitem__(self, key: Literal["points"], /) -> list[list[float]]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
 
-class Reasoning(Value, frozen=True):
+class Reasoning(Value):
     """What the model thought before it answered."""
 
+    __slots__ = ()
+
     text: str
-    grounding: tuple[Grounding, ...] = ()
+    grounding: list[Grounding] = msgspec.field(default_factory=list)
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["text"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["grounding"], /) -> list[Grounding]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
 
-class Result(Value, frozen=True, kw_only=True):
+class Usage(Value, kw_only=True):
+    """How many tokens a chat took."""
+
+    __slots__ = ()
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+
+    if TYPE_CHECKING:
+
+        def __getitem__(  # type: ignore[override]
+            self, key: Literal["prompt_tokens", "completion_tokens", "total_tokens"], /
+        ) -> int: ...
+
+
+class Result(Value, kw_only=True):
     """What every answer has."""
+
+    __slots__ = ("_headers", "_picture", "_raw")
+    _beside = frozenset({"raw", "headers"})
 
     request_id: str | None = None
     """The server's id for the request; Station gives none."""
@@ -108,26 +326,43 @@ class Result(Value, frozen=True, kw_only=True):
     """``stop``, or ``length`` when the answer was cut at `max_tokens`."""
     metrics: dict[str, Any] | None = None
     """Tokens and times, under the server's own names."""
-    raw: dict[str, Any] = {}
-    """The decoded body, whole."""
+    raw: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The decoded body, whole. No key."""
+    headers: Mapping[str, str] | None = None
+    """The response's, whose names may be written in upper or lower case. No key; None where the
+    result came another way, as in a file of results."""
 
-    def __repr__(self) -> str:
-        fields = ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name in self.__struct_fields__
-            if name != "raw" and getattr(self, name) is not None
-        )
-        return f"{type(self).__name__}({fields})"
+    if TYPE_CHECKING:
+
+        @overload
+        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
 
-class CaptionResult(Result, frozen=True, kw_only=True):
+class CaptionResult(Result, kw_only=True):
     """A description of a picture."""
+
+    __slots__ = ()
 
     caption: str
 
+    if TYPE_CHECKING:
 
-class _Drawable(Result, frozen=True, kw_only=True):
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["caption", "request_id", "finish_reason"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
+
+
+class _Drawable(Result, kw_only=True):
     """A result that knows places in its picture."""
+
+    __slots__ = ()
 
     def draw(
         self,
@@ -160,30 +395,68 @@ class _Drawable(Result, frozen=True, kw_only=True):
         return draw(self, image, labels=labels, line_width=line_width)
 
 
-class QueryResult(_Drawable, frozen=True, kw_only=True):
+class QueryResult(_Drawable, kw_only=True):
     """An answer about a picture. What is drawn are the places that its reasoning speaks of."""
+
+    __slots__ = ()
 
     answer: str
     reasoning: Reasoning | None = None
     """Present when the call asked for it and the server gave it."""
 
+    if TYPE_CHECKING:
 
-class DetectResult(_Drawable, frozen=True, kw_only=True):
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["answer", "request_id", "finish_reason"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["reasoning"], /) -> Reasoning: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
+
+
+class DetectResult(_Drawable, kw_only=True):
     """Where in the picture the objects are."""
 
-    objects: tuple[Region, ...]
+    __slots__ = ()
+
+    objects: list[Region]
     """A box each."""
 
+    if TYPE_CHECKING:
 
-class PointResult(_Drawable, frozen=True, kw_only=True):
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["objects"], /) -> list[Region]: ...
+        @overload
+        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
+
+
+class PointResult(_Drawable, kw_only=True):
     """Where in the picture the objects are."""
 
-    points: tuple[Point, ...]
+    __slots__ = ()
+
+    points: list[Point]
     """A place in each."""
 
+    if TYPE_CHECKING:
 
-class SegmentResult(_Drawable, frozen=True, kw_only=True):
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["points"], /) -> list[Point]: ...
+        @overload
+        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
+
+
+class SegmentResult(_Drawable, kw_only=True):
     """The outline of an object."""
+
+    __slots__ = ()
 
     path: str
     """SVG path data. Its coordinates are 0-1 of `bbox`, not of the picture."""
@@ -191,6 +464,18 @@ class SegmentResult(_Drawable, frozen=True, kw_only=True):
     """Where the object is; some servers leave it out."""
     parse_error: str | None = None
     """What was wrong with the outline that the model wrote, in the server's words."""
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def __getitem__(
+            self, key: Literal["path", "parse_error", "request_id", "finish_reason"], /
+        ) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["bbox"], /) -> Region: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
     @property
     def transform(self) -> str | None:
@@ -221,56 +506,90 @@ def _transform(bbox: Region) -> str:
     return f"translate({bbox.x_min:.9g} {bbox.y_min:.9g}) scale({width:.9g} {height:.9g})"
 
 
-class ChatMessage(Value, frozen=True, kw_only=True):
+class ChatMessage(Value, kw_only=True):
     """One turn of a conversation."""
+
+    __slots__ = ()
 
     role: str
     content: str
     reasoning: str | None = None
     """What the model thought, where the server says it."""
+    reasoning_details: Reasoning | None = None
+    """The same with the places in the pictures that it speaks of, where the server says them."""
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["role", "content", "reasoning"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["reasoning_details"], /) -> Reasoning: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
 
-class Usage(Value, frozen=True, kw_only=True):
-    """How many tokens a chat took."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-
-
-class ChatResult(Result, frozen=True, kw_only=True):
+class ChatResult(Result, kw_only=True):
     """The next turn of a conversation."""
 
+    __slots__ = ()
+
     message: ChatMessage
-    reasoning: Reasoning | None = None
-    """What the model thought, with the places that it speaks of, where the server says so."""
     usage: Usage | None = None
 
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """What the model thought, which stands in the `message`."""
+        said = self.message
+        return said.reasoning_details or (Reasoning(said.reasoning) if said.reasoning else None)
 
-class Model(Value, frozen=True, kw_only=True):
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def __getitem__(self, key: Literal["message"], /) -> ChatMessage: ...
+        @overload
+        def __getitem__(self, key: Literal["usage"], /) -> Usage: ...
+        @overload
+        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        def __getitem__(self, key: str, /) -> Any: ...
+
+
+class Record(Value, kw_only=True):
+    """What the server keeps, as it was when it was asked."""
+
+    __slots__ = ("_raw",)
+    _beside = frozenset({"raw"})
+
+    raw: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The decoded record, whole. No key."""
+
+
+class Model(Record, kw_only=True):
     """A model that a server offers."""
+
+    __slots__ = ()
 
     id: str
     name: str | None = None
     description: str | None = None
     version: str | None = None
-    raw: dict[str, Any] = {}
-    """The whole entry."""
 
 
-class Health(Value, frozen=True, kw_only=True):
+class Health(Record, kw_only=True):
     """How a server says that it is."""
+
+    __slots__ = ()
 
     ok: bool
     """Whether it takes requests."""
     status: str
     """In its own words, as ``ok`` or ``starting``."""
-    raw: dict[str, Any] = {}
-    """The decoded body, whole."""
 
 
-class ServerStats(Value, frozen=True, kw_only=True):
+class ServerStats(Record, kw_only=True):
     """How busy a Moondream Station is."""
+
+    __slots__ = ()
 
     status: str | None = None
     model: str | None = None
@@ -282,12 +601,12 @@ class ServerStats(Value, frozen=True, kw_only=True):
     default_timeout: float | None = None
     """Seconds."""
     requests_processed: int | None = None
-    raw: dict[str, Any] = {}
-    """The decoded body, whole."""
 
 
-class ClientStats(Value, frozen=True, kw_only=True):
+class ClientStats(Value, kw_only=True):
     """What a client is doing and has done, over all its event loops."""
+
+    __slots__ = ()
 
     open_streams: int
     """Streams and plain calls that hold one of the `max_connections` places."""
@@ -344,23 +663,6 @@ class UnknownEvent(StreamEvent, frozen=True, kw_only=True):
 
     event: str
     """The name that the server gave it: its ``type``, its SSE event name, or ``message``."""
-
-
-class Record(Value, frozen=True, kw_only=True):
-    """What the server keeps, as it was when it was asked."""
-
-    raw: dict[str, Any] = msgspec.field(default_factory=dict)
-    """The decoded record, whole."""
-
-    _hidden: ClassVar[tuple[str, ...]] = ("raw",)  # from repr
-
-    def __repr__(self) -> str:
-        fields = ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name in self.__struct_fields__
-            if name not in self._hidden and getattr(self, name) is not None
-        )
-        return f"{type(self).__name__}({fields})"
 
 
 BASE_MODEL = "moondream3-preview"

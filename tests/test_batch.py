@@ -562,7 +562,7 @@ async def test_each_piece_of_a_part_is_progress(client, simulator, tmp_path):
     told = []
     with path.open("rb") as file:
         [part] = SharedFile(file, 1_000_000).slices(1_000_000)
-        body = await client._caller.session.transport.pool().request(
+        body = await client._caller.transport.pool().request(
             "PUT",
             URL(f"{simulator.endpoint}/batch/f?action=mpu-uploadpart"),
             headers={},
@@ -714,7 +714,7 @@ async def test_state_is_read_as_far_as_it_makes_sense():
         batch = await client.batches.get("b")
     assert (batch.id, batch.status, batch.done) == ("b", "unknown", False)
     assert batch.progress == md.BatchProgress(completed=3)
-    assert (batch.usage, batch.outputs, batch.created_at, batch.model) == (None, (), None, None)
+    assert (batch.usage, batch.outputs, batch.created_at, batch.model) == (None, [], None, None)
     assert batch.raw == {"id": "b", **odd}
 
 

@@ -180,7 +180,7 @@ async def test_chat_stream_shows_its_thoughts_as_they_come(client, photo):
 
 
 SPAN = {"start_idx": 0, "end_idx": 3, "points": [[0.25, 0.75]]}
-GROUNDING = (md.Grounding(0, 3, ((0.25, 0.75),)),)
+GROUNDING = [md.Grounding(0, 3, [[0.25, 0.75]])]
 THOUGHTS = {
     "reasoning": ({"reasoning": "Two boats."}, ()),
     "reasoning_content": ({"reasoning_content": "Two boats."}, ()),

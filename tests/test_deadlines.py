@@ -369,11 +369,11 @@ async def test_total_counts_the_wait_for_a_place(clock, call, seconds):
         RawServer(listen) as server,
         client_of(server, timeout=only(total=seconds), max_connections=1) as client,
     ):
-        client._caller.session.slots._free = 0
+        client._caller.places._free = 0
         with running_out(clock, "total", seconds):
             await call(client)
         assert server.peers == []
-        client._caller.session.slots.release()
+        client._caller.places.give_back()
 
 
 @CALLS

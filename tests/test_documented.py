@@ -23,7 +23,7 @@ GROUNDED = {
     "grounding": [{"start_idx": 0, "end_idx": 10, "points": [[0.25, 0.5], [0.75, 0.5]]}],
 }
 REASONING = md.Reasoning(
-    "Two people stand there.", (md.Grounding(0, 10, ((0.25, 0.5), (0.75, 0.5))),)
+    "Two people stand there.", (md.Grounding(0, 10, [[0.25, 0.5], [0.75, 0.5]]),)
 )
 METRICS = {
     "input_tokens": 735,
@@ -258,17 +258,17 @@ ANSWERS = {
     "docs@2a396f8 skills/detect.md": (
         detect,
         {"request_id": "r", "objects": [BOX, {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]},
-        {"objects": (REGION, md.Region(0, 0, 1, 1)), "request_id": "r"},
+        {"objects": [REGION, md.Region(0, 0, 1, 1)], "request_id": "r"},
     ),
     "docs@2a396f8 skills/point.md": (
         point,
         {"request_id": "r", "points": [{"x": 0.25, "y": 0.5}]},
-        {"points": (md.Point(0.25, 0.5),), "request_id": "r"},
+        {"points": [md.Point(0.25, 0.5)], "request_id": "r"},
     ),
     "station point": (
         point,
         {"points": [{"x": 0.25, "y": 0.5}], "count": 1},
-        {"points": (md.Point(0.25, 0.5),)},
+        {"points": [md.Point(0.25, 0.5)]},
     ),
     "docs@2a396f8 skills/segment.md": (
         segment,
@@ -358,20 +358,12 @@ ABOUT = {
     "seen models": (
         lambda client: client.models(),
         {"object": "list", "data": [{"id": "moondream3-preview"}]},
-        (md.Model(id="moondream3-preview", raw={"id": "moondream3-preview"}),),
+        [md.Model(id="moondream3-preview")],
     ),
     "station models": (
         lambda client: client.models(),
         {"models": [{"id": "md3", "name": "MD3", "description": "a model", "version": "1.0"}]},
-        (
-            md.Model(
-                id="md3",
-                name="MD3",
-                description="a model",
-                version="1.0",
-                raw={"id": "md3", "name": "MD3", "description": "a model", "version": "1.0"},
-            ),
-        ),
+        [md.Model(id="md3", name="MD3", description="a model", version="1.0")],
     ),
     "station health": (
         lambda client: client.health(),

@@ -52,7 +52,7 @@ STREAMS = [
             "finish_reason": "stop",
             "metrics": {**TIMES, "output_tokens": 8},
             "reasoning": Reasoning(
-                "One blue boat, two red ones.", (Grounding(4, 13, ((0.25, 0.75),)),)
+                "One blue boat, two red ones.", (Grounding(4, 13, [[0.25, 0.75]]),)
             ),
         },
     ),

@@ -1,4 +1,4 @@
-"""When requests go out: the rate limit, the slots, and the waits between retries.
+"""When requests go out: the rate limit, the places, and the waits between retries.
 
 The time is the test's own wherever it is asked for, so that it is known to the digit.
 """
@@ -31,7 +31,7 @@ from raw_server import (
 )
 
 import moondream_async as md
-from moondream_async._call.limits import RateLimiter, Semaphore
+from moondream_async._call.limits import Pace, Places
 from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget
 
 IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
@@ -72,13 +72,13 @@ async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, 
     # so that nothing happens at the same moment.
     choose = random.Random(seed)
     interval = choose.randrange(1, 50)
-    limiter = RateLimiter(1000 / interval)
+    pace = Pace(1000 / interval)
     start = clock.now
     went = {}
     tasks = []
 
     async def go(number):
-        await limiter.wait()
+        await pace.wait()
         went[number] = (clock.now - start) * 1000
 
     plan = []  # when each asks, and when it is cancelled
@@ -109,11 +109,11 @@ async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, 
 
 
 async def test_those_who_wait_go_in_the_order_of_asking():
-    limiter = RateLimiter(10)
+    pace = Pace(10)
     went = []
 
     async def go(number):
-        await limiter.wait()
+        await pace.wait()
         went.append(number)
 
     await asyncio.gather(*map(go, range(200)))
@@ -121,9 +121,9 @@ async def test_those_who_wait_go_in_the_order_of_asking():
 
 
 async def test_ten_thousand_that_wait_have_one_timer(clock):
-    limiter = RateLimiter(2)
-    await limiter.wait()
-    tasks = [asyncio.ensure_future(limiter.wait()) for _ in range(10_000)]
+    pace = Pace(2)
+    await pace.wait()
+    tasks = [asyncio.ensure_future(pace.wait()) for _ in range(10_000)]
     await rounds()
     assert len(timers()) == 1
     before = clock.now
@@ -133,24 +133,24 @@ async def test_ten_thousand_that_wait_have_one_timer(clock):
     assert len(timers()) == 1
     await tasks[0]
     assert clock.now - before == pytest.approx(0.5)
-    assert not limiter._queue
+    assert not pace._line
 
 
 async def test_time_that_nobody_used_is_not_made_up_for(clock):
-    limiter = RateLimiter(10)
-    await limiter.wait()
+    pace = Pace(10)
+    await pace.wait()
     await asyncio.sleep(60)
     went = []
     for _ in range(3):
-        await limiter.wait()
+        await pace.wait()
         went.append(clock.now)
     assert [b - a for a, b in pairwise(went)] == pytest.approx([0.1, 0.1])
 
 
 async def test_who_is_cancelled_while_being_called_forward_makes_way(clock):
-    limiter = RateLimiter(10)
-    await limiter.wait()
-    first, second, third = (asyncio.ensure_future(limiter.wait()) for _ in range(3))
+    pace = Pace(10)
+    await pace.wait()
+    first, second, third = (asyncio.ensure_future(pace.wait()) for _ in range(3))
     first.add_done_callback(lambda _: second.cancel())
     started = clock.now
     await third
@@ -200,32 +200,32 @@ def run(coroutine):
 
 @pytest.mark.parametrize("place", ["front", "middle"])
 def test_waiter_whose_loop_is_closed_does_not_block_those_behind(place):
-    limiter = RateLimiter(20)
+    pace = Pace(20)
 
     async def after():
-        await limiter.wait()
-        here = [asyncio.ensure_future(limiter.wait()) for _ in range(place == "middle")]
+        await pace.wait()
+        here = [asyncio.ensure_future(pace.wait()) for _ in range(place == "middle")]
         await rounds()
         with Elsewhere() as elsewhere:
-            left = elsewhere.begin(limiter.wait())
-            here += [asyncio.ensure_future(limiter.wait()) for _ in range(2)]
+            left = elsewhere.begin(pace.wait())
+            here += [asyncio.ensure_future(pace.wait()) for _ in range(2)]
             await rounds()
-        here.append(asyncio.ensure_future(limiter.wait()))
+        here.append(asyncio.ensure_future(pace.wait()))
         await asyncio.gather(*here)
         assert not left.done()
-        assert not limiter._queue
+        assert not pace._line
 
     run(after())
 
 
 def test_waiter_whose_loop_is_closed_makes_way_when_it_is_collected():
-    limiter = RateLimiter(20)
+    pace = Pace(20)
 
     async def after():
-        await limiter.wait()
+        await pace.wait()
         with Elsewhere() as elsewhere:
-            elsewhere.begin(limiter.wait())
-            here = asyncio.ensure_future(limiter.wait())
+            elsewhere.begin(pace.wait())
+            here = asyncio.ensure_future(pace.wait())
             await rounds()
         del elsewhere
         gc.collect()
@@ -235,65 +235,65 @@ def test_waiter_whose_loop_is_closed_makes_way_when_it_is_collected():
 
 
 def test_places_for_those_whose_loop_is_closed_go_to_the_next():
-    slots = Semaphore(1)
+    places = Places(1)
 
     async def after():
-        await slots.acquire()
+        await places.take()
         with Elsewhere() as elsewhere:
-            left = elsewhere.begin(slots.acquire())
-            here = asyncio.ensure_future(slots.acquire())
+            left = elsewhere.begin(places.take())
+            here = asyncio.ensure_future(places.take())
             await rounds()
-        slots.release()
+        places.give_back()
         await here
         assert not left.done()
-        slots.release()
+        places.give_back()
         del left, elsewhere
         gc.collect()  # which closes the coroutine that was left, and frees nothing twice
-        assert (slots.taken, slots.waiting) == (0, 0)
+        assert (places.taken, places.waiting) == (0, 0)
 
     run(after())
 
 
 def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
-    slots = Semaphore(1)
+    places = Places(1)
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(slots.acquire())
-    task = loop.create_task(slots.acquire())
+    loop.run_until_complete(places.take())
+    task = loop.create_task(places.take())
     task._log_destroy_pending = False
     loop.run_until_complete(rounds())
-    slots.release()  # it is told so, but never runs again
+    places.give_back()  # it is told so, but never runs again
     loop.close()
-    assert slots.taken == 1
+    assert places.taken == 1
     del task, loop
     gc.collect()
-    assert (slots.taken, slots.waiting) == (0, 0)
+    assert (places.taken, places.waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["waiting", "given"])
 async def test_who_is_cancelled_in_line_passes_on_a_place_that_was_given(told):
-    slots = Semaphore(1)
-    await slots.acquire()
-    first, second = (asyncio.ensure_future(slots.acquire()) for _ in range(2))
+    places = Places(1)
+    await places.take()
+    first, second = (asyncio.ensure_future(places.take()) for _ in range(2))
     await rounds()
     if told:
-        slots.release()
+        places.give_back()
     first.cancel()
     await rounds()
     assert first.cancelled()
     if not told:
-        slots.release()
+        places.give_back()
     assert await second
-    slots.release()
-    assert (slots.taken, slots.waiting) == (0, 0)
+    places.give_back()
+    assert (places.taken, places.waiting) == (0, 0)
 
 
 def test_threads_share_the_pace_in_the_order_of_asking():
     each, rate = 25, 200
-    limiter = RateLimiter(rate)
+    pace = Pace(rate)
     went = collections.defaultdict(list)
 
     async def go(name, number):
-        await limiter.wait()
+        await pace.wait()
         went[name].append(number)
 
     async def main(name):
@@ -310,11 +310,11 @@ def test_threads_share_the_pace_in_the_order_of_asking():
 
 
 def test_threads_share_the_pace_whoever_is_cancelled():
-    limiter = RateLimiter(1000)
+    pace = Pace(1000)
     went = []
 
     async def go(number):
-        await limiter.wait()
+        await pace.wait()
         went.append(number)
 
     async def main(seed):
@@ -332,21 +332,21 @@ def test_threads_share_the_pace_whoever_is_cancelled():
     for thread in threads:
         thread.join()
     assert len(went) >= 4 * 20 * 2
-    assert not limiter._queue
+    assert not pace._line
 
 
 def test_threads_share_places_whoever_is_cancelled():
-    slots = Semaphore(3)
+    places = Places(3)
     most = []
 
     async def use(choose):
-        await slots.acquire()
+        await places.take()
         try:
-            most.append(slots.taken)
+            most.append(places.taken)
             for _ in range(choose.randrange(3)):
                 await asyncio.sleep(0)
         finally:
-            slots.release()
+            places.give_back()
 
     async def main(seed):
         choose = random.Random(seed)
@@ -363,28 +363,28 @@ def test_threads_share_places_whoever_is_cancelled():
     for thread in threads:
         thread.join()
     assert max(most) == 3
-    assert (slots.taken, slots.waiting) == (0, 0)
+    assert (places.taken, places.waiting) == (0, 0)
 
 
 class Lost:
     """Garbage that only the collector finds, and that then gives a place back."""
 
-    def __init__(self, slots):
-        self.slots = slots
+    def __init__(self, places):
+        self.places = places
         self.self = self
 
     def __del__(self):
-        self.slots.release()
+        self.places.give_back()
 
 
 async def test_place_that_the_collector_gives_back_while_one_is_taken_is_taken():
-    slots = Semaphore(1)
-    await slots.acquire()
+    places = Places(1)
+    await places.take()
     gc.collect()
     threshold = gc.get_threshold()
     gc.disable()
-    taking = slots.acquire()
-    Lost(slots)
+    taking = places.take()
+    Lost(places)
     gc.set_threshold(1)  # so it comes as soon as anything is made
     gc.enable()
     try:  # noqa: SIM105 - with suppress(), it would come too soon
@@ -394,7 +394,7 @@ async def test_place_that_the_collector_gives_back_while_one_is_taken_is_taken()
     gc.set_threshold(*threshold)
     taking.close()
     await rounds()
-    assert slots.waiting == 0
+    assert places.waiting == 0
 
 
 # -- the pace of a client --------------------------------------------------------------

@@ -99,16 +99,12 @@ def data_url(image):
 
 def sent(request, *images):
     """The body as the server sees it, with each picture as a data URL in its place."""
-    left = list(images or [ENCODED] * len(pictures(request)))
+    images = images or [ENCODED] * len(request.pictures)
     parts = [
-        json.dumps(data_url(left.pop(0))).encode() if isinstance(part, Picture) else part
-        for part in request.parts()
+        part if isinstance(part, bytes) else json.dumps(data_url(part)).encode()
+        for part in request.body(images)
     ]
     return json.loads(b"".join(parts))
-
-
-def pictures(request):
-    return [part.source for part in request.parts() if isinstance(part, Picture)]
 
 
 URL = data_url(ENCODED)
@@ -321,15 +317,17 @@ def test_numbers_and_strings_of_other_libraries_are_numbers_and_strings():
 def test_a_picture_stays_out_of_the_json_until_it_is_sent():
     request = caption()
 
-    before, picture, after = request.parts()
-    assert (before, picture.source) == (b'{"image_url":', PHOTO)
-    assert after.startswith(b',"length":')
+    assert request.pictures == [PHOTO]
+    assert request.body([ENCODED]) == [request.json[0], ENCODED, request.json[1]]
+    assert request.json[0] == b'{"image_url":'
 
 
 def test_a_call_without_a_picture_is_one_piece():
     request = query(None)
 
-    assert [type(part) for part in request.parts()] == [bytes]
+    assert request.pictures == []
+    assert request.body([]) == list(request.json)
+    assert len(request.json) == 1
 
 
 def test_pictures_of_a_chat_come_out_each_in_its_place():
@@ -355,7 +353,7 @@ def test_pictures_of_a_chat_come_out_each_in_its_place():
     def picture(image):
         return {"type": "image_url", "image_url": {"url": data_url(image)}}
 
-    assert pictures(request) == [one, two, three]
+    assert request.pictures == [one, two, three]
     assert body["messages"] == [
         {"role": "system", "content": "Be short."},
         {
@@ -365,6 +363,12 @@ def test_pictures_of_a_chat_come_out_each_in_its_place():
         {"role": "assistant", "content": "Hm."},
         {"role": "user", "content": [picture(ENCODED), {"type": "text", "text": "this?"}]},
     ]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_there_must_be_as_many_images_as_pictures(number):
+    with pytest.raises(ValueError, match="zip"):
+        caption().body([ENCODED] * number)
 
 
 @unhurried
@@ -405,7 +409,7 @@ def test_a_call_can_be_made_again_without_its_stream(make):
     again = request.without_stream()
 
     assert (request.stream, again.stream) == (True, False)
-    assert pictures(again) == pictures(request)
+    assert again.pictures == request.pictures
     kept = {key: value for key, value in sent(again).items() if key != "stream_options"}
     assert kept == {
         key: False if key == "stream" else value
@@ -532,7 +536,7 @@ ODD = [
 @pytest.mark.parametrize("value", ODD)
 def test_what_json_can_not_say_is_refused(value):
     with pytest.raises(RequestError, match=r"^The request can't be sent as JSON: "):
-        caption(settings={"extra": value}).parts()
+        caption(settings={"extra": value})
 
 
 def test_settings_nested_too_deeply_are_refused():
@@ -541,12 +545,12 @@ def test_settings_nested_too_deeply_are_refused():
         nested = [nested]
 
     with pytest.raises(RequestError, match="can't be sent as JSON"):
-        caption(settings={"extra": nested}).parts()
+        caption(settings={"extra": nested})
 
 
 def test_half_a_character_in_a_question_is_refused():
     with pytest.raises(RequestError, match="can't be sent as JSON"):
-        query(question="How many \ud83c?").parts()
+        query(question="How many \ud83c?")
 
 
 @pytest.mark.parametrize(

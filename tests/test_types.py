@@ -1,6 +1,7 @@
 """The values: read by attribute or by item, never changed, checked where a caller makes them."""
 
 import copy
+import json
 import pickle
 
 import msgspec
@@ -21,12 +22,13 @@ from moondream_async.results import (
     Region,
     Result,
     UnknownEvent,
+    Value,
 )
 from moondream_async.types import EncodedImage, Timeout
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
-REASONING = Reasoning("Two boats.", (Grounding(0, 9, ((0.25, 0.75),)),))
+REASONING = Reasoning("Two boats.", [Grounding(0, 9, [[0.25, 0.75]])])
 RAW = {"caption": "a grey heron", "request_id": "42", "colour": "grey"}
 CAPTION = CaptionResult(
     caption="a grey heron",
@@ -40,7 +42,7 @@ QUERY = QueryResult(answer="two", reasoning=REASONING, raw={"answer": "two"})
 VALUES = [
     Point(0.25, 0.75),
     Region(0.1, 0.2, 0.5, 0.6),
-    Grounding(0, 9, ((0.25, 0.75),)),
+    Grounding(0, 9, [[0.25, 0.75]]),
     REASONING,
     Result(raw={"ok": True}),
     CAPTION,
@@ -71,16 +73,14 @@ VALUES = [
 # Those that no server sends, or that hold what JSON can't tell the type of.
 OURS = [
     md.BatchResult(id=7, result=CAPTION),
-    md.CallEvent(skill="caption", stream=True, attempt=1, seconds=0.5),
-    md.ClientStats(**dict.fromkeys(md.ClientStats.__struct_fields__, 1)),
+    md.ClientStats(**dict.fromkeys(md.ClientStats.fields(), 1)),
 ]
 every_value = pytest.mark.parametrize(
     "value", [*VALUES, *OURS], ids=lambda value: type(value).__name__
 )
 
 FROZEN = [
-    *VALUES,
-    *OURS,
+    md.CallEvent(skill="caption", stream=True, attempt=1, seconds=0.5),
     Timeout(),
     EncodedImage(b"\xff\xd8", "image/jpeg", 4, 3),
     ChunkEvent(chunk="a ", raw={"chunk": "a "}),
@@ -92,109 +92,196 @@ FROZEN = [
     md.Hooks(),
 ]
 every_frozen = pytest.mark.parametrize("value", FROZEN, ids=lambda value: type(value).__name__)
+all_values = pytest.mark.parametrize(
+    "value", [*VALUES, *OURS, *FROZEN], ids=lambda value: type(value).__name__
+)
+every_copy = pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.copy,
+        copy.deepcopy,
+        *(
+            lambda value, protocol=protocol: pickle.loads(pickle.dumps(value, protocol))
+            for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+        ),
+    ],
+    ids=["copy", "deepcopy", *map("pickle {}".format, range(pickle.HIGHEST_PROTOCOL + 1))],
+)
 
 
 def test_every_value_of_the_surface_is_among_the_examples_here():
-    frozen = {
+    kinds = {
         value
         for value in vars(md).values()
-        if isinstance(value, type) and issubclass(value, msgspec.Struct)
+        if isinstance(value, type) and issubclass(value, (msgspec.Struct, Value))
     }
+    bases = {md.StreamEvent}
     made_by_callers = {md.BatchRequest, md.TrainGroup, md.TuningRequest}
 
-    assert frozen - {md.StreamEvent} - made_by_callers == {type(value) for value in FROZEN}
+    assert kinds - bases - made_by_callers == {type(value) for value in [*VALUES, *OURS, *FROZEN]}
 
 
-# -- results -------------------------------------------------------------------------------
+# -- results are dicts with attributes -----------------------------------------------------
 
 
 def test_results_have_the_keys_of_the_official_sdk():
     assert CAPTION["caption"] == CAPTION.caption == "a grey heron"
     assert QUERY["answer"] == QUERY.answer == "two"
     assert QUERY["reasoning"]["text"] == QUERY.reasoning.text == "Two boats."
-    assert QUERY["reasoning"]["grounding"][0]["points"][0] == (0.25, 0.75)
+    assert QUERY["reasoning"]["grounding"][0]["points"][0] == [0.25, 0.75]
 
 
 @every_value
-def test_items_are_the_attributes(value):
-    for name in value.__struct_fields__:
-        assert value[name] is getattr(value, name)
+def test_a_value_is_a_dict_whose_items_are_attributes(value):
+    assert isinstance(value, dict)
+    for name, item in value.items():
+        assert getattr(value, name) is item
+    for name in type(value).fields().keys() - value.keys() - {"raw", "headers"}:
+        assert getattr(value, name) is None
 
 
 @every_value
-def test_values_become_dicts_and_keyword_arguments(value):
-    fields = {name: getattr(value, name) for name in value.__struct_fields__}
-
-    assert dict(value) == {**value} == fields
-    assert list(value) == list(value.keys()) == list(fields)
-
-
-@every_value
-@pytest.mark.parametrize("key", ["colour", "__class__", "keys", ""])
-def test_an_item_that_is_no_field_is_a_key_error(value, key):
-    with pytest.raises(KeyError) as caught:
-        value[key]
-
-    assert caught.value.args == (key,)
-    assert key not in value
-    assert value.get(key) is None
-    assert value.get(key, "none") == "none"
+def test_a_value_equals_the_plain_dict_and_is_one_to_json(value):
+    assert value == dict(value) == {**value}
+    assert type(value | {"label": 1}) is type(value.copy()) is dict
+    if value not in OURS and not isinstance(value, md.Batch):
+        assert json.loads(json.dumps(value)) == value == type(value)(json.loads(json.dumps(value)))
 
 
 @every_value
-def test_fields_are_in_a_value(value):
-    assert all(name in value for name in value.__struct_fields__)
-    assert 5 not in value
+def test_a_value_is_made_of_keywords_or_of_a_mapping_or_of_pairs(value):
+    for made in (type(value)(**value), type(value)(dict(value)), type(value)(value.items())):
+        assert made == value
+        assert type(made) is type(value)
+    assert type(value)({**value, "label": "dog"})["label"] == "dog"
+    with pytest.raises(TypeError, match="label"):
+        type(value)(**value, label="dog")
 
 
-def test_get_takes_the_default_where_the_server_said_nothing():
-    assert QUERY.get("answer", "?") == "two"
-    assert QUERY.get("request_id", "?") == "?"
-    assert QUERY.get("request_id") is None
+@pytest.mark.parametrize(
+    ("kind", "args", "fields"),
+    [
+        (Region, (0.1,), {}),
+        (Region, (0, 0, 1, 1, 1), {}),
+        (Region, (0, 0, 1, 1), {"x_min": 0}),
+        (Region, ({"x_min": 0, "y_min": 0, "x_max": 1},), {}),
+        (CaptionResult, (), {}),
+        (CaptionResult, ("a heron",), {}),
+        (CaptionResult, (), {"caption": None}),
+    ],
+)
+def test_a_value_without_what_it_needs_is_a_type_error(kind, args, fields):
+    with pytest.raises(TypeError):
+        kind(*args, **fields)
 
 
-@every_frozen
-def test_values_do_not_change(value):
-    name = value.__struct_fields__[0]
+def test_what_json_has_of_a_result_becomes_typed_again_throughout():
+    detected = md.DetectResult(objects=[{"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 0.5}])
+    asked = md.QueryResult(json.loads(json.dumps(QUERY)))
 
+    assert detected.objects[0].x_max == detected["objects"][0]["x_max"] == 1
+    assert asked.reasoning.grounding[0].points == [[0.25, 0.75]]
+
+
+def test_lists_are_lists_however_they_were_given():
+    assert md.DetectResult(objects=(Region(0, 0, 1, 1),)).objects == [Region(0, 0, 1, 1)]
+    assert type(md.PointResult(points=()).points) is list
+
+
+@every_value
+def test_items_can_be_changed_and_attributes_show_it_but_are_not_set(value):
+    value = copy.copy(value)
+    value["label"] = "dog"
+    assert value == {**value, "label": "dog"}
+    name = next(iter(type(value).fields()))
     with pytest.raises(AttributeError):
         setattr(value, name, None)
+    with pytest.raises(AttributeError):
+        value.label = "cat"
+    value[name] = "changed"
+    assert getattr(value, name) == "changed"
+
+
+@every_value
+def test_an_item_that_the_server_did_not_say_is_a_key_error(value):
+    with pytest.raises(KeyError):
+        value["colour"]
+    with pytest.raises(AttributeError):
+        value.colour  # noqa: B018 - it is looked up
+    assert value.get("colour", "none") == "none"
+
+
+def test_the_body_and_the_headers_are_attributes_and_no_keys():
+    result = CaptionResult(caption="a heron", raw=RAW, headers={"X-Server": "one"})
+
+    assert result == {"caption": "a heron"}
+    assert result.raw["colour"] == "grey"
+    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert (other.raw, other.headers) == (RAW, {"X-Server": "one"})
 
 
 @every_frozen
-@pytest.mark.parametrize("duplicate", [copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_the_other_values_do_not_change(value):
+    with pytest.raises(AttributeError):
+        setattr(value, value.__struct_fields__[0], None)
+
+
+@all_values
+@every_copy
 def test_values_can_be_copied_and_pickled(value, duplicate):
     other = duplicate(value)
 
     assert type(other) is type(value)
-    assert msgspec.structs.asdict(other) == msgspec.structs.asdict(value)
+    if isinstance(value, EncodedImage):
+        assert msgspec.structs.astuple(other) == msgspec.structs.astuple(value)
+    else:
+        assert other == value
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
-def test_values_can_be_written_as_json(value):
-    assert msgspec.json.decode(msgspec.json.encode(value), type=type(value)) == value
+def test_what_the_server_left_out_is_no_key_and_none():
+    result = CaptionResult(caption="a grey heron", request_id=None)
 
-
-def test_what_the_server_left_out_is_none():
-    result = CaptionResult(caption="a grey heron")
-
+    assert list(result) == ["caption"]
     assert (result.request_id, result.finish_reason, result.metrics) == (None, None, None)
-    assert result.raw == {}
+    assert (result.raw, result.headers) == ({}, None)
     assert QueryResult(answer="two").reasoning is None
-
-
-def test_nothing_of_the_body_is_lost():
-    assert CAPTION.raw["colour"] == "grey"
 
 
 def test_results_without_a_body_do_not_share_one():
     assert Result().raw is not Result().raw
 
 
-def test_repr_of_a_result_shows_what_is_known_and_not_the_body_twice():
-    assert repr(CaptionResult(caption="a heron", request_id="42", raw=RAW)) == (
-        "CaptionResult(request_id='42', caption='a heron')"
-    )
+def test_results_are_matched_by_their_attributes_and_as_mappings():
+    match md.DetectResult(objects=[Region(0.1, 0.2, 0.5, 0.6)]):
+        case md.DetectResult(objects=[Region(left, _, x_max=right)]):
+            assert (left, right) == (0.1, 0.5)
+    match CAPTION:
+        case {"caption": text}:
+            assert text == "a grey heron"
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        (
+            CaptionResult(request_id="42", caption="a heron", raw=RAW),
+            "CaptionResult(caption='a heron', request_id='42')",
+        ),
+        (
+            md.DetectResult(objects=[Region(0, 0.25, 1, 1)], finish_reason="stop"),
+            (
+                "DetectResult(objects=[Region(x_min=0, y_min=0.25, x_max=1, y_max=1)], "
+                "finish_reason='stop')"
+            ),
+        ),
+        (Point({"x": 0, "y": 1, "label": "eye"}), "Point(x=0, y=1, label='eye')"),
+        (md.BatchOutput(index=0, url="https://secret"), "BatchOutput(index=0)"),
+        (md.CheckpointDownload(url="https://secret"), "CheckpointDownload()"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_repr_shows_the_answer_first_and_neither_the_body_nor_secrets(result, shown):
+    assert repr(result) == shown
 
 
 # -- pictures ------------------------------------------------------------------------------

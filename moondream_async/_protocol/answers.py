@@ -40,6 +40,7 @@ from moondream_async.results import (
     Usage,
 )
 
+from .convert import convert, to_values
 from .requests import Skill
 from .retry_after import parse_retry_after
 
@@ -61,14 +62,21 @@ def decode_json(body: bytes, *, status: int = 200) -> dict[str, Any]:
     return raw
 
 
-def read_result(skill: Skill, raw: dict[str, Any], *, status: int = 200) -> Result:
+def read_result(
+    skill: Skill,
+    raw: dict[str, Any],
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Result:
     """Turn the decoded body of a skill's plain answer into its result.
 
     Raises:
         APIStatusError: The answer is not in it.
     """
+    kind, read = _READERS[skill]
     try:
-        return _READERS[skill](raw)
+        return kind.of(read(raw) | _common(raw), raw=raw, headers=headers)
     except (LookupError, AttributeError, TypeError, msgspec.ValidationError) as error:
         raise ServerError(
             f"The server's reply to {skill} does not hold the answer: {show(raw):.{_EXCERPT}}",
@@ -77,37 +85,31 @@ def read_result(skill: Skill, raw: dict[str, Any], *, status: int = 200) -> Resu
         ) from error
 
 
-def _read_caption(raw: dict[str, Any]) -> CaptionResult:
-    return CaptionResult(caption=_text(raw["caption"]), **_common(raw))
+def _read_caption(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"caption": _text(raw["caption"])}
 
 
-def _read_query(raw: dict[str, Any]) -> QueryResult:
+def _read_query(raw: dict[str, Any]) -> dict[str, Any]:
     reasoning = decode_reasoning(raw.get("reasoning"))
-    return QueryResult(answer=_text(raw["answer"]), reasoning=reasoning, **_common(raw))
+    return {"answer": _text(raw["answer"])} | _said(reasoning=reasoning)
 
 
-def _read_detect(raw: dict[str, Any]) -> DetectResult:
-    objects = msgspec.convert(raw["objects"], tuple[Region, ...])
-    return DetectResult(objects=objects, **_common(raw))
+def _read_detect(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"objects": to_values(Region, raw["objects"])}
 
 
-def _read_point(raw: dict[str, Any]) -> PointResult:
-    points = msgspec.convert(raw["points"], tuple[Point, ...])
-    return PointResult(points=points, **_common(raw))
+def _read_point(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"points": to_values(Point, raw["points"])}
 
 
-def _read_segment(raw: dict[str, Any]) -> SegmentResult:
+def _read_segment(raw: dict[str, Any]) -> dict[str, Any]:
     parse_error = to_id(raw.get("parse_error"))
     path = (raw.get("path") or "") if parse_error else raw["path"]
-    return SegmentResult(
-        path=_text(path),
-        bbox=decode_region(raw.get("bbox")),
-        parse_error=parse_error,
-        **_common(raw),
-    )
+    bbox = decode_region(raw.get("bbox"))
+    return {"path": _text(path)} | _said(bbox=bbox, parse_error=parse_error)
 
 
-def _read_chat(raw: dict[str, Any]) -> ChatResult:
+def _read_chat(raw: dict[str, Any]) -> dict[str, Any]:
     choice = raw["choices"][0]
     said = choice["message"]
     reasoning = find_reasoning(said)
@@ -115,21 +117,20 @@ def _read_chat(raw: dict[str, Any]) -> ChatResult:
         role=to_id(said.get("role")) or "assistant",
         content=_text("" if said["content"] is None else said["content"]),  # all was reasoning
         reasoning=None if reasoning is None else reasoning.text,
+        reasoning_details=reasoning if reasoning and reasoning.grounding else None,
     )
-    common = _common(raw)
-    common["finish_reason"] = to_id(choice.get("finish_reason"))
-    return ChatResult(
-        message=message, reasoning=reasoning, usage=decode_usage(raw.get("usage")), **common
+    return {"message": message} | _said(
+        finish_reason=to_id(choice.get("finish_reason")), usage=decode_usage(raw.get("usage"))
     )
 
 
-_READERS: dict[Skill, Callable[[dict[str, Any]], Result]] = {
-    "caption": _read_caption,
-    "query": _read_query,
-    "detect": _read_detect,
-    "point": _read_point,
-    "segment": _read_segment,
-    "chat": _read_chat,
+_READERS: dict[Skill, tuple[type[Result], Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "caption": (CaptionResult, _read_caption),
+    "query": (QueryResult, _read_query),
+    "detect": (DetectResult, _read_detect),
+    "point": (PointResult, _read_point),
+    "segment": (SegmentResult, _read_segment),
+    "chat": (ChatResult, _read_chat),
 }
 
 
@@ -139,7 +140,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def read_models(raw: dict[str, Any]) -> tuple[Model, ...]:
+def read_models(raw: dict[str, Any]) -> list[Model]:
     """Read a list of models: the cloud's, shaped as OpenAI's, or Station's."""
     entries = raw.get("data")
     if not isinstance(entries, list):
@@ -149,13 +150,13 @@ def read_models(raw: dict[str, Any]) -> tuple[Model, ...]:
         if isinstance(entry, dict) and (name := to_id(entry.get("id"))):
             known = {key: to_id(entry.get(key)) for key in ("name", "description", "version")}
             models.append(Model(id=name, raw=entry, **known))
-    return tuple(models)
+    return models
 
 
 def read_stats(raw: dict[str, Any]) -> ServerStats:
     """Read Station's numbers; `raw` has them also where they are not as expected."""
     try:
-        return msgspec.convert({**raw, "raw": raw}, ServerStats)
+        return ServerStats.of(convert(raw, ServerStats), raw=raw)
     except msgspec.ValidationError:
         return ServerStats(raw=raw)
 
@@ -180,12 +181,15 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
 
 
 def _common(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "request_id": to_id(raw.get("request_id")) or to_id(raw.get("id")),
-        "finish_reason": to_id(raw.get("finish_reason")),
-        "metrics": find_metrics(raw),
-        "raw": raw,
-    }
+    return _said(
+        request_id=to_id(raw.get("request_id")) or to_id(raw.get("id")),
+        finish_reason=to_id(raw.get("finish_reason")),
+        metrics=find_metrics(raw),
+    )
+
+
+def _said(**items: Any) -> dict[str, Any]:
+    return {name: value for name, value in items.items() if value is not None}
 
 
 def to_id(value: Any) -> str | None:
@@ -214,11 +218,11 @@ def decode_reasoning(value: Any) -> Reasoning | None:
     grounding = value.get("grounding")
     for span in grounding if isinstance(grounding, list) else ():
         try:
-            spans.append(msgspec.convert(span, Grounding))
+            spans.append(convert(span, Grounding))
         except msgspec.ValidationError:
             continue
     text = value.get("text")
-    return Reasoning(text if isinstance(text, str) else "", tuple(spans))
+    return Reasoning(text if isinstance(text, str) else "", spans)
 
 
 def find_reasoning(message: Mapping[str, Any]) -> Reasoning | None:
@@ -238,14 +242,14 @@ def find_reasoning(message: Mapping[str, Any]) -> Reasoning | None:
         return None
     return Reasoning(
         next((each.text for each in found if each.text), ""),
-        next((each.grounding for each in found if each.grounding), ()),
+        next((each.grounding for each in found if each.grounding), []),
     )
 
 
 def decode_region(value: Any) -> Region | None:
     """Read a box; None where there is none that makes sense."""
     try:
-        return msgspec.convert(value, Region | None)
+        return convert(value, Region)
     except msgspec.ValidationError:
         return None
 
@@ -253,7 +257,7 @@ def decode_region(value: Any) -> Region | None:
 def decode_usage(value: Any) -> Usage | None:
     """Read the token counts of a chat; None where there are none that make sense."""
     try:
-        return msgspec.convert(value, Usage | None)
+        return convert(value, Usage)
     except msgspec.ValidationError:
         return None
 

@@ -1,6 +1,6 @@
-"""A call into a request: arguments checked, nothing sent yet.
+"""A call into a request: arguments checked, JSON made once, nothing sent yet.
 
-Pictures stay out of the JSON: a `Request` gives the parts between them, and the
+Pictures stay out of the JSON: a `Request` keeps the parts between them, and the
 transport writes each picture as a data URL in its place.
 """
 
@@ -14,6 +14,7 @@ import msgspec
 
 from moondream_async.errors import RequestError
 from moondream_async.results import ChatMessage, Point, Region, SpatialRefs
+from moondream_async.types import EncodedImage
 
 Skill = Literal["caption", "query", "detect", "point", "segment", "chat"]
 
@@ -22,7 +23,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 class Picture:
-    """A picture in a payload: as the caller gave it, until it has been prepared."""
+    """A place in a payload where the transport writes a picture."""
 
     __slots__ = ("source",)
 
@@ -31,15 +32,24 @@ class Picture:
 
 
 class Request:
-    """One call, checked; its JSON is made when it is sent."""
+    """One call, checked and encoded.
+
+    The JSON is encoded once and used for every try. `json` are its parts with a
+    picture between each two, so that no base64 copy of a picture is ever made whole.
+
+    Raises:
+        RequestError: The payload holds something that JSON can't say.
+    """
 
     __slots__ = (
         "at_root",
         "bearer",
         "elsewhere",
+        "json",
         "method",
         "path",
         "payload",
+        "pictures",
         "repeatable",
         "skill",
         "upload",
@@ -74,7 +84,30 @@ class Request:
         self.upload = upload
         """Bytes of a file to send in place of JSON, as the transport takes them."""
         self.payload = {key: value for key, value in (payload or {}).items() if value is not None}
-        """What becomes JSON; a request whose payload is empty has no body."""
+        self.pictures: list[Any] = []
+        self.json: tuple[bytes, ...] = ()
+        if payload is None:
+            return
+        try:
+            encoded = msgspec.json.encode(self.payload, enc_hook=self._put)
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            msgspec.MsgspecError,
+        ) as error:
+            raise RequestError(f"The request can't be sent as JSON: {error}") from error
+        self.json = tuple(encoded.split(_PICTURE))
+
+    def _put(self, value: Any) -> Any:
+        if isinstance(value, Picture):
+            self.pictures.append(value.source)
+            return msgspec.Raw(_PICTURE)
+        for kind in (str, int, float):
+            if isinstance(value, kind):  # a number of numpy's, say, that is a float too
+                return kind(value)
+        raise TypeError(f"{type(value).__name__} has no JSON form")
 
     @property
     def stream(self) -> bool:
@@ -93,46 +126,14 @@ class Request:
             at_root=self.at_root,
         )
 
-    def parts(self) -> list[Any]:
-        """Return the body: JSON, in bytes, with a `Picture` between each two pieces; or `upload`.
-
-        So no base64 copy of a picture is ever made whole: each goes out as a data URL in quotes.
-
-        Raises:
-            RequestError: The payload holds something that JSON can't say.
-        """
+    def body(self, images: Sequence[EncodedImage]) -> list[bytes | EncodedImage]:
+        """Return what to send, piece by piece; each image goes out as a data URL in quotes."""
         if self.upload is not None:
             return [self.upload]
-        if not self.payload:
-            return []
-        pictures: list[Picture] = []
-
-        def put(value: Any) -> Any:
-            if isinstance(value, Picture):
-                pictures.append(value)
-                return msgspec.Raw(_PICTURE)
-            for kind in (str, int, float):
-                if isinstance(value, kind):  # a number of numpy's, say, that is a float too
-                    return kind(value)
-            raise TypeError(f"{type(value).__name__} has no JSON form")
-
-        try:
-            encoded = msgspec.json.encode(self.payload, enc_hook=put)
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-            RecursionError,
-            msgspec.MsgspecError,
-        ) as error:
-            raise RequestError(f"The request can't be sent as JSON: {error}") from error
-        if not pictures:
-            return [encoded]
-        first, *others = encoded.split(_PICTURE)
-        parts: list[Any] = [first]
-        for picture, piece in zip(pictures, others, strict=True):
-            parts += (picture, piece)
-        return parts
+        body: list[bytes | EncodedImage] = list(self.json[:1])
+        for image, part in zip(images, self.json[1:], strict=True):
+            body += (image, part)
+        return body
 
 
 _PICTURE = b"\0"  # can stand nowhere in JSON: control characters are always escaped there
@@ -382,12 +383,15 @@ def _list(name: str, value: Any) -> list[Any]:
         raise RequestError(f"{name} must be a sequence, not {value!r}") from None
 
 
+_PLACE_KEYS = {frozenset(kind.fields()): tuple(kind.fields()) for kind in (Point, Region)}
+
+
 def _spatial_refs(refs: SpatialRefs) -> list[list[float]]:
     checked = []
     for ref in _list("spatial_refs", refs):
         # What other calls found may be asked about as it is.
-        found = isinstance(ref, (Point, Region))
-        numbers = list(msgspec.structs.astuple(ref)) if found else _list("a spatial ref", ref)
+        keys = _PLACE_KEYS.get(frozenset(ref)) if isinstance(ref, Mapping) else None
+        numbers = [ref[key] for key in keys] if keys else _list("a spatial ref", ref)
         if len(numbers) not in (2, 4) or not all(_number(x) and 0 <= x <= 1 for x in numbers):
             raise RequestError(
                 f"a spatial ref is [x, y] or [x_min, y_min, x_max, y_max], each from 0 to 1, "

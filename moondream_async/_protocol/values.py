@@ -6,23 +6,23 @@ them as they came. Only what a value can't be without must be there.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, get_type_hints
 
 import msgspec
 
 from moondream_async.errors import ServerError
 
 from .answers import describe, show
+from .convert import ValueT, convert
 
 _EXCERPT = 500  # characters of a record, for the error message
-_StructT = TypeVar("_StructT", bound=msgspec.Struct)
 
-_fields = functools.cache(msgspec.structs.fields)  # it looks up all the annotations each time
+_hints = cache(get_type_hints)
 
 
-def read_value(kind: type[_StructT], record: Any, /, **known: Any) -> _StructT:
+def read_value(kind: type[ValueT], record: Any, /, **known: Any) -> ValueT:
     """Turn a decoded object into a value; `known` are fields that are not read from it.
 
     Raises:
@@ -31,14 +31,14 @@ def read_value(kind: type[_StructT], record: Any, /, **known: Any) -> _StructT:
     values = dict(known)
     fields = record if isinstance(record, Mapping) else {}
     missing = []
-    for field in _fields(kind):
-        if field.name in known:
+    for name, required in kind.fields().items():
+        if name in known:
             continue
         try:
-            values[field.name] = msgspec.convert(fields[field.name], field.type)
+            values[name] = convert(fields[name], _hints(kind)[name])
         except (KeyError, msgspec.ValidationError):
-            if field.required:
-                missing.append(field.name)
+            if required:
+                missing.append(name)
     if missing:
         raise ServerError(
             f"The server's reply holds no {' and no '.join(missing)}: {show(record):.{_EXCERPT}}",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from moondream_async._protocol.events import AnswerDecoder
@@ -93,17 +93,9 @@ class Observer(Protocol):
         """The first piece of text is there."""
 
     def ended(
-        self,
-        *,
-        error: BaseException | None = None,
-        completed: bool = False,
-        request_id: str | None = None,
-        finish_reason: str | None = None,
-        metrics: Mapping[str, Any] | None = None,
-        usage: Usage | None = None,
-        ttft: float | None = None,
+        self, *, error: MoondreamError | None, completed: bool, request_id: str | None
     ) -> None:
-        """It was read to the end, failed, was closed, or was dropped; from any thread."""
+        """It was read to the end, failed, was closed, or was dropped."""
 
 
 class Stream:
@@ -356,15 +348,7 @@ class Stream:
         """Tell the observer, once, that this is the end."""
         observer, self._observer = self._observer, None
         if observer is not None:
-            observer.ended(
-                error=error,
-                completed=self.completed,
-                request_id=self.request_id,
-                finish_reason=self.finish_reason,
-                metrics=self.metrics,
-                usage=self.usage,
-                ttft=self.ttft,
-            )
+            observer.ended(error=error, completed=self.completed, request_id=self.request_id)
 
     def _drop_source(self) -> None:
         if self._source is not None:

@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import aiohttp
 import anyio
@@ -130,13 +130,6 @@ class Transport:
             )
 
 
-class Closable(Protocol):
-    """A call that waits."""
-
-    def close(self) -> None:
-        """End it, since the client is closed; in its loop."""
-
-
 class Pool:
     """The connections of one event loop, and the calls and bodies under way on it."""
 
@@ -151,9 +144,11 @@ class Pool:
     ) -> None:
         self.loop = loop
         self.closed = False
-        self.calls: set[Closable] = set()
-        """What waits on this loop; closed with the client."""
+        self.calls: set[anyio.CancelScope] = set()
+        """What waits on this loop; cancelled when the client is closed."""
         self.bodies: set[Body] = set()
+        self.image_limiter = anyio.CapacityLimiter(4)
+        """Pictures that are prepared at once: each may hold a decoded copy."""
         self._ssl = ssl_context or True
         self._proxy = proxy
         self._guard = guard
@@ -278,8 +273,8 @@ class Pool:
                     await self._idle.wait()
         finally:
             self.closed = True
-            for call in self.calls.copy():
-                call.close()
+            for scope in self.calls.copy():
+                scope.cancel()
             for body in self.bodies.copy():
                 body.close(by_client=True)
             with anyio.CancelScope(shield=True):
@@ -314,13 +309,13 @@ class Pool:
             await anyio.sleep(_LOOK)
 
     def _cut(self) -> None:
-        for call in self.calls.copy():
-            call.close()
+        for scope in self.calls.copy():
+            scope.cancel()
         self.abandon()
 
-    def leave(self, call: Closable) -> None:
+    def leave(self, scope: anyio.CancelScope) -> None:
         """Take a call, which has ended, out of `calls`."""
-        self.calls.discard(call)
+        self.calls.discard(scope)
         self._note_end()
 
     def discard(self, body: Body) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any
 
+import msgspec
+
 from moondream_async.results import Record, Result, Value
 
 
-class BatchProgress(Value, frozen=True, kw_only=True):
+class BatchProgress(Value, kw_only=True):
     """How many lines of a batch are done."""
+
+    __slots__ = ()
 
     total: int = 0
     """How many there are; 0 until the server has counted them."""
@@ -17,15 +21,19 @@ class BatchProgress(Value, frozen=True, kw_only=True):
     failed: int = 0
 
 
-class BatchUsage(Value, frozen=True, kw_only=True):
+class BatchUsage(Value, kw_only=True):
     """How many tokens a batch, or a line of one, took."""
+
+    __slots__ = ()
 
     input_tokens: int = 0
     output_tokens: int = 0
 
 
-class BatchFailure(Value, frozen=True, kw_only=True):
+class BatchFailure(Value, kw_only=True):
     """Why a batch, or a line of one, came to nothing."""
+
+    __slots__ = ()
 
     code: str | None = None
     """The server's name for it, as ``validation_error`` or ``image_decode_failed``."""
@@ -33,29 +41,32 @@ class BatchFailure(Value, frozen=True, kw_only=True):
     """In the server's words."""
 
 
-class BatchOutput(Value, frozen=True, kw_only=True):
+class BatchOutput(Value, kw_only=True):
     """A file of results."""
+
+    __slots__ = ()
 
     index: int | None = None
     url: str
     """Whoever has this address can read the file, until the address expires."""
 
-    def __repr__(self) -> str:
-        return f"BatchOutput(index={self.index})"  # the address is a secret
+    _hidden = frozenset({"url"})  # whoever knows it can read the file
 
 
-class Batch(Record, frozen=True, kw_only=True):
+class Batch(Record, kw_only=True):
     """A batch, as it was when the server was asked."""
+
+    __slots__ = ()
 
     id: str
     status: str = "unknown"
     """``chunking`` (the file is being checked), ``processing``, ``completed`` or ``failed``;
     or what a later server may say."""
     model: str | None = None
-    progress: BatchProgress = BatchProgress()
+    progress: BatchProgress = msgspec.field(default_factory=BatchProgress)
     usage: BatchUsage | None = None
     """Known when it is completed."""
-    outputs: tuple[BatchOutput, ...] = ()
+    outputs: list[BatchOutput] = msgspec.field(default_factory=list)
     """Where the results are; ``batches.results`` reads them."""
     created_at: dt.datetime | None = None
     completed_at: dt.datetime | None = None
@@ -73,8 +84,10 @@ class Batch(Record, frozen=True, kw_only=True):
         return ended or self.completed_at is not None or self.error is not None
 
 
-class BatchResult(Record, frozen=True, kw_only=True):
+class BatchResult(Record, kw_only=True):
     """What became of one line of a batch."""
+
+    __slots__ = ()
 
     id: Any = None
     """The id that the request had."""

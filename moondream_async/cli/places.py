@@ -179,11 +179,11 @@ async def _show_outline(
 
 
 def _as_json(found: Found, key: str) -> dict[str, Any]:
-    values: dict[str, Any] = {key: found[key]}
+    values: dict[str, Any] = {key: getattr(found, key)}
     if isinstance(found, SegmentResult):
         values |= {"bbox": found.bbox, "transform": found.transform}
         values["parse_error"] = found.parse_error
-    return values | {name: found[name] for name in ("request_id", "finish_reason", "metrics")}
+    return values | {name: found.get(name) for name in ("request_id", "finish_reason", "metrics")}
 
 
 def _box_lines(found: DetectResult) -> list[str]:

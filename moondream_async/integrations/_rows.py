@@ -399,8 +399,6 @@ def _picture(value: Any) -> Any:
 def _plain(result: Result, field: str) -> Any:
     """Return a field as data that any table can hold."""
     value = result.get(field)
-    if isinstance(value, tuple):  # of regions or points
-        return [dict(each) for each in value]
     return value.text if field == "reasoning" and value is not None else value
 
 

@@ -319,7 +319,7 @@ def _name_sides(place: Any, kind: type[Point | Region]) -> Body:
     >>> _name_sides((0, 0.5), Point)
     {'x': 0.0, 'y': 0.5}
     """
-    names = kind.__struct_fields__
+    names = kind.fields()
     named = isinstance(place, (kind, Mapping))
     sides = dict(place) if named else dict(zip(names, place, strict=True))
     if sides.keys() != set(names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
@@ -10,8 +10,10 @@ from moondream_async.errors import RequestError
 from moondream_async.results import BASE_MODEL, Point, Reasoning, Record, Region
 
 
-class Finetune(Record, frozen=True, kw_only=True):
+class Finetune(Record, kw_only=True):
     """A model that is being trained."""
+
+    __slots__ = ()
 
     finetune_id: str
     name: str | None = None
@@ -30,8 +32,10 @@ class Finetune(Record, frozen=True, kw_only=True):
         return _name_model(base_model, self.finetune_id, step)
 
 
-class Checkpoint(Record, frozen=True, kw_only=True):
+class Checkpoint(Record, kw_only=True):
     """A state of a finetune that was saved."""
+
+    __slots__ = ()
 
     finetune_id: str
     step: int
@@ -55,53 +59,63 @@ def _name_model(base_model: str, finetune_id: str, step: int) -> str:
     return f"{base_model}/{finetune_id}@{step}"
 
 
-class CheckpointDownload(Record, frozen=True, kw_only=True):
+class CheckpointDownload(Record, kw_only=True):
     """Where a checkpoint can be fetched from for a while."""
+
+    __slots__ = ()
 
     url: str
     """Whoever has this address can fetch it. It takes no key."""
     expires_in: float | None = None
     """Seconds."""
 
-    _hidden: ClassVar[tuple[str, ...]] = ("raw", "url")
+    _hidden = frozenset({"url"})  # whoever knows it can fetch the file
 
 
-class RolloutOutput(Record, frozen=True, kw_only=True):
+class RolloutOutput(Record, kw_only=True):
     """The answer of a rollout; which fields it has depends on the skill."""
+
+    __slots__ = ()
 
     answer: str | None = None
     reasoning: Reasoning | None = None
-    points: tuple[Point, ...] | None = None
-    objects: tuple[Region, ...] | None = None
+    points: list[Point] | None = None
+    objects: list[Region] | None = None
 
 
-class Rollout(Record, frozen=True, kw_only=True):
+class Rollout(Record, kw_only=True):
     """One try of a model that is being trained, and what training wants to know of it."""
 
-    output: RolloutOutput = RolloutOutput()
+    __slots__ = ()
+
+    output: RolloutOutput = msgspec.field(default_factory=RolloutOutput)
     skill: str | None = None
     finish_reason: str | None = None
-    answer_tokens: tuple[int, ...] = ()
-    thinking_tokens: tuple[int, ...] = ()
+    answer_tokens: list[int] = msgspec.field(default_factory=list)
+    thinking_tokens: list[int] = msgspec.field(default_factory=list)
     has_answer_separator: bool | None = None
-    coords: tuple[Any, ...] = ()
-    sizes: tuple[Any, ...] = ()
+    coords: list[Any] = msgspec.field(default_factory=list)
+    sizes: list[Any] = msgspec.field(default_factory=list)
 
 
-class Rollouts(Record, frozen=True, kw_only=True):
+class Rollouts(Record, kw_only=True):
     """All tries at one request."""
+
+    __slots__ = ()
 
     request: dict[str, Any] = msgspec.field(default_factory=dict)
     """The request, as the server says it back; pictures included."""
-    rollouts: tuple[Rollout, ...] = ()
-    rewards: tuple[float, ...] | None = None
+    rollouts: list[Rollout] = msgspec.field(default_factory=list)
+    rewards: list[float] | None = None
     """How good each is, where the request came with its ground truth."""
 
-    _hidden: ClassVar[tuple[str, ...]] = ("raw", "request")
+    _hidden = frozenset({"request"})  # has the pictures
 
 
-class TrainStep(Record, frozen=True, kw_only=True):
+class TrainStep(Record, kw_only=True):
     """What a step of training did."""
+
+    __slots__ = ()
 
     step: int
     """How many there were, this one included."""
@@ -115,8 +129,10 @@ class TrainStep(Record, frozen=True, kw_only=True):
     reward_std: float | None = None
 
 
-class MetricsLog(Record, frozen=True, kw_only=True):
+class MetricsLog(Record, kw_only=True):
     """What became of metrics that were logged."""
+
+    __slots__ = ()
 
     ok: bool | None = None
     step: int | None = None

@@ -315,7 +315,7 @@ def read_rollouts(raw: Mapping[str, Any]) -> Rollouts:
         Rollouts,
         raw,
         raw=raw,
-        rollouts=tuple(map(_read_rollout, found if isinstance(found, list) else ())),
+        rollouts=list(map(_read_rollout, found if isinstance(found, list) else ())),
     )
 
 

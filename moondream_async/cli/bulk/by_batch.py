@@ -122,7 +122,7 @@ def _outcome(line: BatchResult) -> Any:
         message = failure.message if failure else ""
         return {"error": {"type": "BatchFailure", "message": message, "code": code}}
     if line.result.metrics is None and line.usage is not None:
-        return msgspec.structs.replace(line.result, metrics=msgspec.to_builtins(line.usage))
+        line.result["metrics"] = line.usage
     return line.result
 
 

@@ -111,8 +111,7 @@ class Journal:
         """
         record: dict[str, Any] = {"path": found.name, **self.asked}
         if isinstance(outcome, Result):
-            fields: dict[str, Any] = msgspec.to_builtins(outcome)
-            del fields["raw"]
+            fields: dict[str, Any] = {**outcome}
             # `reasoning` of a query: what was thought stands under another name than whether to.
             thought = fields.pop("reasoning", None)
             record |= fields | ({"reasoning_text": thought["text"]} if thought else {})
