@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 from urllib.parse import urlsplit
 
 from ._protocol.secret import Secret
@@ -20,10 +20,27 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from ._stream.stream import CaptionStream, QueryStream, SegmentStream
     from .batch.batches import Batches
     from .bulk.items import ItemT
     from .bulk.run import BulkRun, Items
+    from .results import (
+        CaptionResult,
+        DetectResult,
+        PointResult,
+        QueryResult,
+        SegmentResult,
+    )
     from .tuning.finetunes import Tuning
+    from .watch.items import (
+        CaptionOptions,
+        DetectOptions,
+        Frames,
+        FrameT,
+        PlaceOptions,
+        QueryOptions,
+    )
+    from .watch.run import Watch
 
 CLOUD = "https://api.moondream.ai/v1"
 
@@ -195,6 +212,153 @@ class MoondreamClient(Skills):
             ordered=ordered,
             concurrency=concurrency,
             max_retries=max_retries,
+        )
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["caption"] = "caption",
+        *,
+        stream: Literal[False] = False,
+        **arguments: Unpack[CaptionOptions],
+    ) -> Watch[FrameT, CaptionResult]: ...
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["caption"] = "caption",
+        *,
+        stream: Literal[True],
+        **arguments: Unpack[CaptionOptions],
+    ) -> Watch[FrameT, CaptionStream]: ...
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["query"],
+        *,
+        stream: Literal[False] = False,
+        **arguments: Unpack[QueryOptions],
+    ) -> Watch[FrameT, QueryResult]: ...
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["query"],
+        *,
+        stream: Literal[True],
+        **arguments: Unpack[QueryOptions],
+    ) -> Watch[FrameT, QueryStream]: ...
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["detect"],
+        **arguments: Unpack[DetectOptions],
+    ) -> Watch[FrameT, DetectResult]: ...
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["point"],
+        **arguments: Unpack[PlaceOptions],
+    ) -> Watch[FrameT, PointResult]: ...
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["segment"],
+        *,
+        stream: Literal[False] = False,
+        **arguments: Unpack[PlaceOptions],
+    ) -> Watch[FrameT, SegmentResult]: ...
+
+    @overload
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: Literal["segment"],
+        *,
+        stream: Literal[True],
+        **arguments: Unpack[PlaceOptions],
+    ) -> Watch[FrameT, SegmentStream]: ...
+
+    @overload
+    def watch(self, frames: Frames[FrameT], skill: str, **arguments: Any) -> Watch[FrameT, Any]: ...
+
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: str = "caption",
+        *,
+        in_flight: int = 1,
+        max_age: float | None = None,
+        on_error: str = "skip",
+        supersede: bool = False,
+        stream: bool = False,
+        **arguments: Any,
+    ) -> Watch[FrameT, Any]:
+        """Ask the same about moving pictures, again and again: the newest frame wins.
+
+        ::
+
+            async with client.watch(camera_frames(), "detect", object="person") as answers:
+                async for each in answers:
+                    print(f"{each.age:.1f} s ago:", each.result.objects if each.ok else each.error)
+
+        Frames are read as they come, and a new one takes the place of the one that waits;
+        what was superseded is never prepared nor sent. So an answer is as old as one call
+        and one frame, however slow the server and however fast the camera. Nothing is
+        asked while nobody reads. The last frame of all is always asked about.
+
+        Results come in the order of the frames. One that is older than one already given,
+        or than `max_age`, is dropped and counted. A frame that failed is not tried again: the
+        next one is asked about, after a pause that grows with each failure in a row.
+        `max_connections`, `rate_limit`, hooks and `stats` are as for any call. A wrong
+        key, a closed client, and what `frames` itself raises end the watch.
+
+        Args:
+            frames: Pictures as `caption` takes them, or `Frame`s, from any iterable or
+                asynchronous iterable. An ordinary one may block: it is read in a thread of its
+                own. It is not closed.
+            skill: ``caption``, ``query``, ``detect``, ``point`` or ``segment``.
+            in_flight: How many frames may be asked about at once.
+            max_age: Seconds after which an answer is worth nothing.
+            on_error: What a frame that fails is: ``skip`` gives a result with its `error`, and
+                goes on with the next frame; ``raise`` raises it and ends the watch.
+            supersede: Whether a new frame cancels the oldest that is being asked about,
+                once `in_flight` are. For frames that come seldom, as when something has
+                moved: a camera would let nothing finish.
+            stream: Whether each result is a stream, of the skills that have one. The next
+                result closes it; with `supersede`, so does the next frame.
+            arguments: The skill's own: `question`, `object`, `length`, `settings`, `model`, ...
+
+        Raises:
+            RequestError: An argument can't be right; nothing was sent.
+        """
+        from .watch.asking import Question  # noqa: PLC0415 - most programs need it not
+        from .watch.run import Watch, check_frames  # noqa: PLC0415 - likewise
+
+        check_frames(frames)
+        _check_count("in_flight", in_flight, least=1)
+        if max_age is not None and not _is_positive(max_age):
+            raise RequestError(f"max_age must be over 0 seconds, not {max_age!r}")
+        if on_error not in ("skip", "raise"):
+            raise RequestError(f"on_error must be 'skip' or 'raise', not {on_error!r}")
+        return Watch(
+            Question(self._caller, skill, arguments, stream=stream, model=self._model),
+            frames,
+            in_flight=in_flight,
+            max_age=max_age,
+            raises=on_error == "raise",
+            supersede=supersede,
         )
 
     def caption_many(

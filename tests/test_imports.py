@@ -33,6 +33,8 @@ ROOMS = [
     "batch",
     "tuning",
     "bulk",
+    "watch",
+    "frames",
     "_client",
     "__init__",
     "simulator",

@@ -89,7 +89,14 @@ class Asking:
             bring what is still missing here.
     """
 
-    def __init__(self, skill: str, arguments: Mapping[str, Any], *, model: str | None) -> None:
+    def __init__(
+        self,
+        skill: str,
+        arguments: Mapping[str, Any],
+        *,
+        model: str | None,
+        stream: bool = False,
+    ) -> None:
         if skill not in _FIELDS:
             raise RequestError(f"skill must be one of {', '.join(_FIELDS)}, not {skill!r}")
         self.skill = cast("Skill", skill)
@@ -99,6 +106,8 @@ class Asking:
             raise RequestError(f"{skill} has no argument {', '.join(sorted(unknown))}")
         given = {name: value for name, value in arguments.items() if value is not None}
         self._arguments = {**defaults, "settings": None, "model": model, **given}
+        if stream:
+            self._arguments["stream"] = True
         # A mistake that holds for every item is told before the first of them.
         needed = {"query": "question"}.get(skill, "object")
         may_come = {} if self._arguments.get(needed, "") is not None else {needed: "?"}

@@ -1,0 +1,65 @@
+"""What is asked about each frame, and the one place where a watch meets the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from moondream_async._stream.stream import CaptionStream, QueryStream, SegmentStream, Stream
+from moondream_async.bulk.items import Asking
+from moondream_async.errors import RequestError
+
+from .items import Frame
+
+if TYPE_CHECKING:
+    from moondream_async._call.call import Caller
+
+_STREAMS: dict[str, type[Stream]] = {
+    "caption": CaptionStream,
+    "query": QueryStream,
+    "segment": SegmentStream,
+}
+_NEEDED = {"query": "question", "detect": "object", "point": "object", "segment": "object"}
+
+
+class Question:
+    """A skill with its arguments, to be asked about one frame after the other.
+
+    Raises:
+        RequestError: There is no such skill, it can't stream, or an argument can't be right.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        skill: str,
+        arguments: Mapping[str, Any],
+        *,
+        stream: bool,
+        model: str | None,
+    ) -> None:
+        self._stream = _STREAMS.get(skill) if stream else None
+        if stream and self._stream is None:
+            raise RequestError(f"stream=True takes one of {', '.join(_STREAMS)}, not {skill!r}")
+        needed = _NEEDED.get(skill)
+        if needed is not None and arguments.get(needed) is None:
+            raise RequestError(f"{skill} needs the argument {needed}")
+        self._caller = caller
+        self._asking = Asking(skill, arguments, model=model, stream=stream)
+
+    async def ask(self, frame: Any) -> Any:
+        """Ask about a frame, once: the next try is better spent on a newer one.
+
+        Returns:
+            The result, or the stream once the server has accepted the request.
+        """
+        image, make = self._asking.about(frame.image if isinstance(frame, Frame) else frame)
+        call = self._caller.call(make(image), max_retries=0)
+        if self._stream is None:
+            return await call.result()
+        return self._stream(
+            await call.opening(),
+            timeout=self._caller.timeout,
+            total_at=call.total_at,
+            observer=call.observer,
+        )

@@ -1,0 +1,92 @@
+"""What goes into a watch and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Iterable
+from typing import Any, Generic, Literal, TypedDict, TypeVar
+
+import msgspec
+
+from moondream_async.errors import MoondreamError
+from moondream_async.results import SpatialRefs
+from moondream_async.types import Length
+
+FrameT = TypeVar("FrameT")
+AnswerT = TypeVar("AnswerT")
+Frames = Iterable[FrameT] | AsyncIterable[FrameT]
+OnError = Literal["skip", "raise"]
+
+
+class Frame(msgspec.Struct, frozen=True, eq=False):
+    """A picture out of a moving one; what the sources in `moondream_async.frames` give."""
+
+    image: Any
+    """The picture, as `caption` takes it; of the sources, an RGB array."""
+    time: float
+    """Seconds since the beginning, by the source's own timestamps."""
+    index: int
+    """The place among the frames that the source gave, from 0."""
+
+    def __repr__(self) -> str:
+        return f"<Frame {self.index} at {self.time:.3f} s>"
+
+
+class WatchResult(msgspec.Struct, Generic[FrameT, AnswerT], frozen=True, kw_only=True):
+    """What became of one frame: a result or an error."""
+
+    frame: FrameT
+    """The frame, as it was handed in."""
+    index: int
+    """The place of the frame among all that the iterable gave, from 0."""
+    result: AnswerT | None = None
+    """The answer, typed as that of the skill; with ``stream=True``, the stream."""
+    error: MoondreamError | None = None
+    """Why there is no answer."""
+    taken_at: float
+    """When the iterable gave the frame, in seconds since 1970."""
+    age: float
+    """Seconds from then until this result was handed out."""
+    skipped: int
+    """How many frames have been passed over since the result before this one."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is an answer."""
+        return self.error is None
+
+
+class Options(TypedDict, total=False):
+    """What all skills take; for type checkers."""
+
+    in_flight: int
+    max_age: float | None
+    on_error: OnError
+    supersede: bool
+    settings: Any
+    model: str | None
+
+
+class CaptionOptions(Options, total=False):
+    """What ``caption`` takes."""
+
+    length: Length
+
+
+class QueryOptions(Options, total=False):
+    """What ``query`` takes."""
+
+    question: str
+    reasoning: bool | None
+    spatial_refs: SpatialRefs | None
+
+
+class DetectOptions(Options, total=False):
+    """What ``detect`` takes."""
+
+    object: str
+
+
+class PlaceOptions(DetectOptions, total=False):
+    """What ``point`` and ``segment`` take."""
+
+    spatial_refs: SpatialRefs | None

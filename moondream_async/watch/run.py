@@ -1,0 +1,427 @@
+"""A watch: the newest frame waits, and is asked about as soon as there is somebody to tell.
+
+One task reads the frames, always, so that the newest is known; each takes the place of the
+one that waits. A task for each question runs in a task group of its. What may start is decided
+in `_Work.advance`, without an await, after every change. As in a bulk run, all that
+the reader and the tasks share is in `_Work`, which does not know the reader's object: so a
+reader who drops that, as with a plain ``break``, ends the watch.
+
+A frame that failed is not tried again, since there is a newer one. But after a failure nothing
+is asked for a moment, longer with each more in a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import importlib
+import random
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Generic, Self, cast
+
+import anyio
+
+from moondream_async._call.retry import backoff
+from moondream_async._stream.stream import Stream
+from moondream_async.errors import (
+    APIStatusError,
+    AuthenticationError,
+    ClientClosedError,
+    MoondreamError,
+    RequestError,
+)
+
+from .blocking import BlockingFrames
+from .items import AnswerT, Frames, FrameT, WatchResult
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .asking import Question
+
+_LEAST_INTERVAL = 0.002
+"""Seconds, at least, between a frame that has to wait and the next: an iterable that is always
+ready would else be read as fast as the processor goes. No camera is faster."""
+_LONGEST_PAUSE = 5.0
+"""Seconds between two questions to a server that does not answer, unless it asks for more."""
+
+
+class Watch(Generic[FrameT, AnswerT]):
+    """The answers about moving pictures, as an iterator; see `MoondreamClient.watch`.
+
+    Leaving ``async with``, `aclose`, and dropping it, as with ``break``, end it: what is
+    under way is cancelled, its connections are closed, and a thread that reads frames ends.
+    Inside ``async with``, cancelling a reader takes nothing from the next; elsewhere it ends
+    the watch.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        frames: Frames[FrameT],
+        *,
+        in_flight: int,
+        max_age: float | None,
+        raises: bool,
+        supersede: bool,
+    ) -> None:
+        self._task: asyncio.Task[None] | None = None
+        self._entered = False
+        self._raises = raises
+        self._work = _Work(
+            question, frames, in_flight=in_flight, max_age=max_age, supersede=supersede
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """How many frames are being asked about."""
+        return len(self._work.under_way)
+
+    @property
+    def frames(self) -> int:
+        """How many frames the iterable gave."""
+        return self._work.frames
+
+    @property
+    def skipped(self) -> int:
+        """How many frames were superseded before there was an answer."""
+        return self._work.skipped
+
+    @property
+    def dropped(self) -> int:
+        """How many answers were too late: older than one given before, or than `max_age`."""
+        return self._work.dropped
+
+    async def __aenter__(self) -> Self:
+        self._entered = True
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> WatchResult[FrameT, AnswerT]:
+        """Return the next result. A stream that was given before is closed.
+
+        Raises:
+            AuthenticationError: The server knows no such key. The watch has ended.
+            ClientClosedError: The client was closed. The watch has ended.
+            MoondreamError: A frame failed, with ``on_error="raise"``. The watch has ended.
+            Exception: What the iterable of frames raised, after the results of those
+                that came before.
+        """
+        if self._task is None and not self._work.closed:
+            self._task = asyncio.create_task(self._work.run(), name="moondream_async watch")
+        try:
+            result = await self._work.next()
+        except asyncio.CancelledError:
+            if not self._entered:
+                await self.aclose()
+            raise
+        if self._raises and result.error is not None:
+            await self.aclose()
+            raise result.error
+        return cast("WatchResult[FrameT, AnswerT]", result)
+
+    async def aclose(self) -> None:
+        """End the watch, and return when nothing of it is left. May be called twice."""
+        self._work.close()
+        if self._task is not None:
+            self._task.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([self._task])
+
+    def __del__(self) -> None:
+        task = self._task
+        if task is None or task.done():
+            return
+        loop = task.get_loop()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._work.close)
+            loop.call_soon_threadsafe(task.cancel)
+
+
+class _Shot:
+    """A frame on its way to its result."""
+
+    __slots__ = ("answer", "at", "error", "frame", "index", "scope", "superseded", "taken_at")
+
+    def __init__(self, frame: Any, index: int) -> None:
+        self.frame = frame
+        self.index = index
+        self.taken_at = time.time()
+        self.at = time.monotonic()
+        self.scope: anyio.CancelScope | None = None  # while it is asked about
+        self.superseded = False
+        self.answer: Any = None
+        self.error: MoondreamError | None = None
+
+    def supersede(self) -> None:
+        """Ask no more about it."""
+        self.superseded = True
+        if self.scope is not None:
+            self.scope.cancel()
+
+
+class _Work:
+    """The state of a watch, and what its tasks do."""
+
+    def __init__(
+        self,
+        question: Question,
+        frames: Frames[Any],
+        *,
+        in_flight: int,
+        max_age: float | None,
+        supersede: bool,
+    ) -> None:
+        self.frames = 0
+        self.skipped = 0
+        self.dropped = 0
+        self.under_way: list[_Shot] = []  # in the order of frames, as all of these are
+        self.closed = False
+        self._question = question
+        self._source = frames
+        self._in_flight = in_flight
+        self._max_age = max_age
+        self._supersede = supersede
+        self._latest: _Shot | None = None
+        self._done: list[_Shot] = []
+        self._given = -1  # the frame of the last result
+        self._stream: Stream | None = None  # which was given last, and may be being read
+        self._readers = 0
+        self._failures = 0  # in a row
+        self._pause: asyncio.TimerHandle | None = None
+        self._group: anyio.abc.TaskGroup | None = None
+        self._exhausted = False
+        self._failure: BaseException | None = None
+        self._ended = False
+        self._changed: anyio.Event | None = None
+
+    # -- the reader's side ----------------------------------------------------------
+
+    async def next(self) -> WatchResult[Any, Any]:
+        """Return the next result, or raise what ended the watch, once."""
+        self._readers += 1
+        try:
+            self._dismiss_stream()
+            self.advance()
+            shot = None
+            while shot is None:
+                await self._until(lambda: bool(self._done) or self._ended or self.closed)
+                if self.closed or not self._done:
+                    failure, self._failure = self._failure, None
+                    raise StopAsyncIteration if failure is None or self.closed else failure
+                shot = self._take()
+        finally:
+            self._readers -= 1
+        if isinstance(shot.answer, Stream):
+            self._stream = shot.answer
+        skipped, self._given = shot.index - self._given - 1, shot.index
+        return WatchResult(
+            frame=shot.frame,
+            index=shot.index,
+            result=shot.answer,
+            error=shot.error,
+            taken_at=shot.taken_at,
+            age=time.monotonic() - shot.at,
+            skipped=skipped,
+        )
+
+    def _take(self) -> _Shot | None:
+        """Take the first that is done; None if it is too old."""
+        shot = self._done.pop(0)
+        if self._max_age is not None and time.monotonic() - shot.at > self._max_age:
+            self._drop(shot)
+            self.advance()
+            return None
+        return shot
+
+    def close(self) -> None:
+        """Keep nothing more for a reader."""
+        self.closed = True
+        self._latest = None
+        self._dismiss_stream()
+        for shot in self._done:
+            _close_answer(shot)
+        self._done.clear()
+        self.changed()
+
+    # -- the watch's side -----------------------------------------------------------
+
+    async def run(self) -> None:
+        """Read all frames, and ask about the newest, again and again."""
+        try:
+            # Here, and not by the first of many threads that meets a picture which needs it:
+            # the others would find it half loaded.
+            await asyncio.to_thread(importlib.import_module, "PIL.Image")
+            async with anyio.create_task_group() as self._group:
+                try:
+                    await self._read()
+                except Exception as error:  # noqa: BLE001 - the reader is told
+                    self._failure = error
+                self._exhausted = True
+                await self._until(lambda: self._latest is None and not self.under_way)
+        finally:
+            self._ended = True
+            self._group = None
+            if self._pause is not None:
+                self._pause.cancel()
+            self.changed()
+
+    async def _read(self) -> None:
+        async with _reading(self._source) as following:
+            async for frame in following:
+                self._offer(_Shot(frame, self.frames))
+                del frame  # it is not to be kept while the next is waited for
+                await anyio.sleep(0 if self._latest is None else _LEAST_INTERVAL)
+
+    def _offer(self, shot: _Shot) -> None:
+        """Let a frame wait in the place of the one before it."""
+        self.frames += 1
+        self.skipped += self._latest is not None
+        self._latest = shot
+        if self._supersede:
+            self._dismiss_stream()
+        self.advance()
+
+    def advance(self) -> None:
+        """Ask about the newest frame, if a reader waits for it and it may be asked about now."""
+        if self._latest is None or self._group is None or not self._readers or self._pause:
+            return
+        if len(self.under_way) + len(self._done) >= self._in_flight:
+            if not (self._supersede and self.under_way):
+                return
+            self.under_way.pop(0).supersede()
+            self.skipped += 1
+        shot, self._latest = self._latest, None
+        self.under_way.append(shot)
+        self._group.start_soon(self._ask, shot)
+        self.changed()
+
+    async def _ask(self, shot: _Shot) -> None:
+        if shot.superseded:
+            return
+        try:
+            with anyio.CancelScope() as shot.scope:
+                shot.answer = await self._question.ask(shot.frame)
+        except (AuthenticationError, ClientClosedError) as fatal:
+            self._fail(fatal)  # no other frame would fare better
+        except MoondreamError as failure:
+            shot.error = failure
+        except Exception as bug:  # noqa: BLE001 - the reader is told, and not that all is well
+            self._fail(bug)
+        finally:
+            shot.scope = None
+            if shot in self.under_way:
+                self.under_way.remove(shot)
+        self._keep(shot)
+        self.advance()
+        self.changed()
+
+    def _keep(self, shot: _Shot) -> None:
+        """Keep what there is for the reader, unless it comes too late."""
+        if shot.superseded or self.closed:
+            _close_answer(shot)
+        elif shot.answer is not None or shot.error is not None:
+            self._take_note(shot.error)
+            if shot.index < self._given:
+                self._drop(shot)
+            else:
+                bisect.insort(self._done, shot, key=lambda each: each.index)
+
+    def _take_note(self, error: MoondreamError | None) -> None:
+        """Ask nothing for a while after a failure that is the server's, or the way's to it."""
+        if error is None:
+            self._failures = 0
+            return
+        _drop_frames(error)
+        if isinstance(error, RequestError):
+            return
+        retry_after = error.retry_after if isinstance(error, APIStatusError) else None
+        delay = backoff(self._failures, random.random(), retry_after)  # noqa: S311 - no secret
+        self._failures += 1
+        if self._pause is not None:
+            self._pause.cancel()
+        loop = asyncio.get_running_loop()
+        longest = _LONGEST_PAUSE if retry_after is None else delay
+        self._pause = loop.call_later(min(delay, longest), self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
+        self.advance()
+
+    def _fail(self, error: BaseException) -> None:
+        """End all of it, and leave the error for the reader."""
+        if self._failure is None:
+            self._failure = error
+        if self._group is not None:
+            self._group.cancel_scope.cancel()
+
+    def _drop(self, shot: _Shot) -> None:
+        self.dropped += 1
+        _close_answer(shot)
+
+    def _dismiss_stream(self) -> None:
+        """Close the stream that was given last; a new frame or its reader has left it behind."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream._close()  # noqa: SLF001 - at once, from where nothing can be awaited
+
+    def changed(self) -> None:
+        """Wake whoever waits for something."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            if self._changed is None:
+                self._changed = anyio.Event()
+            await self._changed.wait()
+
+
+@contextlib.asynccontextmanager
+async def _reading(frames: Frames[Any]) -> AsyncIterator[AsyncIterator[Any]]:
+    """Read an iterable of either kind; it is the caller's, and not closed."""
+    if isinstance(frames, AsyncIterable):
+        yield aiter(frames)
+        return
+    following = BlockingFrames(frames)
+    try:
+        yield following
+    finally:
+        following.close()
+
+
+def _close_answer(shot: _Shot) -> None:
+    if isinstance(shot.answer, Stream):
+        shot.answer._close()  # noqa: SLF001 - at once, from where nothing can be awaited
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Let go of what the code was busy with, as the picture: results may be kept for long."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def check_frames(frames: Any) -> None:
+    """Refuse what is one picture and not many.
+
+    Raises:
+        RequestError: It can't be iterated over, or is a string, bytes, a mapping or an array.
+    """
+    shape = getattr(frames, "shape", (0, 0, 0, 0))
+    one = isinstance(frames, (str, bytes, bytearray, memoryview, dict)) or len(shape) < 4
+    if one or not isinstance(frames, (Iterable, AsyncIterable)):
+        raise RequestError(f"frames must be an iterable of pictures, not {frames!r:.100}")

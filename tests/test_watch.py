@@ -1,0 +1,584 @@
+"""Moving pictures: the newest frame wins, results keep their order, and nothing is left behind."""
+
+import asyncio
+import gc
+import itertools
+import queue
+import subprocess
+import sys
+import threading
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+import pytest
+
+import moondream_async as md
+from moondream_async.simulator import Simulator
+from moondream_async.watch import Frame, WatchResult
+
+
+def picture(number=0):
+    return np.full((8, 8 + number % 50, 3), (number * 7 % 256, 80, 20), np.uint8)
+
+
+class Camera:
+    """A source that gives a frame when the test says so; the test knows when it was taken."""
+
+    def __init__(self):
+        self._frames = asyncio.Queue()
+
+    async def show(self, *numbers):
+        """Give frames, and return when the watch has dealt with all of them."""
+        for number in numbers:
+            self._frames.put_nowait(Frame(picture(number), number / 30, number))
+            await self._frames.join()
+
+    def end(self):
+        self._frames.put_nowait(None)
+
+    async def __aiter__(self):
+        while True:
+            frame = await self._frames.get()
+            try:
+                if frame is None:
+                    return
+                yield frame  # comes back when the next is wanted
+            finally:
+                self._frames.task_done()
+
+
+class Reader:
+    """Reads a watch in a task of its own, as the loop of a program does."""
+
+    def __init__(self, watch):
+        self.results = []
+        self._watch = watch
+        self._task = asyncio.create_task(self._read())
+        self._more = asyncio.Event()
+
+    async def _read(self):
+        try:
+            async for each in self._watch:
+                self.results.append(each)
+                self._more.set()
+        finally:
+            self._more.set()
+
+    async def until(self, count):
+        """Wait for so many results; return their indices."""
+        while len(self.results) < count and not self._task.done():
+            self._more.clear()
+            await self._more.wait()
+        return [each.index for each in self.results]
+
+    async def end(self):
+        await self._task
+        return [each.index for each in self.results]
+
+
+def left():
+    """The tasks and threads of watches."""
+    tasks = [each for each in asyncio.all_tasks() if "moondream_async watch" in each.get_name()]
+    return tasks + [each for each in threading.enumerate() if each.name == "moondream_async frames"]
+
+
+async def nothing_left():
+    """Wait until nothing of a watch is left; the test's own time limit is the only one."""
+    while left():
+        await anyio.lowlevel.checkpoint()
+
+
+@pytest.fixture
+def camera():
+    return Camera()
+
+
+@pytest.fixture
+async def held(simulator):
+    """Answers that wait for the test, in the order in which they are asked for."""
+    return [simulator.script.caption(f"Frame {n}.", hold_after=0) for n in range(8)]
+
+
+async def asked(simulator, count):
+    await simulator.wait_until(
+        lambda: sum(r.held or r.ended.is_set() for r in simulator.requests) >= count
+    )
+
+
+# -- the newest frame ------------------------------------------------------------------
+
+
+async def test_the_newest_frame_is_asked_about_next(simulator, client, camera, held):
+    async with client.watch(camera, "caption") as watch:
+        reader = Reader(watch)
+        await camera.show(0)
+        await asked(simulator, 1)
+        await camera.show(*range(1, 10))
+        held[0].release()
+        await asked(simulator, 2)
+        held[1].release()
+        assert await reader.until(2) == [0, 9]
+        camera.end()
+        await reader.end()
+    first, second = reader.results
+    assert (first.skipped, second.skipped) == (0, 8)
+    assert (watch.frames, watch.skipped, watch.dropped) == (10, 8, 0)
+    assert second.frame.index == 9
+    assert second.result.caption == "Frame 1."
+    assert len(simulator.requests) == 2
+    assert simulator.requests[1].images == [(await client.encode_image(picture(9))).data]
+
+
+async def test_every_result_tells_its_frame_and_its_age(client, camera):
+    async with client.watch(camera) as watch:
+        reader = Reader(watch)
+        for number in range(3):
+            await camera.show(number)
+            await reader.until(number + 1)
+        camera.end()
+        await reader.end()
+    assert all(isinstance(each, WatchResult) and each.ok for each in reader.results)
+    assert [each.frame.index for each in reader.results] == [0, 1, 2]
+    assert all(0 < each.age < 60 for each in reader.results)
+    taken = [each.taken_at for each in reader.results]
+    assert taken == sorted(taken)
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "asynchronous"])
+async def test_the_last_frame_is_always_asked_about(client, kind):
+    async def later():
+        for number in range(50):
+            yield picture(number)
+
+    frames = {
+        "list": lambda: [picture(number) for number in range(50)],
+        "generator": lambda: (picture(number) for number in range(50)),
+        "asynchronous": later,
+    }[kind]()
+    results = [each async for each in client.watch(frames)]
+    indices = [each.index for each in results]
+    assert indices == sorted(set(indices))
+    assert (indices[0], indices[-1]) == (0, 49)
+    assert sum(each.skipped + 1 for each in results) == 50
+
+
+async def test_frames_that_are_superseded_are_never_encoded(simulator, client, camera, held):
+    looked_at = []
+
+    class Picture:
+        """An array that tells when it is looked at."""
+
+        def __init__(self, number):
+            self.number = number
+
+        @property
+        def __array_interface__(self):
+            looked_at.append(self.number)
+            return picture(self.number).__array_interface__
+
+        def __getitem__(self, rows):
+            return picture(self.number)[rows]
+
+    async with client.watch(Picture(number) async for number in counted(camera, 6)) as watch:
+        reader = Reader(watch)
+        await camera.show(0)
+        await asked(simulator, 1)
+        await camera.show(*range(1, 6))
+        held[0].release()
+        await asked(simulator, 2)
+        held[1].release()
+        assert await reader.until(2) == [0, 5]
+    assert set(looked_at) == {0, 5}
+
+
+async def counted(camera, count):
+    async for each in camera:
+        yield each.index
+
+
+async def test_nothing_is_asked_while_nobody_reads(simulator, client, camera):
+    async with client.watch(camera, in_flight=2) as watch:
+        await anyio.wait_all_tasks_blocked()
+        assert watch.frames == 0
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        await reading
+        await camera.show(1, 2, 3)
+        await anyio.wait_all_tasks_blocked()
+        assert len(simulator.requests) == 1
+        assert (await anext(watch)).index == 3
+        assert len(simulator.requests) == 2
+
+
+# -- several at once --------------------------------------------------------------------
+
+
+async def test_results_come_in_order_and_those_that_come_too_late_are_dropped(
+    simulator, client, camera, held
+):
+    async with client.watch(camera, in_flight=3) as watch:
+        reader = Reader(watch)
+        for number in range(3):
+            await camera.show(number)
+            await asked(simulator, number + 1)
+        assert watch.in_flight == 3
+        held[1].release()
+        await reader.until(1)
+        held[0].release()
+        await simulator.wait_until(simulator.requests[0].ended.is_set)
+        held[2].release()
+        assert await reader.until(2) == [1, 2]
+        camera.end()
+        await reader.end()
+    assert [each.skipped for each in reader.results] == [1, 0]
+    assert (watch.skipped, watch.dropped) == (0, 1)
+
+
+async def test_an_answer_that_is_too_old_is_dropped(simulator, client, camera, held):
+    async with client.watch(camera, max_age=1e-6) as watch:
+        reader = Reader(watch)
+        await camera.show(0)
+        held[0].release()
+        await camera.show(1)
+        held[1].release()
+        camera.end()
+        assert await reader.end() == []
+    assert watch.dropped + watch.skipped == 2
+
+
+async def test_a_new_frame_cancels_the_oldest_with_supersede(simulator, client, camera, held):
+    async with client.watch(camera, supersede=True) as watch:
+        reader = Reader(watch)
+        await camera.show(0)
+        await asked(simulator, 1)
+        await camera.show(1)
+        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+        await asked(simulator, 2)
+        held[1].release()
+        assert await reader.until(1) == [1]
+        camera.end()
+        await reader.end()
+    assert (watch.skipped, watch.dropped) == (1, 0)
+
+
+# -- streams ------------------------------------------------------------------------------
+
+
+async def test_each_result_may_be_a_stream(client, camera):
+    texts = []
+    async with client.watch(camera, "caption", stream=True) as watch:
+        for number in range(3):
+            reading = asyncio.create_task(anext(watch))
+            await camera.show(number)
+            each = await reading
+            assert isinstance(each.result, md.CaptionStream)
+            texts.append("".join([piece async for piece in each.result.chunk]))
+            assert each.result.completed
+    assert texts == [(await client.caption(picture(number))).caption for number in range(3)]
+
+
+async def test_the_next_result_closes_a_stream_that_was_left(simulator, client, camera):
+    simulator.script.caption(["A", " red", " cat"], hold_after=1)
+    async with client.watch(camera, stream=True) as watch:
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        first = await reading
+        assert await anext(first.result) == "A"
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(1)
+        second = await reading
+        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+        assert [piece async for piece in second.result]
+
+
+@pytest.mark.parametrize("skill", ["detect", "point"])
+async def test_skills_without_streams_refuse_one(client, camera, skill):
+    with pytest.raises(md.RequestError, match="stream"):
+        client.watch(camera, skill, object="cat", stream=True)
+
+
+# -- frames that block ----------------------------------------------------------------------
+
+
+class BlockingCamera:
+    """The same, for a program without an event loop: its reader blocks."""
+
+    def __init__(self):
+        self.frames = queue.Queue()
+        self.threads = set()
+
+    def __iter__(self):
+        while True:
+            self.threads.add(threading.current_thread())
+            frame = self.frames.get()
+            if frame is None:
+                return
+            yield frame
+
+
+async def test_frames_that_block_are_read_in_a_thread_of_their_own(client):
+    camera = BlockingCamera()
+    async with client.watch(camera) as watch:
+        reader = Reader(watch)
+        for number in range(3):
+            camera.frames.put(picture(number))
+            await reader.until(number + 1)
+        camera.frames.put(None)
+        await reader.end()
+    assert [each.skipped for each in reader.results] == [0, 0, 0]
+    assert camera.threads.isdisjoint({threading.current_thread()})
+    assert left() == []
+
+
+async def test_leaving_does_not_wait_for_an_iterator_that_blocks(client):
+    camera = BlockingCamera()
+    async with client.watch(camera) as watch:
+        camera.frames.put(picture())
+        await anext(watch)
+        (thread,) = camera.threads
+    assert thread.is_alive()  # in the iterator
+    camera.frames.put(picture())
+    await asyncio.to_thread(thread.join)
+
+
+def test_an_iterator_that_blocks_does_not_hold_up_the_end_of_the_interpreter():
+    program = """
+import asyncio, threading, moondream_async as md
+from moondream_async.simulator import SAMPLE_IMAGE, Simulator
+
+def frames():
+    yield SAMPLE_IMAGE
+    threading.Event().wait()
+
+async def main():
+    async with Simulator() as server, md.MoondreamClient(endpoint=server.endpoint) as client:
+        async for each in client.watch(frames()):
+            print(each.ok)
+            break
+
+asyncio.run(main())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=False, text=True, timeout=60
+    )
+    assert (run.stdout, run.returncode) == ("True\n", 0), run.stderr
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "asynchronous"])
+async def test_an_iterable_that_is_always_ready_is_no_busy_loop(simulator, client, held, kind):
+    taken = itertools.count()
+
+    async def later():
+        for number in taken:
+            yield picture(number)
+
+    ordinary = (picture(number) for number in taken)
+    async with client.watch(later() if kind == "asynchronous" else ordinary) as watch:
+        reader = Reader(watch)
+        await asked(simulator, 1)
+        turns, before = 0, watch.frames
+        while watch.frames < before + 5:
+            await asyncio.sleep(0)
+            turns += 1
+        assert turns > 50  # the loop had time for others between two frames
+        held[0].release()
+        await reader.until(1)
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+async def test_a_failure_is_a_result_and_the_next_frame_is_asked_about(simulator, client, camera):
+    simulator.script.caption(fault="status=503,retry_after=0")
+    async with client.watch(camera) as watch:
+        reader = Reader(watch)
+        await camera.show(0)
+        await reader.until(1)
+        await camera.show(1)
+        await reader.until(2)
+        camera.end()
+        await reader.end()
+    failed, good = reader.results
+    assert isinstance(failed.error, md.ServerError)
+    assert (failed.ok, failed.result, failed.index) == (False, None, 0)
+    assert failed.error.__traceback__ is None
+    assert good.ok
+    assert len(simulator.requests) == 2  # a frame is not tried again
+
+
+async def test_after_a_failure_the_newest_frame_waits_for_the_pause(simulator, client, camera):
+    simulator.script.caption(fault="status=503,retry_after=0.05")
+    async with client.watch(camera) as watch:
+        reader = Reader(watch)
+        await camera.show(0)
+        await reader.until(1)
+        await camera.show(1, 2, 3)
+        camera.end()
+        assert await reader.end() == [0, 3]
+    assert simulator.requests[0].ended_at + 0.04 < simulator.requests[1].ended_at
+
+
+async def test_a_failure_may_end_the_watch(simulator, client, camera):
+    simulator.script.caption(fault="status=503")
+    async with client.watch(camera, on_error="raise") as watch:
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        with pytest.raises(md.ServerError):
+            await reading
+        with pytest.raises(StopAsyncIteration):
+            await anext(watch)
+
+
+async def test_a_frame_that_is_no_picture_is_a_result_with_its_error(simulator, client):
+    results = [each async for each in client.watch([b"no picture"])]
+    assert [type(each.error) for each in results] == [md.ImageError]
+    assert simulator.requests == []
+
+
+async def test_a_wrong_key_ends_the_watch(camera):
+    async with (
+        Simulator(api_key="right") as simulator,
+        md.MoondreamClient("wrong", endpoint=simulator.endpoint) as client,
+        client.watch(camera) as watch,
+    ):
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        with pytest.raises(md.AuthenticationError):
+            await reading
+        with pytest.raises(StopAsyncIteration):
+            await anext(watch)
+
+
+async def test_a_client_that_is_closed_ends_the_watch(simulator, client, camera, held):
+    async with client.watch(camera) as watch:
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        await asked(simulator, 1)
+        await client.aclose()
+        with pytest.raises(md.ClientClosedError):
+            await reading
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "asynchronous"])
+async def test_what_the_frames_raise_comes_after_the_results_before_it(client, kind):
+    def frames():
+        yield picture()
+        raise OSError("the camera is gone")
+
+    async def later():
+        for each in frames():
+            yield each
+
+    async with client.watch(frames() if kind == "ordinary" else later()) as watch:
+        assert (await anext(watch)).ok
+        with pytest.raises(OSError, match="the camera is gone"):
+            await anext(watch)
+
+
+@pytest.mark.parametrize(
+    ("frames", "skill", "arguments"),
+    [
+        ("photo.jpg", "caption", {}),
+        (b"a picture", "caption", {}),
+        (picture(), "caption", {}),
+        (7, "caption", {}),
+        ([], "chat", {}),
+        ([], "caption", {"length": "huge"}),
+        ([], "query", {}),
+        ([], "detect", {"object": " "}),
+        ([], "caption", {"question": "Why?"}),
+        ([], "caption", {"in_flight": 0}),
+        ([], "caption", {"max_age": 0}),
+        ([], "caption", {"max_age": float("nan")}),
+        ([], "caption", {"on_error": "ignore"}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+async def test_an_argument_that_cannot_be_right_is_refused_at_once(
+    simulator, client, frames, skill, arguments
+):
+    with pytest.raises(md.RequestError):
+        client.watch(frames, skill, **arguments)
+    assert simulator.requests == []
+
+
+# -- its end ------------------------------------------------------------------------------------
+
+
+async def test_leaving_ends_everything_at_once(simulator, client, camera, held):
+    async with client.watch(camera, in_flight=2) as watch:
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        await asked(simulator, 1)
+        await camera.show(1)
+        await asked(simulator, 2)
+    assert left() == []
+    await simulator.wait_until(lambda: simulator.connections.open == 0)
+    with pytest.raises(StopAsyncIteration):
+        await reading
+    await watch.aclose()
+
+
+async def test_a_break_ends_everything(simulator, client):
+    gc.disable()
+    try:
+        async for each in client.watch(picture(number) for number in itertools.count()):
+            assert each.ok
+            break
+        await nothing_left()
+    finally:
+        gc.enable()
+
+
+async def test_leaving_closes_the_stream_that_was_given(simulator, client, camera):
+    simulator.script.caption(["A", " red", " cat"], hold_after=1)
+    async with client.watch(camera, stream=True) as watch:
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        await anext((await reading).result)
+    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+
+
+async def test_cancelling_a_reader_inside_async_with_loses_nothing(simulator, client, camera, held):
+    async with client.watch(camera) as watch:
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        await asked(simulator, 1)
+        reading.cancel()
+        await asyncio.wait([reading])
+        held[0].release()
+        assert (await anext(watch)).index == 0
+
+
+async def test_cancelling_a_reader_outside_async_with_ends_the_watch(
+    simulator, client, camera, held
+):
+    watch = client.watch(camera)
+    reading = asyncio.create_task(anext(watch))
+    await camera.show(0)
+    await asked(simulator, 1)
+    reading.cancel()
+    await asyncio.wait([reading])
+    assert left() == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(watch)
+
+
+def test_a_watch_that_was_never_read_needs_no_end():
+    client = md.MoondreamClient(endpoint="http://127.0.0.1:9")
+    client.watch([])
+    asyncio.run(client.aclose())
+
+
+async def test_hooks_and_statistics_see_each_question(simulator, camera):
+    ends = []
+    hooks = md.Hooks(end=ends.append)
+    async with (
+        md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client,
+        client.watch([picture()], "detect", object="red") as watch,
+    ):
+        async for _ in watch:
+            pass
+        assert client.stats().requests == 1
+    assert [(each.skill, each.completed) for each in ends] == [("detect", True)]
