@@ -2,7 +2,7 @@
 
 from ._client import MoondreamClient, vl
 from ._stream.interruptible import interruptible
-from ._stream.stream import CaptionStream, ChatStream, QueryStream, SegmentStream
+from ._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
 from ._transport.fetch import fetch_image
 from ._version import __version__
 from .batch.records import Batch, BatchFailure, BatchOutput, BatchProgress, BatchResult, BatchUsage

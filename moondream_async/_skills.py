@@ -21,12 +21,7 @@ from ._protocol.requests import (
     segment_request,
 )
 from ._stream.call import AnyStream, StreamCall
-from ._stream.stream import (
-    CaptionStream,
-    ChatStream,
-    QueryStream,
-    SegmentStream,
-)
+from ._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
 from .errors import NotFoundError, ServerError
 from .results import (
     CaptionResult,

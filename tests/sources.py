@@ -9,7 +9,8 @@ from decoding import sse
 
 import moondream_async as md
 from moondream_async._protocol.events import decoder_for
-from moondream_async._stream.stream import CaptionStream, Opening
+from moondream_async._stream.kinds import CaptionStream
+from moondream_async._stream.opening import Opening
 
 HERON = [{"chunk": "A grey "}, {"chunk": "heron "}, {"chunk": "stands."}]
 DONE = {"completed": True, "request_id": "42", "finish_reason": "stop", "metrics": {"tokens": 3}}

@@ -83,9 +83,9 @@ async def test_stream_is_iterated_under_each_of_its_names(client, photo, skill):
     second = await anext(stream.chunk)
     third = await anext(stream["chunk"])
     fourth = await anext(stream[key])
-    rest = await stream.text()
-    result = await getattr(client, skill)(photo, *question)
-    assert first + second + third + fourth + rest == result[key]
+    text = await stream.text()
+    assert text.startswith(first + second + third + fourth)
+    assert text == (await getattr(client, skill)(photo, *question))[key]
 
 
 async def test_events_say_all_that_the_text_says(client, photo):
@@ -118,8 +118,7 @@ async def test_stream_may_be_asked_for_by_a_variable(client, photo):
 
 async def test_reading_on_after_the_end_gives_nothing(client, photo):
     stream = await client.caption(photo, stream=True)
-    assert await stream.text()
-    assert await stream.text() == ""
+    assert await stream.text() == await stream.text() != ""
     await stream.aclose()
     assert [piece async for piece in stream] == []
     assert stream.completed

@@ -147,9 +147,10 @@ async def test_official_client_outlines_the_same_object(official, picture, diale
 
         bbox, *deltas, final = await in_thread(stream)
         async with client.segment(same, "red circle", stream=True) as stream:
-            pieces = [piece async for piece in stream.chunk]
-        assert bbox == {"bbox": dict(stream.bbox)}
-        assert deltas == [{"chunk": piece} for piece in pieces]
+            updates = [update async for update in stream]
+        assert updates[0]["bbox"] == stream.bbox == md.Region(**bbox["bbox"])
+        assert updates[1:-1] == deltas
+        assert updates[-1] == final | {"bbox": stream.bbox}
         assert final == {"path": stream.path, "bbox": dict(stream.bbox), "completed": True}
 
 

@@ -32,14 +32,9 @@ import moondream_async as md
 from moondream_async._protocol.events import decoder_for
 from moondream_async._protocol.plain import Block
 from moondream_async._protocol.sse import SSEParser
-from moondream_async._stream.relay import HEARTBEAT, Chunks, EventStream
-from moondream_async._stream.stream import (
-    CaptionStream,
-    ChatStream,
-    Opening,
-    QueryStream,
-    SegmentStream,
-)
+from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
+from moondream_async._stream.opening import Opening
+from moondream_async._stream.relay import HEARTBEAT
 
 KEY = "key-0123456789"
 FINAL = md.FinalEvent(raw={})
@@ -216,6 +211,39 @@ async def test_heartbeats_that_can_not_be_are_refused_and_the_stream_stays_whole
         stream.sse(heartbeat=heartbeat)
 
     assert await stream.text() == TEXT
+
+
+@pytest.mark.parametrize("packets", ["whole", "event by event"])
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+async def test_an_answer_arrives_as_plain_text_in_bytes(answer, packets):
+    sent = [sse(*answer.sent)] if packets == "whole" else [sse(each) for each in answer.sent]
+    stream = opened(Source(*sent, END), answer.stream, answer.skill)
+    as_bytes = stream.chunk_bytes()
+
+    assert b"".join(await read_all(as_bytes)).decode() == text(answer.expected)
+    assert as_bytes.headers == {
+        "Content-Type": "text/plain; charset=utf-8",
+        "Cache-Control": "no-cache",
+        "X-Accel-Buffering": "no",
+    }
+
+
+async def test_plain_text_breaks_off_where_the_answer_does():
+    as_bytes = opened(Source(sse({"chunk": "Boîte "}), lost)).chunk_bytes()
+
+    assert await anext(as_bytes) == "Boîte ".encode()
+    with pytest.raises(md.StreamInterruptedError):
+        await anext(as_bytes)
+
+
+async def test_dropping_plain_text_closes_the_stream_at_once_without_a_word():
+    source = Source(sse(HERON[0]))
+    with no_cycles():
+        as_bytes = opened(source).chunk_bytes()
+        await anext(as_bytes)
+        del as_bytes
+
+        assert source.closed
 
 
 # -- what goes wrong ---------------------------------------------------------------------
@@ -444,6 +472,11 @@ async def test_dropping_it_closes_the_stream_at_once_without_a_word(make):
     assert asyncio.all_tasks() == before
 
 
+async def wait_for_more(pieces):
+    async for _ in pieces:
+        pass
+
+
 @pytest.mark.parametrize("heartbeat", [15.0, None], ids=["heartbeats", "none"])
 @pytest.mark.parametrize("make", OPEN.values(), ids=OPEN)
 async def test_cancelling_who_waits_closes_the_stream_at_once(make, heartbeat):
@@ -511,102 +544,10 @@ async def test_an_answer_that_was_passed_on_gives_its_connection_back():
     assert (source.finished, source.closed) == (True, True)
 
 
-# -- readers that are let go of ----------------------------------------------------------
-
-
-def as_text(stream):
-    return stream.chunk
-
-
-def as_events(stream):
-    return stream.sse()
-
-
-async def wait_for_more(pieces):
-    async for _ in pieces:
-        pass
-
-
-async def write_for_ever(pieces):
-    async for _ in pieces:
-        await asyncio.Event().wait()
-
-
-@pytest.fixture(params=[as_text, as_events])
-def pass_on(request):
-    return request.param
-
-
-@pytest.mark.parametrize("read", [wait_for_more, write_for_ever])
-async def test_a_cancelled_reader_closes_the_stream_though_its_exception_is_kept(pass_on, read):
-    """As it is by anyio's task groups, and so are the frames that it went through."""
-    source = Source(sse(HERON[0]))
-    with no_cycles():
-        pieces = pass_on(opened(source))
-        reader = asyncio.create_task(read(pieces))
-        await until_idle()
-
-        reader.cancel()
-        with pytest.raises(asyncio.CancelledError) as kept:
-            await reader
-
-        await until_idle()
-        assert source.closed
-        assert kept.value.__traceback__ is not None
-    assert isinstance(pieces, (Chunks, EventStream))
-
-
-@pytest.mark.parametrize("read", [wait_for_more, write_for_ever])
-async def test_who_holds_the_stream_reads_on_after_a_cancelled_reader_of_its_text(read):
-    source = Source(sse(HERON[0]))
-    stream = opened(source)
-    pieces = stream.chunk
-    reader = asyncio.create_task(read(pieces))
-    await until_idle()
-    reader.cancel()
-    await asyncio.wait([reader])
-    source.send(sse(*HERON[1:], DONE))
-
-    assert await anext(pieces) == "heron "
-    assert await stream.text() == "stands."
-
-
-async def test_text_whose_stream_was_closed_for_its_reader_says_so():
-    pieces = opened(Source()).chunk
-    reader = asyncio.create_task(wait_for_more(pieces))
-    await until_idle()
-    reader.cancel()
-    await asyncio.wait([reader])
-
-    with pytest.raises(md.ClientClosedError, match="cancelled"):
-        await anext(pieces)
-    await pieces.aclose()
-
-
-async def test_a_reader_that_ends_leaves_the_stream_to_the_next(pass_on):
-    source = Source(sse(HERON[0]))
-    pieces = pass_on(opened(source))
-    await asyncio.create_task(anext(pieces))
-    await until_idle()
-
-    assert not source.closed
-    source.send(sse(*HERON[1:], DONE))
-    await asyncio.create_task(wait_for_more(pieces))
-    assert source.finished
-
-
-async def test_a_task_that_reads_many_streams_is_not_reminded_of_each(pass_on):
-    task = asyncio.current_task()
-    before = [*(task._callbacks or ())]
-    for _ in range(3):
-        await wait_for_more(pass_on(opened(Source(sse(*HERON, DONE)))))
-
-    assert [*(task._callbacks or ())] == before
-
-
+@pytest.mark.parametrize("pass_on", ["sse", "chunk_bytes"])
 async def test_it_can_be_closed_from_another_thread(pass_on):
     source = Source(sse(HERON[0]))
-    pieces = pass_on(opened(source))
+    pieces = getattr(opened(source), pass_on)()
     await anext(pieces)
 
     thread = threading.Thread(target=pieces.close)
@@ -614,14 +555,3 @@ async def test_it_can_be_closed_from_another_thread(pass_on):
     thread.join()
 
     assert source.closed
-
-
-async def test_closing_text_closes_its_stream():
-    source = Source(sse(HERON[0]))
-    stream = opened(source)
-
-    await stream.chunk.aclose()
-
-    assert source.closed
-    with pytest.raises(md.ClientClosedError):
-        await stream.text()

@@ -54,7 +54,7 @@ async def test_coroutine_has_the_same_server(moondream_simulator):
         assert await anext(stream.chunk) == "A red"
         await moondream_simulator.until(lambda: moondream_simulator.requests[0].held)
         answer.release()
-        assert await stream.text() == " circle."
+        assert await stream.text() == "A red circle."
     await moondream_simulator.until(lambda: moondream_simulator.connections.open == 0)
 
 

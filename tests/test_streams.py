@@ -4,9 +4,7 @@ No sockets: a `Source` is told what arrives, and when. Time is the tests' own.
 """
 
 import asyncio
-import contextlib
 
-import anyio
 import pytest
 from decoding import CUTS, STOP, chat, cuts, sse
 from own_clock import OwnClock
@@ -28,13 +26,8 @@ from sources import (
 import moondream_async as md
 from moondream_async._protocol.events import decoder_for
 from moondream_async._stream.call import StreamCall
-from moondream_async._stream.stream import (
-    CaptionStream,
-    ChatStream,
-    Opening,
-    QueryStream,
-    SegmentStream,
-)
+from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
+from moondream_async._stream.opening import Opening
 
 
 @pytest.fixture
@@ -136,13 +129,14 @@ async def test_there_are_no_other_keys(key):
     assert caught.value.args == (key,)
 
 
-async def test_text_is_the_rest_and_text_so_far_all():
+@pytest.mark.parametrize("read", range(4))
+async def test_text_is_all_of_the_text_what_was_handed_out_included(read):
     stream = answered(*HERON, DONE)
-    await anext(stream)
+    for _ in range(read):
+        await anext(stream.events)
 
-    assert await stream.text() == "heron stands."
-    assert stream.text_so_far == TEXT
-    assert await stream.text() == ""
+    assert await stream.text() == stream.text_so_far == TEXT
+    assert await stream.text() == TEXT
 
 
 async def test_empty_pieces_are_not_handed_out():
@@ -191,7 +185,7 @@ async def test_what_is_known_is_there_as_soon_as_it_has_arrived():
     assert (stream.request_id, stream.completed) == ("42", False)
 
     source.send(sse({**DONE, "reasoning": "Look."}), END)
-    assert await stream.text() == ""
+    assert await stream.text() == "A grey "
     assert (stream.finish_reason, stream.metrics, stream.completed) == ("stop", {"tokens": 3}, True)
     assert stream.reasoning == md.Reasoning("Look.")
     for key in ("request_id", "finish_reason", "metrics", "reasoning", "usage"):
@@ -204,12 +198,12 @@ async def test_segment_says_where_before_it_says_what():
     source = Source(sse({"type": "bbox", "bbox": box}, {"type": "path_delta", "chunk": "M 0 0 Z"}))
     stream = opened(source, SegmentStream, "segment")
 
-    assert await anext(stream) == "M 0 0 Z"
+    assert await anext(stream.chunk) == "M 0 0 Z"
     assert stream.bbox == stream["bbox"] == md.Region(**box)
     assert stream.path is None
 
     source.send(sse(final), END)
-    assert await stream.text() == ""
+    assert await stream.text() == "M 0 0 Z"
     assert stream.path == stream["path"] == "M 1 1 Z"
     assert stream.parse_error == stream["parse_error"] == "odd"
 
@@ -384,158 +378,6 @@ async def test_readers_may_take_turns():
 
     assert "".join(await asyncio.gather(*tasks)) == TEXT
     await stream.aclose()
-
-
-# -- closing -------------------------------------------------------------------------------
-
-
-async def test_an_unfinished_stream_drops_its_connection_when_it_is_closed():
-    source = Source(sse(HERON[0]))
-    stream = opened(source)
-    await anext(stream)
-
-    await stream.aclose()
-    await stream.aclose()
-
-    assert (source.closed, source.finished) == (True, False)
-
-
-async def test_a_finished_stream_gives_its_connection_back_when_it_is_closed():
-    source = Source(sse(*HERON, DONE))
-    stream = opened(source)
-    await anext(stream)
-
-    await stream.aclose()
-
-    assert (source.closed, source.finished) == (True, True)
-
-
-async def leave_by_end(stream):
-    async with stream:
-        pass
-
-
-async def leave_by_break(stream):
-    async with stream:
-        async for _ in stream:
-            break
-
-
-async def leave_by_error(stream):
-    with contextlib.suppress(ZeroDivisionError):
-        async with stream:
-            1 / 0  # noqa: B018 - raises
-
-
-async def leave_by_cancelling(stream):
-    with anyio.CancelScope() as scope:
-        async with stream:
-            scope.cancel()
-            await anyio.sleep_forever()
-
-
-@pytest.mark.parametrize(
-    "leave", [leave_by_end, leave_by_break, leave_by_error, leave_by_cancelling]
-)
-async def test_leaving_the_block_closes_the_stream(leave):
-    source = Source(sse(HERON[0]))
-
-    await leave(opened(source))
-
-    assert (source.closed, source.finished) == (True, False)
-
-
-@pytest.mark.parametrize("packets", [[sse(*HERON)], [sse(*HERON, DONE)]], ids=["open", "complete"])
-async def test_a_closed_stream_does_not_pass_for_one_that_was_read(packets):
-    stream = opened(Source(*packets))
-    await anext(stream)
-
-    await stream.aclose()
-    await stream.aclose()
-
-    for reader in (stream, stream.events):
-        with pytest.raises(md.ClientClosedError):
-            await anext(reader)
-    with pytest.raises(md.ClientClosedError):
-        await stream.text()
-    assert stream.text_so_far == "A grey "
-
-
-async def test_a_stream_closed_after_its_last_piece_is_at_its_end():
-    stream = opened(Source(sse(*HERON, DONE)))
-    for _ in HERON:
-        await anext(stream)
-
-    await stream.aclose()
-
-    assert await read_all(stream) == []
-
-
-async def test_closing_wakes_who_waits():
-    source = Source(sse(HERON[0]))
-    stream = opened(source)
-    reader = asyncio.create_task(stream.text())
-    await until_idle()
-
-    await stream.aclose()
-
-    with pytest.raises(md.ClientClosedError, match="closed while it was read"):
-        await reader
-    assert source.closed
-    assert stream.text_so_far == "A grey "
-
-
-async def test_closing_a_complete_stream_can_be_cancelled_and_closes_all_the_same():
-    class Slow(Source):
-        async def finish(self):
-            await anyio.sleep_forever()
-
-    source = Slow(sse(*HERON, DONE))
-    stream = opened(source)
-    await anext(stream)
-    with anyio.move_on_after(5):
-        await stream.aclose()
-
-    assert source.closed
-
-
-# -- cancelling ----------------------------------------------------------------------------
-
-
-async def test_cancelling_a_reader_that_waits_loses_nothing():
-    source = Source()
-    stream = opened(source)
-    got = []
-    for packet in (b'data: {"chu', b'nk": "A grey "}\n', b"\n" + sse(*HERON[1:], DONE)):
-        reader = asyncio.create_task(anext(stream))
-        await until_idle()
-        reader.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reader
-        source.send(packet)
-        with anyio.move_on_after(1):
-            got.append(await anext(stream))
-
-    assert "".join([*got, await stream.text()]) == TEXT
-
-
-@pytest.mark.parametrize("size", [1, 5, 30])
-async def test_a_reader_cancelled_again_and_again_gets_everything_once(size):
-    whole = sse(*HERON, DONE)
-    script = []
-    for start in range(0, len(whole), size):
-        script += [0.3, whole[start : start + size]]
-    stream = opened(Source(*script, END), timeout=md.Timeout(first_event=None, idle=None))
-
-    got = []
-    done = False
-    while not done:
-        with anyio.move_on_after(1):
-            async for piece in stream:
-                got += [piece]
-            done = True
-
-    assert "".join(got) == stream.text_so_far == TEXT
 
 
 # -- a call with stream=True ---------------------------------------------------------------

@@ -3,7 +3,6 @@
 import asyncio
 from collections import deque
 
-import anyio
 import pytest
 from decoding import sse
 from own_clock import OwnClock
@@ -22,9 +21,7 @@ from sources import (
 
 import moondream_async as md
 from moondream_async._protocol.events import decoder_for
-from moondream_async._stream.stream import (
-    Opening,
-)
+from moondream_async._stream.opening import Opening
 
 
 @pytest.fixture
@@ -212,27 +209,18 @@ async def test_a_try_that_succeeds_as_the_stream_is_closed_is_closed_too():
     assert late.source.closed
 
 
-async def test_a_reader_cancelled_during_a_try_can_read_on():
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+async def test_a_stream_that_is_left_during_a_try_is_not_asked_for_again(how):
     reopen = Waiting(opening(sse(*HERON, DONE)))
     stream = opened(Source(END), reopen=reopen)
-    with anyio.move_on_after(5):
-        await stream.text()
+    reader = asyncio.create_task(stream.text())
+    await until_idle()
 
+    await stream.aclose() if how == "closed" else reader.cancel()
+
+    with pytest.raises(md.ClientClosedError if how == "closed" else asyncio.CancelledError):
+        await reader
     reopen.go.set()
-
-    assert await stream.text() == TEXT
-    assert reopen.tried == 2
-
-
-async def test_a_closed_stream_is_not_asked_for_again():
-    reopen = Waiting(opening(sse(*HERON, DONE)))
-    stream = opened(Source(END), reopen=reopen)
-    with anyio.move_on_after(5):
-        await stream.text()
-
-    await stream.aclose()
-
-    reopen.go.set()
-    with pytest.raises(md.MoondreamError):
+    with pytest.raises(md.ClientClosedError, match=how):
         await stream.text()
     assert reopen.tried == 1

@@ -35,7 +35,7 @@ from moondream_async._protocol.answers import (
 from moondream_async._protocol.events import decoder_for
 from moondream_async._protocol.secret import Secret, conceal, redact
 from moondream_async._stream.clock import running_loop
-from moondream_async._stream.stream import Opening
+from moondream_async._stream.opening import Opening
 from moondream_async._transport.bodies import Body
 from moondream_async._transport.pools import Pool, Transport
 from moondream_async._transport.uploads import size_on_wire
@@ -415,12 +415,14 @@ class Call:
         try:
             if await self._is_json(body):
                 events = self._decoded(decoder.body, await body.read())
-                return Opening(decoder, events=events, sent_at=deadline.sent_at)
+                return Opening(
+                    decoder, events=events, sent_at=deadline.sent_at, headers=body.headers
+                )
         except BaseException:
             body.close()
             raise
         waited = pool.loop.time() - deadline.sent_at
-        return Opening(decoder, body, sent_at=deadline.sent_at, waited=waited)
+        return Opening(decoder, body, sent_at=deadline.sent_at, waited=waited, headers=body.headers)
 
     async def _is_json(self, body: Body) -> bool:
         """Tell JSON from events, where the server has said which, or else by the first byte.

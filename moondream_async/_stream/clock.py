@@ -1,4 +1,4 @@
-"""The clock of a stream: how long its readers have waited for the server."""
+"""Deadlines that cost little to put off, and the one of a stream's reader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,65 @@ from moondream_async.types import Timeout
 if TYPE_CHECKING:
     import asyncio
 
-_NEVER = float("inf")
+NEVER = float("inf")
+
+_ROUNDS = 4
+"""Rounds of the loop between the deadline and its expiring.
+
+A loop that was held up, or whose process was stopped, finds the time over and the bytes that
+came meanwhile at once. One round reads them from the socket and one more gives them to whoever
+waits; asyncio, after a stop, and uvloop look at the timers first and at the sockets after.
+"""
+
+
+class Deadline:
+    """A point in time that may be moved with every event: there is one timer at most.
+
+    The timer is set anew only for an earlier time. When it goes off too early, it is set for
+    the rest. A subclass says in `expired` what happens then.
+    """
+
+    __slots__ = ("_at", "_loop", "_rings_at", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._at = NEVER
+        self._timer: asyncio.Handle | None = None
+        self._rings_at = NEVER  # the timer; not all loops' timers tell it, as qasync's do not
+
+    def expired(self) -> None:
+        """The time has come, and the deadline was not moved; called once for that time."""
+        raise NotImplementedError
+
+    def move(self, at: float) -> None:
+        """Set the deadline, by the loop's clock; `NEVER` is none."""
+        self._at = at
+        if at < self._rings_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(at, self._ring)
+            self._rings_at = at
+
+    def cancel(self) -> None:
+        """Watch no more."""
+        self._at = NEVER
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None  # whose method leads back here
+            self._rings_at = NEVER
+
+    def _ring(self, rounds: int = _ROUNDS) -> None:
+        self._timer = None
+        self._rings_at = NEVER
+        if self._loop.time() < self._at:
+            if self._at < NEVER:
+                self.move(self._at)
+        elif rounds:
+            self._timer = self._loop.call_soon(partial(self._ring, rounds - 1))
+            self._rings_at = 0.0  # move() sets no other timer before that
+        else:
+            self._at = NEVER
+            self.expired()
 
 
 class Closable(Protocol):
@@ -21,92 +79,46 @@ class Closable(Protocol):
         """Wake whoever waits for it, with an error."""
 
 
-class Clock:
+class Clock(Deadline):
     """Watches one source: closes it when it has kept a reader waiting for too long.
 
-    The time counts only while somebody waits, and adds up until an event comes;
-    bytes that complete no event change nothing. There is one timer at most, and
-    it is not moved with every event: when it goes off too early, it is set anew.
+    The time counts only while somebody waits. Bytes that complete no event change nothing.
     """
 
-    __slots__ = (
-        "_deadline",
-        "_idle",
-        "_limit",
-        "_loop",
-        "_phase",
-        "_rings_at",
-        "_source",
-        "_started",
-        "_timer",
-        "_total_at",
-        "_waited",
-        "expired",
-    )
+    __slots__ = ("_idle", "_limit", "_phase", "_runs", "_source", "_total_at", "expired_phase")
 
     def __init__(
         self, source: Closable, timeout: Timeout, total_at: float | None, waited: float
     ) -> None:
-        self.expired: Phase | None = None
+        super().__init__(running_loop())
+        self.expired_phase: Phase | None = None
         """The limit that ran out."""
         self._source = source
-        self._loop = running_loop()
         self._phase: Phase = "first_event"
-        self._limit = _NEVER if timeout.first_event is None else timeout.first_event
-        self._idle = _NEVER if timeout.idle is None else timeout.idle
-        self._total_at = _NEVER if total_at is None else total_at
-        self._waited = waited
-        self._started = 0.0
-        self._deadline = _NEVER  # while nobody waits
-        self._timer: asyncio.Handle | None = None
-        self._rings_at = _NEVER  # the timer; not all loops' timers tell it, as qasync's do not
+        self._limit = NEVER if timeout.first_event is None else timeout.first_event - waited
+        self._idle = NEVER if timeout.idle is None else timeout.idle
+        self._total_at = NEVER if total_at is None else total_at
+        self._runs: Phase = "total"
 
     def start(self) -> None:
-        """Somebody begins to wait."""
-        self._started = now = self._loop.time()
-        self._deadline = min(now + self._limit - self._waited, self._total_at)
-        if self._deadline < self._rings_at:
-            self._set(self._deadline)
+        """Somebody begins to wait for the next event."""
+        at = self._loop.time() + self._limit
+        self._runs = self._phase
+        if at >= self._total_at:
+            self._runs = "total"
+            at = self._total_at
+        self.move(at)
 
-    def stop(self, *, progress: bool) -> None:
-        """The wait is over, with an event or without."""
-        self._deadline = _NEVER
-        if progress:
-            self._waited = 0.0
-            if self._phase != "idle":
-                self._phase = "idle"
-                self._limit = self._idle
-        else:
-            self._waited += self._loop.time() - self._started
+    def stop(self) -> None:
+        """The next event is there; the ones that follow are waited for less long."""
+        self._at = NEVER
+        self._phase = "idle"
+        self._limit = self._idle
 
-    def cancel(self) -> None:
-        """Watch no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._rings_at = _NEVER
-
-    def _set(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._ring)
-        self._rings_at = when
-
-    def _ring(self, *, again: bool = False) -> None:
-        self._timer = None
-        self._rings_at = _NEVER
-        if self._deadline == _NEVER:
-            return
-        if self._loop.time() < self._deadline:
-            self._set(self._deadline)
-        elif not again:
-            # When the loop has been held up, what arrived meanwhile reaches the reader in
-            # this very round. At 0: start() sets no other timer before that.
-            self._timer = self._loop.call_at(0, partial(self._ring, again=True))
-            self._rings_at = 0
-        else:
-            self.expired = "total" if self._deadline == self._total_at else self._phase
-            self._source.close()
+    def expired(self) -> None:
+        """Close the source, so that who waits for it is woken."""
+        self.expired_phase = self._runs
+        self._source.close()
 
 
 def running_loop() -> asyncio.AbstractEventLoop:

@@ -1,11 +1,11 @@
-"""A stream passed on: the iterators over it that a web server sends to a browser from.
+"""A stream passed on to a browser or a proxy, as bytes: what a web server sends from.
 
 Web frameworks differ in how they let go of what they iterate over when the browser has
 gone. Some close it; some cancel the task that reads, be it waiting for more or writing to a
 browser that reads slowly; and some of those leave it to the garbage collector, since an
-exception keeps the frames of that task, and they what was read. So a reader's task is
-watched: when it ends by being cancelled, `Chunks` drops the stream, which is closed unless
-somebody else holds it, and `EventStream` closes it.
+exception keeps the frames of that task, and the frames keep the stream. Closing and
+cancelling close the stream at once (`owner`). Dropping closes it, too, and without a
+warning: there is nothing that the program could have done better.
 
 For `EventStream`, each block of the stream's events that has arrived becomes one piece of
 bytes, so that fast answers take few writes. When there is none, the next is waited for, and
@@ -21,25 +21,24 @@ slow browser but that. Without heartbeats there is no task.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self
 
 import msgspec
 
 from moondream_async._protocol.plain import Block
-from moondream_async.errors import ClientClosedError, MoondreamError, RequestError
+from moondream_async.errors import MoondreamError, RequestError
 from moondream_async.results import BboxEvent, ReasoningEvent, StreamEvent
+
+from .owner import Owner, end_loop
 
 if TYPE_CHECKING:
     from asyncio import Task
-    from typing import Self
 
 HEARTBEAT = b":\n\n"
 """A comment: readers of events overlook it, and proxies see that the line is in use."""
 
 _HEADERS = {
-    "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx, and others after it, would hold back what is short
 }
@@ -61,9 +60,6 @@ _FAULT_FIELDS = ("status", "phase")
 class Answer(Protocol):
     """What of a stream is used here."""
 
-    _forsaken: bool
-    _ready: Iterator[str]
-
     @property
     def completed(self) -> bool:
         """Whether all of it has arrived."""
@@ -71,138 +67,93 @@ class Answer(Protocol):
     async def aclose(self) -> None:
         """Give its connection back, or drop it if there is more to come."""
 
-    async def _fill(self) -> None: ...
+    _owner: Owner | None
+
+    def _belong_to_reader(self) -> None: ...
+
+    async def _pull(self) -> None: ...
 
     def _rest(self) -> Block: ...
 
     def _close(self) -> None: ...
 
-
-class _Watch:
-    """An eye on the task that reads: closes what is read when that was cancelled.
-
-    It keeps neither of them alive.
-    """
-
-    __slots__ = ("_current_task", "_task", "_what")
-
-    def __init__(self, what: Chunks | EventStream) -> None:
-        from asyncio import current_task  # noqa: PLC0415 - importing the package stays light
-
-        self._current_task = current_task
-        self._what = weakref.ref(what)
-        self._task: Callable[[], Task[Any] | None] = _nobody
-
-    def look(self) -> None:
-        """Look at the task that runs now."""
-        task = self._current_task()
-        if task is not self._task() and task is not None:
-            self.end()
-            self._task = weakref.ref(task)
-            task.add_done_callback(self)
-
-    def __call__(self, task: Task[Any]) -> None:
-        what = self._what()
-        if what is not None and task.cancelled():
-            what.close()
-
-    def end(self) -> None:
-        """Look no more: a task may live long, and read many streams."""
-        task = self._task()
-        if task is not None:
-            task.remove_done_callback(self)
+    def _close_for_cancelled(self) -> None: ...
 
 
-def _nobody() -> None:
-    return None
+class Relay(AsyncIterator[bytes]):
+    """A stream in bytes, with the headers of the answer that carries it.
 
-
-class Chunks(AsyncIterator[str]):
-    """The pieces of a stream's text. It keeps the stream alive, until its reader is cancelled."""
-
-    __slots__ = ("__weakref__", "_lost", "_stream", "_watch")
-
-    def __init__(self, stream: Answer) -> None:
-        self._lost: weakref.ref[Answer] | None = None
-        self._watch: _Watch | None = None
-        self._stream: Answer | None = stream
-
-    async def __anext__(self) -> str:
-        """Return the next piece of text.
-
-        Cancelling it drops the stream. Who holds the stream can read on, here as well.
-
-        Raises:
-            ClientClosedError: Nobody did.
-        """
-        stream = self._stream or self._found()
-        watch = self._watch
-        if watch is None:
-            self._watch = watch = _Watch(self)
-            watch.look()
-        try:
-            while True:
-                for chunk in stream._ready:  # noqa: SLF001 - a part of the stream
-                    if chunk:
-                        return chunk
-                watch.look()
-                await stream._fill()  # noqa: SLF001 - a part of the stream
-        except Exception:
-            raise
-        except BaseException as error:
-            # The frames below hold the stream, and whoever keeps the exception holds them.
-            error.__traceback__ = None
-            del stream
-            self.close()
-            raise error  # noqa: TRY201 - a bare one, on 3.10, brings the frames back
-
-    async def aclose(self) -> None:
-        """Close the stream, as its own does."""
-        stream = self._stream
-        if stream is not None:
-            await stream.aclose()
-
-    def close(self) -> None:
-        """Drop the stream; it is closed unless somebody else holds it. From any thread.
-
-        Django calls it at the end of a request.
-        """
-        stream = self._stream
-        if stream is not None:
-            stream._forsaken = True  # noqa: SLF001 - a part of the stream
-            self._lost = weakref.ref(stream)
-            self._stream = None
-
-    def _found(self) -> Answer:
-        self._stream = None if self._lost is None else self._lost()
-        if self._stream is None:
-            raise ClientClosedError(
-                "The stream was closed when the task that read it was cancelled"
-            )
-        return self._stream
-
-    def __del__(self) -> None:
-        if self._watch is not None:
-            self._watch.end()
-
-
-class EventStream(AsyncIterator[bytes]):
-    """A stream as Server-Sent Events: whole events and comments, in bytes; see `Stream.sse`.
-
-    It ends when it was read to the end, when it is closed, when whoever waits for it is
+    It ends when it was read to the end, when it is closed, when the task that reads it is
     cancelled, and when it is dropped; and the stream with it.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_busy",
-        "_heartbeat",
-        "_opening",
-        "_over",
-        "_reading",
-        "_stream",
-        "_watch",
-    )
+    __slots__ = ("__weakref__", "_stream")
+
+    content_type: ClassVar[str]
+
+    def __init__(self, stream: Answer) -> None:
+        self._stream = stream
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers for the answer that carries it: its type, and to cache and hold back nothing."""
+        return {"Content-Type": self.content_type, **_HEADERS}
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def aclose(self) -> None:
+        """End it, and the stream with it; any task may, at any time, and again.
+
+        An unfinished answer's connection is dropped at once, so that the server stops
+        working.
+        """
+        await self._stream.aclose()
+
+    def close(self) -> None:
+        """End it, and the stream with it, without waiting; from any thread.
+
+        Django calls it at the end of a request.
+        """
+        self._stream._close()  # noqa: SLF001 - a part of the stream
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"A {type(self).__name__} can't be copied: it is one connection, read once")
+
+    def __del__(self) -> None:
+        try:
+            end_loop(self._stream)
+            self.close()
+        except (AttributeError, ImportError):
+            return  # its construction failed; the interpreter ends
+
+
+class ByteStream(Relay):
+    """A stream's text in UTF-8: see `Stream.chunk_bytes`."""
+
+    __slots__ = ()
+    content_type = "text/plain; charset=utf-8"
+
+    async def __anext__(self) -> bytes:
+        """Return the next pieces of text. Cancelling it closes the stream.
+
+        Raises:
+            MoondreamError: What reading the stream itself raises.
+        """
+        stream = self._stream
+        stream._belong_to_reader()  # noqa: SLF001 - a part of the stream
+        while True:
+            text = "".join(stream._rest().texts)  # noqa: SLF001 - likewise
+            if text:
+                return text.encode(errors="replace")
+            await stream._pull()  # noqa: SLF001 - likewise
+
+
+class EventStream(Relay):
+    """A stream as Server-Sent Events, whole events and comments: see `Stream.sse`."""
+
+    __slots__ = ("_busy", "_heartbeat", "_opening", "_over", "_reading")
+    content_type = "text/event-stream"
 
     def __init__(self, stream: Answer, heartbeat: float | None) -> None:
         if heartbeat is not None and not _is_positive(heartbeat):
@@ -214,16 +165,7 @@ class EventStream(AsyncIterator[bytes]):
         self._opening = True  # some servers hold the head of an answer back until it has a body
         self._over = False  # what comes last was given, or it was closed
         self._reading: Task[tuple[bytes, bool]] | None = None
-        self._watch = _Watch(self)
-        self._stream = stream
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Headers for the answer that carries it: its type, and to cache and hold back nothing."""
-        return dict(_HEADERS)
-
-    def __aiter__(self) -> Self:
-        return self
+        super().__init__(stream)
 
     async def __anext__(self) -> bytes:
         """Return what is to be written next.
@@ -239,13 +181,14 @@ class EventStream(AsyncIterator[bytes]):
         self._busy = True
         try:
             if not self._over:
-                self._watch.look()
+                self._stream._belong_to_reader()  # noqa: SLF001 - a part of the stream
                 data = await self._next()
                 if data:
                     return data
             await self.aclose()
         except BaseException:
-            self.close()
+            self._over = True
+            self._stream._close_for_cancelled()  # noqa: SLF001 - likewise
             raise
         finally:
             self._busy = False
@@ -289,7 +232,7 @@ class EventStream(AsyncIterator[bytes]):
         working. A task that waits for more sees the end.
         """
         self._over = True
-        await self._stream.aclose()
+        await super().aclose()
         if self._reading is not None:
             from asyncio import wait  # noqa: PLC0415 - as above
 
@@ -301,14 +244,7 @@ class EventStream(AsyncIterator[bytes]):
         Django calls it at the end of a request.
         """
         self._over = True
-        self._stream._close()  # noqa: SLF001 - a part of the stream
-
-    def __del__(self) -> None:
-        try:
-            self.close()
-        except (AttributeError, ImportError):
-            return  # its construction failed; the interpreter ends
-        self._watch.end()
+        super().close()
 
 
 def _is_positive(seconds: Any) -> bool:
@@ -322,7 +258,7 @@ async def _read(stream: Answer) -> tuple[bytes, bool]:
     data, over = b"", False
     while not data:
         try:
-            await stream._fill()  # noqa: SLF001 - a part of the stream
+            await stream._pull()  # noqa: SLF001 - for the reader, to whom it belongs
         except StopAsyncIteration:
             return _done(stream), True
         except MoondreamError as error:

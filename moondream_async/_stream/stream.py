@@ -1,4 +1,4 @@
-"""The stream types: an answer as it is written, over any source of bytes.
+"""A stream: an answer as it is written, over any source of bytes.
 
 A stream pulls. It asks its source for bytes only when somebody asks it for
 text and has nothing left to give, so it needs no task and no queue, and a slow
@@ -8,17 +8,18 @@ it are then handed out one by one.
 Who holds whom: the caller holds the stream, the stream its source and its
 clock, and nobody holds the stream. So it is freed the moment it is dropped, and
 frees its connection with it. No exception is kept in it, since the frames of a
-traceback lead back here.
+traceback lead back here. It belongs to the task that reads it (`owner`), and is
+closed with it when that task is cancelled.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from io import StringIO
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Self
 
-from moondream_async._protocol.events import AnswerDecoder
 from moondream_async._protocol.plain import NOTHING, Block
 from moondream_async._protocol.secret import conceal
 from moondream_async.errors import (
@@ -30,81 +31,46 @@ from moondream_async.errors import (
     StreamInterruptedError,
     StreamStalledError,
 )
-from moondream_async.results import Reasoning, Region, StreamEvent, Usage
+from moondream_async.results import Reasoning, StreamEvent, Usage
 from moondream_async.types import Timeout
 
 from .clock import Clock, running_loop
-from .relay import Chunks, EventStream
+from .opening import Observer, Opening, Reopen
+from .owner import Owner, running_task
+from .readers import Events, Pieces, Reader
+from .relay import ByteStream, EventStream
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Self
 
     import anyio
+    from typing_extensions import TypeVar
+
+    ItemT_co = TypeVar("ItemT_co", default=Any, covariant=True)
+else:
+    from typing import TypeVar
+
+    ItemT_co = TypeVar("ItemT_co", covariant=True)
+
+_CLOSED = "The stream was closed before its end"
+_CLOSED_UNDER_READER = "The stream was closed while it was read"
+_CANCELLED = (
+    "The stream was closed when the task that read it was cancelled, as by a time limit. To wait "
+    "for text with a limit and read on, use Timeout(idle=...), or asyncio.wait() on a task that "
+    "reads"
+)
 
 
-class ByteSource(Protocol):
-    """Where the bytes of one stream come from."""
+class Stream(Generic[ItemT_co]):
+    """An answer as it is written; iterate over it, or over `chunk`.
 
-    async def __anext__(self) -> bytes:
-        """Return the next bytes; StopAsyncIteration at the clean end.
+    A stream belongs to the task that reads it, one at a time. When that task is cancelled,
+    while it waits for text or between two pieces, the stream is closed, whoever still holds
+    it: the server stops working for a reader who has gone. To wait with a limit and read on,
+    use `Timeout.idle`, or ``asyncio.wait`` on a task that reads.
 
-        Raises:
-            APIConnectionError: The connection broke. Whatever had arrived before
-                was returned first.
-            ClientClosedError: The client closed it.
-        """
-
-    def close(self) -> None:
-        """Drop the connection now, from any thread; a waiting reader is woken with an error.
-
-        Closing twice does nothing.
-        """
-
-    async def finish(self) -> None:
-        """Wait, shortly, for the end of a body whose events are complete.
-
-        So the connection can be used for the next request.
-        """
-
-    @property
-    def closed(self) -> bool:
-        """Whether the connection was given back or dropped."""
-
-
-class Opening(NamedTuple):
-    """What a stream starts from, and starts from again when a try fails before its first event."""
-
-    decoder: AnswerDecoder
-    source: ByteSource | None = None  # None: the whole answer is in `events`
-    events: Block = NOTHING
-    sent_at: float | None = None  # on the loop's clock
-    waited: float = 0.0  # seconds already spent on waiting for the first event
-
-
-Reopen = Callable[[MoondreamError], Awaitable[Opening]]
-"""Takes a failure before the first event; returns the next try, or raises it."""
-
-
-class Observer(Protocol):
-    """Is told what becomes of a stream."""
-
-    def first_chunk(self, request_id: str | None) -> None:
-        """The first piece of text is there."""
-
-    def ended(
-        self, *, error: MoondreamError | None, completed: bool, request_id: str | None
-    ) -> None:
-        """It was read to the end, failed, was closed, or was dropped."""
-
-
-class Stream:
-    """An answer as it is written; iterate over it, or over `chunk`, which is the same.
-
-    One task reads at a time. A task that is cancelled while it waits leaves the
-    stream whole: another read goes on where it stopped. `aclose` it, leave its
-    ``async with``, or read it to the end; a stream that is dropped before that
-    closes its connection and warns.
+    `aclose` a stream, leave its ``async with``, or read it to the end; one that is dropped
+    before that closes its connection and warns.
 
     Reading raises:
         StreamInterruptedError: The connection ended before the answer did.
@@ -112,7 +78,8 @@ class Stream:
         StreamServerError: The server reported an error in the stream.
         StreamProtocolError: What came are not events.
         APITimeoutError: Nothing at all came for `Timeout.first_event`.
-        ClientClosedError: The stream or its client was closed before or meanwhile.
+        ClientClosedError: The stream or its client was closed before or meanwhile, or the task
+            that read it was cancelled.
     """
 
     __slots__ = (
@@ -122,16 +89,17 @@ class Stream:
         "_clock",
         "_closed",
         "_decoder",
-        "_forsaken",
+        "_headers",
         "_observer",
         "_opened_at",
+        "_owner",
         "_reading",
         "_ready",
         "_reopen",
         "_reopening",
+        "_said",
         "_sent_at",
         "_source",
-        "_text",
         "_timed_out",
         "_timeout",
         "_total_at",
@@ -140,6 +108,7 @@ class Stream:
     )
 
     _key: ClassVar[str] = "chunk"
+    _items: ClassVar[type[Reader[Any]]] = Pieces
 
     def __init__(
         self,
@@ -157,14 +126,14 @@ class Stream:
         self._reopening: anyio.CancelScope | None = None
         self._opened_at = opened_at
         self._observer = observer
-        self._text: list[str] = []  # of the blocks before this one
+        self._said: StringIO | None = None  # the text of the blocks before this one
         self._ttft: float | None = None
         self._cause: BaseException | None = None
         self._timed_out: Phase | None = None
         self._reading = False
-        self._closed = False
-        self._forsaken = False  # by a reader of `chunk` who was cancelled, which is no mistake
+        self._closed = ""  # why, once it is
         self._unread = False  # text, when it was closed
+        self._owner: Owner | None = None
         self._attach(opening)
         if opening.events:
             self._take(opening.events)
@@ -173,6 +142,7 @@ class Stream:
         self._decoder = opening.decoder
         self._source = opening.source
         self._sent_at = opening.sent_at
+        self._headers = opening.headers
         self._clock: Clock | None = None
         if opening.source is not None:
             self._clock = Clock(opening.source, self._timeout, self._total_at, opening.waited)
@@ -183,12 +153,8 @@ class Stream:
 
     @property
     def chunk(self) -> AsyncIterator[str]:
-        """The pieces of text, as they arrive. It keeps the stream alive by itself.
-
-        But once the task that reads it was cancelled, it does so no more: a web framework
-        whose browser has gone may keep it for long. Who holds the stream can read on.
-        """
-        return Chunks(self)
+        """The pieces of text, as they arrive. The iterator alone keeps the stream alive."""
+        return Pieces(self)
 
     @property
     def events(self) -> AsyncIterator[StreamEvent]:
@@ -196,7 +162,7 @@ class Stream:
 
         It reads on from where the text was read to, and the other way round.
         """
-        return _Events(self)
+        return Events(self)
 
     def __getitem__(self, key: str) -> Any:
         """Return the pieces for ``chunk`` and the skill's own key; else the attribute."""
@@ -209,23 +175,26 @@ class Stream:
     # By its items alone it would pass for a sequence, and Django would read it as one.
     __iter__ = None
 
-    def __aiter__(self) -> Self:
-        return self
+    def __aiter__(self) -> AsyncIterator[ItemT_co]:
+        self._belong_to_reader()
+        return self._items(self)  # a loop has its own: see `readers`
 
-    async def __anext__(self) -> str:
-        """Return the next piece of text."""
-        while True:
-            for chunk in self._ready:
-                if chunk:
-                    return chunk
-            await self._fill()
+    def __anext__(self) -> Coroutine[Any, Any, ItemT_co]:
+        """Return the next piece of text. Cancelling it closes the stream."""
+        return self._items.next_of(self)
 
     async def text(self) -> str:
-        """Read to the end; return all the text that had not been read yet.
+        """Read to the end; return all of the text, what was handed out before included.
 
-        When it raises or is cancelled, `text_so_far` has what had arrived.
+        When it raises, `text_so_far` has what had arrived; so it has when it is cancelled,
+        which closes the stream.
         """
-        return "".join([piece async for piece in self])
+        while True:
+            self._ready = iter(())
+            try:
+                await self._fill()
+            except StopAsyncIteration:
+                return self.text_so_far
 
     def sse(self, *, heartbeat: float | None = 15.0) -> EventStream:
         """Pass the rest of the stream on as Server-Sent Events, in bytes, as to a browser.
@@ -258,12 +227,27 @@ class Stream:
         """
         return EventStream(self, heartbeat)
 
+    def chunk_bytes(self) -> ByteStream:
+        """Pass the rest of the text on as plain text, in bytes: UTF-8.
+
+        Its `headers` belong to the answer that carries it. What goes wrong on the way is raised,
+        so that the answer breaks off instead of passing for a whole one. Closing it, dropping it,
+        and cancelling the task that reads it close the stream at once.
+        """
+        return ByteStream(self)
+
     # -- what is known ------------------------------------------------------------
 
     @property
     def text_so_far(self) -> str:
         """All the text that was handed out."""
-        return "".join([*self._text, *self._block.texts[: self._given()]])
+        before = "" if self._said is None else self._said.getvalue()
+        return before + "".join(self._block.texts[: self._given()])
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of the server's response; their names are looked up in any case."""
+        return self._headers
 
     @property
     def completed(self) -> bool:
@@ -331,18 +315,24 @@ class Stream:
         finally:
             self._close()
 
-    def _close(self) -> None:
-        text = self.text_so_far
+    def _close(self, why: str = _CLOSED) -> None:
         if not self._closed:
-            self._closed = True
+            if self._another_try() is not None:
+                self._decoder.failure = None  # it was no end yet
+            self._closed = why
+            self._keep(self._block.texts[: self._given()])
             self._unread = not self.completed or any(self._ready)
-        self._text = [text]
-        self._block = NOTHING
-        self._ready = iter(())
+            self._block = NOTHING
+            self._ready = iter(())
         self._drop_source()
         self._report(None)
         if self._reopening is not None:
             self._reopening.cancel()
+
+    def _close_for_cancelled(self) -> None:
+        """Close it, since the task that reads it was cancelled."""
+        if not self._is_over():
+            self._close(_CANCELLED)
 
     def _report(self, error: MoondreamError | None) -> None:
         """Tell the observer, once, that this is the end."""
@@ -357,13 +347,21 @@ class Stream:
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+        if self._owner is not None:
+            self._owner.leave()
+            self._owner = None
 
     def _is_over(self) -> bool:
-        return self._source is None or self._source.closed
+        if self._source is None:
+            return self._reopening is None
+        return self._source.closed
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"A {type(self).__name__} can't be copied: it is one connection, read once")
 
     def __del__(self) -> None:
         try:
-            over = self._is_over() or self.completed or self._forsaken
+            over = self._is_over() or self.completed
             self._drop_source()
             self._report(None)
         except (AttributeError, ImportError):
@@ -382,13 +380,20 @@ class Stream:
 
     def _take(self, block: Block) -> None:
         """Make `block` the one to hand out; the one before is used up."""
-        self._text.append("".join(self._block.texts))
+        self._keep(self._block.texts)
         self._block = block
         self._ready = iter(block.texts)
         if self._ttft is None and self._sent_at is not None and any(block.texts):
             self._ttft = running_loop().time() - self._sent_at
             if self._observer is not None:
                 self._observer.first_chunk(self.request_id)
+
+    def _keep(self, texts: list[str]) -> None:
+        text = "".join(texts)
+        if text:
+            if self._said is None:
+                self._said = StringIO()
+            self._said.write(text)
 
     def _given(self) -> int:
         """How many events of the block have been handed out."""
@@ -406,13 +411,29 @@ class Stream:
             return self._block[self._given() - 1]
         return None
 
-    async def _fill(self) -> None:
-        """Wait until there are events to hand out.
+    def _fill(self) -> Coroutine[Any, Any, None]:
+        """Wait until there are events to hand out, for the task that runs, which owns it now.
 
         Raises:
             StopAsyncIteration: There will be none; the answer is complete.
         """
+        self._belong_to_reader()
+        return self._pull()
+
+    def _belong_to_reader(self) -> None:
+        """Belong to the task that runs, unless another one waits for text just now."""
+        task, owner = running_task(), self._owner
+        if (owner is None or owner.task() is not task) and not self._reading:
+            if owner is not None:
+                owner.leave()
+            over = task is None or self._is_over()
+            self._owner = None if over else Owner(self, task)  # type: ignore[arg-type]
+
+    async def _pull(self) -> None:
+        """Wait until there are events to hand out; whoever reads."""
         if self._reading:
+            if self._closed:
+                raise ClientClosedError(self._closed)
             raise MoondreamError("Another task is already reading this stream")
         self._reading = True
         try:
@@ -435,7 +456,10 @@ class Stream:
             raise
         except MoondreamError as error:
             self._report(conceal(error, self._decoder.secret))
-            raise error  # noqa: TRY201 - a bare one, on 3.10, brings the frames back
+            raise
+        except BaseException:  # the task is cancelled, or the interpreter interrupted
+            self._close(_CANCELLED)
+            raise
         finally:
             self._reading = False
 
@@ -448,47 +472,45 @@ class Stream:
         if self._timed_out is not None:
             raise self._timeout_error(self._timed_out)
         if self._unread:
-            raise ClientClosedError("The stream was closed before its end")
+            raise ClientClosedError(self._closed)
 
     async def _finish(self) -> None:
-        if self._source is not None:
-            if self._clock is not None:
-                self._clock.cancel()
-                self._clock = None
-            source, self._source = self._source, None
+        source, self._source = self._source, None
+        self._drop_source()
+        if source is not None:
             try:
                 await source.finish()
             finally:
                 source.close()
 
     async def _receive(self) -> Block:
-        """Wait for the next bytes and decode them; mostly, that is one event or more."""
-        source, clock = self._source, self._clock
+        """Wait for bytes until they complete an event, or show that there will be none."""
+        source, clock, decoder = self._source, self._clock, self._decoder
         if source is None or clock is None:  # closed meanwhile
-            raise ClientClosedError("The stream was closed before its end")
-        block = NOTHING
+            raise ClientClosedError(self._closed or _CLOSED)
         if not source.closed:  # as it is when its event loop is gone; then there is no wait
             clock.start()
+        block = NOTHING
         try:
-            data = await source.__anext__()
+            while not block.texts and not decoder.done:
+                block = decoder.feed(await source.__anext__())
         except StopAsyncIteration:
-            block = self._decoder.end()
+            block = decoder.end()
         except (APIConnectionError, ClientClosedError) as error:
             if self._closed:
-                raise ClientClosedError("The stream was closed while it was read") from error
-            if clock.expired is not None:
-                self._timed_out = clock.expired
+                raise ClientClosedError(
+                    _CANCELLED if self._closed == _CANCELLED else _CLOSED_UNDER_READER
+                ) from error
+            if clock.expired_phase is not None:
+                self._timed_out = clock.expired_phase
                 self._drop_source()
-                raise self._timeout_error(clock.expired) from error
+                raise self._timeout_error(self._timed_out) from error
             if isinstance(error, ClientClosedError):
                 self._drop_source()
                 raise
-            block = self._decoder.end()
+            block = decoder.end()
             self._cause = error.with_traceback(None)
-        else:
-            block = self._decoder.feed(data)
-        finally:
-            clock.stop(progress=bool(block.texts))
+        clock.stop()
         return block
 
     def _another_try(self) -> Reopen | None:
@@ -500,7 +522,7 @@ class Stream:
     async def _try_again(self, reopen: Reopen) -> Block:
         """Ask again; return the answer, if it comes whole.
 
-        Cancelling it changes nothing: whoever reads next tries again.
+        Cancelling it ends the try, and closes the stream.
         """
         from anyio import CancelScope  # noqa: PLC0415 - importing the package stays light
 
@@ -526,7 +548,7 @@ class Stream:
                 self._cause = None
                 self._attach(opening)
                 return opening.events
-        raise ClientClosedError("The stream was closed while it was read")
+        raise ClientClosedError(_CLOSED_UNDER_READER)
 
     def _timeout_error(self, phase: Phase) -> MoondreamError:
         seconds = getattr(self._timeout, phase)
@@ -541,79 +563,3 @@ class Stream:
             phase=phase,
             partial=self.text_so_far,
         )
-
-
-class CaptionStream(Stream):
-    """A description, as it is written. ``stream["caption"]`` is the same as `chunk`."""
-
-    __slots__ = ()
-    _key = "caption"
-
-
-class QueryStream(Stream):
-    """An answer, as it is written. ``stream["answer"]`` is the same as `chunk`."""
-
-    __slots__ = ()
-    _key = "answer"
-
-
-class SegmentStream(Stream):
-    """The outline of an object, as it is drawn.
-
-    The pieces are those of a first, coarse path. `path` is the refined one, which
-    replaces them; it comes with the end.
-    """
-
-    __slots__ = ()
-    _key = "path"
-
-    def __getitem__(self, key: str) -> Any:
-        """Return the pieces for ``chunk``; ``path`` and ``bbox`` are the attributes."""
-        if key in ("path", "bbox", "parse_error"):
-            return getattr(self, key)
-        return super().__getitem__(key)
-
-    @property
-    def bbox(self) -> Region | None:
-        """Where the object is, as soon as the server has said it."""
-        return self._decoder.bbox
-
-    @property
-    def path(self) -> str | None:
-        """SVG path data, whose coordinates are 0-1 of `bbox`; known at the end."""
-        return self._decoder.path
-
-    @property
-    def parse_error(self) -> str | None:
-        """What was wrong with the outline that the model wrote, in the server's words."""
-        return self._decoder.parse_error
-
-
-class ChatStream(Stream):
-    """The next turn of a conversation, as it is written. ``stream["message"]`` is `chunk`.
-
-    `reasoning` grows while the model thinks; `events` has its pieces as they come.
-    """
-
-    __slots__ = ()
-    _key = "message"
-
-
-class _Events:
-    """A stream read as events."""
-
-    __slots__ = ("_stream",)
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> StreamEvent:
-        stream = self._stream
-        while True:
-            event = stream._next_event()  # noqa: SLF001 - a part of the stream
-            if event is not None:
-                return event
-            await stream._fill()  # noqa: SLF001

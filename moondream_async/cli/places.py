@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moondream_async import MoondreamClient
-from moondream_async._stream.stream import SegmentStream
+from moondream_async._stream.kinds import SegmentStream
 from moondream_async.results import DetectResult, PointResult, SegmentResult
 
 from . import _options as options

@@ -1,0 +1,67 @@
+"""The kinds of streams, one for each skill that has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moondream_async.results import Region
+
+from .readers import Updates
+from .stream import Stream
+
+
+class CaptionStream(Stream[str]):
+    """A description, as it is written. ``stream["caption"]`` is the same as `chunk`."""
+
+    __slots__ = ()
+    _key = "caption"
+
+
+class QueryStream(Stream[str]):
+    """An answer, as it is written. ``stream["answer"]`` is the same as `chunk`."""
+
+    __slots__ = ()
+    _key = "answer"
+
+
+class SegmentStream(Stream[dict[str, Any]]):
+    """The outline of an object, as it is drawn.
+
+    The pieces are those of a first, coarse path. `path` is the refined one, which
+    replaces them; it comes with the end.
+    """
+
+    __slots__ = ()
+    _key = "path"
+    _items = Updates
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the pieces for ``chunk``; ``path`` and ``bbox`` are the attributes."""
+        if key in ("path", "bbox", "parse_error"):
+            return getattr(self, key)
+        return super().__getitem__(key)
+
+    @property
+    def bbox(self) -> Region | None:
+        """Where the object is, as soon as the server has said it."""
+        return self._decoder.bbox
+
+    @property
+    def path(self) -> str | None:
+        """SVG path data, whose coordinates are 0-1 of `bbox`; known at the end."""
+        return self._decoder.path
+
+    @property
+    def parse_error(self) -> str | None:
+        """What was wrong with the outline that the model wrote, in the server's words."""
+        return self._decoder.parse_error
+
+
+class ChatStream(Stream[str]):
+    """The next turn of a conversation, as it is written. ``stream["message"]`` is `chunk`.
+
+    `reasoning` grows while the model thinks; `events` has its pieces as they come.
+    """
+
+    __slots__ = ()
+    _key = "message"
