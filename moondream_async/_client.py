@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from ._stream.stream import CaptionStream, QueryStream, SegmentStream
+    from ._stream.kinds import CaptionStream, QueryStream, SegmentStream
     from .batch.batches import Batches
     from .bulk.items import ItemT
     from .bulk.run import BulkRun, Items
@@ -125,21 +125,20 @@ class MoondreamClient(Skills):
         # where it would hold up the event loop; and not with the package, which may be
         # imported by programs that never get here.
         from ._call.call import Caller  # noqa: PLC0415
+        from ._call.session import Session  # noqa: PLC0415
+        from ._transport.pools import Transport  # noqa: PLC0415
 
         self._model = model
-        self._caller = Caller(
+        shared = Session(
             address,
             None if api_key is None else _checked_key(api_key),
-            timeout=timeout,
-            max_retries=max_retries,
             max_connections=max_connections,
             rate_limit=rate_limit,
-            session=session,
-            ssl_context=ssl_context,
-            proxy=proxy,
             max_pixels=max_pixels,
             hooks=hooks,
+            transport=Transport(session=session, ssl_context=ssl_context, proxy=proxy),
         )
+        self._caller = Caller(shared, timeout=timeout, max_retries=max_retries)
 
     # -- state --------------------------------------------------------------------
 
@@ -387,7 +386,7 @@ class MoondreamClient(Skills):
         caller = getattr(self, "_caller", None)
         if caller is None:  # its construction failed; error reports look at it all the same
             return "<MoondreamClient>"
-        state = "closed" if caller.closed else f"{caller.places.taken} open"
+        state = "closed" if caller.closed else f"{caller.session.slots.taken} open"
         return f"<MoondreamClient {caller.endpoint}, {state}>"
 
     async def __aenter__(self) -> Self:

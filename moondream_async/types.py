@@ -104,14 +104,25 @@ ImageInput = Union[
 array, or what ``encode_image`` returned."""
 
 
+Outcome = Literal["complete", "interrupted", "abandoned", "cancelled", "failed"]
+"""How a call ended: its answer came whole; a stream stopped before its end; it was closed or
+dropped before its end; whoever waited for it was cancelled; it failed otherwise."""
+
+
 class CallEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened in a call; what a hook is given."""
 
+    call_id: str
+    """One for all attempts of a call, and no other's."""
     skill: str | None
     """None for calls that are no skill, as a list of models."""
+    model: str | None
+    """The model that was asked for; None leaves it to the server."""
+    endpoint: str
+    """The server's address, as the client has it."""
     stream: bool
     attempt: int
-    """Number of the try, from 1."""
+    """Number of the attempt, from 1; 0 where the call ended before its first."""
     seconds: float
     """Since the call began."""
     request_id: str | None = None
@@ -122,13 +133,29 @@ class CallEvent(msgspec.Struct, frozen=True, kw_only=True):
     """For a retry: why. For an end: what the call failed with."""
     completed: bool = False
     """For an end: whether the answer came whole. It didn't if it was cancelled or dropped."""
+    outcome: Outcome | None = None
+    """For an end: how it came."""
+    finish_reason: str | None = None
+    """For an end: ``stop``, or ``length`` where the answer was cut; if the server said so."""
+    input_tokens: int | None = None
+    """For an end, if the server said so."""
+    output_tokens: int | None = None
+    """For an end, if the server said so."""
+    bytes_sent: int = 0
+    """For an end: of the bodies of all attempts."""
+    bytes_received: int = 0
+    """For an end: of the bodies of all answers."""
+    ttft: float | None = None
+    """For an end of a stream: seconds from sending to the first piece of text."""
 
 
 class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     """Functions to be told what a client's calls do, as to count and to time them.
 
     They are called in the event loop of the call and must be quick; one that raises
-    is logged and disturbs nothing.
+    is logged and disturbs nothing. The order is `request`, `retry` and `request` again for
+    each further attempt, `first_chunk` of a stream, `end`. Each call has one `end`, however it
+    comes: also one that never got as far as a request, and a stream that was dropped.
     """
 
     request: Callable[[CallEvent], object] | None = None

@@ -72,34 +72,46 @@ def riff(kind, body):
     return kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
 
 
-def profile():
-    """An ICC profile in which red and green have changed places."""
+SRGB_CURVE = b"para\0\0\0\0\0\3\0\0" + struct.pack(
+    ">5i", *(round(65536 * x) for x in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+)
+LINEAR = b"curv\0\0\0\0\0\0\0\0"
+GAMMA_2_2 = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
+SRGB = ((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+DISPLAY_P3 = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
+
+
+def profile(name, primaries, curve):
+    """An ICC profile of RGB, or of grey for no primaries."""
 
     def numbers(*values):
         return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
 
-    gamma = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
-    name = b"Swapped\0"
+    text = name.encode() + b"\0"
     tags = {
-        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(79),
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(79),
         b"cprt": b"text\0\0\0\0nobody's\0",
         b"wtpt": numbers(0.9642, 1.0, 0.8249),
-        b"gXYZ": numbers(0.4360, 0.2225, 0.0139),
-        b"rXYZ": numbers(0.3851, 0.7169, 0.0971),
-        b"bXYZ": numbers(0.1431, 0.0606, 0.7141),
-        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma),
+        b"kTRC": curve,
     }
+    if primaries:
+        del tags[b"kTRC"]
+        tags |= zip(
+            (b"rXYZ", b"gXYZ", b"bXYZ"), (numbers(*each) for each in primaries), strict=True
+        )
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
     table, data = b"", b""
     for tag, body in tags.items():
         table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(body))
         data += body + bytes(-len(body) % 4)
-    head = struct.pack(">I4sI4s4s4s", 0, b"\0\0\0\0", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    space = b"RGB " if primaries else b"GRAY"
+    head = struct.pack(">I4sI4s4s4s", 0, b"\0\0\0\0", 0x02400000, b"mntr", space, b"XYZ ")
     head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
     whole = head + struct.pack(">I", len(tags)) + table + data
     return struct.pack(">I", len(whole)) + whole[4:]
 
 
-ICC = profile()
+ICC = profile("Swapped", (SRGB[1], SRGB[0], SRGB[2]), GAMMA_2_2)  # red and green change places
 
 CLEAN = {
     "jpeg": save(PHOTO, "JPEG"),

@@ -562,7 +562,7 @@ async def test_each_piece_of_a_part_is_progress(client, simulator, tmp_path):
     told = []
     with path.open("rb") as file:
         [part] = SharedFile(file, 1_000_000).slices(1_000_000)
-        body = await client._caller.transport.pool().request(
+        body = await client._caller.session.transport.pool().request(
             "PUT",
             URL(f"{simulator.endpoint}/batch/f?action=mpu-uploadpart"),
             headers={},

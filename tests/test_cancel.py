@@ -88,8 +88,8 @@ async def assert_whole(client, server):
             await asyncio.wait(tasks)
     await rounds()
     caller = client._caller
-    assert (caller.places.taken, caller.places.waiting) == (0, 0)
-    for pool in caller.transport._pools.values():
+    assert (caller.session.slots.taken, caller.session.slots.waiting) == (0, 0)
+    for pool in caller.session.transport._pools.values():
         assert (pool.calls, pool.bodies) == (set(), set())
         connector = pool._session.connector
         assert connector is None or connector._acquired == set()

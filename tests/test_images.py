@@ -18,10 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import (
     CLEAN,
+    DISPLAY_P3,
     DRAWING,
     ICC,
+    LINEAR,
     PHOTO,
     SECRET,
+    SRGB,
+    SRGB_CURVE,
     chunk,
     difference,
     exif,
@@ -29,6 +33,7 @@ from pictures import (
     make_drawing,
     make_photo,
     opened,
+    profile,
     riff,
     save,
     segment,
@@ -36,7 +41,7 @@ from pictures import (
 )
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
-from moondream_async._images import encode_at_once, encode_image
+from moondream_async._images import can_prepare, encode_at_once, encode_image
 from moondream_async._images.convert import _fitted
 from moondream_async.errors import ImageError, RequestError
 
@@ -474,6 +479,70 @@ def test_grey_that_stands_for_nothing_is_white(mode):
     assert result.getpixel((2, 5)) == 40
 
 
+def raw_png(size, depth, colour, row, key):
+    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    data = zlib.compress((b"\0" + row) * size[1])
+    chunks = [(b"IHDR", head), (b"tRNS", key), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize(
+    ("data", "there"),
+    [
+        pytest.param(raw_png((16, 4), 1, 0, b"\xff\0", b"\0\1"), 0, id="1-bit"),
+        pytest.param(raw_png((8, 4), 2, 0, b"\x55\xaa", b"\0\1"), 170, id="2-bits"),
+        pytest.param(raw_png((4, 4), 4, 0, b"\x11\xee", b"\0\1"), 238, id="4-bits"),
+        pytest.param(raw_png((2, 4), 8, 0, b"\x07\x80", b"\0\7"), 128, id="8-bits"),
+        pytest.param(
+            raw_png((2, 4), 16, 2, b"\1\2\3\4\5\6" + b"\x80\0" * 3, b"\1\2\3\4\5\6"),
+            (128, 128, 128),
+            id="16-bits-rgb",
+        ),
+    ],
+)
+def test_only_the_colour_that_stands_for_nothing_is_white(data, there):
+    picture = opened(encode_image(data))
+    left, right = picture.getpixel((0, 1)), picture.getpixel((picture.width - 1, 1))
+    assert left in (255, (255, 255, 255))
+    assert right == there
+
+
+def raw_tiff(bits, photometric, samples):
+    """A TIFF of one row of grey samples, written as they are."""
+    tags = [(256, 4, 2), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
+    tags += [(273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(samples))]
+    ifd = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(samples))
+    return head + samples + struct.pack("<H", len(tags)) + ifd + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(raw_tiff(12, 1, b"\xff\xf8\x00"), (255, 128), id="12-bits"),
+        pytest.param(raw_tiff(16, 1, b"\xff\xff\x80\x80"), (255, 128), id="16-bits"),
+        pytest.param(raw_tiff(16, 0, b"\xff\xff\x7f\x7f"), (0, 128), id="16-bits-white-is-0"),
+        pytest.param(raw_tiff(8, 0, b"\xff\x7f"), (0, 128), id="8-bits-white-is-0"),
+    ],
+)
+def test_tiff_of_any_depth_arrives_as_it_looks(data, expected):
+    picture = opened(encode_image(data))
+    assert (picture.getpixel((0, 0)), picture.getpixel((1, 0))) == expected
+
+
+def test_first_frame_that_is_smaller_than_its_gif_has_nothing_around_it():
+    red = Image.new("P", (10, 8), 1)
+    red.putpalette([0, 0, 0, 200, 0, 0])
+    data = save(red, "GIF")
+    at = data.index(b",") + 1
+    data = data[:6] + struct.pack("<HH", 30, 20) + data[10:at] + b"\5\0\6\0" + data[at + 4 :]
+    picture = opened(encode_image(data)).convert("RGB")
+    assert picture.size == (30, 20)
+    assert picture.getpixel((5, 6)) == picture.getpixel((14, 13)) == (200, 0, 0)
+    for place in ((0, 0), (4, 6), (15, 13), (29, 19)):
+        assert picture.getpixel(place) == (255, 255, 255)
+
+
 def test_sixteen_bit_png_is_scaled_and_not_clipped():
     data = save(wide(0, 65535, "I;16"), "PNG")
     assert difference(opened(encode_image(data)), RAMP) <= 1
@@ -488,6 +557,45 @@ def test_icc_profile_is_applied_when_encoding_anew(mode):
     picture = opened(result)
     assert "icc_profile" not in picture.info
     assert difference(picture, Image.new("RGB", (64, 48), (0, 255, 0))) < 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "icc", "expected"),
+    [
+        pytest.param(
+            "RGB",
+            (200, 100, 50),
+            profile("Display P3 Gamut with sRGB Transfer", DISPLAY_P3, SRGB_CURVE),
+            (215, 93, 31),
+            id="wide-gamut-named-srgb",
+        ),
+        pytest.param(
+            "RGB",
+            (128, 128, 128),
+            profile("GIMP built-in Linear sRGB", SRGB, LINEAR),
+            (188, 188, 188),
+            id="linear-named-srgb",
+        ),
+        pytest.param(
+            "RGB", (200, 100, 50), profile("?", SRGB, SRGB_CURVE), (200, 100, 50), id="srgb"
+        ),
+        pytest.param("L", 128, profile("grey", None, LINEAR), 188, id="grey"),
+        pytest.param("I;16", 32896, profile("grey", None, LINEAR), 188, id="grey-16-bits"),
+        pytest.param("LA", (128, 255), profile("grey", None, LINEAR), 188, id="grey-alpha"),
+        pytest.param("LA", (128, 128), profile("grey", None, LINEAR), 221, id="grey-half-alpha"),
+        pytest.param("L", 128, ICC, 128, id="grey-with-colours'-profile"),
+    ],
+)
+def test_icc_profile_is_judged_by_what_it_does(mode, colour, icc, expected):
+    picture = Image.new(mode, (16, 16), colour)
+    picture.info["icc_profile"] = icc
+    assert opened(encode_image(picture)).getpixel((3, 3)) == expected
+    if mode in ("L", "LA", "I;16"):
+        data = save(picture, "PNG", icc_profile=icc)
+        if mode == "L":
+            assert opened(encode_image(data)).info["icc_profile"] == icc  # sent as it is
+        else:
+            assert opened(encode_image(data)).getpixel((3, 3)) == expected
 
 
 @pytest.mark.parametrize("broken", [b"", b"\0", ICC[:200], b"x" * 500], ids=len)
@@ -532,6 +640,38 @@ def test_orientation_is_read_however_it_is_written(order, kind):
     data = CLEAN["jpeg"]
     data = data[:2] + segment(0xE1, b"Exif\0\0" + head + ifd) + data[2:]
     assert (encode_image(data).width, encode_image(data).height) == (64, 96)
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+HEX = exif(6).tobytes().hex().encode()
+RAW = b"\nexif\n    90\n" + b"\n".join(HEX[at : at + 72] for at in range(0, len(HEX), 72))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(in_jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)), id="jpeg"),
+        pytest.param(in_png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)), id="png"),
+        pytest.param(
+            in_png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP))),
+            id="png-compressed",
+        ),
+        pytest.param(save(PHOTO, "WEBP", xmp=XMP), id="webp"),
+        pytest.param(save(PHOTO, "TIFF", tiffinfo={700: XMP}), id="tiff"),
+        pytest.param(
+            in_png(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW))),
+            id="png-raw-compressed",
+        ),
+        pytest.param(in_png(chunk(b"tEXt", b"Raw profile type APP1\0" + RAW)), id="png-raw"),
+    ],
+)
+def test_orientation_that_stands_elsewhere_is_kept(data):
+    picture = opened(encode_image(data))
+    assert difference(picture, PHOTO.transpose(Image.Transpose.ROTATE_270)) < 48
+
+
+def test_exif_is_believed_before_xmp():
+    assert encode_image(save(PHOTO, "JPEG", exif=exif(1), xmp=XMP)).data == CLEAN["jpeg"]
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
@@ -674,3 +814,46 @@ def test_what_takes_a_while_or_fails_is_not_prepared_at_once(image):
 def test_picture_over_the_limit_is_not_prepared_at_once():
     assert encode_at_once(save(SMALL, "PNG"), max_pixels=1199) is None
     assert encode_at_once(save(SMALL, "PNG"), max_pixels=1200) is not None
+
+
+# HEIC
+
+
+def heic(picture, **options):
+    """The picture as an iPhone would write it."""
+    heif = pytest.importorskip("pillow_heif", reason="the extra heif is not installed")
+    file = io.BytesIO()
+    heif.from_pillow(picture).save(file, quality=95, **options)
+    return file.getvalue()
+
+
+def test_heic_is_converted_and_pillow_stays_as_it_was():
+    data = heic(DRAWING.resize((480, 320)), exif=exif(6).tobytes())
+    result = encode_image(data)
+    assert SECRET not in result.data
+    upright = DRAWING.transpose(Image.Transpose.ROTATE_270).resize((320, 480))
+    assert difference(opened(result).reduce(10), upright.reduce(10)) < 24
+    assert "HEIF" not in Image.OPEN
+    assert encode_image(data, max_pixels=10_000).height == 122
+
+
+def test_heic_without_its_extra_is_refused_and_the_extra_named(monkeypatch):
+    data = heic(DRAWING)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"pip install 'moondream-async\[heif\]'"):
+        encode_image(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.JPG", True), ("a.tiff", True), ("a.psd", False), ("a.txt", None), ("jpg", None)],
+)
+def test_name_tells_what_can_be_prepared(name, expected):
+    assert can_prepare(name) is expected
+
+
+def test_heic_can_be_prepared_where_its_extra_is(monkeypatch):
+    pytest.importorskip("pillow_heif", reason="the extra heif is not installed")
+    assert can_prepare("a.HEIC") is True
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert can_prepare("a.HEIC") is False

@@ -1,4 +1,4 @@
-"""The places of a client: as many as there are, to all in the order of asking, none lost.
+"""The slots of a client: as many as there are, to all in the order of asking, none lost.
 
 What becomes of them across threads and closed loops, and the pace, is in `test_pace.py`.
 """
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moondream_async._call.limits import Places
+from moondream_async._call.limits import Semaphore
 
 
 async def rounds(count=10):
@@ -20,72 +20,72 @@ async def rounds(count=10):
 
 
 async def test_a_free_place_is_taken_without_waiting():
-    places = Places(2)
+    slots = Semaphore(2)
 
-    assert [await places.take(), await places.take()] == [False, False]
-    assert (places.taken, places.waiting) == (2, 0)
+    assert [await slots.acquire(), await slots.acquire()] == [False, False]
+    assert (slots.taken, slots.waiting) == (2, 0)
 
 
 async def test_who_finds_no_place_stands_in_line_until_one_is_given_back():
-    places = Places(1)
-    await places.take()
-    waiter = asyncio.create_task(places.take())
+    slots = Semaphore(1)
+    await slots.acquire()
+    waiter = asyncio.create_task(slots.acquire())
     await rounds()
-    assert (places.taken, places.waiting) == (1, 1)
+    assert (slots.taken, slots.waiting) == (1, 1)
 
-    places.give_back()
+    slots.release()
 
     assert await waiter
-    assert (places.taken, places.waiting) == (1, 0)
+    assert (slots.taken, slots.waiting) == (1, 0)
 
 
 async def test_a_newcomer_does_not_overtake_the_line():
-    places = Places(1)
-    await places.take()
-    waiter = asyncio.create_task(places.take())
+    slots = Semaphore(1)
+    await slots.acquire()
+    waiter = asyncio.create_task(slots.acquire())
     await rounds()
 
-    places.give_back()
-    newcomer = asyncio.create_task(places.take())  # before the waiter has woken up
+    slots.release()
+    newcomer = asyncio.create_task(slots.acquire())  # before the waiter has woken up
 
     assert await waiter
     await rounds()
     assert not newcomer.done()
-    places.give_back()
+    slots.release()
     await newcomer
 
 
 async def test_all_places_given_back_at_once_go_to_as_many():
-    places = Places(3)
+    slots = Semaphore(3)
     for _ in range(3):
-        await places.take()
-    waiters = [asyncio.create_task(places.take()) for _ in range(3)]
+        await slots.acquire()
+    waiters = [asyncio.create_task(slots.acquire()) for _ in range(3)]
     await rounds()
 
     for _ in range(3):
-        places.give_back()
+        slots.release()
 
     assert await asyncio.gather(*waiters) == [True] * 3
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["in line", "as a place is given"])
 async def test_who_is_cancelled_holds_nobody_up(given):
-    places = Places(1)
-    await places.take()
-    first, second = (asyncio.create_task(places.take()) for _ in range(2))
+    slots = Semaphore(1)
+    await slots.acquire()
+    first, second = (asyncio.create_task(slots.acquire()) for _ in range(2))
     await rounds()
 
     if given:
-        places.give_back()
+        slots.release()
     first.cancel()
     if not given:
-        places.give_back()
+        slots.release()
 
     with pytest.raises(asyncio.CancelledError):
         await first
     assert await second
-    places.give_back()
-    assert (places.taken, places.waiting) == (0, 0)
+    slots.release()
+    assert (slots.taken, slots.waiting) == (0, 0)
 
 
 steps = st.lists(
@@ -101,12 +101,12 @@ steps = st.lists(
 @given(total=st.integers(1, 3), steps=steps)
 def test_whatever_happens_places_go_to_those_who_wait_in_their_order(total, steps):
     async def run():
-        places = Places(total)
+        slots = Semaphore(total)
         line = []  # of all who asked, in order: the task, and whether it was cancelled
         served = []
 
         async def ask(number):
-            await places.take()
+            await slots.acquire()
             served.append(number)
 
         held = 0
@@ -117,27 +117,27 @@ def test_whatever_happens_places_go_to_those_who_wait_in_their_order(total, step
                 await asyncio.sleep(0)  # it has asked
             elif what == "give back" and len(served) > held:
                 held += 1
-                places.give_back()
+                slots.release()
             elif what == "cancel" and which < len(line):
                 line[which].cancel()
             else:
                 await rounds()
             assert len(served) - held <= total
-            assert places.taken <= total
+            assert slots.taken <= total
 
         await rounds()
         assert served == sorted(served)
-        assert places.waiting == sum(not task.done() for task in line)
-        assert places.waiting == 0 or len(served) - held == total
-        # Nothing is lost: with all places given back, all who still wait are served.
+        assert slots.waiting == sum(not task.done() for task in line)
+        assert slots.waiting == 0 or len(served) - held == total
+        # Nothing is lost: with all slots given back, all who still wait are served.
         while len(served) > held:
             held += 1
-            places.give_back()
+            slots.release()
             await rounds()
         for task in line:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        assert (places.taken, places.waiting) == (0, 0)
+        assert (slots.taken, slots.waiting) == (0, 0)
         assert len(served) == sum(not task.cancelled() for task in line)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""When requests go out: the rate limit, the places, and the waits between retries.
+"""When requests go out: the rate limit, the slots, and the waits between retries.
 
 The time is the test's own wherever it is asked for, so that it is known to the digit.
 """
@@ -31,7 +31,7 @@ from raw_server import (
 )
 
 import moondream_async as md
-from moondream_async._call.limits import Pace, Places
+from moondream_async._call.limits import RateLimiter, Semaphore
 from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget
 
 IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
@@ -72,13 +72,13 @@ async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, 
     # so that nothing happens at the same moment.
     choose = random.Random(seed)
     interval = choose.randrange(1, 50)
-    pace = Pace(1000 / interval)
+    limiter = RateLimiter(1000 / interval)
     start = clock.now
     went = {}
     tasks = []
 
     async def go(number):
-        await pace.wait()
+        await limiter.wait()
         went[number] = (clock.now - start) * 1000
 
     plan = []  # when each asks, and when it is cancelled
@@ -109,11 +109,11 @@ async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, 
 
 
 async def test_those_who_wait_go_in_the_order_of_asking():
-    pace = Pace(10)
+    limiter = RateLimiter(10)
     went = []
 
     async def go(number):
-        await pace.wait()
+        await limiter.wait()
         went.append(number)
 
     await asyncio.gather(*map(go, range(200)))
@@ -121,9 +121,9 @@ async def test_those_who_wait_go_in_the_order_of_asking():
 
 
 async def test_ten_thousand_that_wait_have_one_timer(clock):
-    pace = Pace(2)
-    await pace.wait()
-    tasks = [asyncio.ensure_future(pace.wait()) for _ in range(10_000)]
+    limiter = RateLimiter(2)
+    await limiter.wait()
+    tasks = [asyncio.ensure_future(limiter.wait()) for _ in range(10_000)]
     await rounds()
     assert len(timers()) == 1
     before = clock.now
@@ -133,24 +133,24 @@ async def test_ten_thousand_that_wait_have_one_timer(clock):
     assert len(timers()) == 1
     await tasks[0]
     assert clock.now - before == pytest.approx(0.5)
-    assert not pace._line
+    assert not limiter._queue
 
 
 async def test_time_that_nobody_used_is_not_made_up_for(clock):
-    pace = Pace(10)
-    await pace.wait()
+    limiter = RateLimiter(10)
+    await limiter.wait()
     await asyncio.sleep(60)
     went = []
     for _ in range(3):
-        await pace.wait()
+        await limiter.wait()
         went.append(clock.now)
     assert [b - a for a, b in pairwise(went)] == pytest.approx([0.1, 0.1])
 
 
 async def test_who_is_cancelled_while_being_called_forward_makes_way(clock):
-    pace = Pace(10)
-    await pace.wait()
-    first, second, third = (asyncio.ensure_future(pace.wait()) for _ in range(3))
+    limiter = RateLimiter(10)
+    await limiter.wait()
+    first, second, third = (asyncio.ensure_future(limiter.wait()) for _ in range(3))
     first.add_done_callback(lambda _: second.cancel())
     started = clock.now
     await third
@@ -200,32 +200,32 @@ def run(coroutine):
 
 @pytest.mark.parametrize("place", ["front", "middle"])
 def test_waiter_whose_loop_is_closed_does_not_block_those_behind(place):
-    pace = Pace(20)
+    limiter = RateLimiter(20)
 
     async def after():
-        await pace.wait()
-        here = [asyncio.ensure_future(pace.wait()) for _ in range(place == "middle")]
+        await limiter.wait()
+        here = [asyncio.ensure_future(limiter.wait()) for _ in range(place == "middle")]
         await rounds()
         with Elsewhere() as elsewhere:
-            left = elsewhere.begin(pace.wait())
-            here += [asyncio.ensure_future(pace.wait()) for _ in range(2)]
+            left = elsewhere.begin(limiter.wait())
+            here += [asyncio.ensure_future(limiter.wait()) for _ in range(2)]
             await rounds()
-        here.append(asyncio.ensure_future(pace.wait()))
+        here.append(asyncio.ensure_future(limiter.wait()))
         await asyncio.gather(*here)
         assert not left.done()
-        assert not pace._line
+        assert not limiter._queue
 
     run(after())
 
 
 def test_waiter_whose_loop_is_closed_makes_way_when_it_is_collected():
-    pace = Pace(20)
+    limiter = RateLimiter(20)
 
     async def after():
-        await pace.wait()
+        await limiter.wait()
         with Elsewhere() as elsewhere:
-            elsewhere.begin(pace.wait())
-            here = asyncio.ensure_future(pace.wait())
+            elsewhere.begin(limiter.wait())
+            here = asyncio.ensure_future(limiter.wait())
             await rounds()
         del elsewhere
         gc.collect()
@@ -235,65 +235,65 @@ def test_waiter_whose_loop_is_closed_makes_way_when_it_is_collected():
 
 
 def test_places_for_those_whose_loop_is_closed_go_to_the_next():
-    places = Places(1)
+    slots = Semaphore(1)
 
     async def after():
-        await places.take()
+        await slots.acquire()
         with Elsewhere() as elsewhere:
-            left = elsewhere.begin(places.take())
-            here = asyncio.ensure_future(places.take())
+            left = elsewhere.begin(slots.acquire())
+            here = asyncio.ensure_future(slots.acquire())
             await rounds()
-        places.give_back()
+        slots.release()
         await here
         assert not left.done()
-        places.give_back()
+        slots.release()
         del left, elsewhere
         gc.collect()  # which closes the coroutine that was left, and frees nothing twice
-        assert (places.taken, places.waiting) == (0, 0)
+        assert (slots.taken, slots.waiting) == (0, 0)
 
     run(after())
 
 
 def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
-    places = Places(1)
+    slots = Semaphore(1)
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(places.take())
-    task = loop.create_task(places.take())
+    loop.run_until_complete(slots.acquire())
+    task = loop.create_task(slots.acquire())
     task._log_destroy_pending = False
     loop.run_until_complete(rounds())
-    places.give_back()  # it is told so, but never runs again
+    slots.release()  # it is told so, but never runs again
     loop.close()
-    assert places.taken == 1
+    assert slots.taken == 1
     del task, loop
     gc.collect()
-    assert (places.taken, places.waiting) == (0, 0)
+    assert (slots.taken, slots.waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["waiting", "given"])
 async def test_who_is_cancelled_in_line_passes_on_a_place_that_was_given(told):
-    places = Places(1)
-    await places.take()
-    first, second = (asyncio.ensure_future(places.take()) for _ in range(2))
+    slots = Semaphore(1)
+    await slots.acquire()
+    first, second = (asyncio.ensure_future(slots.acquire()) for _ in range(2))
     await rounds()
     if told:
-        places.give_back()
+        slots.release()
     first.cancel()
     await rounds()
     assert first.cancelled()
     if not told:
-        places.give_back()
+        slots.release()
     assert await second
-    places.give_back()
-    assert (places.taken, places.waiting) == (0, 0)
+    slots.release()
+    assert (slots.taken, slots.waiting) == (0, 0)
 
 
 def test_threads_share_the_pace_in_the_order_of_asking():
     each, rate = 25, 200
-    pace = Pace(rate)
+    limiter = RateLimiter(rate)
     went = collections.defaultdict(list)
 
     async def go(name, number):
-        await pace.wait()
+        await limiter.wait()
         went[name].append(number)
 
     async def main(name):
@@ -310,11 +310,11 @@ def test_threads_share_the_pace_in_the_order_of_asking():
 
 
 def test_threads_share_the_pace_whoever_is_cancelled():
-    pace = Pace(1000)
+    limiter = RateLimiter(1000)
     went = []
 
     async def go(number):
-        await pace.wait()
+        await limiter.wait()
         went.append(number)
 
     async def main(seed):
@@ -332,21 +332,21 @@ def test_threads_share_the_pace_whoever_is_cancelled():
     for thread in threads:
         thread.join()
     assert len(went) >= 4 * 20 * 2
-    assert not pace._line
+    assert not limiter._queue
 
 
 def test_threads_share_places_whoever_is_cancelled():
-    places = Places(3)
+    slots = Semaphore(3)
     most = []
 
     async def use(choose):
-        await places.take()
+        await slots.acquire()
         try:
-            most.append(places.taken)
+            most.append(slots.taken)
             for _ in range(choose.randrange(3)):
                 await asyncio.sleep(0)
         finally:
-            places.give_back()
+            slots.release()
 
     async def main(seed):
         choose = random.Random(seed)
@@ -363,28 +363,28 @@ def test_threads_share_places_whoever_is_cancelled():
     for thread in threads:
         thread.join()
     assert max(most) == 3
-    assert (places.taken, places.waiting) == (0, 0)
+    assert (slots.taken, slots.waiting) == (0, 0)
 
 
 class Lost:
     """Garbage that only the collector finds, and that then gives a place back."""
 
-    def __init__(self, places):
-        self.places = places
+    def __init__(self, slots):
+        self.slots = slots
         self.self = self
 
     def __del__(self):
-        self.places.give_back()
+        self.slots.release()
 
 
 async def test_place_that_the_collector_gives_back_while_one_is_taken_is_taken():
-    places = Places(1)
-    await places.take()
+    slots = Semaphore(1)
+    await slots.acquire()
     gc.collect()
     threshold = gc.get_threshold()
     gc.disable()
-    taking = places.take()
-    Lost(places)
+    taking = slots.acquire()
+    Lost(slots)
     gc.set_threshold(1)  # so it comes as soon as anything is made
     gc.enable()
     try:  # noqa: SIM105 - with suppress(), it would come too soon
@@ -394,7 +394,7 @@ async def test_place_that_the_collector_gives_back_while_one_is_taken_is_taken()
     gc.set_threshold(*threshold)
     taking.close()
     await rounds()
-    assert places.waiting == 0
+    assert slots.waiting == 0
 
 
 # -- the pace of a client --------------------------------------------------------------

@@ -80,7 +80,15 @@ every_value = pytest.mark.parametrize(
 )
 
 FROZEN = [
-    md.CallEvent(skill="caption", stream=True, attempt=1, seconds=0.5),
+    md.CallEvent(
+        call_id="1f",
+        skill="caption",
+        model=None,
+        endpoint="http://127.0.0.1:2020/v1",
+        stream=True,
+        attempt=1,
+        seconds=0.5,
+    ),
     Timeout(),
     EncodedImage(b"\xff\xd8", "image/jpeg", 4, 3),
     ChunkEvent(chunk="a ", raw={"chunk": "a "}),

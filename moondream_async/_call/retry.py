@@ -7,6 +7,7 @@ a number of seconds or a plain "no" comes out.
 from __future__ import annotations
 
 import threading
+from typing import Protocol
 
 from moondream_async.errors import (
     APIConnectionError,
@@ -66,6 +67,49 @@ def backoff(attempt: int, jitter: float, retry_after: float | None = None) -> fl
     if retry_after is not None:
         return min(retry_after, LONGEST_RETRY_AFTER)
     return jitter * min(FIRST_DELAY * 2.0 ** min(attempt, 16), LONGEST_DELAY)
+
+
+class Retries(Protocol):
+    """Decides whether, and when, a call that failed is sent again; one for each call."""
+
+    most: int
+    """How often at most."""
+
+    def delay(self, error: MoondreamError, *, jitter: float, left: float) -> float | None:
+        """Return the seconds until the next attempt; None if there is to be none.
+
+        Args:
+            error: How the last one failed.
+            jitter: A random number in 0-1.
+            left: Seconds until the time for the whole call is over.
+        """
+
+    def succeeded(self) -> None:
+        """The call has its answer."""
+
+
+class CallRetries:
+    """Those of a single call: so many, as long as the client's budget lasts."""
+
+    def __init__(self, most: int, budget: Budget) -> None:
+        self.most = most
+        self._budget = budget
+        self._failures = 0
+
+    def delay(self, error: MoondreamError, *, jitter: float, left: float) -> float | None:
+        """Return the seconds until the next attempt; None if there is to be none."""
+        if self._failures >= self.most or not is_worth_retrying(error):
+            return None
+        retry_after = error.retry_after if isinstance(error, APIStatusError) else None
+        seconds = backoff(self._failures, jitter, retry_after)
+        if seconds >= left or not self._budget.take():
+            return None
+        self._failures += 1
+        return seconds
+
+    def succeeded(self) -> None:
+        """The call has its answer."""
+        self._budget.succeeded(after_retry=self._failures > 0)
 
 
 class Budget:

@@ -3,9 +3,10 @@
 In comes whatever a caller has; out comes an `EncodedImage`, or an `ImageError`
 that names the picture and the reason. Most files need no decoding: their
 structure is walked (`jpeg`, `png`, `gif`, `webp`), their metadata is cut out, and
-the picture itself goes bit for bit as it is. The others are decoded and encoded
-anew (`convert`), and only for them Pillow is loaded. `inputs` reads paths, files and
-data URIs.
+the picture itself goes bit for bit as it is. The others are decoded within a budget
+(`decoders`), made plain (`colour`) and encoded anew (`convert`), and only for them
+Pillow is loaded. `inputs` reads paths, files and data URIs; `formats` tells by their
+names which files can be prepared.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from moondream_async.errors import ImageError, RequestError
 from moondream_async.types import EncodedImage
 
 from . import gif, inputs, jpeg, png, webp
+from .formats import can_prepare
 from .header import Header, check_size
 from .inputs import ImageSource
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageSource", "decode_image", "encode_at_once", "encode_image"]
+__all__ = ["ImageSource", "can_prepare", "decode_image", "encode_at_once", "encode_image"]
 
 _AT_ONCE_BYTES = 16 * 1024
 """Files up to here are walked in 0.1 ms, and in a few ms if made to be slow."""
@@ -48,25 +50,35 @@ def encode_image(
     x 1, x 3 RGB or x 4 RGBA), a ``data:`` URI, or an `EncodedImage` (returned as
     it is when it keeps the limits).
 
-    JPEG, PNG, GIF and WebP files are sent without being decoded. EXIF (with the
+    JPEG, PNG, GIF and WebP files are sent without being encoded anew. EXIF (with the
     place and the thumbnail in it), XMP, IPTC, comments, text, all frames but the
-    first and whatever follows the picture are cut out; every pixel stays as it
-    was, and so do ICC profiles. Decoded and encoded anew are:
+    first, and whatever follows the picture or stands where nothing belongs are cut
+    out; every pixel stays as it was, and so do ICC profiles. Decoded and encoded anew are:
 
-    - BMP, TIFF, AVIF, JPEG 2000, ICO, ICNS, PCX, PPM, TGA, and what a Pillow plugin
-      adds that you have registered, as HEIC; Pillow images and arrays;
+    - BMP, TIFF, AVIF, JPEG 2000, ICO, ICNS, PCX, PPM, TGA, HEIC with the extra ``heif``,
+      and what a Pillow plugin adds that you have registered; Pillow images and arrays;
     - CMYK, palettes (but for GIF's), more than 8 bits, and anything that may be
       transparent, which is laid on white: what servers do with these differs;
-    - a picture whose EXIF orientation says that it lies on its side: it is
-      turned upright, so that boxes and points fit what people see;
+    - a picture whose orientation, in EXIF or else in XMP, says that it lies on its
+      side: it is turned upright, so that boxes and points fit what people see;
+    - what is damaged so that viewers still show it, as a JPEG with stray bytes;
+    - a picture with bytes hidden behind its own compressed data (but for JPEG, where
+      nothing tells of them);
     - what is over a limit.
 
     Then ICC colours become sRGB. The result is PNG if that is smaller, as for
     drawings and screenshots, else JPEG at quality 95 (4:4:4), lowered to 90
-    and then made smaller in pixels until it fits. 16-bit samples are scaled to 8
+    and then made smaller in pixels until it fits. What has more than 33 million pixels
+    is sent at half its width and height. 16-bit samples are scaled to 8
     bits. Those of Pillow's modes I and F are taken as they are when all are
     within 0-255, as 16 bits (I) when within 0-65535, as fractions (F) when within
     0-1; any other range is stretched to black and white.
+
+    One picture costs at most 1 GB of memory and about ten seconds of one core. So
+    pictures of more than 89 million pixels are refused, and fewer are taken of kinds
+    that are dear to decode: 64 million of HEIC, 50 of AVIF, 40 of WebP, 25 of JPEG
+    2000, one of icons and of what Pillow decodes in Python (plain PPM, BMP with run
+    lengths). These limits do not hold for what is sent without being decoded.
 
     Args:
         image: The picture.
@@ -115,10 +127,16 @@ def encode_at_once(image: object, *, max_pixels: int | None = None) -> EncodedIm
         return None
 
 
-def decode_image(image: ImageSource | EncodedImage) -> Image:
-    """Return a picture decoded, as `encode_image` would send it but in its own size.
+def decode_image(image: ImageSource | EncodedImage, *, max_pixels: int | None = None) -> Image:
+    """Return a picture decoded, as `encode_image` would send it: for showing it, or drawing on it.
 
-    So it is upright and of mode RGB or L. It is nobody else's, and may be drawn on.
+    So it is upright and of mode RGB or L, in its own size or smaller. It is nobody else's.
+    This is the one way in which a picture is decoded: its file is opened only if it is a
+    regular one, by the decoders that `encode_image` uses, and within the same budget.
+
+    Args:
+        image: The picture, as for `encode_image`.
+        max_pixels: Width times height at most, as for a small picture on a page.
 
     Raises:
         ImageError: As for `encode_image`.
@@ -128,7 +146,7 @@ def decode_image(image: ImageSource | EncodedImage) -> Image:
         source, header = _read(source)
         from . import convert  # noqa: PLC0415 - loads Pillow
 
-        return convert.decode(source, header=header)
+        return convert.decode(source, header=header, max_pixels=max_pixels)
 
 
 @contextlib.contextmanager
@@ -165,7 +183,7 @@ def _as_it_is(
     if header.shortened is not None:
         from . import convert  # noqa: PLC0415 - loads Pillow, which JPEG and PNG don't need
 
-        if convert.hides_something(header.shortened()):
+        if convert.hides_something(header.shortened(), header):
             return None
     return EncodedImage(image, header.media_type, header.width, header.height)
 

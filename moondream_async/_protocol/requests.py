@@ -1,6 +1,6 @@
-"""A call into a request: arguments checked, JSON made once, nothing sent yet.
+"""A call into a request: arguments checked, nothing sent yet.
 
-Pictures stay out of the JSON: a `Request` keeps the parts between them, and the
+Pictures stay out of the JSON: a `Request` gives the parts between them, and the
 transport writes each picture as a data URL in its place.
 """
 
@@ -14,7 +14,6 @@ import msgspec
 
 from moondream_async.errors import RequestError
 from moondream_async.results import ChatMessage, Point, Region, SpatialRefs
-from moondream_async.types import EncodedImage
 
 Skill = Literal["caption", "query", "detect", "point", "segment", "chat"]
 
@@ -23,7 +22,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 class Picture:
-    """A place in a payload where the transport writes a picture."""
+    """A picture in a payload: as the caller gave it, until it has been prepared."""
 
     __slots__ = ("source",)
 
@@ -32,24 +31,15 @@ class Picture:
 
 
 class Request:
-    """One call, checked and encoded.
-
-    The JSON is encoded once and used for every try. `json` are its parts with a
-    picture between each two, so that no base64 copy of a picture is ever made whole.
-
-    Raises:
-        RequestError: The payload holds something that JSON can't say.
-    """
+    """One call, checked; its JSON is made when it is sent."""
 
     __slots__ = (
         "at_root",
         "bearer",
         "elsewhere",
-        "json",
         "method",
         "path",
         "payload",
-        "pictures",
         "repeatable",
         "skill",
         "upload",
@@ -84,30 +74,7 @@ class Request:
         self.upload = upload
         """Bytes of a file to send in place of JSON, as the transport takes them."""
         self.payload = {key: value for key, value in (payload or {}).items() if value is not None}
-        self.pictures: list[Any] = []
-        self.json: tuple[bytes, ...] = ()
-        if payload is None:
-            return
-        try:
-            encoded = msgspec.json.encode(self.payload, enc_hook=self._put)
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-            RecursionError,
-            msgspec.MsgspecError,
-        ) as error:
-            raise RequestError(f"The request can't be sent as JSON: {error}") from error
-        self.json = tuple(encoded.split(_PICTURE))
-
-    def _put(self, value: Any) -> Any:
-        if isinstance(value, Picture):
-            self.pictures.append(value.source)
-            return msgspec.Raw(_PICTURE)
-        for kind in (str, int, float):
-            if isinstance(value, kind):  # a number of numpy's, say, that is a float too
-                return kind(value)
-        raise TypeError(f"{type(value).__name__} has no JSON form")
+        """What becomes JSON; a request whose payload is empty has no body."""
 
     @property
     def stream(self) -> bool:
@@ -126,14 +93,46 @@ class Request:
             at_root=self.at_root,
         )
 
-    def body(self, images: Sequence[EncodedImage]) -> list[bytes | EncodedImage]:
-        """Return what to send, piece by piece; each image goes out as a data URL in quotes."""
+    def parts(self) -> list[Any]:
+        """Return the body: JSON, in bytes, with a `Picture` between each two pieces; or `upload`.
+
+        So no base64 copy of a picture is ever made whole: each goes out as a data URL in quotes.
+
+        Raises:
+            RequestError: The payload holds something that JSON can't say.
+        """
         if self.upload is not None:
             return [self.upload]
-        body: list[bytes | EncodedImage] = list(self.json[:1])
-        for image, part in zip(images, self.json[1:], strict=True):
-            body += (image, part)
-        return body
+        if not self.payload:
+            return []
+        pictures: list[Picture] = []
+
+        def put(value: Any) -> Any:
+            if isinstance(value, Picture):
+                pictures.append(value)
+                return msgspec.Raw(_PICTURE)
+            for kind in (str, int, float):
+                if isinstance(value, kind):  # a number of numpy's, say, that is a float too
+                    return kind(value)
+            raise TypeError(f"{type(value).__name__} has no JSON form")
+
+        try:
+            encoded = msgspec.json.encode(self.payload, enc_hook=put)
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            msgspec.MsgspecError,
+        ) as error:
+            raise RequestError(f"The request can't be sent as JSON: {error}") from error
+        if not pictures:
+            return [encoded]
+        first, *others = encoded.split(_PICTURE)
+        parts: list[Any] = [first]
+        for picture, piece in zip(pictures, others, strict=True):
+            parts += (picture, piece)
+        return parts
 
 
 _PICTURE = b"\0"  # can stand nowhere in JSON: control characters are always escaped there

@@ -32,8 +32,8 @@ class _Handler:
     def remove(self, scope: anyio.CancelScope) -> None:
         self.interrupted.discard(scope)
         del self.blocks[scope]
-        # Whoever has taken the signal meanwhile keeps it.
-        if not self.blocks and signal.getsignal(signal.SIGINT) == self:
+        current: object = signal.getsignal(signal.SIGINT)
+        if not self.blocks and current is self:  # else somebody has taken the signal meanwhile
             signal.signal(signal.SIGINT, self._previous)
 
     def __call__(self, number: int, frame: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from moondream_async._protocol.events import AnswerDecoder
 from moondream_async._protocol.plain import NOTHING, Block
 from moondream_async.errors import MoondreamError
+from moondream_async.results import Usage
 
 
 class ByteSource(Protocol):
@@ -60,7 +61,20 @@ class Observer(Protocol):
     def first_chunk(self, request_id: str | None) -> None:
         """The first piece of text is there."""
 
+    @property
+    def wants_answer(self) -> bool:
+        """Whether `ended` is to be given all of the text."""
+
     def ended(
-        self, *, error: MoondreamError | None, completed: bool, request_id: str | None
+        self,
+        *,
+        error: BaseException | None = None,
+        completed: bool = False,
+        request_id: str | None = None,
+        finish_reason: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        usage: Usage | None = None,
+        ttft: float | None = None,
+        answer: str | None = None,
     ) -> None:
-        """It was read to the end, failed, was closed, or was dropped; in whichever thread."""
+        """It was read to the end, failed, was closed, or was dropped; from any thread."""

@@ -338,7 +338,16 @@ class Stream(Generic[ItemT_co]):
         """Tell the observer, once, that this is the end."""
         observer, self._observer = self._observer, None
         if observer is not None:
-            observer.ended(error=error, completed=self.completed, request_id=self.request_id)
+            observer.ended(
+                error=error,
+                completed=self.completed,
+                request_id=self.request_id,
+                finish_reason=self.finish_reason,
+                metrics=self.metrics,
+                usage=self.usage,
+                ttft=self.ttft,
+                answer=self.text_so_far if observer.wants_answer else None,
+            )
 
     def _drop_source(self) -> None:
         if self._source is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 from aiohttp import hdrs
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from .pools import Pool
+
+_T = TypeVar("_T")
 
 READ_BUFFER_BYTES = 64 * 1024
 """aiohttp stops reading from the socket at twice this much, until a reader has taken it."""
@@ -65,30 +67,32 @@ class Body:
         if self._unread:
             data, self._unread = self._unread, b""
             return data
-        content = self._response.content
         try:
-            data = await content.readany()
+            data = await self._response.content.readany()
         except FAULTS as error:
-            if not self.closed:
-                # aiohttp raises ahead of what it still holds; there is no public way
-                # to that.
-                data = content._read_nowait(-1)  # noqa: SLF001
-                if data:
-                    self.received += len(data)
-                    return data
-            # All readers that are woken by a close get one and the same exception of
-            # aiohttp's. It would keep a traceback, and so a connection, for each of them.
-            error.__traceback__ = None
-            by_client = self._closed_by_client
-            self.close()
-            if by_client:
-                raise ClientClosedError("The client was closed during the call") from error
-            raise APIConnectionError(f"The connection was lost: {say(error)}") from error
-        if data:
-            self.received += len(data)
-            return data
-        self._settle()
-        raise StopAsyncIteration
+            return self._failed(error)
+        if not data:
+            self._settle()
+            raise StopAsyncIteration
+        self.received += len(data)
+        return data
+
+    def _failed(self, error: BaseException) -> bytes:
+        """Return what had arrived before a fault, or raise the error for it."""
+        if not self.closed:
+            # aiohttp raises ahead of what it still holds; there is no public way to that.
+            data = self._response.content._read_nowait(-1)  # noqa: SLF001
+            if data:
+                self.received += len(data)
+                return data
+        # All readers that are woken by a close get one and the same exception of
+        # aiohttp's. It would keep a traceback, and so a connection, for each of them.
+        error.__traceback__ = None
+        by_client = self._closed_by_client
+        self.close()
+        if by_client:
+            raise ClientClosedError("The client was closed during the call") from error
+        raise APIConnectionError(f"The connection was lost: {say(error)}") from error
 
     def unread(self, data: bytes) -> None:
         """Put bytes back, to be read next."""
@@ -100,21 +104,39 @@ class Body:
         Raises:
             APIConnectionError: The connection was lost, or the body passed `limit` bytes.
         """
-        parts: list[bytes] = []
-        size = 0
-        async for data in self:
-            size += len(data)
-            if size > limit:
-                self.close()
-                raise APIConnectionError(
-                    f"The server's reply is over the limit of {limit} bytes", permanent=True
-                )
-            parts.append(data)
-        return b"".join(parts)
+        return await self.whole(_as_they_are, limit)
 
-    async def read_error(self) -> bytes:
-        """Return as much of an error's body as can be had and is worth having."""
+    async def whole(self, decode: Callable[[bytes], _T], limit: int = MAX_BODY_BYTES) -> _T:
+        """Read the whole body, and close it; return what `decode` makes of it.
+
+        Raises:
+            APIConnectionError: The connection was lost, or the body passed `limit` bytes.
+        """
+        content = self._response.content
+        parts = [self._unread] if self._unread else []
+        size, self._unread = len(self._unread), b""
+        try:
+            while size <= limit:
+                try:
+                    data = await content.readany()
+                    self.received += len(data)
+                except FAULTS as error:
+                    data = self._failed(error)
+                if not data:
+                    self._settle()
+                    return decode(b"".join(parts))
+                size += len(data)
+                parts.append(data)
+        finally:
+            self.close()
+        raise APIConnectionError(
+            f"The server's reply is over the limit of {limit} bytes", permanent=True
+        )
+
+    async def read_error(self, seconds: float) -> bytes:
+        """Return as much of an error's body as can be had, for so long, and is worth having."""
         data = b""
+        timer = self._pool.loop.call_later(seconds, self.close)
         try:
             async for part in self:
                 data += part
@@ -122,7 +144,9 @@ class Body:
                     break
         except APIConnectionError:
             pass  # the status says enough
-        self.close()
+        finally:
+            timer.cancel()
+            self.close()
         return data[:_ERROR_BODY_BYTES]
 
     async def finish(self) -> None:
@@ -177,6 +201,10 @@ class Body:
             self.closed = True
             self._pool.discard(self)
             self._on_close(self.received)
+
+
+def _as_they_are(data: bytes) -> bytes:
+    return data
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:

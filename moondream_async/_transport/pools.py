@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
 import anyio
@@ -130,6 +130,13 @@ class Transport:
             )
 
 
+class Closable(Protocol):
+    """A call that waits."""
+
+    def close(self) -> None:
+        """End it, since the client is closed; in its loop."""
+
+
 class Pool:
     """The connections of one event loop, and the calls and bodies under way on it."""
 
@@ -144,11 +151,9 @@ class Pool:
     ) -> None:
         self.loop = loop
         self.closed = False
-        self.calls: set[anyio.CancelScope] = set()
-        """What waits on this loop; cancelled when the client is closed."""
+        self.calls: set[Closable] = set()
+        """What waits on this loop; closed with the client."""
         self.bodies: set[Body] = set()
-        self.image_limiter = anyio.CapacityLimiter(4)
-        """Pictures that are prepared at once: each may hold a decoded copy."""
         self._ssl = ssl_context or True
         self._proxy = proxy
         self._guard = guard
@@ -273,8 +278,8 @@ class Pool:
                     await self._idle.wait()
         finally:
             self.closed = True
-            for scope in self.calls.copy():
-                scope.cancel()
+            for call in self.calls.copy():
+                call.close()
             for body in self.bodies.copy():
                 body.close(by_client=True)
             with anyio.CancelScope(shield=True):
@@ -309,13 +314,13 @@ class Pool:
             await anyio.sleep(_LOOK)
 
     def _cut(self) -> None:
-        for scope in self.calls.copy():
-            scope.cancel()
+        for call in self.calls.copy():
+            call.close()
         self.abandon()
 
-    def leave(self, scope: anyio.CancelScope) -> None:
+    def leave(self, call: Closable) -> None:
         """Take a call, which has ended, out of `calls`."""
-        self.calls.discard(scope)
+        self.calls.discard(call)
         self._note_end()
 
     def discard(self, body: Body) -> None:

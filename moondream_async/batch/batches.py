@@ -256,9 +256,9 @@ class Batches:
                 else:
                     break
         except BaseException as error:
-            call.ended(error=error if isinstance(error, Exception) else None)
+            call.report.ended(error=error if isinstance(error, Exception) else None)
             raise
-        call.ended(completed=True)
+        call.report.ended(completed=True)
 
     def _call_for(self, batch: Batch, place: int) -> Call:
         url = batch.outputs[place].url if place < len(batch.outputs) else ""

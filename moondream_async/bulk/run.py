@@ -73,7 +73,7 @@ class BulkRun(Generic[ItemT]):
             items,
             asking,
             ordered=ordered,
-            most=min(concurrency or caller.places.total, caller.places.total),
+            most=min(concurrency or caller.session.slots.total, caller.session.slots.total),
             max_retries=caller.max_retries if max_retries is None else max_retries,
         )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moondream_async._stream.stream import CaptionStream, QueryStream, SegmentStream, Stream
+from moondream_async._stream.kinds import CaptionStream, QueryStream, SegmentStream
+from moondream_async._stream.stream import Stream
 from moondream_async.bulk.items import Asking
 from moondream_async.errors import RequestError
 

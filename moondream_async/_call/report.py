@@ -1,0 +1,292 @@
+"""What is told of a call: to hooks, to what traces it, and to the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from moondream_async._protocol.answers import find_metrics, to_id
+from moondream_async.errors import MoondreamError, StreamInterruptedError, StreamStalledError
+from moondream_async.types import CallEvent, Outcome
+
+if TYPE_CHECKING:
+    from moondream_async._protocol.requests import Request
+    from moondream_async._transport.bodies import Body
+    from moondream_async.types import Hooks
+
+log = logging.getLogger("moondream_async")
+
+Kind = Literal["request", "first_chunk", "retry", "end"]
+
+
+class CallStart(NamedTuple):
+    """A call that is about to begin, in the context of who made it."""
+
+    call_id: str
+    endpoint: str
+    request: Request
+
+
+class Probe(Protocol):
+    """What follows one call, as for tracing."""
+
+    @property
+    def wants_answer(self) -> bool:
+        """Whether `answer` is to be called."""
+
+    def answer(self, answer: str | Mapping[str, Any]) -> None:
+        """Take the text of a stream, or a whole answer, right before its end is reported."""
+
+    def headers(self) -> Mapping[str, str]:
+        """Return more headers for the next attempt, as ``traceparent``."""
+
+    def report(self, kind: Kind, event: CallEvent) -> None:
+        """Take what a hook of this kind is given, in the loop of the call."""
+
+
+Instrument = Callable[[CallStart], Probe | None]
+"""Called as a call begins; returns what follows it, or None."""
+
+
+class Report:
+    """Reports one call, from its first attempt to its end."""
+
+    __slots__ = (
+        "__weakref__",
+        "_began",
+        "_body",
+        "_call_id",
+        "_endpoint",
+        "_hooks",
+        "_is_over",
+        "_loop",
+        "_probes",
+        "_received",
+        "_request",
+        "_sent",
+        "attempt",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        endpoint: str,
+        hooks: Hooks,
+        instruments: tuple[Instrument, ...],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.attempt = 0
+        """Number of the attempt, from 1."""
+        self._sent = 0  # bytes
+        self._received = 0  # bytes, of the answers before this one
+        self._body: Body | None = None
+        self._request = request
+        self._endpoint = _origin(request.path) if request.elsewhere else endpoint
+        self._hooks = hooks
+        self._loop = loop
+        self._call_id = ""
+        self._is_over = False
+        self._began = time.monotonic()
+        self._probes: list[Probe] = []
+        if instruments:
+            start = CallStart(self.call_id, self._endpoint, request)
+            probes = (instrument(start) for instrument in instruments)
+            self._probes = [probe for probe in probes if probe is not None]
+
+    @property
+    def call_id(self) -> str:
+        """One for all attempts of a call; made when it is asked for."""
+        if not self._call_id:
+            self._call_id = os.urandom(8).hex()
+        return self._call_id
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody is told of what comes after the first attempt."""
+        hooks = self._hooks
+        return bool(self._probes) or hooks.end is not None or hooks.first_chunk is not None
+
+    @property
+    def wants_answer(self) -> bool:
+        """Whether anybody wants to know what the answer says."""
+        return any(probe.wants_answer for probe in self._probes)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether `headers` may give any."""
+        return bool(self._probes)
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that those who trace the call add to an attempt."""
+        return {name: value for probe in self._probes for name, value in probe.headers().items()}
+
+    def tell(self, kind: Kind, **what: Any) -> None:
+        """Tell of one event whoever wants to know."""
+        hook = getattr(self._hooks, kind)
+        if hook is None and not self._probes:
+            return
+        model = self._request.payload.get("model")
+        event = CallEvent(
+            call_id=self.call_id,
+            skill=self._request.skill,
+            model=model if isinstance(model, str) else None,
+            endpoint=self._endpoint,
+            stream=self._request.stream,
+            attempt=self.attempt,
+            seconds=time.monotonic() - self._began,  # maybe after the loop's end
+            **what,
+        )
+        listeners = [probe.report for probe in self._probes]
+        for listener in listeners:
+            _guarded(kind, listener, kind, event)
+        if hook is not None:
+            _guarded(kind, hook, event)
+
+    def began(self, size: int) -> None:
+        """Tell that a request of `size` bytes is about to be sent."""
+        self.attempt += 1
+        self._sent += size
+        self.tell("request")
+
+    def responded(self, body: Body, seconds: float) -> None:
+        """Take note of an answer, and log it: a line for each request."""
+        if self._body is not None:
+            self._received += self._body.received
+        self._body = body
+        if log.isEnabledFor(logging.INFO):
+            log.info(
+                "%s %s: %d in %.3f s (call %s, attempt %d)",
+                self._request.method,
+                self._request.path.partition("?")[0],  # what follows may be a signature
+                body.status,
+                seconds,
+                self.call_id,
+                self.attempt,
+            )
+
+    def retried(self, delay: float, error: MoondreamError, *, most: int) -> None:
+        """Tell that another attempt follows."""
+        if log.isEnabledFor(logging.DEBUG):
+            what = (self.attempt, most, delay, error, self.call_id)
+            log.debug("retry %d of %d in %.2f s: %s (call %s)", *what)
+        self.tell("retry", delay=delay, error=error)
+
+    # -- what a stream reports --------------------------------------------------------
+
+    def first_chunk(self, request_id: str | None) -> None:
+        """Tell that the first piece of text is there."""
+        self.tell("first_chunk", request_id=request_id)
+
+    def ended(
+        self,
+        *,
+        error: BaseException | None = None,
+        completed: bool = False,
+        request_id: str | None = None,
+        finish_reason: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        usage: Any = None,
+        ttft: float | None = None,
+        answer: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Tell, once, that the call is over: in its own loop, from whichever thread."""
+        if self._is_over:
+            return
+        self._is_over = True
+        if not self.is_heard:
+            return
+        for probe in self._probes:
+            if probe.wants_answer and answer:
+                _guarded("end", probe.answer, answer)
+        input_tokens, output_tokens = _tokens(metrics, usage)
+        what = {
+            "error": error,
+            "completed": completed,
+            "outcome": _outcome(error, completed=completed),
+            "request_id": request_id,
+            "finish_reason": finish_reason,
+            "input_tokens": input_tokens,
+            "output_tokens": output_tokens,
+            "bytes_sent": self._sent,
+            "bytes_received": self._received + (0 if self._body is None else self._body.received),
+            "ttft": ttft,
+        }
+        if self._loop.is_running() and self._loop is not _loop_here():
+            try:
+                self._loop.call_soon_threadsafe(lambda: self.tell("end", **what))
+            except RuntimeError:  # it was closed meanwhile
+                self.tell("end", **what)
+        else:
+            self.tell("end", **what)
+
+    def answered(self, answer: Any) -> None:
+        """Tell that the whole answer is there."""
+        if not self.is_heard:
+            self._is_over = True
+        elif isinstance(answer, dict) and not hasattr(answer, "finish_reason"):
+            self.ended(
+                completed=True,
+                request_id=to_id(answer.get("request_id")) or to_id(answer.get("id")),
+                metrics=find_metrics(answer),
+                answer=answer,
+            )
+        else:
+            self.ended(
+                completed=True,
+                request_id=getattr(answer, "request_id", None),
+                finish_reason=getattr(answer, "finish_reason", None),
+                metrics=getattr(answer, "metrics", None),
+                usage=getattr(answer, "usage", None),
+                answer=getattr(answer, "raw", None),
+            )
+
+
+def _guarded(kind: str, listener: Callable[..., object], *arguments: Any) -> None:
+    try:
+        listener(*arguments)
+    except Exception:
+        log.exception("A hook for %r failed", kind)
+
+
+def _outcome(error: BaseException | None, *, completed: bool) -> Outcome:
+    if completed:
+        return "complete"
+    if error is None or isinstance(error, GeneratorExit):
+        return "abandoned"
+    if isinstance(error, (StreamInterruptedError, StreamStalledError)):
+        return "interrupted"
+    if isinstance(error, (MoondreamError, Exception)):
+        return "failed"
+    return "cancelled"
+
+
+def _tokens(metrics: Any, usage: Any) -> tuple[int | None, int | None]:
+    """Find how many tokens went in and came out, under whichever names."""
+    found: list[int | None] = [None, None]
+    for source, names in (
+        (metrics, ("input_tokens", "output_tokens")),
+        (usage, ("prompt_tokens", "completion_tokens")),
+        (metrics, ("prompt_tokens", "tokens")),  # Station's
+    ):
+        for place, name in enumerate(names):
+            value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+            if found[place] is None and isinstance(value, int) and not isinstance(value, bool):
+                found[place] = value
+    return found[0], found[1]
+
+
+def _origin(address: str) -> str:
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _loop_here() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

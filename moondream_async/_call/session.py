@@ -1,0 +1,192 @@
+"""What all calls of a client share, whatever their own options are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from yarl import URL
+
+from moondream_async._images import encode_at_once, encode_image
+from moondream_async._protocol import USER_AGENT
+from moondream_async._protocol.secret import Secret, redact
+from moondream_async._transport.pools import Transport
+from moondream_async._transport.workers import Workers
+from moondream_async.errors import ClientClosedError
+from moondream_async.results import ClientStats
+from moondream_async.types import EncodedImage, Hooks
+
+from .limits import RateLimiter, Semaphore
+from .report import Instrument
+from .retry import Budget
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Mapping
+
+    from moondream_async._protocol.requests import Request
+
+_SHORTEST_SECRET = 8
+_PICTURES_AT_ONCE = 4
+"""Pictures that are prepared at once: each may hold a decoded copy."""
+
+_preparing = Workers("pictures", _PICTURES_AT_ONCE)
+
+new_session_listeners: list[Callable[[Session], object]] = []
+"""Called with each new session, as by what traces the clients of a whole program."""
+
+
+class Session:
+    """Connections, limits, numbers, and what is known of the server; from any loop and thread."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        key: Secret | None,
+        *,
+        max_connections: int,
+        rate_limit: float | None,
+        max_pixels: int | None,
+        hooks: Hooks,
+        transport: Transport,
+    ) -> None:
+        self.closed = False
+        self.endpoint = endpoint
+        self.key = key
+        self.max_pixels = max_pixels
+        self.hooks = hooks
+        self.instruments: tuple[Instrument, ...] = ()
+        """What follows each call, as for tracing."""
+        self.budget = Budget()
+        self.slots = Semaphore(max_connections)
+        """One for each connection that may be in use."""
+        self.preparing = Semaphore(max(max_connections, 2 * _PICTURES_AT_ONCE))
+        """One for each picture that is prepared, or is ready and waits for a connection slot."""
+        # Two, since one can't do both: the first keeps a long queue of calls from running
+        # into `timeout.pool`, the second keeps the rate exactly, right before sending.
+        self.admission = None if rate_limit is None else RateLimiter(rate_limit)
+        self.rate_limiter = None if rate_limit is None else RateLimiter(rate_limit)
+        self.transport = transport
+        self._lock = threading.RLock()  # see `limits` on why its own thread may take it again
+        self._counts = dict.fromkeys(("requests", "retries", "bytes_sent", "bytes_received"), 0)
+        for listener in new_session_listeners:
+            listener(self)
+
+    def apart(self) -> Session:
+        """Return one with connections of its own, for what must be said come what may.
+
+        It waits in no queue, and works when this one is closed.
+        """
+        session = Session(
+            self.endpoint,
+            self.key,
+            max_connections=1,
+            rate_limit=None,
+            max_pixels=self.max_pixels,
+            hooks=self.hooks,
+            transport=self.transport.apart(),
+        )
+        session.instruments = self.instruments
+        return session
+
+    def check_open(self) -> None:
+        """Raise `ClientClosedError` if there can be no more calls."""
+        if self.closed:
+            raise ClientClosedError("The client is closed")
+
+    async def aclose(self, grace: float | None) -> None:
+        """Refuse further calls, and close what is open in every loop."""
+        self.closed = True
+        await self.transport.aclose(grace)
+
+    # -- numbers --------------------------------------------------------------------
+
+    def count(self, **more: int) -> None:
+        """Add to the numbers that `stats` gives; from any thread."""
+        with self._lock:
+            for name, number in more.items():
+                self._counts[name] += number
+
+    def release(self, received: int) -> None:
+        """Take note of the end of an answer.
+
+        Whoever has this method keeps the connections: a stream goes on when the client
+        has been dropped. It does not keep the call, whose pictures may be large.
+        """
+        self.slots.release()
+        self.count(bytes_received=received)
+
+    def stats(self) -> ClientStats:
+        """Return what the client is doing and has done."""
+        pooled = self.transport.idle_connections  # which has a lock of its own
+        with self._lock:
+            return ClientStats(
+                open_streams=self.slots.taken,
+                waiting_calls=self.slots.waiting,
+                pooled_connections=pooled,
+                **self._counts,
+            )
+
+    # -- requests -------------------------------------------------------------------
+
+    def encode_at_once(self, image: Any) -> EncodedImage | None:
+        """Return a picture that needs no work, or hardly any; None if it needs a thread."""
+        limit = self.max_pixels
+        if isinstance(image, EncodedImage):
+            return image if limit is None or image.width * image.height <= limit else None
+        return encode_at_once(image, max_pixels=limit)
+
+    async def encode(
+        self, image: Any, *, max_pixels: int | None = None, max_bytes: int | None = None
+    ) -> EncodedImage:
+        """Prepare a picture, in a thread where it takes a while."""
+        limit = self.max_pixels if max_pixels is None else max_pixels
+        if max_bytes is None and limit == self.max_pixels:
+            ready = self.encode_at_once(image)
+            if ready is not None:
+                return ready
+        more = {} if max_bytes is None else {"max_bytes": max_bytes}
+        return await _preparing.submit(encode_image, image, max_pixels=limit, **more)
+
+    def encode_later(self, image: Any) -> asyncio.Future[EncodedImage]:
+        """Begin to prepare a picture in a thread; await what is returned."""
+        return _preparing.submit(encode_image, image, max_pixels=self.max_pixels)
+
+    def url(self, request: Request) -> URL:
+        """Return where a request goes."""
+        if request.elsewhere:
+            return URL(request.path, encoded=True)
+        base = self.endpoint.removesuffix("/v1") if request.at_root else self.endpoint
+        return URL(base + request.path, encoded=True)
+
+    def headers(self, accept: str, request: Request, more: Mapping[str, str]) -> dict[str, str]:
+        """Return the headers of a request."""
+        headers = {
+            "User-Agent": USER_AGENT,
+            "Accept": accept,
+            # Answers are small, and a compressor on the way may hold back pieces of a stream.
+            "Accept-Encoding": "identity",
+        }
+        if request.elsewhere:
+            return headers
+        headers.update(more)
+        if self.key is None:
+            return headers
+        if request.bearer:
+            headers["Authorization"] = Secret(f"Bearer {self.key}")
+        else:
+            headers["X-Moondream-Auth"] = self.key
+        return headers
+
+    @property
+    def secret(self) -> str:
+        """What is to be taken out of a server's errors, where they quote it: the key.
+
+        Nothing where that is so short that it stands in other words too; no real key is.
+        """
+        return self.key if self.key is not None and len(self.key) >= _SHORTEST_SECRET else ""
+
+    def redact(self, data: bytes) -> bytes:
+        """Take the secret out of an error's body. Answers are left alone."""
+        return redact(data, self.secret)

@@ -1,0 +1,194 @@
+"""One picture costs a worker no more than its share, whatever is in the file."""
+
+import io
+import logging
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+
+import pytest
+from pictures import CLEAN, PHOTO, chunk, exif, opened, save
+from PIL import Image, ImageFile
+
+from moondream_async._images import decode_image, encode_image
+from moondream_async.errors import ImageError
+
+SIDE = 9_400  # squared, it is just within what is opened at all
+
+
+def png(width, height, colour):
+    """A PNG of zeros; colour type 2 has three samples a pixel, 6 has four."""
+    row = bytes(1 + width * (3 if colour == 2 else 4))
+    rows = max(1, (1 << 20) // len(row))
+    packer = zlib.compressobj(1)
+    data = [packer.compress(row * min(rows, height - at)) for at in range(0, height, rows)]
+    head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    body = b"".join([*data, packer.flush()])
+    chunks = [(b"IHDR", head), (b"IDAT", body), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def lossless_webp():
+    """46 bytes that are 88 million transparent pixels."""
+    small = save(Image.new("RGBA", (8, 8)), "WEBP", lossless=True)
+    at = small.index(b"VP8L") + 9
+    bits = int.from_bytes(small[at : at + 4], "little") >> 28 << 28
+    bits |= (SIDE - 1) | (SIDE - 1) << 14
+    data = bytearray(small)
+    data[at : at + 4] = bits.to_bytes(4, "little")
+    if b"VP8X" in small:
+        place = small.index(b"VP8X") + 12
+        data[place : place + 6] = (SIDE - 1).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+def run_lengths(side):
+    """A bitmap in which few bytes stand for many pixels."""
+    body = (b"\xff\0" * (side // 255) + b"\0\0") * side
+    head = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(body), 0, 0, 1078) + head + bytes(1024) + body
+
+
+def icon(data):
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(data), 22) + data
+
+
+def icns(data):
+    return (
+        b"icns"
+        + struct.pack(">I", 16 + len(data))
+        + b"ic10"
+        + struct.pack(">I", 8 + len(data))
+        + data
+    )
+
+
+def many_scans():
+    e = exif(6)
+    data = save(Image.new("RGB", (8_000, 8_000)), "JPEG", progressive=True, exif=e)
+    at = data.rindex(b"\xff\xda")
+    return data[:at] + data[at:-2] * 80 + b"\xff\xd9"
+
+
+def tags_over_and_over():
+    """A TIFF each of whose thousand tags is all of the file."""
+    tags = [(256, 4, 1, 10), (257, 4, 1, 10), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8)]
+    tags += [(278, 4, 1, 10), (279, 4, 1, 100)]
+    tags += [(30_000 + number, 7, 4_000_000, 8) for number in range(1_000)]
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<I", 4_000_008) + bytes(4_000_000) + ifd + bytes(4)
+
+
+REFUSED = {
+    "tall": lambda: png(1, 89_000_000, 2),
+    "wide": lambda: png(89_000_000, 1, 6),
+    "webp": lossless_webp,
+    "bmp": lambda: run_lengths(SIDE),
+    "ppm": lambda: b"P3 3000 3000 255\n" + b"0 " * 27_000_000,
+    "ppm-comments": lambda: b"P3 300 300 255\n" + b"#\n0 " * 270_000,
+    "pgm-odd-white": lambda: b"P5 3000 3000 254\n" + bytes(9_000_000),
+    "ico": lambda: icon(png(13_300, 13_300, 6)),
+    "ico-bitmap": lambda: icon(struct.pack("<IiiHHIIiiII", 40, SIDE, 2 * SIDE, 1, 32, *(0,) * 6)),
+    "icns": lambda: icns(png(13_300, 13_300, 6)),
+    "icns-jpeg-2000": lambda: icns(save(Image.new("RGBA", (4_000, 4_000)), "JPEG2000")),
+    "jpeg-2000": lambda: save(Image.new("L", (SIDE, SIDE)), "JPEG2000"),
+    "scans": many_scans,
+    "tiff": tags_over_and_over,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_costs_too_much_is_refused_undecoded(name):
+    data = REFUSED[name]()
+    for call in (encode_image, decode_image):
+        with pytest.raises(ImageError, match=r"too large to be opened|no ordinary"):
+            call(data)
+
+
+LIMITED = """
+import resource, sys
+from PIL import Image
+import moondream_async._images.convert
+from moondream_async._images import encode_image
+Image.init()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 1_000_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+for path in sys.argv[1:]:
+    image = encode_image(path)
+    print(image.width, image.height)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
+def test_largest_pictures_keep_to_a_gigabyte(tmp_path):
+    files = {
+        "opaque.png": png(SIDE, SIDE, 2),
+        "transparent.png": png(SIDE, SIDE, 6),
+        "turned.jpg": save(
+            Image.new("RGB", (SIDE, SIDE)), "JPEG", progressive=True, subsampling=0, exif=exif(6)
+        ),
+        "lossy.webp": save(Image.new("RGB", (6_000, 6_000)), "WEBP", exif=exif(6), method=0),
+        "strips.tiff": save(Image.new("RGBA", (SIDE, SIDE)), "TIFF", compression="tiff_lzw"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    child = [sys.executable, "-c", LIMITED, *(str(tmp_path / name) for name in files)]
+    done = subprocess.run(child, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    half = f"{SIDE // 2} {SIDE // 2}"  # of what was decoded
+    assert done.stdout.split("\n")[:-1] == [f"{SIDE} {SIDE}", half, half, "3000 3000", half]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(run_lengths(510), id="bmp"),
+        pytest.param(b"P3 # a comment\n20 10 255\n" + b"7 " * 600, id="ppm"),
+        pytest.param(icon(png(256, 256, 6)), id="ico"),
+        pytest.param(save(PHOTO.resize((512, 512)), "ICNS"), id="icns"),
+    ],
+)
+def test_small_pictures_of_dear_kinds_are_sent(data):
+    assert opened(encode_image(data)).width >= 20
+
+
+# What decoders say
+
+
+def test_warnings_of_decoders_reach_nobody_and_spoil_nothing(capfd):
+    class Warner(ImageFile.ImageFile):
+        format = "WARN"
+
+        def _open(self):
+            self._size, self._mode = (8, 8), "L"
+            self.tile = [("raw", (0, 0, 8, 8), 4, ("L", 0, 1))]
+            warnings.warn("of the decoder's", stacklevel=1)
+            logging.getLogger("PIL.TiffImagePlugin").error("of the decoder's")
+
+    def prepare(found):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(Image.OPEN, "WARN", (Warner, lambda head: head.startswith(b"warn")))
+            patch.setattr(Image, "ID", [*Image.ID, "WARN"])
+            found.append(encode_image(b"warn" + bytes(64)).width)
+
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        thread = threading.Thread(target=prepare, args=(found,))
+        thread.start()
+        thread.join()
+        assert found == [8]
+        with pytest.raises(UserWarning, match="the user's"):  # whose own are as they were
+            warnings.warn("the user's", stacklevel=1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_clean_pictures_are_still_sent_as_they_are_where_warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in CLEAN.values():
+            assert encode_image(io.BytesIO(data)).data == data
