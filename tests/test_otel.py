@@ -1,0 +1,386 @@
+"""Spans and metrics of OpenTelemetry, in its own in-memory exporters."""
+
+import asyncio
+import json
+import threading
+
+import aiohttp
+import pytest
+from backends import NEEDS, uvicorn
+
+import moondream_async as md
+from moondream_async.simulator import SAMPLE_IMAGE, Simulator
+
+needs = pytest.importorskip
+needs("opentelemetry.sdk", reason="needs: python -m pip install '.[test]'")
+
+from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
+from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import (  # noqa: E402
+    InMemorySpanExporter,
+)
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF  # noqa: E402
+from opentelemetry.trace import SpanKind, StatusCode  # noqa: E402
+
+from moondream_async.integrations.otel import MoondreamInstrumentor, instrument  # noqa: E402
+
+SECRETS = ("How many people", "A bright", "base64")
+
+
+class Telemetry:
+    """Providers of a test's own, and what came out of them."""
+
+    def __init__(self, **options):
+        self._exporter = InMemorySpanExporter()
+        self._reader = InMemoryMetricReader()
+        self.tracer_provider = TracerProvider(**options)
+        self.tracer_provider.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.meter_provider = MeterProvider([self._reader])
+
+    @property
+    def providers(self):
+        return {"tracer_provider": self.tracer_provider, "meter_provider": self.meter_provider}
+
+    @property
+    def spans(self):
+        return self._exporter.get_finished_spans()
+
+    @property
+    def span(self):
+        [span] = self.spans
+        return span
+
+    def metrics(self):
+        """The points of each metric, by its name."""
+        data = self._reader.get_metrics_data()
+        scopes = [scope for resource in data.resource_metrics for scope in resource.scope_metrics]
+        return {
+            metric.name: list(metric.data.data_points)
+            for scope in scopes
+            for metric in scope.metrics
+        }
+
+
+@pytest.fixture
+def telemetry():
+    return Telemetry()
+
+
+@pytest.fixture
+async def simulator():
+    async with Simulator(rate=0, dialect="kestrel") as simulator:  # it counts tokens
+        yield simulator
+
+
+@pytest.fixture
+async def client(simulator, telemetry):
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        stop = instrument(client, **telemetry.providers)
+        yield client
+        stop()
+
+
+def events_of(span):
+    return [event.name for event in span.events]
+
+
+async def test_stream_is_one_span_that_ends_with_it(client, simulator, telemetry, photo):
+    stream = await client.query(photo, "How many people?", stream=True, model="m")
+    assert telemetry.spans == ()
+    await stream.text()
+
+    span = telemetry.span
+    assert (span.name, span.kind) == ("query m", SpanKind.CLIENT)
+    assert span.status.status_code is StatusCode.UNSET
+    assert events_of(span) == ["attempt", "first_chunk"]
+    attributes = dict(span.attributes)
+    assert attributes.pop("gen_ai.response.time_to_first_chunk") == stream.ttft
+    assert attributes.pop("moondream.call_id")
+    assert attributes == {
+        "gen_ai.operation.name": "query",
+        "gen_ai.provider.name": "moondream",
+        "gen_ai.request.model": "m",
+        "gen_ai.request.stream": True,
+        "gen_ai.response.id": stream.request_id,
+        "gen_ai.response.finish_reasons": (stream.finish_reason,),
+        "gen_ai.usage.input_tokens": stream.metrics["input_tokens"],
+        "gen_ai.usage.output_tokens": stream.metrics["output_tokens"],
+        "moondream.outcome": "complete",
+        "server.address": "127.0.0.1",
+        "server.port": int(simulator.endpoint.split(":")[2].removesuffix("/v1")),
+    }
+    assert not [secret for secret in SECRETS if secret in span.to_json()]
+
+
+async def test_settings_stand_in_the_span(client, telemetry, photo):
+    settings = {"temperature": 0.5, "top_p": 0.25, "max_tokens": 7}
+    await client.caption(photo, settings=settings)
+    async with (
+        Simulator(rate=0) as cloud,
+        md.MoondreamClient("key", endpoint=cloud.endpoint) as chatting,
+    ):
+        instrument(chatting, **telemetry.providers)
+        await chatting.chat([{"role": "user", "content": "Hi"}], settings=settings)
+
+    for span in telemetry.spans:
+        wanted = {f"gen_ai.request.{name}": value for name, value in settings.items()}
+        assert {name: span.attributes[name] for name in wanted} == wanted
+    assert [span.name for span in telemetry.spans] == ["caption", "chat moondream3-preview"]
+
+
+async def test_tokens_are_counted(client, telemetry, photo):
+    answers = [await client.caption(photo), await client.caption(photo)]
+
+    for kind in ("input", "output"):
+        [point] = telemetry.metrics()[f"gen_ai.client.inference.usage.{kind}_tokens"]
+        assert point.value == sum(answer.metrics[f"{kind}_tokens"] for answer in answers) > 0
+
+
+async def test_attempts_are_events_and_carry_the_trace(client, simulator, telemetry, photo):
+    simulator.faults.append("status=503,times=2,retry_after=0")
+    await client.caption(photo)
+
+    span = telemetry.span
+    assert events_of(span) == ["attempt", "retry", "attempt", "retry", "attempt"]
+    assert span.events[1].attributes["error.type"] == "503"
+    [sent] = {request.headers["traceparent"] for request in simulator.requests}
+    context = span.get_span_context()
+    assert sent == f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("cut=2", ("StreamInterruptedError", "interrupted")),
+        ("status=401", ("401", "failed")),
+        ("status=429,times=9,retry_after=0", ("429", "failed")),
+        ("error_event=2", ("StreamServerError", "failed")),
+    ],
+    ids=["cut", "refused", "429", "server error"],
+)
+async def test_stream_that_fails_is_a_failed_span(client, simulator, telemetry, fault, expected):
+    error_type, outcome = expected
+    simulator.faults.append(fault)
+    with pytest.raises(md.MoondreamError):
+        await (await client.caption(SAMPLE_IMAGE, stream=True)).text()
+
+    span = telemetry.span
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.attributes["error.type"] == error_type
+    assert span.attributes["moondream.outcome"] == outcome
+    assert span.attributes["gen_ai.response.finish_reasons"] == ("error",)
+    [point] = telemetry.metrics()["gen_ai.client.inference.duration"]
+    assert point.attributes["error.type"] == error_type
+
+
+async def dropped(client, photo):
+    stream = await client.caption(photo, stream=True)
+    await anext(stream)
+    with pytest.warns(ResourceWarning):
+        del stream
+
+
+async def closed(client, photo):
+    async with client.caption(photo, stream=True) as stream:
+        await anext(stream)
+
+
+async def cancelled(client, photo):
+    reading = asyncio.Event()
+
+    async def read():
+        async with client.caption(photo, stream=True) as stream:
+            async for _ in stream:
+                reading.set()
+
+    task = asyncio.create_task(read())
+    await reading.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("leave", [dropped, closed, cancelled])
+async def test_stream_that_nobody_reads_on_is_no_failed_span(
+    client, simulator, telemetry, photo, leave
+):
+    simulator.faults.append("stall=2")
+    await leave(client, photo)
+
+    span = telemetry.span
+    assert span.status.status_code is StatusCode.UNSET
+    assert span.attributes["moondream.outcome"] in ("abandoned", "cancelled")
+    assert "error.type" not in span.attributes
+
+
+async def test_client_that_is_closed_ends_the_spans_of_its_streams(simulator, telemetry, photo):
+    simulator.faults.append("stall=2")
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        instrument(client, **telemetry.providers)
+        stream = await client.caption(photo, stream=True)
+    with pytest.raises(md.ClientClosedError):
+        await stream.text()
+
+    assert telemetry.span.name == "caption"
+
+
+async def test_calls_that_are_no_skill_have_spans_without_ids(telemetry):
+    async with Simulator() as cloud, md.MoondreamClient("key", endpoint=cloud.endpoint) as client:
+        instrument(client, **telemetry.providers)
+        await client.models()
+
+    assert telemetry.span.name == "GET /models"
+    assert "gen_ai.operation.name" not in telemetry.span.attributes
+
+
+async def test_content_is_captured_only_when_asked_for(simulator, telemetry, photo):
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        instrument(client, capture_content=True, **telemetry.providers)
+        plain = await client.query(photo, "How many people?")
+    span = telemetry.span
+    [asked] = json.loads(span.attributes["gen_ai.input.messages"])
+    text = {"type": "text", "content": "How many people?"}
+    assert asked == {"role": "user", "parts": [text, {"type": "image"}]}
+    assert plain.answer in span.attributes["gen_ai.output.messages"]
+    assert "base64" not in span.to_json()
+
+
+async def test_bulk_of_fifty_with_faults_has_a_span_for_each_picture(
+    client, simulator, telemetry, photo
+):
+    simulator.faults.append("status=503,times=10,retry_after=0")
+    simulator.faults.append("status=400,times=3")
+    async with client.bulk([photo] * 50, "caption") as run:
+        ok = [done.ok async for done in run]
+
+    outcomes = [span.attributes["moondream.outcome"] for span in telemetry.spans]
+    assert outcomes.count("complete") == ok.count(True) == 47
+
+
+def test_four_loops_at_once_share_the_metrics(telemetry, photo, moondream_simulator):
+    client = md.MoondreamClient(endpoint=moondream_simulator.endpoint)
+    instrument(client, **telemetry.providers)
+
+    async def ask():
+        stream = await client.caption(photo, stream=True)
+        await stream.text()
+
+    threads = [threading.Thread(target=asyncio.run, args=[ask()]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    asyncio.run(client.aclose())
+
+    assert len({span.context.span_id for span in telemetry.spans}) == 4
+    metrics = telemetry.metrics()
+    [point] = metrics["gen_ai.client.inference.duration"]
+    assert point.count == 4
+    [first] = metrics["gen_ai.client.inference.time_to_first_chunk"]
+    assert first.count == 4
+
+
+async def test_gauges_say_what_is_open(client, simulator, telemetry, photo):
+    simulator.faults.append("stall=2")
+    async with client.caption(photo, stream=True):
+        [open_streams] = telemetry.metrics()["moondream.client.open_streams"]
+        assert open_streams.value == 1
+    await client.caption(photo)
+    [pooled] = telemetry.metrics()["moondream.client.pooled_connections"]
+    assert pooled.value == 1
+
+
+async def test_span_that_is_not_sampled_passes_the_trace_on(simulator, photo):
+    telemetry = Telemetry(sampler=ALWAYS_OFF)
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        instrument(client, capture_content=True, **telemetry.providers)
+        await (await client.caption(photo, stream=True)).text()
+
+    assert telemetry.spans == ()
+    flags = int(simulator.requests[0].headers["traceparent"][-2:], 16)
+    assert not flags & 1
+    assert "gen_ai.client.inference.duration" in telemetry.metrics()
+
+
+async def test_what_ends_the_instrumentation_ends_it(client, simulator, photo):
+    own = Telemetry()
+    instrument(client, **own.providers)()
+    await client.caption(photo)
+
+    assert own.spans == ()
+
+
+async def test_instrumentor_follows_every_client_until_it_is_told_to_end(simulator, photo):
+    telemetry = Telemetry()
+    instrumentor = MoondreamInstrumentor()
+    instrumentor.instrument(**telemetry.providers)
+    try:
+        async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+            await client.caption(photo)
+            instrumentor.uninstrument()
+            await client.caption(photo)
+    finally:
+        instrumentor.uninstrument()
+
+    assert telemetry.span.name == "caption"
+
+
+def test_programs_that_are_instrumented_from_outside_find_the_entry_point():
+    from importlib.metadata import entry_points
+
+    [point] = entry_points(group="opentelemetry_instrumentor", name="moondream_async")
+    assert point.load() is MoondreamInstrumentor
+
+
+# -- through a backend ---------------------------------------------------------------------
+
+
+def backend(client):
+    fastapi = needs("fastapi", reason=NEEDS)
+    app = fastapi.FastAPI()
+
+    @app.get("/ask")
+    async def ask():
+        stream = await client.caption(SAMPLE_IMAGE, stream=True)
+        return fastapi.responses.StreamingResponse(stream.sse(), media_type="text/event-stream")
+
+    return app
+
+
+@pytest.fixture
+async def instrumented_backend(client, telemetry):
+    fastapi = needs("opentelemetry.instrumentation.fastapi", reason=NEEDS)
+    app = backend(client)
+    fastapi.FastAPIInstrumentor.instrument_app(app, tracer_provider=telemetry.tracer_provider)
+    async with uvicorn(app) as address, aiohttp.ClientSession(address) as browser:
+        yield browser
+
+
+def ours_and_the_servers(telemetry):
+    ours = [span for span in telemetry.spans if span.name == "caption"]
+    servers = [span for span in telemetry.spans if span.kind is SpanKind.SERVER]
+    return ours, servers
+
+
+async def test_span_of_the_request_is_the_parent_of_ours(instrumented_backend, telemetry):
+    async with instrumented_backend.get("/ask") as response:
+        await response.read()
+
+    [ours], [server] = ours_and_the_servers(telemetry)
+    assert ours.parent.span_id == server.context.span_id
+    assert ours.attributes["moondream.outcome"] == "complete"
+
+
+async def test_browser_that_leaves_abandons_the_span(instrumented_backend, simulator, telemetry):
+    simulator.faults.append("stall=2")
+    async with instrumented_backend.get("/ask") as response:
+        await response.content.readany()
+    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+    while not ours_and_the_servers(telemetry)[0]:
+        await asyncio.sleep(0)
+
+    [ours], _ = ours_and_the_servers(telemetry)
+    assert ours.attributes["moondream.outcome"] in ("abandoned", "cancelled")
+    assert ours.status.status_code is StatusCode.UNSET
