@@ -5,6 +5,7 @@
     MoondreamError
       RequestError(ValueError)          a bad argument; raised before any I/O
         ImageError                      unreadable, unsupported or too large a picture
+        MissingExtraError(ImportError)  what to install; raised before any request
       APIConnectionError                could not connect, or lost before a response
       APITimeoutError(TimeoutError)     .phase: pool | connect | first_event | idle | total
       APIStatusError                    .status .message .type .code .param .request_id ...
@@ -59,6 +60,10 @@ class RequestError(MoondreamError, ValueError):
 
 class ImageError(RequestError):
     """A picture is unreadable, of an unsupported kind, or too large. Raised before any request."""
+
+
+class MissingExtraError(RequestError, ImportError):
+    """Something needs a package that is not installed; the message says what to install."""
 
 
 class APIConnectionError(MoondreamError):

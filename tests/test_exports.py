@@ -27,6 +27,7 @@ TREE = """
 MoondreamError
   RequestError(ValueError)
     ImageError
+    MissingExtraError(ImportError)
   APIConnectionError
   APITimeoutError(TimeoutError)
   APIStatusError

@@ -292,6 +292,21 @@ async def test_the_next_result_closes_a_stream_that_was_left(simulator, client, 
         assert [piece async for piece in second.result]
 
 
+async def test_a_stream_that_a_frame_supersedes_just_ends(simulator, client, camera):
+    simulator.script.caption(["A", " red", " cat"], hold_after=1)
+    async with client.watch(camera, stream=True, supersede=True) as watch:
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0)
+        stream = (await reading).result
+        assert await anext(stream) == "A"
+        rest = asyncio.create_task(anext(stream, "the end"))
+        await anyio.wait_all_tasks_blocked()
+        await camera.show(1)
+        assert await rest == "the end"
+        assert (stream.text_so_far, stream.completed) == ("A", False)
+        assert (await anext(watch)).index == 1
+
+
 @pytest.mark.parametrize("skill", ["detect", "point"])
 async def test_skills_without_streams_refuse_one(client, camera, skill):
     with pytest.raises(md.RequestError, match="stream"):
@@ -408,7 +423,7 @@ async def test_a_failure_is_a_result_and_the_next_frame_is_asked_about(simulator
 
 
 async def test_after_a_failure_the_newest_frame_waits_for_the_pause(simulator, client, camera):
-    simulator.script.caption(fault="status=503,retry_after=0.05")
+    simulator.script.caption(fault="status=503,retry_after=0.5")
     async with client.watch(camera) as watch:
         reader = Reader(watch)
         await camera.show(0)
@@ -416,7 +431,7 @@ async def test_after_a_failure_the_newest_frame_waits_for_the_pause(simulator, c
         await camera.show(1, 2, 3)
         camera.end()
         assert await reader.end() == [0, 3]
-    assert simulator.requests[0].ended_at + 0.04 < simulator.requests[1].ended_at
+    assert simulator.requests[0].ended_at + 0.4 < simulator.requests[1].ended_at
 
 
 async def test_a_failure_may_end_the_watch(simulator, client, camera):

@@ -53,6 +53,7 @@ else:
     ItemT_co = TypeVar("ItemT_co", covariant=True)
 
 _CLOSED = "The stream was closed before its end"
+_SUPERSEDED = "The stream was superseded by a newer one"
 _CLOSED_UNDER_READER = "The stream was closed while it was read"
 _CANCELLED = (
     "The stream was closed when the task that read it was cancelled, as by a time limit. To wait "
@@ -329,6 +330,13 @@ class Stream(Generic[ItemT_co]):
         if self._reopening is not None:
             self._reopening.cancel()
 
+    def supersede(self) -> None:
+        """End it, since something newer has come; whoever reads it meets its end, and no error.
+
+        What had arrived stays in `text_so_far`, and `completed` tells whether that is all.
+        """
+        self._close(_SUPERSEDED)
+
     def _close_for_cancelled(self) -> None:
         """Close it, since the task that reads it was cancelled."""
         if not self._is_over():
@@ -464,13 +472,18 @@ class Stream(Generic[ItemT_co]):
             self._report(None)
             raise
         except MoondreamError as error:
-            self._report(conceal(error, self._decoder.secret))
+            self._fail(error)
             raise
         except BaseException:  # the task is cancelled, or the interpreter interrupted
             self._close(_CANCELLED)
             raise
         finally:
             self._reading = False
+
+    def _fail(self, error: MoondreamError) -> None:
+        if self._closed == _SUPERSEDED:
+            raise StopAsyncIteration from None
+        self._report(conceal(error, self._decoder.secret))
 
     def _check(self) -> None:
         """Raise what there is to raise."""

@@ -200,7 +200,8 @@ class _Work:
         self._stream: Stream | None = None  # which was given last, and may be being read
         self._readers = 0
         self._failures = 0  # in a row
-        self._pause: asyncio.TimerHandle | None = None
+        self._paused = False
+        self._paused_until = 0.0
         self._group: anyio.abc.TaskGroup | None = None
         self._exhausted = False
         self._failure: BaseException | None = None
@@ -271,11 +272,10 @@ class _Work:
                     self._failure = error
                 self._exhausted = True
                 await self._until(lambda: self._latest is None and not self.under_way)
+                self._group.cancel_scope.cancel()  # a pause that nobody waits for
         finally:
             self._ended = True
             self._group = None
-            if self._pause is not None:
-                self._pause.cancel()
             self.changed()
 
     async def _read(self) -> None:
@@ -296,7 +296,7 @@ class _Work:
 
     def advance(self) -> None:
         """Ask about the newest frame, if a reader waits for it and it may be asked about now."""
-        if self._latest is None or self._group is None or not self._readers or self._pause:
+        if self._latest is None or self._group is None or not self._readers or self._paused:
             return
         if len(self.under_way) + len(self._done) >= self._in_flight:
             if not (self._supersede and self.under_way):
@@ -350,14 +350,17 @@ class _Work:
         retry_after = error.retry_after if isinstance(error, APIStatusError) else None
         delay = backoff(self._failures, random.random(), retry_after)  # noqa: S311 - no secret
         self._failures += 1
-        if self._pause is not None:
-            self._pause.cancel()
-        loop = asyncio.get_running_loop()
         longest = _LONGEST_PAUSE if retry_after is None else delay
-        self._pause = loop.call_later(min(delay, longest), self._resume)
+        until = time.monotonic() + min(delay, longest)
+        self._paused_until = max(self._paused_until, until)
+        if not self._paused and self._group is not None:
+            self._paused = True
+            self._group.start_soon(self._wait_out)
 
-    def _resume(self) -> None:
-        self._pause = None
+    async def _wait_out(self) -> None:
+        while (left := self._paused_until - time.monotonic()) > 0:  # noqa: ASYNC110 - it may grow
+            await anyio.sleep(left)
+        self._paused = False
         self.advance()
 
     def _fail(self, error: BaseException) -> None:
@@ -375,7 +378,7 @@ class _Work:
         """Close the stream that was given last; a new frame or its reader has left it behind."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream._close()  # noqa: SLF001 - at once, from where nothing can be awaited
+            stream.supersede()
 
     def changed(self) -> None:
         """Wake whoever waits for something."""
@@ -405,7 +408,7 @@ async def _reading(frames: Frames[Any]) -> AsyncIterator[AsyncIterator[Any]]:
 
 def _close_answer(shot: _Shot) -> None:
     if isinstance(shot.answer, Stream):
-        shot.answer._close()  # noqa: SLF001 - at once, from where nothing can be awaited
+        shot.answer.supersede()
 
 
 def _drop_frames(error: BaseException | None) -> None:
