@@ -288,12 +288,119 @@ async def test_request_that_meets_a_connection_just_closed_goes_again_uncounted(
         assert len(server.peers) == calls
 
 
-async def test_request_goes_again_past_as_many_closed_connections_as_were_kept():
-    async with RawServer(answer_once(reset=False)) as server, client_of(server) as client:
-        await asyncio.gather(*[client.caption(IMAGE) for _ in range(8)])
+async def test_request_goes_again_once_however_many_closed_connections_were_kept():
+    seen = 0
+
+    async def play(peer):
+        nonlocal seen
+        await answer(peer)
+        await peer.next_byte()
+        seen += 1
+
+    async with RawServer(play) as server, client_of(server) as client:
+        await asyncio.gather(*[client.caption(IMAGE) for _ in range(50)])
         kept = len(server.peers)
+        assert kept > 10
         assert (await client.caption(IMAGE)).caption == TEXT
-        assert len(server.peers) == kept + 1
+        assert (seen, len(server.peers)) == (1, kept + 1)
+
+
+WRONG = whole({"caption": "of nobody", "answer": "of nobody"})
+STRAYS = {
+    "an-answer": WRONG,
+    "a-stream": STREAM,
+    "half-a-head": WRONG[:20],
+    "half-a-body": WRONG[:-5],
+    "a-line-break": b"\r\n",
+    "408": whole(b"", "Connection: close", status="408 Request Timeout"),
+    "noise": b"\0\0\0",
+}
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def any_loop(request):
+    if request.param == "uvloop":
+        return pytest.importorskip("uvloop").new_event_loop
+    return asyncio.new_event_loop
+
+
+@pytest.mark.parametrize("when", ["at-once", "while-idle", "with-the-next"])
+@pytest.mark.parametrize("stray", STRAYS)
+def test_no_call_gets_what_it_did_not_ask_for(any_loop, stray, when):
+    async def play(peer):
+        await answer(peer)
+        if when == "with-the-next":  # then only a 408 is no answer to it
+            await peer.next_byte()
+        await peer.send(STRAYS["408" if when == "with-the-next" else stray])
+        await peer.until_gone()
+
+    async def ask():
+        async with RawServer(play) as server, client_of(server) as client:
+            for number in range(6):
+                if number % 2:
+                    assert await (await client.caption(IMAGE, stream=True)).text() == TEXT
+                else:
+                    assert (await client.caption(IMAGE)).caption == TEXT
+                if when == "while-idle":
+                    await rounds()
+            await client.aclose()
+            await server.until_idle()
+
+    with asyncio.Runner(loop_factory=any_loop) as runner:
+        runner.run(ask())
+
+
+@pytest.mark.parametrize("noise", [b"\0", b"noise\r\n\r\n", WRONG, b"0\r\n\r\n"])
+async def test_what_stands_behind_an_answer_takes_nothing_from_it(noise):
+    async def play(peer):
+        while True:
+            request = await peer.request()
+            await peer.send((STREAM if request.wants_stream else whole(ANSWER)) + noise)
+
+    async with RawServer(play) as server, client_of(server) as client:
+        for _ in range(3):
+            assert (await client.caption(IMAGE)).caption == TEXT
+            assert await (await client.caption(IMAGE, stream=True)).text() == TEXT
+
+
+async def test_answer_with_a_long_header_is_an_answer():
+    async def play(peer):
+        await peer.request()
+        await peer.send(whole(ANSWER, "Content-Security-Policy: " + "x" * 30_000))
+
+    async with RawServer(play) as server, client_of(server) as client:
+        assert (await client.caption(IMAGE)).caption == TEXT
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd"])
+async def test_answer_in_a_coding_that_nobody_asked_for_is_said_once(coding):
+    async def play(peer):
+        while True:
+            await peer.request()
+            await peer.send(whole(b"\x8b\x08", f"Content-Encoding: {coding}"))
+
+    async with RawServer(play) as server, client_of(server, max_retries=3) as client:
+        with pytest.raises(md.MoondreamError) as caught:
+            await client.caption(IMAGE)
+        assert isinstance(caught.value, md.ServerError) or coding in str(caught.value)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("part", [b"", b'{"error": "it br'], ids=["nothing", "half"])
+async def test_error_whose_body_hangs_keeps_its_status(part):
+    async def play(peer):
+        await peer.request()
+        await peer.send(head("Content-Length: 100", status="500 Broken") + part)
+        await peer.until_gone()
+
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=md.Timeout(first_event=0.2)) as client,
+    ):
+        with pytest.raises(md.ServerError) as caught:
+            await client.caption(IMAGE)
+        assert caught.value.status == 500
+        await server.until_idle()
 
 
 async def test_new_connection_that_is_closed_without_an_answer_is_a_failure():

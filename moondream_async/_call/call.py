@@ -16,9 +16,6 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import anyio
-import anyio._backends._asyncio  # noqa: F401 - what the first await would load else, holding up the loop
-
 from moondream_async._protocol.answers import (
     decode_json,
     decode_object,
@@ -47,6 +44,7 @@ if TYPE_CHECKING:
     from moondream_async._protocol.requests import Request, Skill
     from moondream_async._transport.bodies import Body
     from moondream_async._transport.pools import Pool
+    from moondream_async._transport.uploads import Upload
 
     from .session import Session
 
@@ -423,9 +421,13 @@ class Call:
             headers.update(self.report.headers())
         return headers
 
-    def _sending(self, deadline: Deadline) -> None:
+    def _sending(self, deadline: Deadline, upload: Upload) -> None:
+        """Begin the limit for the server, once the last byte is on its way."""
         self._was_sent = True
-        deadline.sent()
+        if upload.is_sent:
+            deadline.sent()
+        else:
+            deadline.sending(upload.moved)
         self._sent_at = deadline.sent_at
 
     # -- the reading of answers -------------------------------------------------------

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .limits import Semaphore
 
 _NEVER = float("inf")
+_LOOKS = 8
+"""Times in a limit that it is asked whether what is waited for has come nearer."""
 _ROUNDS = 2
 """Times that the loop goes round after a limit ran out: when the process had stood still, what
 arrived meanwhile reaches the call in these."""
@@ -35,9 +37,11 @@ class Deadline:
         "_cancelling",
         "_closed",
         "_expired",
+        "_limit",
         "_loop",
         "_moving",
         "_phase",
+        "_phase_at",
         "_rings_at",
         "_rounds",
         "_slots",
@@ -60,6 +64,7 @@ class Deadline:
         self._total_at = _NEVER if total_at is None else total_at
         self._phase: Phase = "total"
         self._moving: Callable[[], bool] | None = None
+        self._limit = self._phase_at = _NEVER
         self._at = _NEVER
         self._timer: asyncio.Handle | None = None
         self._rings_at = _NEVER  # the timer; not all loops' timers tell it, as qasync's do not
@@ -99,24 +104,35 @@ class Deadline:
     def enter(self, phase: Phase | None, moving: Callable[[], bool] | None = None) -> None:
         """Start the limit of a phase; None has none but the total.
 
-        Where `moving` is given, a limit that has run out starts anew as long as `moving` says
-        that what is waited for has come nearer meanwhile.
+        Where `moving` is given, the limit starts anew as often as `moving` says that what is
+        waited for has come nearer since it was asked for the last time.
         """
         limit = None if phase is None else getattr(self._timeout, phase)
-        at = _NEVER if limit is None else self._loop.time() + limit
-        self._moving = moving
-        self._phase = "total" if phase is None or at >= self._total_at else phase
-        self._run_until(min(at, self._total_at))
+        now = self._loop.time()
+        self._limit = _NEVER if limit is None else limit
+        self._moving = None if limit is None else moving
+        self._phase = "total" if phase is None else phase
+        self._phase_at = now + self._limit
+        self._run_until(self._next_look(now))
+
+    def _next_look(self, now: float) -> float:
+        at = min(self._phase_at, self._total_at)
+        return at if self._moving is None else min(at, now + self._limit / _LOOKS)
+
+    def sending(self, moved: Callable[[], bool]) -> None:
+        """The request goes out; its limit starts anew as long as any of it has `moved`."""
+        self.sent_at = self._loop.time()
+        self.enter("first_event", moved)
 
     def sent(self) -> None:
-        """The request is on its way: the server has its time from now on."""
+        """The last byte is on its way: the server has its time from now on."""
         self.sent_at = self._loop.time()
         self.enter("first_event")
 
     @property
     def left(self) -> float:
         """Seconds until the present limit runs out."""
-        return self._at - self._loop.time()
+        return min(self._phase_at, self._total_at) - self._loop.time()
 
     @property
     def left_in_total(self) -> float:
@@ -160,14 +176,19 @@ class Deadline:
         self._rings_at = _NEVER
         if self._expired or self._closed or self._at == _NEVER:
             return
-        if self._loop.time() < self._at:
+        now = self._loop.time()
+        if now >= self._at and self._moving is not None:
+            if self._moving():
+                self._phase_at = now + self._limit
+            self._at = self._next_look(now)
+        if now < self._at:
             self._run_until(self._at)
         elif self._rounds < _ROUNDS:
             self._rounds += 1
             self._timer = self._loop.call_at(0, self._ring)
             self._rings_at = 0  # enter() sets no other timer before that
-        elif self._moving is not None and self._phase != "total" and self._moving():
-            self.enter(self._phase, self._moving)
         else:
+            if self._total_at <= self._phase_at:
+                self._phase = "total"
             self._expired = True
             self._task.cancel()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -58,20 +60,28 @@ class Session:
         self.hooks = hooks
         self.instruments: tuple[Instrument, ...] = ()
         """What follows each call, as for tracing."""
+        self.transport = transport
+        self._max_connections = max_connections
+        self._rate_limit = rate_limit
+        self._begin()
+        _all.add(self)
+        for listener in new_session_listeners:
+            listener(self)
+
+    def _begin(self) -> None:
+        """Have nothing open and nothing counted; also in a forked child, where nothing is."""
+        most, rate = self._max_connections, self._rate_limit
         self.budget = Budget()
-        self.slots = Semaphore(max_connections)
+        self.slots = Semaphore(most)
         """One for each connection that may be in use."""
-        self.preparing = Semaphore(max(max_connections, 2 * _PICTURES_AT_ONCE))
+        self.preparing = Semaphore(max(most, 2 * _PICTURES_AT_ONCE))
         """One for each picture that is prepared, or is ready and waits for a connection slot."""
         # Two, since one can't do both: the first keeps a long queue of calls from running
         # into `timeout.pool`, the second keeps the rate exactly, right before sending.
-        self.admission = None if rate_limit is None else RateLimiter(rate_limit)
-        self.rate_limiter = None if rate_limit is None else RateLimiter(rate_limit)
-        self.transport = transport
+        self.admission = None if rate is None else RateLimiter(rate)
+        self.rate_limiter = None if rate is None else RateLimiter(rate)
         self._lock = threading.RLock()  # see `limits` on why its own thread may take it again
         self._counts = dict.fromkeys(("requests", "retries", "bytes_sent", "bytes_received"), 0)
-        for listener in new_session_listeners:
-            listener(self)
 
     def apart(self) -> Session:
         """Return one with connections of its own, for what must be said come what may.
@@ -190,3 +200,15 @@ class Session:
     def redact(self, data: bytes) -> bytes:
         """Take the secret out of an error's body. Answers are left alone."""
         return redact(data, self.secret)
+
+
+_all: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _begin_all() -> None:
+    for session in tuple(_all):
+        session._begin()  # noqa: SLF001 - of this module
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_all)

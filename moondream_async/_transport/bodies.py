@@ -12,8 +12,8 @@ from aiohttp import hdrs
 from moondream_async._protocol import MAX_BODY_BYTES
 from moondream_async.errors import APIConnectionError, ClientClosedError
 
-from .abandoned import close_response
 from .faults import FAULTS, say
+from .private import close_response, held
 
 if TYPE_CHECKING:
     from typing import Self
@@ -80,8 +80,7 @@ class Body:
     def _failed(self, error: BaseException) -> bytes:
         """Return what had arrived before a fault, or raise the error for it."""
         if not self.closed:
-            # aiohttp raises ahead of what it still holds; there is no public way to that.
-            data = self._response.content._read_nowait(-1)  # noqa: SLF001
+            data = held(self._response)
             if data:
                 self.received += len(data)
                 return data
@@ -184,7 +183,7 @@ class Body:
             return
         if self._response.connection is not None and self._transport is not None:
             # Not close(): that would first send what is left of an upload, and say goodbye
-            # over TLS. One that is lost is told, too: Python 3.10 wants that of TLS.
+            # over TLS.
             self._transport.abort()
         self._response.close()
         self._settle()
@@ -195,6 +194,10 @@ class Body:
             self._closed_by_client = True
             close_response(self._response)
             self._settle()
+
+    def disown(self) -> None:
+        """Let go of it without a trace: it belongs to the process this one was forked from."""
+        self.closed = self._closed_by_client = True
 
     def _settle(self) -> None:
         if not self.closed:

@@ -50,8 +50,20 @@ def translate(error: BaseException, url: URL) -> MoondreamError:
     if isinstance(error, aiohttp.ClientConnectorError):
         return APIConnectionError(f"Could not connect to {where}: {say(error.os_error)}")
     if isinstance(error, aiohttp.ClientResponseError):
-        return APIConnectionError(f"What {where} answered is not HTTP: {one_line(error.message)}")
+        return _translate_answer(error, where)
     return APIConnectionError(f"The connection to {where} was lost: {say(error)}")
+
+
+def _translate_answer(error: aiohttp.ClientResponseError, where: str) -> MoondreamError:
+    _, encoded, encoding = error.message.partition("content-encoding: ")
+    if encoded:
+        kind = one_line(encoding).partition(".")[0]
+        return APIConnectionError(
+            f"{where} sent its answer compressed ({kind}), though it was asked not to, and this "
+            "client can't decode that",
+            permanent=True,
+        )
+    return APIConnectionError(f"What {where} answered is not HTTP: {one_line(error.message)}")
 
 
 def say(error: BaseException) -> str:

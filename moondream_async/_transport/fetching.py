@@ -14,12 +14,13 @@ from moondream_async._protocol import USER_AGENT
 from moondream_async.errors import APIConnectionError, ImageError
 
 from .addresses import Address, shown
-from .bodies import Body
 from .pools import Pool
 from .sockets import Guard
 
 if TYPE_CHECKING:
     import ssl
+
+    from .bodies import Body
 
 
 @contextlib.asynccontextmanager
@@ -45,8 +46,14 @@ async def fetch(
     )
     headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
     try:
-        response = await pool.send("GET", URL(url), headers, (), lambda: None)
-        yield Body(pool, response, lambda _: None)
+        yield await pool.request(
+            "GET",
+            URL(url),
+            headers=headers,
+            on_send=lambda _: None,
+            on_close=lambda _: None,
+            max_redirects=0,
+        )
     except APIConnectionError as error:
         if isinstance(error.__cause__, aiohttp.InvalidURL):
             raise ImageError(f"{shown(url)} is no valid address") from error

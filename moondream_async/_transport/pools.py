@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import warnings
 import weakref
@@ -23,9 +24,10 @@ from yarl import URL
 
 from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamError
 
-from .abandoned import close_connector
 from .bodies import READ_BUFFER_BYTES, Body
 from .faults import FAULTS_OF_SENDING, is_disconnect, translate
+from .private import close_connector, count_idle, disown, use_protocol
+from .resolver import Resolver
 from .sockets import Guard, guarded, open_socket
 from .uploads import Part, Upload
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+_MAX_HEAD_BYTES = 64 * 1024  # of one header of an answer: gateways add long ones
 
 _LOOK = 0.005  # seconds between two looks at what another thread's loop does
 _RESTS = 5  # looks in a row that find a loop at rest; asyncio.run starts its loop several times
@@ -62,6 +66,7 @@ class Transport:
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
         self._lock = threading.RLock()  # see `_call.limits` on why its own thread may take it again
         self._closed = False
+        _all.add(self)
 
     def pool(self) -> Pool:
         """Return the running loop's pool; pools whose loop is gone are dropped.
@@ -102,6 +107,13 @@ class Transport:
         """How many connections wait for the next request."""
         with self._lock:
             return sum(pool.idle_connections for pool in self._pools.values())
+
+    def disown(self) -> None:
+        """Let go of what belongs to the process that this one was forked from."""
+        self._lock = threading.RLock()
+        for pool in self._pools.values():
+            pool.disown()
+        self._pools = {}
 
     async def aclose(self, grace: float | None = None) -> None:
         """Close what is open in every live loop."""
@@ -159,10 +171,14 @@ class Pool:
         self._guard = guard
         self._owns_session = session is None
         self._session = session or aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, socket_factory=open_socket),
+            connector=aiohttp.TCPConnector(
+                limit=0, socket_factory=open_socket, resolver=Resolver()
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=_NO_TIMEOUT,
         )
+        if session is None and self._session.connector is not None:
+            use_protocol(self._session.connector, loop)
         self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
         self._idle = asyncio.Event()
         self._lifeline = _close_with_loop(weakref.ref(self))
@@ -175,8 +191,7 @@ class Pool:
         connector = self._session.connector
         if not self._owns_session or connector is None:
             return 0
-        kept = tuple(connector._conns.values())  # noqa: SLF001 - there is no public count
-        return sum(map(len, kept))
+        return count_idle(connector)
 
     async def request(
         self,
@@ -185,61 +200,45 @@ class Pool:
         *,
         headers: dict[str, str],
         body: Sequence[Part] = (),
-        on_send: Callable[[], None],
+        on_send: Callable[[Upload], None],
         on_close: Callable[[int], None],
         repeatable: bool = True,
         leave_origin: bool = False,
+        max_redirects: int = _MAX_REDIRECTS,
     ) -> Body:
         """Send a request; return once the server has answered with its headers.
 
-        Redirects within the origin are followed, with method and body as they are.
-        `on_send` is called when a connection stands, and again as the pieces of a
-        file go out; `on_close` once, when the answer's connection is free again, with
-        the number of bytes that came in the body, but not if this raises.
+        Redirects within the origin are followed, with method and body as they are. A
+        connection that was kept, and turns out to be closed, is replaced by a new one, once.
 
         Args:
             method: As ``POST``.
             url: Where to.
             headers: All of them but those that describe the body.
             body: The parts of the body.
-            on_send: See above.
-            on_close: See above.
+            on_send: Called when a connection stands and the request goes out, and again when
+                the last byte of a large one has gone.
+            on_close: Called once, when the answer's connection is free again, with the
+                number of bytes that came in the body, but not if this raises.
             repeatable: Whether it may go out again, on a new connection, when one that
                 was kept turns out to be closed.
             leave_origin: Whether to follow redirects to other origins. For requests
                 with nothing in them that is meant for one server alone.
+            max_redirects: 0 is for who follows them by himself.
 
         Raises:
             APIConnectionError: No connection, or it was lost before the answer.
             APIStatusError: A redirect that can't be followed.
         """
-        for _ in range(_MAX_REDIRECTS + 1):
-            response = await self.send(method, url, headers, body, on_send, repeatable=repeatable)
-            location = response.headers.get(hdrs.LOCATION)
-            if response.status not in _REDIRECTS or location is None:
-                return Body(self, response, on_close)
-            response.close()
-            url = _follow(method, url, response.status, location, leave_origin=leave_origin)
-        raise APIStatusError("The server redirects in circles", status=response.status)
-
-    async def send(
-        self,
-        method: str,
-        url: URL,
-        headers: dict[str, str],
-        body: Sequence[Part],
-        on_send: Callable[[], None],
-        *,
-        repeatable: bool = True,
-    ) -> aiohttp.ClientResponse:
-        """Send a request, over a new connection where a kept one turns out to be closed."""
-        guard = None if self._guard is None else self._guard(url)
+        on_new = False
+        redirects = 0
         while True:
+            guard = None if self._guard is None else self._guard(url)
             # Also for nothing: when it is asked to write, a connection stands.
-            upload = Upload(body, self._used, on_send)
+            upload = Upload(body, self._used, on_send, on_new=on_new)
             try:
                 with guarded(guard):
-                    return await self._session.request(
+                    response = await self._session.request(
                         method,
                         url,
                         data=upload,
@@ -250,21 +249,43 @@ class Pool:
                         auto_decompress=True,
                         timeout=_NO_TIMEOUT,
                         read_bufsize=READ_BUFFER_BYTES,
+                        max_line_size=_MAX_HEAD_BYTES,
+                        max_field_size=_MAX_HEAD_BYTES,
                         ssl=self._ssl,
                         proxy=self._proxy,
                     )
             except FAULTS_OF_SENDING as error:
-                if self.closed:
-                    raise ClientClosedError("The client was closed during the call") from error
-                if isinstance(error.__cause__, MoondreamError):  # of a file that is sent
-                    raise error.__cause__ from None
-                # The server had already closed a connection that was kept for it, and
-                # can't have seen the request. Each round uses up one such connection.
-                if upload.reused and repeatable and is_disconnect(error):
+                self._check(error, url, guard)
+                if upload.refused:  # and so nothing was sent; there is one connection less
                     continue
-                if guard is not None and guard.refused is not None:
-                    raise guard.error(url) from error
-                raise translate(error, url) from error
+                if not (upload.reused and repeatable and is_disconnect(error)):
+                    raise translate(error, url) from error
+                # The server had already closed a connection that was kept for it, and
+                # can't have seen the request.
+                on_new = True
+                continue
+            if response.status == 408 and upload.reused and repeatable:
+                # Written into a connection that had been idle for too long: it means "closing".
+                response.close()
+                on_new = True
+                continue
+            location = response.headers.get(hdrs.LOCATION)
+            if response.status not in _REDIRECTS or location is None or not max_redirects:
+                return Body(self, response, on_close)
+            response.close()
+            if redirects == max_redirects:
+                raise APIStatusError("The server redirects in circles", status=response.status)
+            redirects += 1
+            url = _follow(method, url, response.status, location, leave_origin=leave_origin)
+
+    def _check(self, error: BaseException, url: URL, guard: Guard | None) -> None:
+        """Raise what a fault of sending is, where it is no fault of the connection."""
+        if self.closed:
+            raise ClientClosedError("The client was closed during the call") from error
+        if isinstance(error.__cause__, MoondreamError):  # of a file that is sent
+            raise error.__cause__ from None
+        if guard is not None and guard.refused is not None:
+            raise guard.error(url) from error
 
     async def aclose(self, grace: float | None = None) -> None:
         """Close all connections; what still waits or reads gets a `ClientClosedError`.
@@ -305,6 +326,16 @@ class Pool:
             await self._look_until(lambda: self.closed)
         if not self.loop.is_running():
             self.abandon()
+
+    def disown(self) -> None:
+        """Let go of all connections: they are those of the process this one was forked from."""
+        connector = self._session.connector
+        if self._owns_session and connector is not None:
+            disown(connector)
+        for body in self.bodies:
+            body.disown()
+        self.closed = True
+        _of_parents.append(self)
 
     async def _look_until(self, is_done: Callable[[], bool]) -> None:
         """Return when it is, or when the loop does not run."""
@@ -353,6 +384,20 @@ class Pool:
             close_connector(connector)
         with contextlib.suppress(StopIteration, RuntimeError):  # it has nothing left to wait for
             self._lifeline.aclose().__await__().send(None)
+
+
+_all: weakref.WeakSet[Transport] = weakref.WeakSet()
+_of_parents: list[Pool] = []
+"""Pools that nothing may happen to: to free them would touch what their owner uses."""
+
+
+def _disown_all() -> None:
+    for transport in tuple(_all):
+        transport.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
 async def _close_with_loop(pool: weakref.ref[Pool]) -> AsyncGenerator[None, None]:

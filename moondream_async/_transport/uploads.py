@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -13,11 +15,19 @@ import aiohttp
 from moondream_async.types import EncodedImage
 
 from .files import FileSlice
+from .private import is_quiet
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
 
 Part = bytes | EncodedImage | FileSlice
 """A part of a body: an image goes out as a data URL in quotes."""
 
 _SLICE_BYTES = 48 * 1024  # of a picture, encoded at once while sending: 64 KiB of base64
+_LOOK = 0.02  # seconds between two looks at whether the last bytes of a large body have gone
 _SMALL_BODY_BYTES = 64 * 1024  # a body up to here goes out in one piece, with the headers
 
 
@@ -35,7 +45,9 @@ class Upload(aiohttp.payload.Payload):
         self,
         parts: Sequence[Part],
         used: weakref.WeakSet[asyncio.BaseProtocol],
-        on_send: Callable[[], None],
+        on_send: Callable[[Upload], None],
+        *,
+        on_new: bool = False,
     ) -> None:
         is_file = bool(parts) and isinstance(parts[0], FileSlice)  # which is a body by itself
         kind = "application/octet-stream" if is_file else "application/json"
@@ -45,8 +57,22 @@ class Upload(aiohttp.payload.Payload):
         self._is_small = not is_file and size <= _SMALL_BODY_BYTES
         self._used = used
         self._on_send = on_send
+        self._on_new = on_new
+        self._writer: Any = None
+        self._written = 0
+        self._seen = 0
         self.reused = False
         """Whether it went to a connection that an earlier request had used."""
+        self.refused = False
+        """Whether nothing was sent, since a connection that was kept must not be used."""
+        self.is_sent = False
+        """Whether its last byte is on its way."""
+
+    def moved(self) -> bool:
+        """Tell whether any of it has gone out since this was asked for the last time."""
+        gone = self._written - _unsent(self._writer)
+        moved, self._seen = gone > self._seen, gone
+        return moved
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return b"".join(self._pieces()).decode(encoding, errors)
@@ -55,19 +81,32 @@ class Upload(aiohttp.payload.Payload):
         # A connection is known by its protocol: not every loop's transport can be referred to
         # weakly, uvloop's with TLS can't. A lost one is noticed by the first write.
         self.reused = writer.protocol in self._used
+        if self.reused and (self._on_new or not is_quiet(writer.protocol)):
+            self.refused = True
+            raise ConnectionResetError("a connection that was kept is not used again")
         self._used.add(writer.protocol)
-        self._on_send()
+        self._writer = writer
+        self.is_sent = self._is_small
+        self._on_send(self)
         if self._is_small:
             await writer.write(b"".join(self._pieces()))
             return
+        async for piece in self._slowly():
+            await writer.write(piece)
+            self._written += len(piece)
+        while _unsent(writer):  # noqa: ASYNC110 - the system tells nobody
+            await asyncio.sleep(_LOOK)
+        self.is_sent = True
+        self._on_send(self)
+
+    async def _slowly(self) -> AsyncIterator[bytes]:
         for part in self._parts:
             if isinstance(part, FileSlice):
                 async for piece in part:
-                    await writer.write(piece)
-                    self._on_send()  # a slow line is no server that does not answer
+                    yield piece
                 return
         for piece in self._pieces():
-            await writer.write(piece)
+            yield piece
             await asyncio.sleep(0)  # write() gives way only when the socket is full
 
     def _pieces(self) -> Any:
@@ -80,6 +119,20 @@ class Upload(aiohttp.payload.Payload):
                 yield b'"'
             else:
                 yield part
+
+
+def _unsent(writer: Any) -> int:
+    """Return how many bytes wait in this process or the system's queue; 0 if that can't be told."""
+    transport = writer.transport
+    if transport is None or transport.is_closing():
+        return 0
+    waiting: int = transport.get_write_buffer_size()
+    sock = transport.get_extra_info("socket")
+    if termios is not None and sock is not None:
+        with contextlib.suppress(OSError, ValueError):
+            answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+            waiting += int.from_bytes(answer, sys.byteorder)
+    return waiting
 
 
 def size_on_wire(parts: Sequence[Part]) -> int:

@@ -12,31 +12,30 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
 
 class Workers:
-    """A few threads, started as they are needed, that do one job each at a time.
+    """A few threads that do one job each at a time, and end when there is none.
 
     Who waits for a job may be cancelled. A job that nobody waits for is not begun; one that
     has begun keeps its thread until it is done, so that never more than `most` are at work.
     """
 
     def __init__(self, name: str, most: int) -> None:
-        self._name = name
+        self._name = f"moondream_async {name}"
         self._most = most
         self._reset()
         _all.add(self)
 
     def _reset(self) -> None:
-        self._jobs: SimpleQueue[Any] = SimpleQueue()
+        self._jobs: deque[Any] = deque()
         self._lock = threading.Lock()
         self._threads = 0
-        self._unfinished = 0
 
     def submit(
         self, function: Callable[..., _T], /, *args: Any, **kwargs: Any
@@ -44,21 +43,23 @@ class Workers:
         """Begin a job; await what is returned for its outcome, in the loop that runs now."""
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
         with self._lock:
-            self._unfinished += 1
-            is_short = self._threads < min(self._unfinished, self._most)
+            self._jobs.append((future, function, args, kwargs))
+            is_short = self._threads < self._most
             self._threads += is_short
         if is_short:
             # A daemon: a picture that takes long is not waited for when the program ends.
-            name = f"moondream_async {self._name}"
-            threading.Thread(target=self._work, args=(self._jobs,), name=name, daemon=True).start()
-        self._jobs.put((future, function, args, kwargs))
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
         return future
 
-    def _work(self, jobs: SimpleQueue[Any]) -> None:
+    def _work(self) -> None:
         while True:
-            _do(*jobs.get())
             with self._lock:
-                self._unfinished -= 1
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
+            _do(*job)
+            del job  # whose picture may be large
 
 
 def _do(future: asyncio.Future[_T], function: Callable[..., _T], args: Any, kwargs: Any) -> None:

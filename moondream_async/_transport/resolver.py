@@ -1,0 +1,62 @@
+"""Names of hosts into addresses, in threads of our own.
+
+aiohttp's way is the event loop's threads, which a program may have filled with its own work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from .workers import Workers
+
+_LOOKUPS_AT_ONCE = 8  # one may take half a minute, where a server for names does not answer
+
+_lookups = Workers("names", _LOOKUPS_AT_ONCE)
+
+
+class Resolver(AbstractResolver):
+    """Asks the system, as Python does."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the addresses of a host."""
+        return await self.begin(host, port, family)
+
+    def begin(
+        self, host: str, port: int, family: socket.AddressFamily
+    ) -> asyncio.Future[list[ResolveResult]]:
+        """Begin to look a host up; await what is returned."""
+        return _lookups.submit(_resolve, host, port, family)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def _resolve(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+    kind = socket.SOCK_STREAM
+    try:
+        found = socket.getaddrinfo(host, port, family, kind, flags=socket.AI_ADDRCONFIG)
+    except socket.gaierror:
+        if host != "localhost":
+            raise
+        found = socket.getaddrinfo(host, port, family, kind)  # known also without a network
+    results: list[ResolveResult] = []
+    for each, _, protocol, _, address in found:
+        name = str(address[0])
+        if each == socket.AF_INET6 and len(address) > 3 and address[3] and "%" not in name:
+            name = f"{name}%{address[3]}"  # an address of one link, by the number of that
+        results.append(
+            ResolveResult(
+                hostname=host,
+                host=name,
+                port=int(address[1]),
+                family=each,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+        )
+    return results

@@ -1,0 +1,132 @@
+"""A process that is forked while a client is in use: the child begins anew, the parent goes on."""
+
+import asyncio
+import os
+import time
+
+import pytest
+from raw_server import (
+    ANSWER,
+    DONE,
+    EVENTS,
+    STREAM_HEAD,
+    TEXT,
+    RawServer,
+    answer_all,
+    in_chunks,
+    whole,
+)
+
+import moondream_async as md
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
+
+
+async def in_a_child(act):
+    """Run `act` in a forked child, in a loop of its own; return what it returned, as text."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        said = "nothing"
+        try:
+            asyncio.events._set_running_loop(None)
+            said = str(asyncio.run(act()))
+        except BaseException as error:  # noqa: BLE001 - the parent is told
+            said = repr(error)
+        finally:
+            os.write(writing, said.encode())
+            os._exit(0)
+    os.close(writing)
+    loop = asyncio.get_running_loop()
+    await loop.run_in_executor(None, os.waitpid, child, 0)
+    try:
+        return os.read(reading, 10_000).decode()
+    finally:
+        os.close(reading)
+
+
+async def half_a_stream(peer):
+    await peer.request()
+    await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+    await peer.next_byte()  # never: it waits until the client has gone
+
+
+@pytest.mark.parametrize("what", ["use", "close", "drop", "nothing"])
+async def test_child_leaves_the_streams_of_its_parent_alone(what):
+    go_on = asyncio.Event()
+
+    async def play(peer):
+        while True:
+            request = await peer.request()
+            if not request.wants_stream:
+                await peer.send(whole(ANSWER))
+                continue
+            await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+            await go_on.wait()
+            await peer.send(in_chunks(*EVENTS[1:], DONE))
+
+    async with RawServer(play) as server:
+        client = md.MoondreamClient(endpoint=server.endpoint)
+        stream = await client.caption(IMAGE, stream=True)
+        pieces = [await anext(stream)]
+        kept = [await client.caption(IMAGE)]
+
+        async def act():
+            nonlocal stream
+            began = time.monotonic()
+            assert client.stats().open_streams == client.stats().pooled_connections == 0
+            if what == "use":
+                kept.append(await client.caption(IMAGE))
+            if what == "drop":
+                del stream
+            if what in ("use", "close"):
+                await client.aclose()
+            return f"done in {time.monotonic() - began < 3}"
+
+        assert await in_a_child(act) == "done in True"
+        go_on.set()
+        pieces += [piece async for piece in stream]
+        assert "".join(pieces) == TEXT
+        assert (await client.caption(IMAGE)).caption == TEXT
+        await client.aclose()
+        await server.until_idle()
+
+
+async def test_stream_that_the_parent_closes_ends_for_the_server_though_a_child_lives():
+    async with (
+        RawServer(half_a_stream) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+    ):
+        stream = await client.caption(IMAGE, stream=True)
+        await anext(stream)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.read(reading, 1)  # live on until the parent says so
+            os._exit(0)
+        try:
+            await stream.aclose()
+            await server.until_idle()
+        finally:
+            os.write(writing, b"x")
+            os.close(reading)
+            os.close(writing)
+            os.waitpid(child, 0)  # noqa: ASYNC222 - it ends at once
+
+
+async def test_child_prepares_pictures_in_threads_of_its_own(photo):
+    async with (
+        RawServer(answer_all) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+    ):
+        await client.encode_image(photo)
+
+        async def act():
+            return (await client.encode_image(photo)).width
+
+        assert await in_a_child(act) == "640"
