@@ -163,6 +163,28 @@ def test_array_arrives_with_its_pixels(np, mode, view):
     assert (array == before).all()
 
 
+@pytest.mark.parametrize("size", [(1100, 700), (2600, 1700)], ids=["at-once", "strips"])
+def test_colours_in_opencvs_order_are_put_right(np, size):
+    picture = make_drawing(*size)
+    frame = np.ascontiguousarray(np.array(picture)[:, :, ::-1])  # as OpenCV gives it
+    assert difference(opened(encode_image(frame[:, :, ::-1])), picture) == 0
+    assert (
+        difference(
+            opened(encode_image(frame[::2, ::2, ::-1])),
+            picture.resize((size[0] // 2, size[1] // 2), Image.Resampling.NEAREST),
+        )
+        == 0
+    )
+
+
+@pytest.mark.parametrize("max_pixels", [1_900_000, 1_000_000, 500_000, 100_000])
+def test_frame_that_is_made_smaller_shows_the_same(np, max_pixels):
+    photo = make_photo(1920, 1080)
+    result = opened(encode_image(np.array(photo), max_pixels=max_pixels))
+    assert result.width * result.height <= max_pixels
+    assert difference(result, photo.resize(result.size, Image.Resampling.LANCZOS)) < 24
+
+
 def test_array_with_a_single_channel_is_grey(np):
     array = np.arange(0, 240, dtype=np.uint8).reshape(12, 20, 1)
     assert difference(opened(encode_image(array)), Image.fromarray(array[:, :, 0])) == 0

@@ -187,6 +187,15 @@ def test_warnings_of_decoders_reach_nobody_and_spoil_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_tiff_that_libtiff_would_complain_of_is_refused_in_silence(capfd):
+    data = save(PHOTO, "TIFF")
+    webp = data.replace(b"\3\1\3\0\1\0\0\0\1\0", b"\3\1\3\0\1\0\0\0\x51\xc3")
+    assert webp != data
+    with pytest.raises(ImageError, match="TIFF compressed as WebP"):
+        encode_image(webp)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_clean_pictures_are_still_sent_as_they_are_where_warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -47,7 +47,8 @@ def encode_image(
 
     `image` is a path, bytes, a binary file (read from where it stands, and left
     open), a Pillow image (never changed), a numpy array of uint8 (height x width,
-    x 1, x 3 RGB or x 4 RGBA), a ``data:`` URI, or an `EncodedImage` (returned as
+    x 1, x 3 RGB or x 4 RGBA; OpenCV's BGR as ``frame[:, :, ::-1]``, which costs
+    nothing), a ``data:`` URI, or an `EncodedImage` (returned as
     it is when it keeps the limits).
 
     JPEG, PNG, GIF and WebP files are sent without being encoded anew. EXIF (with the
@@ -68,7 +69,8 @@ def encode_image(
 
     Then ICC colours become sRGB. The result is PNG if that is smaller, as for
     drawings and screenshots, else JPEG at quality 95 (4:4:4), lowered to 90
-    and then made smaller in pixels until it fits. What has more than 33 million pixels
+    and then made smaller in pixels until it fits. What `max_pixels` has made smaller is
+    JPEG at quality 90 (4:2:0), in half the bytes. What has more than 33 million pixels
     is sent at half its width and height. 16-bit samples are scaled to 8
     bits. Those of Pillow's modes I and F are taken as they are when all are
     within 0-255, as 16 bits (I) when within 0-65535, as fractions (F) when within

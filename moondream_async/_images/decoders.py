@@ -245,7 +245,11 @@ def _check_tiff(data: bytes) -> None:
         (entries,) = struct.unpack_from(count, data, at)
         at += struct.calcsize(count)
         for number in range(min(entries, 65536)):
-            _, kind, values, place = entry.unpack_from(data, at + number * entry.size)
+            tag, kind, values, place = entry.unpack_from(data, at + number * entry.size)
+            value = at + number * entry.size + (12 if big else 8)
+            if tag == 259 and data[value : value + 2] in (b"\x51\xc3", b"\xc3\x51"):
+                # libtiff would write to stderr that it can't.
+                raise ImageError("is a TIFF compressed as WebP, which few programs can read")
             size = values * _TIFF_SIZES.get(kind, 1)
             if size > begin.size and place + size <= len(data):
                 total += size
