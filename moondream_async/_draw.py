@@ -6,6 +6,9 @@ that is small, so that lines and text get soft edges when the sheet is laid over
 SVG paths are read by `svg.path`, of the extra ``draw``: it is small, pure Python,
 typed, MIT-licensed and still released. (`svgelements` has had no release since 2023,
 `svgpathtools` brings SciPy, `fonttools` and `skia-python` are many times the size.)
+
+What a server sends may be large without end, so what is drawn has limits, each far
+beyond what a picture can show: a few seconds in all.
 """
 
 from __future__ import annotations
@@ -39,7 +42,13 @@ _SHADE = (0, 0, 0, 110)  # around lines and dots, so that they show on their own
 _OPACITY = 0.35  # of the inside of an outline
 _SHEET_PIXELS = 16_000_000  # of four bytes: 64 MB at most, unless the picture itself has more
 _FINEST = 4  # how many times as large as the picture the sheet is at most
+_CROWD = 300  # of more marks and outlines than that, none gets soft edges
 _CURVE_STEPS = 32  # straight lines in place of a curve; a path has many curves, each short
+_MOST_MARKS = 10_000
+_MOST_LETTERS = 100  # of a label
+_MOST_PATH = 500_000  # characters
+_MOST_CORNERS = 10_000  # of all outlines together
+_MOST_FILLED = 4_000_000_000  # pixels of the boxes around all outlines together
 
 
 class _Mark(NamedTuple):
@@ -63,12 +72,15 @@ def draw(
     """Draw what was found over a copy of its picture; see the results' own ``draw``."""
     marks = _marks(result)
     texts = _texts(marks, labels)
+    crowd = sum(len(mark.points) + max(1, len(mark.outlines)) for mark in marks)
+    if crowd > _MOST_MARKS:
+        raise RequestError(f"{crowd:,} marks are too many to be drawn: at most {_MOST_MARKS:,}")
     picture = decode_image(image).convert("RGB")
     if line_width is None:
         line_width = max(1.5, math.sqrt(picture.width * picture.height) / 170)
     elif not (isinstance(line_width, (int, float)) and 0 < line_width < math.inf):
         raise RequestError(f"line_width must be a positive number of pixels, not {line_width!r}")
-    sheet = _Sheet(picture.size, line_width)
+    sheet = _Sheet(picture.size, line_width, fine=crowd <= _CROWD)
     colours = itertools.cycle(_COLOURS)
     painted = list(zip(marks, texts, colours, strict=False))
     for mark, _, colour in painted:
@@ -137,8 +149,8 @@ def _texts(marks: list[_Mark], labels: str | Sequence[str] | None) -> list[str]:
 class _Sheet:
     """What is drawn on. Its methods take places in 0-1; its pixels are finer than the picture's."""
 
-    def __init__(self, size: tuple[int, int], line_width: float) -> None:
-        room = _SHEET_PIXELS / (size[0] * size[1])
+    def __init__(self, size: tuple[int, int], line_width: float, *, fine: bool) -> None:
+        room = _SHEET_PIXELS / (size[0] * size[1]) if fine else 1
         self._fineness = max(1, min(_FINEST, int(math.sqrt(room))))
         self._width, self._height = (side * self._fineness for side in size)
         self._image = Image.new("RGBA", (self._width, self._height))
@@ -167,9 +179,11 @@ class _Sheet:
 
     def write(self, mark: _Mark, text: str, colour: str) -> None:
         """Write the label of a mark, on one line."""
-        text = " ".join(text.split())
+        text = " ".join(text[: 10 * _MOST_LETTERS].split())
         if not text:
             return
+        if len(text) > _MOST_LETTERS:
+            text = text[: _MOST_LETTERS - 1] + "…"
         gap = self._line
         _, high_letter, _, low_letter = self._pen.textbbox((0, 0), "Ág", self._font)
         wide = self._pen.textlength(text, self._font) + 3 * gap
@@ -197,7 +211,7 @@ class _Sheet:
 
     def lay_over(self, picture: Image.Image) -> None:
         """Put the sheet on the picture that it was made for."""
-        sheet = self._image.reduce(self._fineness)
+        sheet = self._image if self._fineness == 1 else self._image.reduce(self._fineness)
         picture.paste(sheet, (0, 0), sheet)
 
     def _to_pixels(self, place: Place) -> Place:
@@ -215,15 +229,26 @@ class _Sheet:
         So an outline within another, drawn the other way round, is a hole. How often
         is counted for all pixels at once, in a picture of one byte each.
         """
+        boxes = [self._box_around(outline) for outline in outlines]
+        if sum((right - left) * (low - top) for left, top, right, low in boxes) > _MOST_FILLED:
+            raise RequestError("The outline has too many parts to be drawn")
         winding = Image.new("L", self._image.size)
-        for outline in outlines:
-            once = Image.new("L", self._image.size)
-            ImageDraw.Draw(once).polygon(outline, fill=1)
+        for outline, box in zip(outlines, boxes, strict=True):
+            left, top, right, bottom = box
+            once = Image.new("L", (right - left, bottom - top))
+            ImageDraw.Draw(once).polygon([(x - left, y - top) for x, y in outline], fill=1)
             count = ImageChops.add_modulo if _is_clockwise(outline) else ImageChops.subtract_modulo
-            winding = count(winding, once)
-        opacity = round(255 * _OPACITY)
-        tint = Image.new("RGBA", self._image.size, (*ImageColor.getrgb(colour)[:3], opacity))
+            winding.paste(count(winding.crop(box), once), box)
+        tint = (*ImageColor.getrgb(colour)[:3], round(255 * _OPACITY))
         self._image.paste(tint, mask=winding.point([0] + [255] * 255))
+
+    def _box_around(self, outline: list[Place]) -> tuple[int, int, int, int]:
+        """Return the part of the sheet that an outline can be in, in whole pixels."""
+        across, down = zip(*outline, strict=True)
+        left, right = (max(0, min(self._width, x)) for x in (min(across) - 1, max(across) + 2))
+        top, bottom = (max(0, min(self._height, y)) for y in (min(down) - 1, max(down) + 2))
+        left, top = min(int(left), self._width - 1), min(int(top), self._height - 1)
+        return left, top, max(math.ceil(right), left + 1), max(math.ceil(bottom), top + 1)
 
     def _disc(self, x: float, y: float, radius: float, colour: str | tuple[int, ...]) -> None:
         self._pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
@@ -260,6 +285,8 @@ def _placed(path: str, bbox: Region) -> list[Segment]:
                     point = getattr(segment, name)
                     x, y = bbox.x_min + point.real * width, bbox.y_min + point.imag * height
                     setattr(segment, name, complex(_finite(x), _finite(y)))
+    except RequestError:
+        raise  # it is a ValueError too
     except (ValueError, IndexError, ArithmeticError) as error:
         raise RequestError(f"The outline is no SVG path, {path!r:.80}: {error}") from error
     return segments
@@ -272,12 +299,15 @@ def _read(path: str) -> list[Segment]:
     except ImportError as error:
         raise ImportError("Outlines need an extra: pip install 'moondream-async[draw]'") from error
 
+    if len(path) > _MOST_PATH:
+        raise RequestError(f"The outline is {len(path):,} characters long, too many to be drawn")
     if path.lstrip()[:1] not in ("M", "m"):
         raise ValueError("it does not begin with M")
     segments: list[Segment] = []
+    steps = _steps(path.count("A") + path.count("a"))
     for segment in parse_path(path):
         if isinstance(segment, Arc):
-            segments += itertools.starmap(Line, itertools.pairwise(_points(segment)))
+            segments += itertools.starmap(Line, itertools.pairwise(_points(segment, steps)))
         else:
             segments.append(segment)
     return segments
@@ -293,13 +323,16 @@ def _outlines(segments: list[Segment]) -> tuple[Outline, ...]:
     """Return the closed lines that a path consists of, curves as short straight ones."""
     from svg.path import Close, Line, Move  # noqa: PLC0415 - an extra, which was there
 
+    if len(segments) > _MOST_CORNERS:
+        raise RequestError(f"The outline has {len(segments):,} parts, too many to be drawn")
+    steps = _steps(len(segments))
     outlines: list[list[complex]] = []
     closed = True
     for segment in segments:
         if closed or isinstance(segment, Move):
             outlines.append([segment.start])
         straight = isinstance(segment, (Move, Line, Close))
-        outlines[-1] += [segment.end] if straight else _points(segment)[1:]
+        outlines[-1] += [segment.end] if straight else _points(segment, steps)[1:]
         closed = isinstance(segment, Close)
     return tuple(
         tuple((point.real, point.imag) for point in outline)
@@ -308,5 +341,10 @@ def _outlines(segments: list[Segment]) -> tuple[Outline, ...]:
     )
 
 
-def _points(segment: Segment) -> list[complex]:
-    return [segment.point(step / _CURVE_STEPS) for step in range(_CURVE_STEPS + 1)]
+def _steps(curves: int) -> int:
+    """Return how many straight lines a curve becomes: fewer where there are many."""
+    return max(1, min(_CURVE_STEPS, _MOST_CORNERS // (2 * max(1, curves))))
+
+
+def _points(segment: Segment, steps: int) -> list[complex]:
+    return [segment.point(step / steps) for step in range(steps + 1)]

@@ -345,6 +345,47 @@ def test_any_place_is_drawn(x, y):
         assert result.draw(sheet, labels="x").size == (20, 10)
 
 
+ARC = "A 0.7 0.4 0 1 1 0.3 0.9 A 0.2 0.6 0 1 0 0.8 0.1 "
+ZIGZAG = "L 0.1 0.9 L 0.9 0.2 "
+
+
+@pytest.mark.parametrize(
+    ("result", "labels"),
+    [
+        pytest.param(detected(*[BOX] * 2_000), None, id="boxes"),
+        pytest.param(pointed(*[(0.5, 0.5)] * 5_000), None, id="points"),
+        pytest.param(outlined("M 0 0 " + ARC * 1_000 + "Z"), None, id="arcs"),
+        pytest.param(outlined(f"{FORWARD} {BACKWARD} " * 500), None, id="outlines"),
+        pytest.param(detected(BOX), "W" * 1_000_000, id="label"),
+        pytest.param(detected(BOX), "heron " * 200_000, id="label-of-words"),
+        pytest.param(thought("W" * 1_000_000, (0, 1_000_000, ((0.5, 0.5),))), None, id="thought"),
+    ],
+)
+def test_more_than_anybody_sees_is_drawn_all_the_same(sheet, result, labels):
+    assert changed(sheet, result.draw(sheet, labels=labels))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        pytest.param(detected(*[BOX] * 100_000), id="boxes"),
+        pytest.param(pointed(*[(0.5, 0.5)] * 100_000), id="points"),
+        pytest.param(thought("x", (0, 1, ((0.5, 0.5),) * 100_000)), id="thoughts"),
+        pytest.param(outlined("M 0 0 " + ZIGZAG * 6_000 + "Z"), id="corners"),
+        pytest.param(outlined("M 0 0 " + ZIGZAG * 60_000 + "Z"), id="characters"),
+        pytest.param(outlined(f"{FORWARD} " * 20_000), id="outlines"),
+    ],
+)
+def test_far_more_than_anybody_sees_is_refused(sheet, result):
+    with pytest.raises(md.RequestError, match="too many"):
+        result.draw(sheet)
+
+
+def test_long_label_is_cut(sheet):
+    cut = detected(BOX).draw(sheet, labels="i" * 99 + "…")
+    assert detected(BOX).draw(sheet, labels="i" * 200) == cut
+
+
 def test_result_without_places_cannot_be_drawn(sheet):
     with pytest.raises(md.RequestError, match="a CaptionResult has no places"):
         draw(md.CaptionResult(caption="A heron."), sheet)
