@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 
 from moondream_async._images import decode_image, encode_image
 from moondream_async.errors import ImageError
+from moondream_async.simulator.pixels import UnreadablePictureError, measure
 
 SIDE = 9_400  # squared, it is just within what is opened at all
 
@@ -154,6 +155,20 @@ def test_largest_pictures_keep_to_a_gigabyte(tmp_path):
 )
 def test_small_pictures_of_dear_kinds_are_sent(data):
     assert opened(encode_image(data)).width >= 20
+
+
+@pytest.mark.parametrize(
+    "make",
+    [REFUSED["tall"], REFUSED["webp"], REFUSED["scans"], lambda: png(SIDE, SIDE, 6)],
+    ids=["tall", "webp", "scans", "large"],
+)
+def test_simulator_refuses_what_costs_too_much(make):
+    with pytest.raises(UnreadablePictureError, match="too large"):
+        measure(make())
+
+
+def test_simulator_measures_a_large_photo():
+    assert measure(save(Image.new("RGB", (SIDE, SIDE), "teal"), "JPEG")).width == SIDE
 
 
 # What decoders say

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 
+import anyio
 import anyio.to_thread
 
 from .pixels import Picture, UnreadablePictureError, measure
@@ -13,12 +14,15 @@ from .validation import RefusedError, decode_image
 # How many pictures' measurements are kept; each is some tens of kilobytes.
 _KEPT_PICTURES = 64
 
+_AT_ONCE = 4  # pictures measured together: two gigabytes at worst
+
 
 class Gallery:
     """Measures pictures, and the same picture once."""
 
     def __init__(self) -> None:
         self._measured: OrderedDict[bytes, Picture] = OrderedDict()
+        self._limiter = anyio.CapacityLimiter(_AT_ONCE)
 
     async def look(self, image_url: str) -> Picture:
         """Decode a data URL and measure the picture in it, in a worker thread.
@@ -28,7 +32,7 @@ class Gallery:
         Raises:
             RefusedError: There is no picture in what was sent.
         """
-        return await anyio.to_thread.run_sync(self.look_blocking, image_url)
+        return await anyio.to_thread.run_sync(self.look_blocking, image_url, limiter=self._limiter)
 
     def look_blocking(self, image_url: str) -> Picture:
         """Do what `look` does, in the calling thread."""

@@ -22,6 +22,13 @@ GRID = 160
 # What the docs name, and WebP. The engine's own list may be longer.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 
+# One picture costs at most half a gigabyte and some seconds. That is eight bytes a pixel, with
+# WebP sixteen; large JPEGs are decoded at an eighth of their size, but for progressive ones.
+_MOST_PIXELS = {"JPEG": 100_000_000, "PNG": 50_000_000, "GIF": 50_000_000, "WEBP": 25_000_000}
+_MOST_PROGRESSIVE = 50_000_000
+_MOST_SCANNED = 3_000_000_000  # pixels of a progressive JPEG, all scans together
+_LONGEST_SIDE = 100_000
+
 # A cell has the name of the colour nearest to it, so a name that spans much of
 # the colour space stands here with several examples.
 _EXAMPLES: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -118,15 +125,20 @@ def measure(data: bytes) -> Picture:
     """Decode a picture and measure it.
 
     Raises:
-        UnreadablePictureError: It can't be decoded, to the last row of pixels.
+        UnreadablePictureError: It can't be decoded, to the last row of pixels, or that
+            would cost too much.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             picture_format = opened.format or ""
             width, height = opened.size
+            _check_cost(opened, data)
             # A JPEG decodes at a fraction of its size in a fraction of the time.
             opened.draft("RGB", (2 * GRID, 2 * GRID))
-            image = opened.convert("RGB")
+            opened.load()
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")
+    except UnreadablePictureError:
+        raise
     except (
         OSError,
         ValueError,
@@ -173,6 +185,20 @@ def measure(data: bytes) -> Picture:
         rows=rows,
         cells=cells,
     )
+
+
+def _check_cost(opened: Image.Image, data: bytes) -> None:
+    """Refuse what would cost too much, before it is decoded."""
+    width, height = opened.size
+    most, scans = _MOST_PIXELS[opened.format or "WEBP"], 1
+    if opened.info.get("progressive"):
+        most, scans = _MOST_PROGRESSIVE, data.count(b"\xff\xda")
+    if (
+        width * height > most
+        or max(width, height) > _LONGEST_SIDE
+        or width * height * scans > _MOST_SCANNED
+    ):
+        raise UnreadablePictureError(f"too large a picture: {width}x{height}")
 
 
 def _middle_of_cell(number: int, size: tuple[int, int]) -> tuple[float, float]:
