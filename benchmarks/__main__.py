@@ -12,7 +12,9 @@ from rich.console import Console
 from . import report
 from .bench import Bench
 
-SCENARIOS = ("coalesced", "many", "first", "calls", "pictures", "large", "imports", "growth")
+SCENARIOS = (
+    *("coalesced", "many", "first", "calls", "pictures", "photos", "large", "imports", "growth"),
+)
 RESULTS = Path(__file__).parent / "results"
 
 
