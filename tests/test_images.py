@@ -262,6 +262,7 @@ def in_webp(name, tail):
 
 NINE = [SECRET[at : at + 9] for at in range(0, 36, 9)]
 FIVES = [SECRET[at : at + 5] for at in range(0, 32, 2)]
+LONGER = struct.pack(">I", len(ICC) + len(SECRET)) + ICC[4:] + SECRET  # no tag points to it
 HIDING = {
     "png-end": CLEAN["png"][:-12] + chunk(b"IEND", SECRET),
     "png-pHYs": in_png(chunk(b"pHYs", bytes(9) + SECRET)),
@@ -275,6 +276,7 @@ HIDING = {
     "png-pHYs-late": in_picture_data(bytes, behind=chunk(b"pHYs", SECRET[:9])),
     "png-profile": in_png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(ICC) + SECRET)),
     "png-behind-profile": in_png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(ICC + SECRET, 0))),
+    "png-in-profile": in_png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(LONGER, 0))),
     "png-profile-name": in_png(chunk(b"iCCP", SECRET + b"\0\0" + zlib.compress(ICC))),
     "png-data": in_picture_data(lambda data: data + SECRET),
     "png-rows": in_picture_data(lambda data: zlib.compress(zlib.decompress(data) + SECRET, 0)),
@@ -292,6 +294,7 @@ HIDING = {
     ),
     "jpeg-table": in_jpeg(segment(0xDB, b"\0" + SECRET.ljust(64, b"x"))),
     "jpeg-profile": in_jpeg(segment(0xE2, b"ICC_PROFILE\0\1\1" + ICC + SECRET)),
+    "jpeg-in-profile": in_jpeg(segment(0xE2, b"ICC_PROFILE\0\1\1" + LONGER)),
     "jpeg-no-profile": in_jpeg(segment(0xE2, b"ICC_PROFILE\0\1\1" + SECRET)),
     "jpeg-short-segment": in_jpeg(b"\xff\xec\0\0" + SECRET),
 }

@@ -109,8 +109,22 @@ def xmp_orientation(xmp: bytes) -> int:
 
 
 def icc_profile(data: bytes) -> bytes | None:
-    """Return an ICC profile without what follows it; None if it is none, or not whole."""
-    size = int.from_bytes(data[:4], "big")
-    if size < 132 or size > len(data) or data[36:40] != b"acsp":
+    """Return an ICC profile with nothing but its header and its tags in it; None if it is none.
+
+    What follows it goes, and what lies between its tags, or is reserved, becomes zero.
+    """
+    size, count = int.from_bytes(data[:4], "big"), int.from_bytes(data[128:132], "big")
+    if size > len(data) or data[36:40] != b"acsp" or count > 1000:
         return None
-    return data[:size]
+    clean = bytearray(size)
+    end = 132 + 12 * count
+    clean[:100], clean[128:end] = data[:100], data[128:end]
+    for at in range(132, end, 12):
+        begin, length = struct.unpack(">II", data[at + 4 : at + 12].ljust(8, b"\0"))
+        if begin + length > size:
+            return None
+        clean[begin : begin + length] = data[begin : begin + length]
+        end = max(end, begin + length)
+    end = min(size, -(-end // 4) * 4)  # tags are filled up to four bytes
+    clean[:4] = end.to_bytes(4, "big")
+    return bytes(clean[:end])
