@@ -7,6 +7,7 @@ status 200. All of them end here as one `APIStatusError`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +48,11 @@ from .retry_after import parse_retry_after
 ANSWER_KEY: dict[Skill, str] = {"caption": "caption", "query": "answer", "segment": "path"}
 """Where the text of a skill's answer stands, in a body and in the last event of a stream."""
 
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
+)
+"""An escape in JSON; the group is half a surrogate pair."""
 _EXCERPT = 500  # characters of a body that is no JSON, for the error message
 
 
@@ -168,7 +174,7 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
         ServerError: It is none.
     """
     try:
-        raw = msgspec.json.decode(body)
+        raw = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ServerError(
             f"The server's reply is not JSON: {_excerpt(body)}", status=status, body=_excerpt(body)
@@ -178,6 +184,19 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
             f"The server's reply is no JSON object: {_excerpt(body)}", status=status, body=raw
         )
     return raw
+
+
+def _decode(body: bytes) -> Any:
+    r"""Decode JSON; half a surrogate pair, of which no text can be made, is replaced.
+
+    >>> ascii(_decode(rb'["a \ud83d cat", "\ud83d\ude00", "\\ud83d"]'))
+    "['a \\ufffd cat', '\\U0001f600', '\\\\ud83d']"
+    """
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        mended = _ESCAPE.sub(lambda found: rb"\ufffd" if found[1] else found[0], body)
+        return msgspec.json.decode(mended)
 
 
 def _common(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from moondream_async.errors import (
 )
 from moondream_async.results import BASE_MODEL
 
-from .records import Batch, BatchResult
+from .records import Batch, BatchFailure, BatchResult
 from .uploads import Progress, Requests, Upload, open_checked, spooled
 from .wire import MAX_RESULT_BYTES, LineSplitter, read_batch, read_batch_result
 
@@ -191,7 +191,8 @@ class Batches:
 
         They come in no order: the `id` and the `line_index` of each say which request it
         answers. Each comes once, also where a download breaks off and is begun again.
-        Lines that failed are among them, with their `error`. Nothing is downloaded
+        Lines that failed are among them, with their `error`, and so are those that are no
+        result at all (their code is ``invalid_line``). Nothing is downloaded
         ahead of the reader, and no more than a line is kept.
 
         The addresses of the files hold for a time only; where they have expired, the
@@ -276,7 +277,7 @@ class Batches:
             while (data := await self._next(body)) is not None:
                 for line in splitter.feed(data):
                     if line.strip():
-                        yield number, read_batch_result(line)
+                        yield number, _read_line(line)
                         number += 1
         except OverflowError:
             raise APIConnectionError(
@@ -296,6 +297,16 @@ class Batches:
         raise APITimeoutError(
             f"Nothing of the results came within {idle:g} seconds (Timeout.idle)", phase="idle"
         )
+
+
+def _read_line(line: bytes) -> BatchResult:
+    """Read a line of results; what is none is a failure of that line, and of no other."""
+    try:
+        return read_batch_result(line)
+    except (ServerError, RecursionError) as error:
+        message = f"The server's line is no result: {error}"
+        failure = BatchFailure(code="invalid_line", message=message)
+        return BatchResult(raw={}, error=failure)
 
 
 def _read_last(line: bytes) -> BatchResult:

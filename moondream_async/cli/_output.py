@@ -7,14 +7,10 @@ somebody else made. Every command prints through this file, and nothing else doe
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import typer
@@ -49,19 +45,6 @@ def one_line(text: str) -> str:
     'Bad gateway [2J'
     """
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of `path` once it is whole, and otherwise never was."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def note(text: str) -> None:

@@ -12,8 +12,9 @@ from moondream_async import Batch, BatchRequest, MoondreamClient
 from moondream_async.types import Length
 
 from . import _options as options
+from ._files import replacing
 from ._options import UsageError
-from ._output import encode_json, note, print_json, print_text, replacing
+from ._output import encode_json, note, print_json, print_text
 from ._session import make_client, run
 
 app = typer.Typer(

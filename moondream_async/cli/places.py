@@ -13,8 +13,9 @@ from moondream_async._stream.kinds import SegmentStream
 from moondream_async.results import DetectResult, PointResult, SegmentResult
 
 from . import _options as options
+from ._files import replacing
 from ._options import UsageError
-from ._output import note, print_events, print_json, print_pieces, print_text, replacing
+from ._output import note, print_events, print_json, print_pieces, print_text
 from ._session import make_client, read_image, run
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from moondream_async.batch.wire import BatchRequest
+from moondream_async.cli._files import replacing
 from moondream_async.cli._output import note
-from moondream_async.errors import ImageError, RequestError
+from moondream_async.errors import APIStatusError, ImageError, RequestError
 
-from .journal import replacing
+from .names import name_of, path_of
 from .sources import Contents, Found, PictureFile
 
 if TYPE_CHECKING:
@@ -30,11 +31,20 @@ MOST_BYTES = 1_000_000_000  # of pictures, before base64
 _Good = tuple[PictureFile, "EncodedImage"]
 
 
+class _Named(msgspec.Struct):
+    path: str
+    below: str
+
+
 class Sent(msgspec.Struct):
     """A batch that the server has, and the pictures in it: the place of each is its id."""
 
     batch: str
-    pictures: list[tuple[Found, Contents | None]]
+    pictures: list[tuple[_Named, Contents | None]]
+
+    def found(self) -> list[Found]:
+        """Return the pictures."""
+        return [Found(path_of(each.path), path_of(each.below)) for each, _ in self.pictures]
 
 
 async def ask_by_batch(job: Job) -> None:
@@ -47,7 +57,6 @@ async def ask_by_batch(job: Job) -> None:
         raise RequestError(f"{job.skill} takes no settings with '--via batch-api'")
     record = Path(f"{job.journal.path}.batches")
     waiting = _recorded(record)
-    job.journal.remember = True
     for sent in list(waiting):
         await _fetch(job, sent)
         waiting.remove(sent)
@@ -55,7 +64,7 @@ async def ask_by_batch(job: Job) -> None:
     items = job.items()
     first = await _next_good(job, items)
     while first is not None:
-        pictures: list[tuple[Found, Contents | None]] = []
+        pictures: list[tuple[_Named, Contents | None]] = []
         batch = await job.client.batches.create(_requests(job, first, items, pictures))
         waiting.append(Sent(batch.id, pictures))
         _keep(record, waiting)
@@ -71,7 +80,7 @@ async def _requests(
     job: Job,
     first: _Good,
     items: AsyncIterator[PictureFile],
-    pictures: list[tuple[Found, Contents | None]],
+    pictures: list[tuple[_Named, Contents | None]],
 ) -> AsyncGenerator[BatchRequest, None]:
     """Yield requests until a batch is full, and note their pictures."""
     make: Any = getattr(BatchRequest, job.skill)
@@ -80,7 +89,7 @@ async def _requests(
     while good is not None:
         file, image = good
         yield make(image, id=len(pictures), **job.arguments)
-        pictures.append((file.found, file.contents))
+        pictures.append((_Named(file.found.name, name_of(file.found.below)), file.contents))
         size += len(image.data)
         if len(pictures) == MOST_PICTURES or size >= MOST_BYTES:
             return
@@ -98,36 +107,81 @@ async def _next_good(job: Job, items: AsyncIterator[PictureFile]) -> _Good | Non
 
 
 async def _fetch(job: Job, sent: Sent) -> None:
+    """Keep what became of a batch's pictures: whatever that is, it is not asked for again.
+
+    Raises:
+        MoondreamError: It can't be told now, but may be later.
+    """
+
     def show(batch: Batch) -> None:
         progress = batch.progress
         note(f"Batch {batch.id}: {batch.status}, {progress.completed:,} of {progress.total:,}")
 
-    batch = await job.client.batches.wait(sent.batch, on_poll=show)
-    left = dict(enumerate(sent.pictures))
-    async for line in job.client.batches.results(batch):
-        # After a run that was ended in the middle of this, some are there already.
-        if line.id in left:
-            found, contents = left.pop(line.id)
-            if not job.journal.has(found):
-                job.keep(found, contents, _outcome(line), tries=1)
+    left = dict(enumerate(zip(sent.found(), (each for _, each in sent.pictures), strict=True)))
+    failure = "the batch has no result for it"
+    try:
+        batch = await job.client.batches.wait(sent.batch, on_poll=show)
+        async for line in job.client.batches.results(batch):
+            place = _place(line)
+            # After a run that was ended in the middle of this, some are there already.
+            if place in left:
+                found, contents = left.pop(place)
+                if not job.journal.has(found):
+                    job.keep(found, contents, _outcome(line), tries=1, usage=line.usage)
+    except APIStatusError as error:
+        if not _is_lasting(error):
+            raise
+        failure = str(error)
+        note(f"Batch {sent.batch} came to nothing: {failure}")
     for found, contents in left.values():
-        missing = {"type": "BatchFailure", "message": "the batch has no result for it"}
-        job.keep(found, contents, {"error": missing}, tries=1)
+        if not job.journal.has(found):
+            job.keep(found, contents, _failure(failure), tries=1)
+            job.not_again.add(found.name)  # the next run asks about it again
+
+
+def _place(line: BatchResult) -> int | None:
+    """Return which request a line answers, by its id, else by its place in the batch."""
+    identity = line.id
+    if isinstance(identity, str) and identity.isascii() and identity.isdigit():
+        return int(identity[:20])
+    if isinstance(identity, float) and identity.is_integer():
+        return int(identity)
+    if isinstance(identity, int) and not isinstance(identity, bool):
+        return identity
+    return line.line_index
+
+
+def _is_lasting(error: APIStatusError) -> bool:
+    """Tell whether asking again would end in the same way: the batch failed, or is gone."""
+    return error.status < 500 and error.status not in (401, 402, 408, 425, 429)
 
 
 def _outcome(line: BatchResult) -> Any:
-    if line.result is None:
-        failure = line.error
-        code = failure.code if failure else None
-        message = failure.message if failure else ""
-        return {"error": {"type": "BatchFailure", "message": message, "code": code}}
-    if line.result.metrics is None and line.usage is not None:
-        line.result["metrics"] = line.usage
-    return line.result
+    if line.result is not None:
+        return line.result
+    failure = line.error
+    return _failure(failure.message if failure else "", failure.code if failure else None)
+
+
+def _failure(message: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"type": "BatchFailure", "message": message, "code": code}}
 
 
 def _recorded(record: Path) -> list[Sent]:
-    return msgspec.json.decode(record.read_bytes(), type=list[Sent]) if record.exists() else []
+    """Read which batches earlier runs have handed over.
+
+    Raises:
+        RequestError: The file is damaged.
+    """
+    try:
+        return msgspec.json.decode(record.read_bytes(), type=list[Sent])
+    except FileNotFoundError:
+        return []
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(
+            f"{record} is damaged, so the batches in it can't be fetched: remove it to ask "
+            f"about their pictures again ({error})"
+        ) from error
 
 
 def _keep(record: Path, waiting: list[Sent]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,11 +10,11 @@ from moondream_async import MoondreamClient, Timeout
 from moondream_async.cli import _options as options
 from moondream_async.cli._options import UsageError
 from moondream_async.cli._session import run
+from moondream_async.errors import RequestError
 from moondream_async.types import Length
 
 Skill = Literal["caption", "query", "detect", "point"]
 Via = Literal["requests", "batch-api"]
-Form = Literal["jsonl", "parquet", "folder"]
 
 
 def bulk(
@@ -36,8 +34,9 @@ def bulk(
             "-o",
             "--output",
             metavar="FILE",
-            help="Where the answers go: a .jsonl file, a .parquet file, or a folder (with a / "
-            "behind it) for a .txt beside each picture's name.",
+            help="Where the answers go: a file named .jsonl, .csv, .parquet, .jsonl.gz or "
+            ".csv.gz, a folder (with a / behind it) for a .txt beside each picture's name, "
+            "or - for lines of JSON on stdout.",
         ),
     ],
     skill: Annotated[Skill, typer.Option(help="What to ask.")] = "caption",
@@ -81,6 +80,9 @@ def bulk(
         str | None,
         typer.Option(metavar="FILE", help="Write a page of pictures and answers, to be looked at."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace texts and files that no run has made.")
+    ] = False,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -93,8 +95,9 @@ def bulk(
     Each picture is a line of JSON in the file as soon as it is done, in the order in
     which they end: {"path": ..., "skill": ..., "caption": ...}, or with "error" in place
     of an answer. Run again, it asks only about pictures that are missing or failed, or
-    whose file has changed; those are known by their path, size, time and SHA-256. Parquet
-    and folders are made from such a file beside them, which is kept for that.
+    whose file has changed; those are known by their path, size, time and SHA-256. The other
+    forms are made from such a file beside them, which is kept for that; lines on stdout
+    can't be gone on from.
 
     The exit status is 1 when a picture failed. Ctrl-C finishes what is under way; a
     second one stops at once.
@@ -119,13 +122,18 @@ def bulk(
         raise UsageError("Missing argument 'PATHS...'", context)
     if rate_limit is not None and rate_limit <= 0:
         raise UsageError("Invalid value for '--rate-limit': it must be over 0", context)
-    form = _form(output)
-    if form == "folder" and skill not in ("caption", "query"):
-        raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
-    from .exports import check_parquet  # noqa: PLC0415 - --help does without
+    from .outputs import Output  # noqa: PLC0415 - --help does without
+    from .report import check_report  # noqa: PLC0415 - likewise
 
-    if form == "parquet":
-        check_parquet()
+    try:
+        wanted = Output.of(output)
+    except RequestError as error:
+        raise UsageError(str(error), context) from None
+    if wanted.form == "folder" and skill not in ("caption", "query"):
+        raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
+    wanted.check(overwrite=overwrite)
+    if report is not None:
+        check_report(report)
     limits = Timeout() if timeout is None else Timeout(first_event=None, idle=None, total=timeout)
     client = MoondreamClient(
         endpoint=endpoint,
@@ -138,30 +146,10 @@ def bulk(
     from .job import Job  # noqa: PLC0415 - --help does without
 
     asked = {name: value for name, value in arguments.items() if value is not None}
-    job = Job(client, skill, asked, model=model, output=Output(output, form), report=report)
+    job = Job(client, skill, asked, model=model, output=wanted, report=report, overwrite=overwrite)
     job.sources(paths or [], from_file or [])
     run(job.run(grace, by_batch=via == "batch-api"))
     if job.interrupted:
         raise KeyboardInterrupt
     if job.failed:
         raise typer.Exit(1)
-
-
-class Output(NamedTuple):
-    """What is to be written."""
-
-    path: str
-    form: Form
-
-    @property
-    def journal(self) -> str:
-        """The path of the file of lines, from which the other forms are made."""
-        if self.form == "folder":
-            return os.path.join(self.path, ".moondream.jsonl")  # noqa: PTH118 - a string stays one
-        return self.path if self.form == "jsonl" else f"{self.path}.jsonl"
-
-
-def _form(output: str) -> Form:
-    if output.endswith(("/", os.sep)) or Path(output).is_dir():
-        return "folder"
-    return "parquet" if output.lower().endswith(".parquet") else "jsonl"

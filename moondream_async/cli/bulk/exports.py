@@ -1,21 +1,27 @@
-# ruff: noqa: PTH122 - paths are strings here, as they stand in lines
-"""What other programs read: Parquet, and a text file beside each picture's name."""
+"""Tables that other programs read: Parquet, CSV, and lines of JSON that are packed."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+import csv
+import gzip
+import io
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from moondream_async.cli._files import replacing
 from moondream_async.errors import RequestError
-from moondream_async.results import Result
 
-from .journal import replacing
-from .sources import Found
+from .lines import encode
 
 _ROWS = 5000  # held at a time
+_BOX = ("x_min", "y_min", "x_max", "y_max")
+_COLUMNS = (
+    *("path", "skill", "question", "object", "caption", "answer", "reasoning_text"),
+    *("objects", "points", "error", "error_type", "request_id", "finish_reason"),
+    *("input_tokens", "output_tokens", "tries", "seconds", "size", "sha256"),
+)
 
 
 def check_parquet() -> None:
@@ -43,77 +49,76 @@ def write_parquet(records: Iterable[dict[str, Any]], path: str) -> None:
 
     text, number = pa.string(), pa.float64()
     places = {
-        "objects": pa.list_(
-            pa.struct([(name, number) for name in ("x_min", "y_min", "x_max", "y_max")])
-        ),
+        "objects": pa.list_(pa.struct([(name, number) for name in _BOX])),
         "points": pa.list_(pa.struct([("x", number), ("y", number)])),
     }
-    texts = ("path", "skill", "question", "object", "caption", "answer", "reasoning_text")
-    schema = pa.schema(
-        [
-            *((name, text) for name in texts),
-            *places.items(),
-            *((name, text) for name in ("error", "error_type", "request_id", "finish_reason")),
-            *((name, pa.int64()) for name in ("input_tokens", "output_tokens", "tries")),
-            ("seconds", number),
-            ("size", pa.int64()),
-            ("sha256", text),
-        ]
-    )
+    whole = {name: pa.int64() for name in ("input_tokens", "output_tokens", "tries", "size")}
+    types = {**places, **whole, "seconds": number}
+    schema = pa.schema([(name, types.get(name, text)) for name in _COLUMNS])
     with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
         rows = map(_row, records)
         while some := list(islice(rows, _ROWS)):
             writer.write_table(pa.Table.from_pylist(some, schema=schema))
 
 
+def write_csv(records: Iterable[dict[str, Any]], path: str) -> None:
+    """Write a journal's records as CSV, a row for each picture; lists in it are JSON.
+
+    Raises:
+        OSError: It can't be written; what was there stays.
+    """
+    with _text_file(path) as file:
+        writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        for record in records:
+            row = _row(record)
+            for name in ("objects", "points"):
+                if name in row:
+                    row[name] = encode(row[name]).decode()
+            writer.writerow(row)
+
+
+def write_packed(records: Iterable[dict[str, Any]], path: str) -> None:
+    """Write a journal's records as lines of JSON, packed.
+
+    Raises:
+        OSError: It can't be written; what was there stays.
+    """
+    with _text_file(path) as file:
+        for record in records:
+            file.write(encode(record).decode() + "\n")
+
+
+@contextmanager
+def _text_file(path: str) -> Iterator[io.TextIOBase]:
+    """Open a text file, packed where its name ends in ``.gz``."""
+    with replacing(path) as raw:
+        packed = path.lower().endswith(".gz")
+        # Without a time in it: the same records are the same file.
+        file = gzip.GzipFile(path, "wb", fileobj=raw, mtime=0) if packed else raw
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        yield text
+        text.flush()
+        text.detach()
+        if packed:
+            file.close()
+
+
 def _row(record: dict[str, Any]) -> dict[str, Any]:
-    error, file = record.get("error") or {}, record.get("file") or {}
-    metrics = record.get("metrics") or {}
+    error, file = record.get("error", {}), record.get("file", {})
     return {
         **record,
         "error": error.get("message"),
         "error_type": error.get("type"),
-        "input_tokens": metrics.get("input_tokens"),
-        "output_tokens": metrics.get("output_tokens"),
         "size": file.get("size"),
         "sha256": file.get("sha256"),
     }
 
 
-class TextFolder:
-    """A folder with a text file for each picture, as training tools read them.
-
-    ``photos/cats/1.jpg``, found in ``photos``, is told of in ``cats/1.txt``. Two pictures
-    that would share a file, as ``1.jpg`` and ``1.png``, are the second one's error.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-        self._owners: dict[int, int] = {}  # hashes, which are smaller than paths
-
-    def claim(self, found: Found) -> None:
-        """Take a picture's text file for it.
-
-        Raises:
-            RequestError: It is another's.
-        """
-        path = self.path(found)
-        if self._owners.setdefault(hash(path), hash(found.path)) != hash(found.path):
-            raise RequestError(f"{found.name!r}: {path} is the text of another picture")
-
-    def path(self, found: Found) -> Path:
-        """Return where the text about a picture goes."""
-        below = os.path.normpath(os.path.splitext(found.below)[0]).lstrip(os.sep)
-        return self._folder / f"{below}.txt"
-
-    def write(self, found: Found, result: Result) -> None:
-        """Write the text of an answer, in one line.
-
-        Raises:
-            OSError: It can't be written.
-        """
-        path = self.path(found)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = result["caption"] if "caption" in result else result["answer"]
-        with replacing(path, sync=False) as file:  # there are many, and each can be had again
-            file.write((" ".join(text.split()) + "\n").encode())
+WRITERS: dict[str, Callable[[Iterable[dict[str, Any]], str], None]] = {
+    "parquet": write_parquet,
+    "csv": write_csv,
+    "csv.gz": write_csv,
+    "jsonl.gz": write_packed,
+}
+"""Who makes a file of a form, from a journal's records."""

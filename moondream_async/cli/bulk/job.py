@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from functools import partial
-from itertools import islice
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
+import msgspec
 
-from moondream_async.cli._output import note
+from moondream_async.cli._output import note, print_json
 from moondream_async.errors import MoondreamError, RequestError
-from moondream_async.results import Result
 
-from .exports import TextFolder, write_parquet
+from .exports import WRITERS
+from .finding import Finder, told
 from .journal import Journal
+from .lines import Outcome, fields_of, text_of
+from .names import name_of
 from .progress import BATCH_DISCOUNT, Progress
 from .report import write_report
-from .sources import Contents, Found, PictureFile, find, lines
+from .sources import Contents, Found, PictureFile
+from .texts import TextFolder
 
 if TYPE_CHECKING:
     from moondream_async import MoondreamClient
 
-    from .command import Output
+    from .outputs import Output
 
-_CHUNK = 64  # files that are looked up in one go of a thread
 _BETWEEN_SHOWS = 0.2  # seconds
-_READ_BYTES = 1 << 16
-_STDIN = 0  # by its number, since sys.stdin is None where it is closed
+_NAMED = 5  # of many things, in a line of the summary
 
 
 class Job:
@@ -41,7 +41,7 @@ class Job:
 
     Attributes:
         interrupted: Whether Ctrl-C ended it.
-        failed: How many pictures failed.
+        failed: Whether a picture failed, or some could not be found.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Job:
         model: str | None,
         output: Output,
         report: str | None,
+        overwrite: bool = False,
     ) -> None:
         self.client = client
         self.skill = skill
@@ -63,24 +64,28 @@ class Job:
         self._output = output
         self._report = report
         self._asked = {"skill": skill, "model": model, **arguments}
-        self._texts = TextFolder(output.path) if output.form == "folder" else None
-        self._arguments: list[str] = []
-        self._lists: list[str] = []
+        folder = output.form == "folder"
+        self._texts = TextFolder(output.path, overwrite=overwrite) if folder else None
+        self._finder: Finder
+        self.not_again: set[str] = set()
+        """Names of pictures that failed before their turn came."""
         self._seen: set[int] | None = None
+        self._said: set[str] = set()
+        self._faults = 0  # places that gave no pictures
         self._scope: anyio.CancelScope  # around the asking; made in the loop
         self._stop: Callable[[], None]
         self._grace = 0.0
 
     @property
-    def failed(self) -> int:
-        """How many pictures failed."""
-        return self.progress.failed
+    def failed(self) -> bool:
+        """Whether a picture failed, or some could not be found."""
+        return bool(self.progress.failed or self._faults)
 
     def sources(self, arguments: list[str], lists: list[str]) -> None:
         """Name where the pictures are."""
-        self._arguments, self._lists = arguments, lists
-        if len(arguments) + len(lists) > 1 or lists or "-" in arguments:
-            self._seen = set()  # of hashes: one folder holds no file twice
+        self._finder = Finder(arguments, lists, self._found_fault)
+        if self._finder.may_repeat:
+            self._seen = set()  # of hashes
 
     async def run(self, grace: float, *, by_batch: bool) -> None:
         """Do it, and print what came of it.
@@ -91,34 +96,21 @@ class Job:
         self._grace = grace
         self._scope = anyio.CancelScope()
         self._stop = self._scope.cancel
-        folder = Path(self._output.journal).parent
-        with _told("create", str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-        with _told("open", self._output.journal):
-            self.journal = Journal(self._output.journal, self._asked)
-        failure: Exception | None = None
-        price = BATCH_DISCOUNT if by_batch else 1.0
-        with self.journal, Progress(price=price) as self.progress:
-            async with self.client, anyio.create_task_group() as group:
-                group.start_soon(self._show)
-                group.start_soon(self._count)
-                try:
-                    with self._interruptible(), self._scope:
-                        await (self._by_batch() if by_batch else self._by_requests())
-                except Exception as error:  # noqa: BLE001 - raised again, and not in a group
-                    failure = error
-                group.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
-            with _told("write", self._output.journal):
+        with contextlib.ExitStack() as stack:
+            self.journal = self._open(stack)
+            price = BATCH_DISCOUNT if by_batch else 1.0
+            self.progress = stack.enter_context(Progress(price=price))
+            await self._ask(self._by_batch if by_batch else self._by_requests)
+            with told("write", self.journal.path):
                 self.journal.compact()
             if not self.interrupted:
                 await self._finish()
         note(self.progress.summary())
+        self._say_what_stayed()
 
     async def items(self) -> AsyncIterator[PictureFile]:
         """Yield what is to be asked about, and count what needs no asking."""
-        async for chunk in self._chunks():
+        async for chunk in self._finder.chunks():
             states = await anyio.to_thread.run_sync(self._look_up, chunk, abandon_on_cancel=True)
             for found, state in zip(chunk, states, strict=True):
                 if isinstance(state, MoondreamError):
@@ -132,27 +124,46 @@ class Job:
         self,
         found: Found,
         contents: Contents | None,
-        outcome: Result | MoondreamError | Mapping[str, Any],
+        outcome: Outcome,
         *,
         tries: int = 0,
         seconds: float = 0.0,
+        usage: Any = None,
     ) -> None:
         """Write and count what became of a picture.
 
         Raises:
             MoondreamError: It can't be written.
         """
-        metrics = None
-        if isinstance(outcome, Result):
-            metrics = outcome.metrics
-            if self._texts is not None:
-                with _told("write", str(self._texts.path(found))):
-                    self._texts.write(found, outcome)
-        with _told("write", self.journal.path):
-            self.journal.append(found, contents, outcome, tries=tries, seconds=seconds)
-        self.progress.count(metrics, failed=not isinstance(outcome, Result))
+        fields = fields_of(outcome)
+        if usage is not None and not fields.get("metrics"):
+            fields["metrics"] = dict(usage)
+        self._append(found, contents, fields, tries=tries, seconds=seconds)
+        if self._texts is not None and "error" not in fields:
+            # Only then: a text that no line knows would pass for somebody else's.
+            try:
+                with told("write", str(self._texts.path(found))):
+                    self._texts.write(found, text_of(fields), self.journal)
+            except RequestError as error:
+                fields = fields_of(error)
+                self._append(found, contents, fields, tries=tries, seconds=seconds)
+        self.progress.count(fields.get("metrics"), failed="error" in fields)
 
     # -- the ways to ask ----------------------------------------------------------------
+
+    async def _ask(self, way: Callable[[], Any]) -> None:
+        failure: Exception | None = None
+        async with self.client, anyio.create_task_group() as group:
+            group.start_soon(self._show)
+            group.start_soon(self._count)
+            try:
+                with self._interruptible(), self._scope:
+                    await way()
+            except Exception as error:  # noqa: BLE001 - raised again, and not in a group
+                failure = error
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _by_requests(self) -> None:
         options = {name: value for name, value in self.arguments.items() if name != "model"}
@@ -174,77 +185,93 @@ class Job:
 
         await ask_by_batch(self)
 
+    # -- what is written ------------------------------------------------------------------
+
+    def _open(self, stack: contextlib.ExitStack) -> Journal:
+        path, on_line = self._output.journal, None
+        if self._output.form == "stdout":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moondream-"))
+            path, on_line = f"{folder}/lines.jsonl", _print_line
+        with told("create", str(Path(path).parent)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with told("open", path):
+            return stack.enter_context(
+                Journal(
+                    path,
+                    self._asked,
+                    complain=self._say_once,
+                    on_line=on_line,
+                    with_texts=self._texts is not None,
+                )
+            )
+
+    def _append(
+        self, found: Found, contents: Contents | None, fields: Outcome, **spent: Any
+    ) -> None:
+        with told("write", self.journal.path):
+            self.journal.append(found, contents, fields, **spent)
+
     async def _finish(self) -> None:
         path, form = self._output
-        if form == "parquet":
-            with _told("write", path):
-                await anyio.to_thread.run_sync(write_parquet, self.journal.records(), path)
+        if form in WRITERS:
+            with told("write", path):
+                await anyio.to_thread.run_sync(WRITERS[form], self.journal.records(), path)
         if self._report is not None:
-            with _told("write", self._report):
+            with told("write", self._report):
                 await anyio.to_thread.run_sync(write_report, self.journal.records, self._report)
 
-    # -- where the pictures are ---------------------------------------------------------
-
-    def _find(self) -> Iterator[Found]:
-        """Yield what the arguments and the lists mean, stdin left out. It blocks."""
-        yield from find(each for each in self._arguments if each != "-")
-        for name in self._lists:
-            with Path(name).open("rb") as file:
-                yield from find(lines(iter(partial(file.read, _READ_BYTES), b"")))
-
-    async def _chunks(self) -> AsyncIterator[list[Found]]:
-        found = self._find()
-        take = partial(_take, found)
-        while chunk := await anyio.to_thread.run_sync(take, abandon_on_cancel=True):
-            yield chunk
-        if "-" in self._arguments:
-            rest: list[bytes] = []
-            while piece := await _read_stdin():
-                head, end, tail = piece.rpartition(b"\n")
-                if end:
-                    for chunk in _in_chunks(find(lines([*rest, head]))):
-                        yield chunk
-                    rest = []
-                rest.append(tail)
-            for chunk in _in_chunks(find(lines(rest))):
-                yield chunk
+    # -- what needs asking ------------------------------------------------------------------
 
     def _look_up(self, chunk: list[Found]) -> list[bool | MoondreamError | None]:
-        """Tell of each file whether it is done, or can't be; None for one that was there before."""
+        """Tell of each file whether it is done, or can't be; None for one to pass over."""
         return [self._state(found) for found in chunk]
 
     def _state(self, found: Found) -> bool | MoondreamError | None:
+        if found.name in self.not_again:
+            return None
         if self._seen is not None:
             if hash(found.path) in self._seen:
                 return None
             self._seen.add(hash(found.path))
         try:
             if self._texts is not None:
-                self._texts.claim(found)
-                if not self._texts.path(found).exists():
-                    return False
+                written = self._texts.claim(found, self.journal)
+                if not written:
+                    return written
         except RequestError as error:
             return error
         return self.journal.has(found)
 
     async def _count(self) -> None:
-        """Find how many pictures there are, beside the work, where that can be known."""
-        if "-" in self._arguments:
-            return
-        found, total = self._find(), 0
-        with contextlib.suppress(OSError):  # whoever asks about them meets it, too
-            while chunk := await anyio.to_thread.run_sync(
-                partial(_take, found, 1000), abandon_on_cancel=True
-            ):
-                total += len(chunk)
-            self.progress.total = total
+        """Find how many pictures there are, beside the work."""
+        self.progress.total = await self._finder.count()
 
-    # -- while it goes on ---------------------------------------------------------------
+    # -- what is said ---------------------------------------------------------------------
 
     async def _show(self) -> None:
         while True:
             self.progress.show()
             await anyio.sleep(_BETWEEN_SHOWS)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            note(what[:1].upper() + what[1:])
+
+    def _found_fault(self, what: str) -> None:
+        self._faults += 1
+        self._say_once(what)
+
+    def _say_what_stayed(self) -> None:
+        if self._texts is not None and self._texts.kept:
+            kept = [name_of(str(each)) for each in self._texts.kept]
+            note(
+                f"{len(kept):,} texts that people wrote or changed were kept ('--overwrite' "
+                f"replaces them): {', '.join(kept[:_NAMED])}{', ...' if kept[_NAMED:] else ''}"
+            )
+        if left := self._finder.search.left_out:
+            kinds = [f"{count:,} {end or 'without'}" for end, count in left.most_common(_NAMED)]
+            note(f"{left.total():,} other files were left out: {', '.join(kinds)}")
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -270,28 +297,5 @@ class Job:
         self._stop()
 
 
-def _take(found: Iterator[Found], count: int = _CHUNK) -> list[Found]:
-    return list(islice(found, count))
-
-
-def _in_chunks(found: Iterable[Found]) -> Iterator[list[Found]]:
-    iterator = iter(found)
-    while chunk := _take(iterator):
-        yield chunk
-
-
-async def _read_stdin() -> bytes:
-    # Not in a thread, where a read that waits could not be ended. A file needs no waiting,
-    # and can't be waited for.
-    with contextlib.suppress(OSError, NotImplementedError):
-        await anyio.wait_readable(_STDIN)
-    return os.read(_STDIN, _READ_BYTES)
-
-
-@contextlib.contextmanager
-def _told(act: str, path: str) -> Iterator[None]:
-    """Say which file it was that failed."""
-    try:
-        yield
-    except OSError as error:
-        raise MoondreamError(f"Can't {act} {path}: {error.strerror or error}") from error
+def _print_line(data: bytes) -> None:
+    print_json(msgspec.Raw(data))

@@ -1,11 +1,10 @@
-# ruff: noqa: PTH105, PTH108, PTH123 - paths are strings here, as they stand in lines
+# ruff: noqa: PTH120, PTH123 - paths are strings here, as they stand in lines
 r"""The file that a bulk run writes and goes on from: JSONL, a line for each picture.
 
 A line is appended with one write when its picture is done, so that whatever ends
 the program leaves whole lines, but for the last one at most. That is repaired
-when the file is opened next. A line that says how a picture failed is overtaken
-by a later one for the same picture and the same question; `compact` then drops
-the first.
+when the file is opened next. A line is superseded by a later one for the same
+picture and the same question; `compact` then drops the first.
 
 A picture is known by its path. It is done where its file's size and time are
 those of the line, or, if only the time has changed, its SHA-256.
@@ -16,38 +15,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Self
 
-import msgspec
+from moondream_async.cli._files import UNSUPPORTED, flush, replacing
+from moondream_async.errors import MoondreamError, RequestError
 
-from moondream_async.errors import APIStatusError, MoondreamError, RequestError
-from moondream_async.results import Result
-
+from .lines import (
+    ASKED,
+    BEGINNING,
+    Key,
+    Line,
+    Outcome,
+    decode,
+    encode,
+    fields_of,
+    key_of,
+    read_line,
+    text_of,
+    tidy,
+)
 from .sources import Contents, Found, is_same
 
-if TYPE_CHECKING:
-    from typing import Self
-
-_ASKED = ("skill", "question", "object", "length", "reasoning", "model", "settings")
 _READ_BYTES = 1 << 20
-
-Key = bytes
-
-
-class _Line(msgspec.Struct):
-    """What is looked at in a line."""
-
-    path: str
-    skill: str
-    question: str | None = None
-    object: str | None = None
-    length: str | None = None
-    reasoning: Any = None
-    model: str | None = None
-    settings: Any = None
-    error: Any = None
-    file: Contents | None = None
 
 
 class Journal:
@@ -56,23 +47,35 @@ class Journal:
     Args:
         path: Where it is, or is to be.
         asked: What this run asks: the skill and its arguments, as they stand in lines.
+        complain: Called with what the file system can't do, though the run goes on.
+        on_line: Called with each record that is written, encoded.
+        with_texts: Whether `wrote` will be asked; that takes memory for each picture.
 
     Raises:
         RequestError: It holds something else, or another run writes it.
         OSError: It can't be opened or repaired.
     """
 
-    def __init__(self, path: str, asked: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str,
+        asked: Mapping[str, Any],
+        *,
+        complain: Callable[[str], object] | None = None,
+        on_line: Callable[[bytes], object] | None = None,
+        with_texts: bool = False,
+    ) -> None:
         self.path = path
         self.asked = {name: value for name, value in asked.items() if value is not None}
-        self.remember = False
-        """Whether `has` is to know what this run appends, too; it takes memory for each."""
+        self._complain = complain or (lambda _: None)
+        self._on_line = on_line
         self._known: dict[Key, Contents | None] = {}  # None for what failed
         self._again: set[Key] = set()  # what has more than one line
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        self._file = os.open(path, flags, 0o666)
+        self._with_texts = with_texts
+        self._texts: dict[bytes, tuple[bytes, bytes | None]] = {}  # hashes of names and texts
+        self._file = -1
         try:
-            self._lock()
+            self._open()
             self._load()
         except BaseException:
             self.close()
@@ -92,14 +95,24 @@ class Journal:
 
     def has(self, found: Found) -> bool:
         """Tell whether a picture is done. Looks at its file, and so blocks."""
-        contents = self._known.get(self._key(found.name, self.asked))
+        contents = self._known.get(key_of(found.name, self.asked))
         return contents is not None and is_same(found.path, contents)
+
+    def failed(self, found: Found) -> bool:
+        """Tell whether the last that is known of a picture is that it failed."""
+        return self._known.get(key_of(found.name, self.asked), True) is None
+
+    def wrote(self, found: Found, text: str) -> Literal["last", "before"] | None:
+        """Tell whether a text is the last that a line has about a picture, or the one before."""
+        last, before = self._texts.get(_hash(found.name), (None, None))
+        digest = _hash(text)
+        return "last" if digest == last else "before" if digest == before else None
 
     def append(
         self,
         found: Found,
         contents: Contents | None,
-        outcome: Result | MoondreamError | Mapping[str, Any],
+        outcome: Outcome,
         *,
         tries: int = 0,
         seconds: float = 0.0,
@@ -108,112 +121,179 @@ class Journal:
 
         Raises:
             OSError: It can't be written, as on a full disk.
+            MoondreamError: The file is no longer where it was.
         """
-        record: dict[str, Any] = {"path": found.name, **self.asked}
-        if isinstance(outcome, Result):
-            fields: dict[str, Any] = {**outcome}
-            # `reasoning` of a query: what was thought stands under another name than whether to.
-            thought = fields.pop("reasoning", None)
-            record |= fields | ({"reasoning_text": thought["text"]} if thought else {})
-        elif isinstance(outcome, MoondreamError):
-            record["error"] = describe(outcome)
-        else:
-            record |= outcome
+        record: dict[str, Any] = {"path": found.name, **self.asked, **fields_of(outcome)}
         record |= {"tries": tries, "seconds": round(seconds, 3)}
         if contents is not None:
             record["file"] = contents
-        self._write(msgspec.json.encode(record) + b"\n")
-        key = self._key(found.name, self.asked)
-        if key in self._known:
-            self._again.add(key)
-        if self.remember:
-            self._known[key] = None if "error" in record else contents
+        data = encode(record)
+        self._check_in_place()
+        self._write(data + b"\n")
+        failed = "error" in record
+        self._learn(key_of(found.name, self.asked), None if failed else contents)
+        self._remember_text(found.name, text_of(record))
+        if self._on_line is not None:
+            self._on_line(data)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of what this run asks, those that were overtaken left out."""
-        last = self._last_lines()
-        for start, data in self._lines():
-            if last.get(self._key_of(data), start) == start:
-                record = msgspec.json.decode(data)
-                if all(record.get(name) == self.asked.get(name) for name in _ASKED):
-                    yield record
+        """Yield the lines of what this run asks, those that were superseded left out."""
+        for data in self._current():
+            record = decode(data)
+            if all(record.get(name) == self.asked.get(name) for name in ASKED):
+                yield tidy(record)
 
     def compact(self) -> None:
-        """Drop the lines that were overtaken. What was there stays until all of it is ready.
+        """Drop the lines that were superseded. What was there stays until all of it is ready.
 
         Raises:
             OSError: It can't be written.
+            MoondreamError: The file is no longer where it was.
         """
-        os.fsync(self._file)
+        self._check_in_place()
+        if not flush(self._file):
+            self._complain(f"{self.path} is on a file system that can't flush files")
         if not self._again:
             return
-        last = self._last_lines()
+        import fcntl  # noqa: PLC0415 - see _lock
+
         with replacing(self.path) as file:
-            for start, data in self._lines():
-                if last.get(self._key_of(data), start) == start:
-                    file.write(data + b"\n")
+            # The next run must find the new file locked, as this one finds the old.
+            new = os.dup(file.fileno())
+            try:
+                self._lock(new)
+                file.writelines(data + b"\n" for data in self._current())
+            except BaseException:
+                os.close(new)
+                raise
+        fcntl.fcntl(new, fcntl.F_SETFL, os.O_APPEND)
+        os.close(self._file)
+        self._file = new
         self._again.clear()
 
     # -- within -----------------------------------------------------------------------
 
-    def _lock(self) -> None:
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        while True:
+            self._file = os.open(self.path, flags, 0o666)
+            self._lock(self._file)
+            if self._in_place():  # else another run has just compacted it
+                return
+            self.close()
+
+    def _lock(self, descriptor: int) -> None:
         try:
             import fcntl  # noqa: PLC0415 - not on Windows, where two runs are the user's care
         except ImportError:
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RequestError(f"Another run is writing {self.path}") from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            self._complain(
+                f"{self.path} is on a file system without locks: let no second run write it"
+            )
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file))  # noqa: PTH116
+        except OSError:
+            return False
+
+    def _check_in_place(self) -> None:
+        """Refuse to go on writing where nobody will find it.
+
+        Raises:
+            MoondreamError: The file was removed or replaced; it says where the lines are.
+        """
+        if not self._in_place():
+            raise MoondreamError(
+                f"{self.path} was removed or replaced while this run wrote it; "
+                f"its lines are in {self._rescue()}"
+            )
+
+    def _rescue(self) -> str:
+        beside = os.path.dirname(os.path.abspath(self.path))  # noqa: PTH100
+        for folder in (beside, None):
+            with contextlib.suppress(OSError):
+                file, path = tempfile.mkstemp(".jsonl", "moondream-rescued-", folder)
+                with open(file, "wb") as copy:
+                    copy.writelines(data + b"\n" for _, data in self._lines())
+                return path
+        return "no file: there was no room for them"
 
     def _load(self) -> None:
         end = 0
         for number, (start, data) in enumerate(self._lines(), 1):
             end = start + len(data) + 1
             try:
-                line = msgspec.json.decode(data, type=_Line)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+                self._take(read_line(data))
+            except ValueError:
                 raise RequestError(
                     f"{self.path} has other things in it than results (line {number})"
                 ) from None
-            key = self._key(line.path, msgspec.structs.asdict(line))
-            if key in self._known:
-                self._again.add(key)
-            self._known[key] = None if line.error is not None else line.file
-        # What follows was not written to its end.
-        if os.fstat(self._file).st_size > end:
-            torn = os.pread(self._file, 1, end)
-            if torn not in (b"{", b"\0"):
-                raise RequestError(f"{self.path} has other things in it than results")
+        rest = b"".join(self._pieces(end))
+        if rest:
+            self._mend(rest, end)
+
+    def _mend(self, rest: bytes, end: int) -> None:
+        """Mend a last line that has no end.
+
+        Raises:
+            RequestError: It is nothing that a run leaves behind.
+        """
+        try:
+            line = read_line(rest)
+        except ValueError:
+            if not _is_torn(rest, first=not end):
+                raise RequestError(f"{self.path} has other things in it than results") from None
             os.ftruncate(self._file, end)
+        else:  # an editor took the line break
+            self._write(b"\n")
+            self._take(line)
+
+    def _take(self, line: Line) -> None:
+        self._learn(line.key, line.contents)
+        self._remember_text(line.path, text_of({"caption": line.caption, "answer": line.answer}))
+
+    def _remember_text(self, name: str, text: str) -> None:
+        if self._with_texts and text:
+            before, _ = self._texts.get(_hash(name), (None, None))
+            self._texts[_hash(name)] = (_hash(text), before)
+
+    def _learn(self, key: Key, contents: Contents | None) -> None:
+        if key in self._known:
+            self._again.add(key)
+        self._known[key] = contents
+
+    def _pieces(self, at: int) -> Iterator[bytes]:
+        while data := os.pread(self._file, _READ_BYTES, at):
+            at += len(data)
+            yield data
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield the whole lines, without their ends, and where they start."""
-        start, at, rest = 0, 0, b""
-        while data := os.pread(self._file, _READ_BYTES, at):
-            at += len(data)
+        start, rest = 0, b""
+        for data in self._pieces(0):
             *whole, rest = (rest + data).split(b"\n")
             for line in whole:
                 yield start, line
                 start += len(line) + 1
 
-    def _last_lines(self) -> dict[Key, int]:
-        """Return where the last line is of each picture that has several."""
-        if not self._again:
-            return {}
-        keys = ((self._key_of(data), start) for start, data in self._lines())
-        return {key: start for key, start in keys if key in self._again}
-
-    def _key_of(self, data: bytes) -> Key:
-        if not self._again:
-            return b""
-        line = msgspec.json.decode(data, type=_Line)
-        return self._key(line.path, msgspec.structs.asdict(line))
-
-    @staticmethod
-    def _key(path: str, asked: Mapping[str, Any]) -> Key:
-        about = [path, *(asked.get(name) for name in _ASKED)]
-        return hashlib.blake2b(msgspec.json.encode(about), digest_size=16).digest()
+    def _current(self) -> Iterator[bytes]:
+        """Yield the lines that were not superseded."""
+        last: dict[Key, int] = {}
+        if self._again:
+            for start, data in self._lines():
+                if (key := read_line(data).key) in self._again:
+                    last[key] = start
+        for start, data in self._lines():
+            if not self._again or last.get(read_line(data).key, start) == start:
+                yield data
 
     def _write(self, data: bytes) -> None:
         before = os.fstat(self._file).st_size
@@ -227,32 +307,15 @@ class Journal:
             raise
 
 
-def describe(error: MoondreamError) -> dict[str, Any]:
-    """Return an error as it stands in a line."""
-    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
-    if isinstance(error, APIStatusError):
-        described["status"] = error.status
-    return described
+def _is_torn(rest: bytes, *, first: bool) -> bool:
+    """Tell whether a line was not written to its end; or, when the power was lost, not at all."""
+    with contextlib.suppress(ValueError):
+        decode(rest)
+        return False  # it is whole, and nothing of ours
+    if first:
+        return rest.startswith(BEGINNING)
+    return rest[: len(BEGINNING)] == BEGINNING[: len(rest)] or not rest.strip(b"\0")
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Any]:
-    """Open a binary file that takes the place of `path` when it is complete, at once.
-
-    With `sync`, also where the machine loses its power meanwhile.
-
-    Raises:
-        OSError: It can't be written; `path` is as it was.
-    """
-    beside = f"{os.fspath(path)}.new"
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

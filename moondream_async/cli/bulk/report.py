@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import base64
 import html
-import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from .journal import replacing
+from moondream_async._images import encode_image
+from moondream_async.cli._files import replacing
+from moondream_async.errors import MoondreamError, RequestError
+
+from .names import path_of
+from .sources import Contents, read_same
 
 MOST = 1000
 """Pictures on a page: a browser has to hold them all. Those that failed come first."""
-_SIDE = 240  # pixels, of the longer side of a small picture
+_PIXELS = 240 * 180  # of a small picture
+_REFUSED = ("ImageError", "RequestError")
 
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -75,9 +81,25 @@ def write_report(
         write("</main>\n</html>\n")
 
 
+def check_report(path: str) -> None:
+    """Refuse to write over what is no such page.
+
+    Raises:
+        RequestError: It is somebody else's.
+    """
+    try:
+        regular = os.path.isfile(path)  # noqa: PTH113 - a string
+        with open(path if regular else os.devnull, "rb") as file:  # noqa: PTH123
+            begun = file.read(len(_HEAD.encode()))
+    except OSError:
+        return  # writing it will tell
+    if begun and b"<title>Moondream report</title>" not in begun:
+        raise RequestError(f"'--report {path}' is there already, and is no report: name another")
+
+
 def _figure(record: dict[str, Any]) -> str:
     error = record.get("error")
-    picture = _thumbnail(str(record["path"]))
+    picture = _thumbnail(record)
     if picture:
         marks = "".join(_marks(record))
         drawn = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{marks}</svg>' if marks else ""
@@ -113,21 +135,23 @@ def _marks(record: dict[str, Any]) -> Iterator[str]:
         yield f'<ellipse cx="{x:.4f}" cy="{y:.4f}" rx="0.02" ry="0.02"/>'
 
 
-def _thumbnail(path: str) -> str | None:
-    """Return a small copy as a data URI, upright as the server saw it; None if there is none."""
-    from PIL import Image, ImageOps  # noqa: PLC0415 - slow to load, and only needed here
+def _thumbnail(record: dict[str, Any]) -> str | None:
+    """Return a small copy as a data URI, upright as the server saw it; None if there is none.
 
-    try:
-        with Image.open(path) as picture:
-            picture.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # JPEGs are decoded small at once
-            small = ImageOps.exif_transpose(picture).convert("RGBA")
-            small.thumbnail((_SIDE, _SIDE))
-            white = Image.new("RGBA", small.size, "white")
-            file = io.BytesIO()
-            Image.alpha_composite(white, small).convert("RGB").save(file, "JPEG", quality=80)
-    except Exception:  # noqa: BLE001 - Pillow, fed with what anybody may have made, raises anything
+    A line may name any file, so only the very file that was asked about is shown: made
+    small in the way that the client prepares it, and no other. None that it refused is opened.
+    """
+    file = record.get("file")
+    if file is None or record.get("error", {}).get("type") in _REFUSED:
         return None
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    data = read_same(path_of(record["path"]), Contents(**file))
+    if data is None:
+        return None
+    try:
+        small = encode_image(data, max_pixels=_PIXELS)
+    except MoondreamError:
+        return None
+    return f"data:{small.media_type};base64,{base64.b64encode(small.data).decode()}"
 
 
 def _text(value: object) -> str:

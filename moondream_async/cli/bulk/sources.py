@@ -1,4 +1,4 @@
-# ruff: noqa: PTH112, PTH116, PTH119, PTH123, PTH207 - strings cost less for each of a million files
+# ruff: noqa: PTH112, PTH116, PTH119, PTH122, PTH123, PTH207 - strings cost less for each of a million files
 """Where pictures on the disk come from: folders, patterns and lists. It all blocks.
 
 Nothing is gathered: what is found is yielded at once, in the order in which the
@@ -11,11 +11,14 @@ import glob
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
 from moondream_async._images.inputs import MAX_FILE_BYTES
+
+from .names import name_of, simplest
 
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe"),
@@ -33,8 +36,8 @@ class Found(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """The path as JSON can say it; a name that is no UTF-8 has its odd bytes escaped."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        """The path as JSON can say it."""
+        return name_of(self.path)
 
 
 class Contents(msgspec.Struct, frozen=True):
@@ -68,6 +71,15 @@ class PictureFile:
         return data
 
 
+def read_same(path: str, contents: Contents) -> bytes | None:
+    """Return a file's bytes if it is what it was, else None."""
+    try:
+        data, _ = _read(path)
+    except (OSError, ValueError):
+        return None
+    return data if hashlib.sha256(data).hexdigest() == contents.sha256 else None
+
+
 def is_same(path: str, contents: Contents) -> bool:
     """Tell whether a file is what it was. It is read only where its time has changed."""
     try:
@@ -81,62 +93,74 @@ def is_same(path: str, contents: Contents) -> bool:
         return True  # it is gone: what is known of it stays
 
 
-def find(arguments: Iterable[str]) -> Iterator[Found]:
-    """Yield the files that arguments mean: folders with all below them, patterns, and files.
+class Search:
+    """Finds the files that arguments mean: folders with all below them, patterns, and files.
 
     Hidden files and folders are left out, and links to folders are not followed. A file
-    that doesn't exist is yielded, for it to be told.
+    that doesn't exist is found, for it to be told.
+
+    Args:
+        complain: Called with what can't be searched, as a folder that can't be read, or
+            gives nothing. The search goes on.
     """
-    for argument in arguments:
-        if os.path.isdir(argument):
-            yield from _walk(argument)
-        elif glob.has_magic(argument) and not os.path.lexists(argument):
-            for path in glob.iglob(argument, recursive=True):
-                if os.path.isdir(path):
-                    continue
-                yield Found(os.path.normpath(path), os.path.basename(path))
-        else:
-            yield Found(os.path.normpath(argument), os.path.basename(argument))
+
+    def __init__(self, complain: Callable[[str], object] | None = None) -> None:
+        self.left_out: Counter[str] = Counter()
+        """How many files were passed over in folders, by the end of their names."""
+        self._complain = complain or (lambda _: None)
+
+    def find(self, arguments: Iterable[str]) -> Iterator[Found]:
+        """Yield the files that arguments mean."""
+        for argument in arguments:
+            if os.path.isdir(argument):
+                yield from self._or_complain(
+                    self._walk(argument), "there is no picture in", argument
+                )
+            elif glob.has_magic(argument) and not os.path.lexists(argument):
+                yield from self._or_complain(_matches(argument), "no file matches", argument)
+            else:
+                yield Found(simplest(argument), os.path.basename(argument))
+
+    def _or_complain(self, found: Iterator[Found], what: str, argument: str) -> Iterator[Found]:
+        first = next(found, None)
+        if first is None:
+            self._complain(f"{what} {name_of(argument)}")
+            return
+        yield first
+        yield from found
+
+    def _walk(self, root: str) -> Iterator[Found]:
+        folders = [root]
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.name.startswith("."):
+                            continue
+                        if _is_folder(entry):
+                            folders.append(entry.path)
+                        elif entry.name.lower().endswith(SUFFIXES):
+                            below = os.path.relpath(entry.path, root)
+                            yield Found(simplest(entry.path), below)
+                        else:
+                            self.left_out[os.path.splitext(entry.name)[1].lower()] += 1
+            except OSError as error:
+                if folder == root or not isinstance(error, FileNotFoundError):  # removed meanwhile
+                    self._complain(f"can't list {name_of(folder)}: {error.strerror or error}")
 
 
-def lines(pieces: Iterable[bytes]) -> Iterator[str]:
-    r"""Yield the paths of a list, one a line; blank lines are none.
-
-    >>> list(lines([b"a.jpg\nb", b".jpg\r\n\n", b"c.jpg"]))
-    ['a.jpg', 'b.jpg', 'c.jpg']
-    """
-    rest = b""
-    for piece in pieces:
-        *whole, rest = (rest + piece).split(b"\n")
-        for line in whole:
-            if path := line.rstrip(b"\r"):
-                yield os.fsdecode(path)
-    if rest:
-        yield os.fsdecode(rest)
+def _matches(pattern: str) -> Iterator[Found]:
+    for path in glob.iglob(pattern, recursive=True):
+        if not os.path.isdir(path):
+            yield Found(simplest(path), os.path.basename(path))
 
 
-def _walk(root: str) -> Iterator[Found]:
-    folders = [root]
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = os.scandir(folder)
-        except OSError as error:
-            if folder == root:
-                raise
-            if isinstance(error, FileNotFoundError):  # removed meanwhile
-                continue
-            # Told in the place of its pictures, rather than passed over.
-            yield Found(os.path.normpath(folder), os.path.relpath(folder, root))
-            continue
-        with entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.name.lower().endswith(SUFFIXES):
-                    yield Found(os.path.normpath(entry.path), os.path.relpath(entry.path, root))
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False  # then reading it tells why not
 
 
 def _read(path: str) -> tuple[bytes, os.stat_result]:

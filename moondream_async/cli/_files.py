@@ -1,0 +1,70 @@
+# ruff: noqa: PTH105, PTH108, PTH120 - paths are strings here, as they stand in lines
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+UNSUPPORTED = {
+    getattr(errno, name)
+    for name in ("EINVAL", "ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOTTY")
+    if hasattr(errno, name)
+}
+"""What a file system answers that has no locks, or nothing to flush."""
+
+
+def flush(descriptor: int) -> bool:
+    """Have a file's contents on the disk; False where the file system knows no such thing.
+
+    Raises:
+        OSError: They can't be written.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Any]:
+    """Open a binary file that takes the place of `path` when it is complete, at once.
+
+    The new file is a new one, under a short name that no link leads away from, and gets
+    the permissions of the old one. Where `path` is a link, the file it leads to is replaced.
+    With `sync`, the contents are on the disk before that. What is no regular file, as a
+    terminal or a pipe, is written to as it is.
+
+    Raises:
+        OSError: It can't be written; `path` is as it was.
+    """
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):  # noqa: PTH110, PTH113
+        with open(target, "wb") as file:  # noqa: PTH123
+            yield file
+        return
+    beside = os.path.join(os.path.dirname(target), f".{secrets.token_hex(6)}.part")  # noqa: PTH118
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(beside, flags, 0o666)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
+            with contextlib.suppress(OSError):
+                os.chmod(beside, stat.S_IMODE(os.stat(target).st_mode))  # noqa: PTH101, PTH116
+            yield file
+            file.flush()
+            if sync:
+                flush(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise

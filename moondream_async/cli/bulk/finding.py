@@ -1,0 +1,133 @@
+"""Finding the pictures while others are asked about, so that a list may be a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from moondream_async.errors import MoondreamError
+
+from .lists import PathList
+from .sources import Found, Search
+
+_CHUNK = 64  # files that are looked up in one go of a thread
+_READ_BYTES = 1 << 16
+_STDIN = 0  # by its number, since sys.stdin is None where it is closed
+
+
+class Finder:
+    """Finds what the arguments of the command and the lists mean.
+
+    Args:
+        arguments: Files, folders, patterns; ``-`` is a list on stdin.
+        lists: Files with paths in them. Each is read once, as a pipe can be.
+        complain: Called with what gives no pictures.
+    """
+
+    def __init__(
+        self, arguments: list[str], lists: list[str], complain: Callable[[str], object]
+    ) -> None:
+        self.search = Search(complain)
+        self._named = [each for each in arguments if each != "-"]
+        self._lists = lists
+        self._stdin = "-" in arguments
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a file may be found twice; one folder holds none twice."""
+        return len(self._named) + len(self._lists) > 1 or bool(self._lists) or self._stdin
+
+    async def chunks(self) -> AsyncIterator[list[Found]]:
+        """Yield what is found, some at a time.
+
+        Raises:
+            MoondreamError: A list can't be read.
+        """
+        async for chunk in _in_chunks(self.search.find(self._named)):
+            yield chunk
+        for name in self._lists:
+            with told("read", name):
+                file = await anyio.to_thread.run_sync(_open, name, abandon_on_cancel=True)
+            try:
+                async for chunk in self._listed(file, name):
+                    yield chunk
+            finally:
+                os.close(file)
+        if self._stdin:
+            async for chunk in self._listed(_STDIN, "stdin"):
+                yield chunk
+
+    async def count(self) -> int | None:
+        """Return how many there are; None where that can't be known beforehand."""
+        if self._stdin or not all(map(os.path.isfile, self._lists)):
+            return None
+        search, total = Search(), 0
+        try:
+            total = await _length(search.find(self._named))
+            for name in self._lists:
+                total += await _length(search.find(_paths_in(name)))
+        except (OSError, MoondreamError):  # whoever asks about them meets it, too
+            return None
+        return total
+
+    async def _listed(self, file: int, name: str) -> AsyncIterator[list[Found]]:
+        paths = PathList()
+        ended = False
+        while not ended:
+            # Not in a thread, where a read that waits could not be ended. A file needs no
+            # waiting, and can't be waited for.
+            with contextlib.suppress(OSError, NotImplementedError):
+                await anyio.wait_readable(file)
+            with told("read", name):
+                piece = os.read(file, _READ_BYTES)
+            ended = not piece
+            async for chunk in _in_chunks(
+                self.search.find(paths.feed(piece) if piece else paths.close())
+            ):
+                yield chunk
+
+
+@contextlib.contextmanager
+def told(act: str, path: str) -> Iterator[None]:
+    """Say which file it was that failed.
+
+    Raises:
+        MoondreamError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MoondreamError(f"Can't {act} {path}: {error.strerror or error}") from error
+
+
+async def _in_chunks(found: Iterator[Found], size: int = _CHUNK) -> AsyncIterator[list[Found]]:
+    while chunk := await anyio.to_thread.run_sync(
+        lambda: list(islice(found, size)), abandon_on_cancel=True
+    ):
+        yield chunk
+
+
+async def _length(found: Iterator[Found]) -> int:
+    total = 0
+    async for chunk in _in_chunks(found, 1000):
+        total += len(chunk)
+    return total
+
+
+def _paths_in(name: str) -> Iterator[str]:
+    paths = PathList()
+    with Path(name).open("rb") as file:
+        for piece in iter(partial(file.read, _READ_BYTES), b""):
+            yield from paths.feed(piece)
+    yield from paths.close()
+
+
+def _open(name: str) -> int:
+    return os.open(name, os.O_RDONLY | getattr(os, "O_BINARY", 0))

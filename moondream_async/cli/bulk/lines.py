@@ -1,0 +1,205 @@
+"""The lines of a journal: outcomes into JSON, and JSON that may have been edited into records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from moondream_async.errors import APIStatusError, MoondreamError
+from moondream_async.results import Result
+
+from .sources import Contents
+
+BEGINNING = b'{"path":"'
+"""How each line of ours begins: so does one that was not written to its end."""
+ASKED = ("skill", "question", "object", "length", "reasoning", "model", "settings")
+"""What a line says of what was asked."""
+
+Key = bytes
+Outcome = Result | MoondreamError | Mapping[str, Any]
+
+_TEXTS: tuple[str, ...] = ("path", *ASKED[:4], "model", "caption", "answer", "reasoning_text")
+_TEXTS += ("request_id", "finish_reason", "outline")
+_BOX = ("x_min", "y_min", "x_max", "y_max")
+
+
+class Line(msgspec.Struct):
+    """What is looked at in a line when a journal is opened."""
+
+    path: str
+    skill: str
+    question: Any = None
+    object: Any = None
+    length: Any = None
+    reasoning: Any = None
+    model: Any = None
+    settings: Any = None
+    error: Any = None
+    file: Any = None
+    caption: Any = None
+    answer: Any = None
+
+    @property
+    def key(self) -> Key:
+        """What it is about."""
+        return key_of(self.path, msgspec.structs.asdict(self))
+
+    @property
+    def contents(self) -> Contents | None:
+        """The file it is about; None where it failed, or doesn't say."""
+        return None if self.error is not None else _contents(self.file)
+
+
+def key_of(name: str, asked: Mapping[str, Any]) -> Key:
+    """Return what tells a picture and what is asked about it from all others."""
+    about = [name, *(asked.get(each) for each in ASKED)]
+    return hashlib.blake2b(encode(about), digest_size=16).digest()
+
+
+def encode(value: Any) -> bytes:
+    r"""Return a value as JSON. Halves of surrogate pairs, which UTF-8 has not, are replaced.
+
+    >>> encode({"caption": "a \ud83d cat"}).decode()
+    '{"caption":"a � cat"}'
+    """
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, separators=(",", ":"))
+        return whole(text).encode()
+
+
+def whole(text: str) -> str:
+    """Return a text with halves of surrogate pairs joined, or replaced."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """Read a line.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            value = json.loads(data.decode())  # knows halves of surrogate pairs
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")  # noqa: TRY004 - it is what it holds that is wrong
+    return value
+
+
+def read_line(data: bytes) -> Line:
+    """Read what is looked at in a line.
+
+    Raises:
+        ValueError: It is no result.
+    """
+    try:
+        return msgspec.json.decode(data, type=Line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            return msgspec.convert(decode(data), Line)
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from None
+
+
+def fields_of(outcome: Outcome) -> dict[str, Any]:
+    """Return what a line says of an outcome."""
+    if isinstance(outcome, MoondreamError):
+        return {"error": describe(outcome)}
+    fields = dict(outcome)
+    if not isinstance(outcome, Result):
+        return fields
+    # `reasoning` of a query: what was thought stands under another name than whether to.
+    thought = fields.pop("reasoning", None)
+    if thought:
+        fields["reasoning_text"] = thought["text"]
+    if "path" in fields:  # of a segment; a line's path is the picture's
+        fields["outline"] = fields.pop("path")
+    return fields
+
+
+def describe(error: MoondreamError) -> dict[str, Any]:
+    """Return an error as it stands in a line."""
+    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, APIStatusError):
+        described["status"] = error.status
+    return described
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """Return the text of an answer, in one line."""
+    text = record.get("caption") if record.get("answer") is None else record["answer"]
+    return whole(" ".join(text.split())) if isinstance(text, str) else ""
+
+
+def tidy(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a line as who reads it may count on, whatever was edited in it.
+
+    Known keys have values of their types, or are not there.
+    """
+    tidied = dict(record)
+    for name in _TEXTS:
+        value = tidied.pop(name, None)
+        if isinstance(value, str):
+            tidied[name] = whole(value)
+    for name, keys in (("objects", _BOX), ("points", ("x", "y"))):
+        if name in tidied:
+            each = tidied[name] if isinstance(tidied[name], list) else []
+            tidied[name] = [place for one in each if (place := _place(one, keys))]
+    error = tidied.pop("error", None)
+    if error is not None:
+        error = error if isinstance(error, dict) else {"message": error}
+        words = {name: whole(str(error.get(name) or "")) for name in ("type", "message")}
+        tidied["error"] = {**error, **words}
+    contents = _contents(tidied.pop("file", None))
+    if contents is not None:
+        tidied["file"] = msgspec.structs.asdict(contents)
+    metrics = tidied.get("metrics")
+    tidied["metrics"] = metrics if isinstance(metrics, dict) else {}
+    for name in ("input_tokens", "output_tokens"):
+        tidied[name] = _count(tidied["metrics"].get(name))
+    tidied["tries"] = _count(tidied.get("tries"))
+    tidied["seconds"] = _number(tidied.get("seconds"))
+    return tidied
+
+
+def _contents(value: Any) -> Contents | None:
+    try:
+        contents = msgspec.convert(value, Contents)
+    except msgspec.ValidationError:
+        return None
+    return contents if max(abs(contents.size), abs(contents.mtime_ns)) < 2**63 else None
+
+
+def _place(value: Any, keys: tuple[str, ...]) -> dict[str, float] | None:
+    if not isinstance(value, dict):
+        return None
+    numbers = {key: _number(value.get(key)) for key in keys}
+    if any(number is None for number in numbers.values()):
+        return None
+    return {key: number for key, number in numbers.items() if number is not None}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _count(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and abs(number) < 2**63 else None

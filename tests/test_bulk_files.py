@@ -1,0 +1,563 @@
+# ruff: noqa: F811 - fixtures are imported, and taken as arguments
+"""What ``bulk`` writes and goes on from: nothing lost, nothing twice, nothing overwritten."""
+
+import contextlib
+import csv
+import gzip
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import anyio
+import pytest
+from PIL import Image
+from test_bulk_cli import ASKED, BULK, Page, bulk, found, make_pictures, photos, records  # noqa: F401
+
+from moondream_async.cli.bulk.journal import Journal
+from moondream_async.cli.bulk.lists import PathList
+from moondream_async.cli.bulk.names import name_of, path_of, simplest
+from moondream_async.cli.bulk.sources import Contents, Found
+from moondream_async.errors import MoondreamError, RequestError
+from moondream_async.results import CaptionResult
+
+pytest.importorskip("typer", reason="the extra cli is not installed")
+
+pytestmark = pytest.mark.slow  # most tests run the program several times
+
+CONTENTS = Contents(1, 1, "x")
+
+
+def lines(*texts, newline="\n"):
+    return newline.join(texts) + newline
+
+
+# -- nothing twice -----------------------------------------------------------------
+
+
+async def test_failures_that_were_mended_leave_no_row_in_any_form(bulk, photos, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    good = (photos / "00000.jpg").read_bytes()
+    for broken in ("00000.jpg", "00002.jpg"):
+        (photos / broken).write_bytes(b"no picture")
+    for output in ("o.parquet", "o.csv", "o.jsonl.gz"):
+        arguments = ("photos", "-o", output, "--report", "report.html")
+        assert (await bulk(*arguments))[0] == 1
+        assert "18 answered, 2 failed." in Page((tmp_path / "report.html").read_text()).text
+        for broken in ("00000.jpg", "00002.jpg"):
+            (photos / broken).write_bytes(good)
+        assert (await bulk(*arguments))[0] == 0
+        assert "20 answered, 0 failed." in Page((tmp_path / "report.html").read_text()).text
+        assert len(records(tmp_path / f"{output}.jsonl")) == 20
+        for broken in ("00000.jpg", "00002.jpg"):
+            (photos / broken).write_bytes(b"no picture")
+    with (tmp_path / "o.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    packed = gzip.decompress((tmp_path / "o.jsonl.gz").read_bytes()).splitlines()
+    assert len(parquet.read_table(tmp_path / "o.parquet")) == len(rows) == len(packed) == 20
+    assert all(row["caption"] for row in rows)
+
+
+def test_a_compacted_journal_is_read_written_and_locked_in_its_new_place(tmp_path):
+    path = str(tmp_path / "j.jsonl")
+    with Journal(path, ASKED) as journal:
+        journal.append(found(), CONTENTS, RequestError("no"))
+        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+        journal.compact()
+        with pytest.raises(RequestError, match="Another run"):
+            Journal(path, ASKED)
+        journal.append(found("b.jpg"), CONTENTS, CaptionResult(caption="b"))
+        assert [each["caption"] for each in journal.records()] == ["a", "b"]
+    assert [each["caption"] for each in records(tmp_path / "j.jsonl")] == ["a", "b"]
+
+
+def test_a_last_line_without_its_line_break_is_as_good_as_any(tmp_path):
+    file = tmp_path / "j.jsonl"
+    with Journal(str(file), ASKED) as journal:
+        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    with Journal(str(file), ASKED) as journal:
+        assert [each["caption"] for each in journal.records()] == ["a"]
+        journal.append(found("b.jpg"), CONTENTS, CaptionResult(caption="b"))
+    assert len(records(file)) == 2
+
+
+# -- lists of paths ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lines("a.jpg", "é b.jpg").encode(),
+        lines("a.jpg", "", "é b.jpg", newline="\r\n").encode(),
+        lines("a.jpg", "é b.jpg").encode("utf-8-sig"),
+        lines("a.jpg", "é b.jpg", newline="\r\n").encode("utf-16"),
+        b"\xfe\xff" + lines("a.jpg", "é b.jpg").encode("utf-16-be"),
+        "a.jpg\0é b.jpg\0".encode(),
+        "a.jpg\0é b.jpg".encode(),
+        "a.jpg\né b.jpg".encode(),
+    ],
+    ids=["plain", "crlf", "bom", "utf-16", "utf-16-be", "nul", "nul, no end", "no end"],
+)
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_a_list_is_read_as_people_and_programs_write_it(data, size):
+    paths, got = PathList(), []
+    for start in range(0, len(data), size):
+        got += paths.feed(data[start : start + size])
+    assert got + paths.close() == ["a.jpg", "é b.jpg"]
+
+
+def test_a_list_that_is_none_is_refused_before_it_fills_the_memory():
+    paths = PathList()
+    with pytest.raises(RequestError, match="line of the list"):
+        any(paths.feed(b"x" * 65536) for _ in range(100))
+
+
+@pytest.mark.parametrize("way", ["fifo", "/dev/stdin", "crlf on stdin"])
+async def test_a_list_through_a_pipe_is_read_once_and_whole(bulk, photos, tmp_path, way):
+    names = [str(path) for path in sorted(photos.rglob("*.jpg"))]
+    if way == "fifo":
+        os.mkfifo(tmp_path / "pipe")
+        async with anyio.create_task_group() as group:
+            group.start_soon(
+                anyio.to_thread.run_sync, (tmp_path / "pipe").write_text, lines(*names)
+            )
+            status, said = await bulk("--from-file", "pipe", "-o", "o.jsonl")
+    else:
+        list_ = ["-"] if way == "crlf on stdin" else ["--from-file", "/dev/stdin"]
+        newline = "\r\n" if way == "crlf on stdin" else "\n"
+        stdin = lines(*names, newline=newline).encode()
+        status, said = await bulk(*list_, "-o", "o.jsonl", stdin=stdin)
+    assert status == 0, said
+    assert sorted(each["path"] for each in records(tmp_path / "o.jsonl")) == names
+
+
+# -- names -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a.jpg",
+        "é.jpg",
+        os.fsdecode(b"\xff"),
+        r"\xff",
+        r"\\xff",
+        r"a\b",
+        os.fsdecode(b"\\\xff\\xff"),
+    ],
+)
+def test_a_name_leads_back_to_its_path_and_to_no_other(path):
+    assert path_of(name_of(path)) == path
+    name_of(path).encode()
+
+
+def test_a_byte_and_its_escape_are_two_names():
+    assert name_of(os.fsdecode(b"\xff")) != name_of(r"\xff")
+
+
+@pytest.mark.parametrize(
+    ("path", "means"),
+    [
+        ("a/./b//c.jpg", "a/b/c.jpg"),
+        ("./a.jpg", "a.jpg"),
+        ("a/../b.jpg", "b.jpg"),
+        ("../b.jpg", "../b.jpg"),
+        ("../../a/../b.jpg", "../../b.jpg"),
+        ("link/../x.jpg", "link/../x.jpg"),
+        ("/../a.jpg", "/../a.jpg"),
+    ],
+)
+def test_a_path_is_made_simple_without_leading_elsewhere(tmp_path, monkeypatch, path, means):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/away")
+    assert simplest(path) == means
+
+
+async def test_odd_names_are_asked_about_once_by_either_way(bulk, photos, tmp_path):
+    good = (photos / "00000.jpg").read_bytes()
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for name in (b"\xff.jpg", rb"\xff.jpg", b"line\nbreak.jpg"):
+        (odd / os.fsdecode(name)).write_bytes(good)
+    for via in ("requests", "batch-api"):
+        status, said = await bulk("odd", "-o", f"{via}.jsonl", "--via", via)
+        assert status == 0, said
+        assert len({each["path"] for each in records(tmp_path / f"{via}.jsonl")}) == 3
+        assert "3 done before" in (await bulk("odd", "-o", f"{via}.jsonl", "--via", via))[1]
+
+
+# -- texts -------------------------------------------------------------------------
+
+
+async def test_texts_that_people_wrote_or_changed_stay_and_are_named(bulk, photos, tmp_path):
+    (photos / "00000.txt").write_text("by hand\n")
+    status, said = await bulk("photos", "-o", "photos/")
+    assert status == 0, said
+    assert "19 answered" in said
+    assert "1 texts" in said
+    assert "photos/00000.txt" in said
+    (photos / "00002.txt").write_text("corrected\n")
+    Image.new("RGB", (90, 9)).save(photos / "00002.jpg")
+    Image.new("RGB", (91, 9)).save(photos / "00004.jpg")
+    (photos / "00006.txt").unlink()
+    (photos / "00006.txt").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text("by hand")
+    status, said = await bulk("photos", "-o", "photos/")
+    assert status == 0
+    assert "1 answered" in said
+    assert "3 texts" in said
+    assert (photos / "00000.txt").read_text() == "by hand\n"
+    assert (photos / "00002.txt").read_text() == "corrected\n"
+    assert (tmp_path / "elsewhere").read_text() == "by hand"
+    status, said = await bulk("photos", "-o", "photos/", "--overwrite")
+    assert "picture" in (photos / "00000.txt").read_text()
+    assert "picture" in (photos / "00002.txt").read_text()
+
+
+async def test_a_text_that_cannot_be_is_its_own_pictures_failure(bulk, photos, tmp_path):
+    good = (photos / "00000.jpg").read_bytes()
+    (photos / ("x" * 251 + ".jpg")).write_bytes(good)
+    (photos / ("y" * 255)).write_bytes(good)  # .txt makes it too long
+    (tmp_path / "texts/00000.txt").mkdir(parents=True)
+    for _ in range(2):
+        status, said = await bulk("photos", photos / ("y" * 255), "-o", "texts/")
+        assert status == 1
+        assert "2 failed" in said
+    assert (tmp_path / "texts" / ("x" * 251 + ".txt")).exists()
+    errors = {
+        each["path"]: each["error"]["message"]
+        for each in records(tmp_path / "texts/.moondream.jsonl")
+        if "error" in each
+    }
+    assert "File name too long" in errors[str(photos / ("y" * 255))]
+    assert "Is a directory" in errors["photos/00000.jpg"]
+
+
+@pytest.mark.parametrize("below", ["../../x.jpg", "/x.jpg", "a/../../x.jpg", ".."])
+def test_no_text_is_written_outside_its_folder(tmp_path, below):
+    from moondream_async.cli.bulk.texts import TextFolder
+
+    folder = tmp_path / "texts"
+    texts = TextFolder(str(folder))
+    with (
+        Journal(str(tmp_path / "j.jsonl"), ASKED, with_texts=True) as journal,
+        contextlib.suppress(RequestError),
+    ):
+        texts.write(Found("x.jpg", below), "a text", journal)
+    assert [path for path in tmp_path.rglob("*.txt") if folder not in path.parents] == []
+
+
+# -- outputs that are somebody else's ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b'{"important": "settings"}',
+        b'{"important": "settings"}\n',
+        b"{",
+        b"\0\0\0",
+        b"body { color: red }\n",
+        b'{"path":"/usr/bin"}',
+        b'{"path":"/usr/bin"}\n',
+        b"[1]\n",
+        b"\0asm\1\0",
+    ],
+)
+def test_a_file_of_somebody_elses_is_refused_and_left_alone(tmp_path, contents):
+    file = tmp_path / "j.jsonl"
+    file.write_bytes(contents)
+    with pytest.raises(RequestError, match="other things"):
+        Journal(str(file), ASKED)
+    assert file.read_bytes() == contents
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 40, b'{"path":"b.j', b'{"path":"b\0\0', b"{"])
+def test_what_a_lost_run_left_behind_its_lines_is_mended(tmp_path, tail):
+    file = tmp_path / "j.jsonl"
+    with Journal(str(file), ASKED) as journal:
+        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+    whole = file.read_bytes()
+    file.write_bytes(whole + tail)
+    with Journal(str(file), ASKED):
+        assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("output", "there", "reason"),
+    [
+        ("outx", None, "must end in"),
+        ("out.json", None, "must end in"),
+        ("o.csv", "a,b\n", "no run has made it"),
+        ("o.parquet", "PAR1", "no run has made it"),
+        ("o.jsonl.gz", "", "no run has made it"),
+        ("style.css", "body {}", "must end in"),
+    ],
+)
+async def test_an_output_that_means_nothing_or_is_taken_is_refused(
+    bulk, photos, tmp_path, *, output, there, reason
+):
+    if there is not None:
+        (tmp_path / output).write_text(there)
+    status, said = await bulk("photos", "-o", output)
+    assert status in (1, 2)
+    assert reason in said
+    assert not there or (tmp_path / output).read_text() == there
+
+
+async def test_a_report_is_not_written_over_what_is_none(bulk, photos, tmp_path):
+    (tmp_path / "page.html").write_text("<title>Mine</title>")
+    status, said = await bulk("photos", "-o", "o.jsonl", "--report", "page.html")
+    assert status == 1
+    assert "is no report" in said
+    assert (tmp_path / "page.html").read_text() == "<title>Mine</title>"
+
+
+async def test_links_beside_the_outputs_lead_to_no_other_file(bulk, photos, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in ("o.jsonl.new", "o.csv.new", "report.html.new"):
+        (tmp_path / name).symlink_to("mine")
+    (photos / "broken.jpg").write_bytes(b"")
+    for _ in range(2):
+        await bulk("photos", "-o", "o.csv", "--report", "report.html")
+        await bulk("photos", "-o", "o.jsonl")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+async def test_lines_go_to_stdout(simulator, photos, tmp_path):
+    done = await anyio.run_process(
+        [*BULK, "photos", "-o", "-"],
+        cwd=tmp_path,
+        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
+    )
+    assert len([json.loads(line)["caption"] for line in done.stdout.splitlines()]) == 20
+    assert {path.name for path in tmp_path.iterdir()} == {"photos"}
+
+
+# -- outputs that go wrong ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "folder"])
+def test_a_journal_that_goes_away_ends_the_run_and_its_lines_are_kept(tmp_path, how):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    file = folder / "j.jsonl"
+    with Journal(str(file), ASKED) as journal:
+        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+        file.unlink()
+        if how == "replaced":
+            file.write_text("new")
+        if how == "folder":
+            folder.rmdir()
+        for act in (
+            lambda: journal.append(found(), CONTENTS, CaptionResult(caption="b")),
+            journal.compact,
+        ):
+            with pytest.raises(MoondreamError, match="removed or replaced") as caught:
+                act()
+            rescued = str(caught.value).rsplit(" in ")[-1]
+            assert [each["caption"] for each in records(Path(rescued))] == ["a"]
+            Path(rescued).unlink()
+
+
+@pytest.mark.parametrize(
+    ("call", "errno", "goes_on"),
+    [
+        ("fsync", "EINVAL", True),
+        ("fsync", "EIO", False),
+        ("flock", "ENOTSUP", True),
+        ("flock", "ENOLCK", True),
+        ("scandir", "EIO", True),
+        ("readdir", "EIO", True),
+        ("write", "ENOSPC", False),
+        ("write", "EIO", False),
+    ],
+)
+async def test_a_disk_that_fails_ends_no_more_than_it_must(
+    simulator, photos, tmp_path, *, call, errno, goes_on
+):
+    make_pictures(tmp_path / "photos2", 4)
+    program = textwrap.dedent(f"""
+        import errno, fcntl, os, sys
+        from moondream_async.cli import main
+        def fail(*_):
+            raise OSError(errno.{errno}, os.strerror(errno.{errno}))
+        real_scandir, real_write = os.scandir, os.write
+        class Entries:
+            def __init__(self, folder):
+                self.real = real_scandir(folder)
+            def __enter__(self): return self
+            def __exit__(self, *_): self.real.close()
+            def __iter__(self):
+                yield next(self.real)
+                fail()
+        def scandir(folder):
+            if str(folder).endswith("photos"):
+                return fail() if {call!r} == "scandir" else Entries(folder)
+            return real_scandir(folder)
+        if {call!r} == "fsync": os.fsync = fail
+        if {call!r} == "flock": fcntl.flock = fail
+        if {call!r} in ("scandir", "readdir"): os.scandir = scandir
+        if {call!r} == "write":
+            os.write = lambda fd, data: fail() if b"caption" in data else real_write(fd, data)
+        sys.exit(main(["bulk", "photos", "photos2", "-o", "o.jsonl"]))
+    """)
+    done = await anyio.run_process(
+        [sys.executable, "-c", program],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
+    )
+    said = done.stderr.decode()
+    assert "Traceback" not in said
+    if goes_on:
+        assert len(records(tmp_path / "o.jsonl")) >= 4
+        assert done.returncode == (1 if call in ("scandir", "readdir") else 0), said
+        assert "file system" in said or "Can't list photos: Input/output error" in said
+        assert said.count("file system") + said.count("Can't list") == 1
+    else:
+        assert done.returncode == 1
+        assert "Can't write o.jsonl" in said
+
+
+# -- lines that somebody has edited ---------------------------------------------------
+
+
+EDITED = [
+    {"caption": 5},
+    {"caption": None, "error": "text"},
+    {"error": {"message": 5}},
+    {"objects": "none"},
+    {"objects": [{"x_min": "a"}, 5, {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]},
+    {"points": {"x": 1}},
+    {"points": [{"x": 10**400, "y": 0}]},
+    {"file": {"size": "big"}},
+    {"file": {"size": 10**30, "mtime_ns": 1, "sha256": "x"}},
+    {"metrics": [1]},
+    {"metrics": {"input_tokens": "many", "output_tokens": 1e300}},
+    {"tries": "often", "seconds": []},
+    {"request_id": 7, "finish_reason": {}},
+    {"caption": "half a pair \ud83d"},
+    {"deep": json.loads("[" * 90 + "]" * 90)},
+]
+
+
+def test_edited_lines_crash_neither_report_nor_tables(tmp_path):
+    pytest.importorskip("pyarrow")
+    from moondream_async.cli.bulk.exports import WRITERS
+    from moondream_async.cli.bulk.report import write_report
+
+    base = {"path": "a.jpg", **ASKED, "caption": "a", "file": None}
+    file = tmp_path / "j.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({**base, "path": f"{number}.jpg", **each}) + "\n"
+            for number, each in enumerate(EDITED)
+        )
+    )
+    with Journal(str(file), ASKED) as journal:
+        for ending, write in WRITERS.items():
+            write(journal.records(), str(tmp_path / f"o.{ending}"))
+        write_report(journal.records, str(tmp_path / "report.html"))
+    assert Page((tmp_path / "report.html").read_text()).tags["figure"] == len(EDITED)
+
+
+@pytest.mark.parametrize("output", ["o.jsonl", "o.csv", "o.parquet", "texts/"])
+async def test_half_a_surrogate_pair_loses_no_answer(photos, tmp_path, output):
+    from aiohttp import web
+
+    async def answer(request):
+        await request.read()
+        return web.Response(body=b'{"caption": "a \\ud83d cat"}', content_type="application/json")
+
+    application = web.Application(client_max_size=1 << 30)
+    application.router.add_post("/v1/caption", answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        port = runner.addresses[0][1]
+        done = await anyio.run_process(
+            [*BULK, "photos", "-o", output],
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "MOONDREAM_ENDPOINT": f"http://127.0.0.1:{port}/v1"},
+        )
+    finally:
+        await runner.cleanup()
+    assert done.returncode == 0, done.stderr.decode()
+    if output.endswith("/"):
+        texts = [path.read_text() for path in (tmp_path / output).rglob("*.txt")]
+    elif output.endswith("csv"):
+        with (tmp_path / output).open(newline="") as file:
+            texts = [row["caption"] for row in csv.DictReader(file)]
+    elif output.endswith("parquet"):
+        parquet = pytest.importorskip("pyarrow.parquet")
+        texts = parquet.read_table(tmp_path / output)["caption"].to_pylist()
+    else:
+        texts = [each["caption"] for each in records(tmp_path / output)]
+    assert [text.strip() for text in texts] == ["a \ufffd cat"] * 20
+
+
+# -- the report ------------------------------------------------------------------------
+
+
+async def test_the_report_opens_only_what_was_asked_about(bulk, photos, tmp_path):
+    """An EPS file would start Ghostscript, a pipe would wait for ever."""
+    (photos / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    Image.new("1", (13_300, 13_300)).save(photos / "bomb.png")
+    os.mkfifo(photos / "pipe.jpg")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "private.png")
+    (tmp_path / "o.jsonl").write_text(
+        json.dumps({"path": str(tmp_path / "private.png"), **ASKED, "caption": "x"}) + "\n"
+    )
+    with anyio.fail_after(60):
+        status, said = await bulk("photos", "-o", "o.jsonl", "--report", "r.html")
+    assert status == 1, said
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.tags["figure"] == 24
+    assert page.tags["img"] == 20
+
+
+# -- by batch -----------------------------------------------------------------------------
+
+
+def batch_record(tmp_path):
+    return json.loads((tmp_path / "o.jsonl.batches").read_text())
+
+
+async def test_pictures_of_a_batch_that_came_to_nothing_are_asked_about_again(
+    bulk, photos, tmp_path
+):
+    arguments = ("photos", "-o", "o.jsonl", "--via", "batch-api")
+    (tmp_path / "o.jsonl.batches").write_text(
+        json.dumps(
+            [
+                {
+                    "batch": "nobody-knows",
+                    "pictures": [
+                        [{"path": f"photos/{n:05}.jpg", "below": "x.jpg"}, None] for n in (0, 2)
+                    ],
+                }
+            ]
+        )
+    )
+    status, said = await bulk(*arguments)
+    assert status == 1
+    assert "Traceback" not in said
+    assert "2 failed" in said
+    status, said = await bulk(*arguments)
+    assert status == 0, said
+    assert "2 answered, 0 failed, 18 done before" in said
+
+
+async def test_a_damaged_record_of_batches_is_told_in_a_line(bulk, photos, tmp_path):
+    (tmp_path / "o.jsonl.batches").write_text('[{"batch": 5')
+    status, said = await bulk("photos", "-o", "o.jsonl", "--via", "batch-api")
+    assert status == 1
+    assert "is damaged" in said
+    assert "Traceback" not in said
