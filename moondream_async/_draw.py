@@ -13,6 +13,7 @@ beyond what a picture can show: a few seconds in all.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
 
 from ._images import decode_image
-from .errors import RequestError
+from .errors import MoondreamError, RequestError
 from .results import (
     DetectResult,
     PointResult,
@@ -38,6 +39,7 @@ Segment = Any  # one of svg.path's, whose common class does not have what all of
 
 # Apart from each other, and rare in photos in this strength.
 _COLOURS = ("#00c2ff", "#ff2e88", "#ffb000", "#7c4dff", "#18d860", "#ff6b1a", "#ffe83d", "#00a88f")
+_PREVIEW = (800, 800)  # pixels at most, in a notebook
 _SHADE = (0, 0, 0, 110)  # around lines and dots, so that they show on their own colour
 _OPACITY = 0.35  # of the inside of an outline
 _SHEET_PIXELS = 16_000_000  # of four bytes: 64 MB at most, unless the picture itself has more
@@ -89,6 +91,29 @@ def draw(
         sheet.write(mark, text, colour)
     sheet.lay_over(picture)
     return picture
+
+
+def preview(result: Result, image: Any) -> bytes | None:
+    """Return what a notebook shows of a result: a small PNG; None where it can't be drawn."""
+    try:
+        picture = draw(result, image)
+    except (MoondreamError, ImportError, OSError):
+        return None
+    picture.thumbnail(_PREVIEW)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def mask(path: str, bbox: Region | None, size: tuple[int, int]) -> Image.Image:
+    """Return what lies inside an outline; see `SegmentResult.to_mask`."""
+    if not path.strip():
+        return Image.new("1", size)  # nothing was found
+    if bbox is None:
+        raise RequestError("The outline has no place: the server gave no bbox with it")
+    width, height = size
+    outlines = _outlines(_placed(path, bbox))
+    return _inside([[(x * width, y * height) for x, y in line] for line in outlines], size)
 
 
 def whole_path(path: str, bbox: Region) -> str:
@@ -224,34 +249,40 @@ class _Sheet:
             self._pen.line(ring, fill, max(1, round(width)), joint="curve")
 
     def _fill(self, outlines: list[list[Place]], colour: str) -> None:
-        """Tint what lies inside, by SVG's rule: where the outlines wind round other than 0 times.
-
-        So an outline within another, drawn the other way round, is a hole. How often
-        is counted for all pixels at once, in a picture of one byte each.
-        """
-        boxes = [self._box_around(outline) for outline in outlines]
-        if sum((right - left) * (low - top) for left, top, right, low in boxes) > _MOST_FILLED:
-            raise RequestError("The outline has too many parts to be drawn")
-        winding = Image.new("L", self._image.size)
-        for outline, box in zip(outlines, boxes, strict=True):
-            left, top, right, bottom = box
-            once = Image.new("L", (right - left, bottom - top))
-            ImageDraw.Draw(once).polygon([(x - left, y - top) for x, y in outline], fill=1)
-            count = ImageChops.add_modulo if _is_clockwise(outline) else ImageChops.subtract_modulo
-            winding.paste(count(winding.crop(box), once), box)
+        """Tint what lies inside."""
         tint = (*ImageColor.getrgb(colour)[:3], round(255 * _OPACITY))
-        self._image.paste(tint, mask=winding.point([0] + [255] * 255))
-
-    def _box_around(self, outline: list[Place]) -> tuple[int, int, int, int]:
-        """Return the part of the sheet that an outline can be in, in whole pixels."""
-        across, down = zip(*outline, strict=True)
-        left, right = (max(0, min(self._width, x)) for x in (min(across) - 1, max(across) + 2))
-        top, bottom = (max(0, min(self._height, y)) for y in (min(down) - 1, max(down) + 2))
-        left, top = min(int(left), self._width - 1), min(int(top), self._height - 1)
-        return left, top, max(math.ceil(right), left + 1), max(math.ceil(bottom), top + 1)
+        self._image.paste(tint, mask=_inside(outlines, self._image.size))
 
     def _disc(self, x: float, y: float, radius: float, colour: str | tuple[int, ...]) -> None:
         self._pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+
+def _inside(outlines: list[list[Place]], size: tuple[int, int]) -> Image.Image:
+    """Return what lies inside, by SVG's rule: where the outlines wind round other than 0 times.
+
+    So an outline within another, drawn the other way round, is a hole. How often
+    is counted for all pixels at once, in a picture of one byte each.
+    """
+    boxes = [_box_around(outline, size) for outline in outlines]
+    if sum((right - left) * (low - top) for left, top, right, low in boxes) > _MOST_FILLED:
+        raise RequestError("The outline has too many parts to be drawn")
+    winding = Image.new("L", size)
+    for outline, box in zip(outlines, boxes, strict=True):
+        left, top, right, bottom = box
+        once = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(once).polygon([(x - left, y - top) for x, y in outline], fill=1)
+        count = ImageChops.add_modulo if _is_clockwise(outline) else ImageChops.subtract_modulo
+        winding.paste(count(winding.crop(box), once), box)
+    return winding.point([0] + [255] * 255, "1")
+
+
+def _box_around(outline: list[Place], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the part of a picture that an outline can be in, in whole pixels."""
+    across, down = zip(*outline, strict=True)
+    left, right = (max(0, min(size[0], x)) for x in (min(across) - 1, max(across) + 2))
+    top, bottom = (max(0, min(size[1], y)) for y in (min(down) - 1, max(down) + 2))
+    left, top = min(int(left), size[0] - 1), min(int(top), size[1] - 1)
+    return left, top, max(math.ceil(right), left + 1), max(math.ceil(bottom), top + 1)
 
 
 def _is_light(colour: str) -> bool:

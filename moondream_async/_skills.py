@@ -6,9 +6,10 @@ where that helps, is the `Caller`'s business.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from ._protocol.answers import read_models, read_stats
 from ._protocol.requests import (
@@ -32,18 +33,29 @@ from .results import (
     Model,
     PointResult,
     QueryResult,
-    Result,
     SegmentResult,
     ServerStats,
     SpatialRefs,
+    remember_picture,
 )
 from .types import EncodedImage, ImageInput, Length, Settings
 
 if TYPE_CHECKING:
     from ._call.call import Caller
 
+_MethodT = TypeVar("_MethodT", bound=Callable[..., Any])
+
 AnySettings = Settings | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any] | ChatMessage]
+
+
+def _awaited(method: _MethodT) -> _MethodT:
+    """Mark a method whose value is to be awaited, for tools that look at functions.
+
+    It is no ``async def``, since what it returns with ``stream=True`` can be entered too.
+    """
+    mark = getattr(inspect, "markcoroutinefunction", None)  # of Python 3.12
+    return method if mark is None else mark(method)
 
 
 class Skills:
@@ -56,10 +68,10 @@ class Skills:
     def caption(
         self,
         image: ImageInput,
-        *,
         length: Length = "normal",
         stream: Literal[False] = False,
         settings: AnySettings | None = None,
+        *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, CaptionResult]: ...
 
@@ -67,8 +79,8 @@ class Skills:
     def caption(
         self,
         image: ImageInput,
-        *,
         length: Length = "normal",
+        *,
         stream: Literal[True],
         settings: AnySettings | None = None,
         model: str | None = None,
@@ -78,22 +90,34 @@ class Skills:
     def caption(
         self,
         image: ImageInput,
+        length: Length,
+        stream: Literal[True],
+        settings: AnySettings | None = None,
         *,
+        model: str | None = None,
+    ) -> StreamCall[CaptionStream]: ...
+
+    @overload
+    def caption(
+        self,
+        image: ImageInput,
         length: Length = "normal",
+        *,
         stream: bool,
         settings: AnySettings | None = None,
         model: str | None = None,
     ) -> Coroutine[Any, Any, CaptionResult | CaptionStream]: ...
 
+    @_awaited
     def caption(
         self,
         image: ImageInput,
-        *,
         length: Length = "normal",
         stream: bool = False,
         settings: AnySettings | None = None,
+        *,
         model: str | None = None,
-    ) -> Coroutine[Any, Any, Any]:
+    ) -> Coroutine[Any, Any, CaptionResult] | StreamCall[CaptionStream]:
         """Describe a picture.
 
         Args:
@@ -126,18 +150,18 @@ class Skills:
 
         if stream is True:
             return StreamCall(self._stream(CaptionStream, request, _caller_line()))
-        return self._result(request)
+        return self._result(request, image)
 
     @overload
     def query(
         self,
         image: ImageInput | None = None,
         question: str | None = None,
-        *,
         stream: Literal[False] = False,
+        settings: AnySettings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
-        settings: AnySettings | None = None,
+        *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, QueryResult]: ...
 
@@ -148,9 +172,22 @@ class Skills:
         question: str | None = None,
         *,
         stream: Literal[True],
+        settings: AnySettings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
+        model: str | None = None,
+    ) -> StreamCall[QueryStream]: ...
+
+    @overload
+    def query(
+        self,
+        image: ImageInput | None,
+        question: str | None,
+        stream: Literal[True],
         settings: AnySettings | None = None,
+        reasoning: bool | None = None,
+        spatial_refs: SpatialRefs | None = None,
+        *,
         model: str | None = None,
     ) -> StreamCall[QueryStream]: ...
 
@@ -161,23 +198,24 @@ class Skills:
         question: str | None = None,
         *,
         stream: bool,
+        settings: AnySettings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
-        settings: AnySettings | None = None,
         model: str | None = None,
     ) -> Coroutine[Any, Any, QueryResult | QueryStream]: ...
 
+    @_awaited
     def query(
         self,
         image: ImageInput | None = None,
         question: str | None = None,
-        *,
         stream: bool = False,
+        settings: AnySettings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
-        settings: AnySettings | None = None,
+        *,
         model: str | None = None,
-    ) -> Coroutine[Any, Any, Any]:
+    ) -> Coroutine[Any, Any, QueryResult] | StreamCall[QueryStream]:
         """Answer a question about a picture, or, on servers that do so, about none.
 
         Args:
@@ -217,16 +255,17 @@ class Skills:
 
         if stream is True:
             return StreamCall(self._stream(QueryStream, request, _caller_line()))
-        return self._result(request)
+        return self._result(request, image)
 
-    async def detect(
+    @_awaited
+    def detect(
         self,
         image: ImageInput,
         object: str,
-        *,
         settings: AnySettings | None = None,
+        *,
         model: str | None = None,
-    ) -> DetectResult:
+    ) -> Coroutine[Any, Any, DetectResult]:
         """Find objects in a picture and put a box around each.
 
         Args:
@@ -244,18 +283,22 @@ class Skills:
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
         """
-        request = detect_request(image, object, settings=settings, model=self._or_mine(model))
-        return cast("DetectResult", await self._answer(request))
 
-    async def point(
+        def request() -> Request:
+            return detect_request(image, object, settings=settings, model=self._or_mine(model))
+
+        return self._result(request, image)
+
+    @_awaited
+    def point(
         self,
         image: ImageInput,
         object: str,
-        *,
-        spatial_refs: SpatialRefs | None = None,
         settings: AnySettings | None = None,
+        spatial_refs: SpatialRefs | None = None,
+        *,
         model: str | None = None,
-    ) -> PointResult:
+    ) -> Coroutine[Any, Any, PointResult]:
         """Find objects in a picture and put a point in each.
 
         Args:
@@ -274,24 +317,27 @@ class Skills:
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
         """
-        request = point_request(
-            image,
-            object,
-            spatial_refs=spatial_refs,
-            settings=settings,
-            model=self._or_mine(model),
-        )
-        return cast("PointResult", await self._answer(request))
+
+        def request() -> Request:
+            return point_request(
+                image,
+                object,
+                spatial_refs=spatial_refs,
+                settings=settings,
+                model=self._or_mine(model),
+            )
+
+        return self._result(request, image)
 
     @overload
     def segment(
         self,
         image: ImageInput,
         object: str,
-        *,
-        stream: Literal[False] = False,
         spatial_refs: SpatialRefs | None = None,
+        stream: Literal[False] = False,
         settings: AnySettings | None = None,
+        *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, SegmentResult]: ...
 
@@ -300,9 +346,9 @@ class Skills:
         self,
         image: ImageInput,
         object: str,
+        spatial_refs: SpatialRefs | None = None,
         *,
         stream: Literal[True],
-        spatial_refs: SpatialRefs | None = None,
         settings: AnySettings | None = None,
         model: str | None = None,
     ) -> StreamCall[SegmentStream]: ...
@@ -312,23 +358,36 @@ class Skills:
         self,
         image: ImageInput,
         object: str,
-        *,
-        stream: bool,
-        spatial_refs: SpatialRefs | None = None,
+        spatial_refs: SpatialRefs | None,
+        stream: Literal[True],
         settings: AnySettings | None = None,
+        *,
         model: str | None = None,
-    ) -> Coroutine[Any, Any, SegmentResult | SegmentStream]: ...
+    ) -> StreamCall[SegmentStream]: ...
 
+    @overload
     def segment(
         self,
         image: ImageInput,
         object: str,
-        *,
-        stream: bool = False,
         spatial_refs: SpatialRefs | None = None,
+        *,
+        stream: bool,
         settings: AnySettings | None = None,
         model: str | None = None,
-    ) -> Coroutine[Any, Any, Any]:
+    ) -> Coroutine[Any, Any, SegmentResult | SegmentStream]: ...
+
+    @_awaited
+    def segment(
+        self,
+        image: ImageInput,
+        object: str,
+        spatial_refs: SpatialRefs | None = None,
+        stream: bool = False,
+        settings: AnySettings | None = None,
+        *,
+        model: str | None = None,
+    ) -> Coroutine[Any, Any, SegmentResult] | StreamCall[SegmentStream]:
         """Draw the outline of an object.
 
         Args:
@@ -363,16 +422,16 @@ class Skills:
 
         if stream is True:
             return StreamCall(self._stream(SegmentStream, request, _caller_line()))
-        return self._result(request)
+        return self._result(request, image)
 
     @overload
     def chat(
         self,
         messages: Messages,
-        *,
         stream: Literal[False] = False,
-        reasoning: bool | None = None,
         settings: AnySettings | None = None,
+        reasoning: bool | None = None,
+        *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, ChatResult]: ...
 
@@ -380,10 +439,10 @@ class Skills:
     def chat(
         self,
         messages: Messages,
-        *,
         stream: Literal[True],
-        reasoning: bool | None = None,
         settings: AnySettings | None = None,
+        reasoning: bool | None = None,
+        *,
         model: str | None = None,
     ) -> StreamCall[ChatStream]: ...
 
@@ -391,22 +450,23 @@ class Skills:
     def chat(
         self,
         messages: Messages,
-        *,
         stream: bool,
-        reasoning: bool | None = None,
         settings: AnySettings | None = None,
+        reasoning: bool | None = None,
+        *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, ChatResult | ChatStream]: ...
 
+    @_awaited
     def chat(
         self,
         messages: Messages,
-        *,
         stream: bool = False,
-        reasoning: bool | None = None,
         settings: AnySettings | None = None,
+        reasoning: bool | None = None,
+        *,
         model: str | None = None,
-    ) -> Coroutine[Any, Any, Any]:
+    ) -> Coroutine[Any, Any, ChatResult] | StreamCall[ChatStream]:
         """Go on with a conversation, with pictures or without.
 
         Args:
@@ -511,11 +571,10 @@ class Skills:
         self._caller.check_open()
         return await self._caller.encode(image, max_pixels=max_pixels)
 
-    async def _result(self, make: Callable[[], Request]) -> Result:
-        return await self._caller.call(make()).result()
-
-    async def _answer(self, request: Request) -> Result:
-        return await self._caller.call(request).result()
+    async def _result(self, make: Callable[[], Request], image: Any = None) -> Any:
+        result = await self._caller.call(make()).result()
+        remember_picture(result, image)
+        return result
 
     def _or_mine(self, model: str | None) -> str | None:
         return self._model if model is None else model

@@ -18,195 +18,18 @@ Coordinates are 0-1 of the picture's width and height, from the top left.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NotRequired,
-    Self,
-    dataclass_transform,
-    get_args,
-    get_type_hints,
-    overload,
-)
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 
+from ._values import Record, Value
 from .types import ImageInput
 
 if TYPE_CHECKING:
     import PIL.Image
-
-_REQUIRED: Any = msgspec.NODEFAULT
-
-
-class _Item:
-    """An attribute that is an item, or None where there is none. It can't be set."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, value: Value | None, cls: type[Value]) -> Any:
-        return self if value is None else value.get(self._name)
-
-
-class _Beside(_Item):
-    """An attribute that is no item."""
-
-    def __get__(self, value: Value | None, cls: type[Value]) -> Any:
-        return self if value is None else getattr(value, f"_{self._name}")
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
-class Value(dict[str, Any]):
-    """A dict whose items are attributes too.
-
-    The annotations of a subclass are its keys, with the values that they have where
-    nothing is said; None is said by leaving the key out. What is named in `_beside` is an
-    attribute and no key, in a slot of that name with an underscore before it.
-    """
-
-    __slots__ = ()
-
-    _fields: ClassVar[dict[str, Any]] = {}
-    """The default of each field, in the order in which they are shown: own ones first."""
-    _ordered: ClassVar[tuple[str, ...]] = ()
-    """The fields that can be given without their names."""
-    _beside: ClassVar[frozenset[str]] = frozenset()
-    _hidden: ClassVar[frozenset[str]] = frozenset()  # from repr
-
-    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
-        own = [name for name in cls.__annotations__ if name[0] != "_"]
-        defaults = {name: cls.__dict__.get(name, _REQUIRED) for name in own}
-        cls._fields = defaults | {
-            name: default for name, default in cls._fields.items() if name not in defaults
-        }
-        cls._ordered = () if kw_only else tuple(own)
-        keys = tuple(name for name in cls._fields if name not in cls._beside)
-        type.__setattr__(cls, "__match_args__", keys)
-        for name in own:
-            setattr(cls, name, _Beside(name) if name in cls._beside else _Item(name))
-
-    def __init__(self, /, *args: Any, **fields: Any) -> None:
-        cls = type(self)
-        if len(args) == 1 and isinstance(args[0], Iterable) and not isinstance(args[0], str):
-            fields = dict(args[0], **fields)  # as `dict` takes it, and as libraries make another
-        else:
-            fields = cls._named(args, fields)
-        nested = _nested(cls)
-        for name, default in cls._fields.items():
-            value = fields.pop(name, None)
-            if value is None:
-                if default is _REQUIRED:
-                    raise TypeError(f"{cls.__name__} needs {name!r}")
-                value = _fresh(default)
-            elif name in nested or type(value) is tuple:
-                value = _made(value, nested.get(name))
-            if name in cls._beside:
-                setattr(self, f"_{name}", value)
-            elif value is not None:
-                self[name] = value
-        self.update(fields)
-
-    @classmethod
-    def _named(cls, args: tuple[Any, ...], fields: dict[str, Any]) -> dict[str, Any]:
-        if len(args) > len(cls._ordered):
-            raise TypeError(f"{cls.__name__} takes {len(cls._ordered)} values without a name")
-        given = dict(zip(cls._ordered, args, strict=False))
-        if wrong := (fields.keys() & given.keys()) | (fields.keys() - cls._fields.keys()):
-            raise TypeError(f"{cls.__name__} does not take {', '.join(sorted(wrong))} as well")
-        return given | fields
-
-    @classmethod
-    def fields(cls) -> dict[str, bool]:
-        """Return the names of the fields, and whether there is none without it."""
-        return {name: default is _REQUIRED for name, default in cls._fields.items()}
-
-    @classmethod
-    def of(cls, items: Mapping[str, Any], **beside: Any) -> Self:
-        """Return a value with these items as they are, unchecked: the quick way."""
-        made = cls.__new__(cls)
-        made.update(items)
-        for name in cls._beside:
-            setattr(made, f"_{name}", beside.get(name))
-        return made
-
-    def __repr__(self) -> str:
-        known = [name for name in self._fields if name in self]
-        names = known + [name for name in self if name not in self._fields]
-        shown = ", ".join(f"{name}={self[name]!r}" for name in names if name not in self._hidden)
-        return f"{type(self).__name__}({shown})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (
-            type(self),
-            dict(self),
-            {name: getattr(self, name) for name in self._beside},
-        )
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """Return what pydantic, and with it FastAPI, is to know of this type."""
-        from pydantic_core import core_schema  # noqa: PLC0415 - only pydantic calls this
-
-        return core_schema.no_info_wrap_validator_function(
-            lambda value, check: value if isinstance(value, cls) else cls(check(value)),
-            handler.generate_schema(typed_dict(cls)),
-        )
-
-
-@cache
-def _nested(cls: type[Value]) -> dict[str, type[Value]]:
-    """Return the fields that are values themselves, or lists of them."""
-    hints = get_type_hints(cls)
-    found = {}
-    for name in cls._fields:
-        for hint in (hints[name], *get_args(hints[name])):
-            kind = (get_args(hint) or (hint,))[0]
-            if isinstance(kind, type) and issubclass(kind, Value):
-                found[name] = kind
-    return found
-
-
-def _made(value: Any, kind: type[Value] | None) -> Any:
-    """Return plain dicts, as JSON has them, as values of their kind, and tuples as lists."""
-    if isinstance(value, (list, tuple)):
-        return [_made(each, kind) for each in value] if kind else list(value)
-    plain = kind is not None and isinstance(value, Mapping) and not isinstance(value, Value)
-    return kind(value) if kind and plain else value
-
-
-def _fresh(default: Any) -> Any:
-    """Return a default, made anew where it can be changed."""
-    factory = getattr(default, "default_factory", _REQUIRED)
-    return default if factory is _REQUIRED else factory()
-
-
-def _revive(cls: type[Value], items: dict[str, Any], beside: dict[str, Any]) -> Value:
-    return cls.of(items, **beside)
-
-
-@cache
-def typed_dict(cls: type[Value]) -> Any:
-    """Return the TypedDict of the same keys: as which pydantic and msgspec know the type."""
-    if sys.version_info >= (3, 12):
-        from typing import TypedDict  # noqa: PLC0415
-    else:
-        from typing_extensions import TypedDict  # noqa: PLC0415 - pydantic takes no other
-    hints = get_type_hints(cls)
-    keys = {
-        name: hints[name] if required else NotRequired[hints[name]]
-        for name, required in cls.fields().items()
-        if name not in cls._beside
-    }
-    made = TypedDict(cls.__name__, keys)  # type: ignore[misc]
-    made.__doc__ = (cls.__doc__ or "").partition("\n")[0]
-    made.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]
-    return made
 
 
 class Point(Value):
@@ -219,7 +42,11 @@ class Point(Value):
 
     if TYPE_CHECKING:
 
-        def __getitem__(self, key: Literal["x", "y"], /) -> float: ...  # type: ignore[override]
+        @overload
+        def __getitem__(self, key: Literal["x", "y"], /) -> float: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float]:
         """Return x and y in pixels, for a picture of that size.
@@ -242,9 +69,11 @@ class Region(Value):
 
     if TYPE_CHECKING:
 
-        def __getitem__(  # type: ignore[override]
-            self, key: Literal["x_min", "y_min", "x_max", "y_max"], /
-        ) -> float: ...
+        @overload
+        def __getitem__(self, key: Literal["x_min", "y_min", "x_max", "y_max"], /) -> float: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Return left, top, right and bottom in pixels, for a picture of that size.
@@ -274,10 +103,12 @@ class Grounding(Value):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["start_idx", "end_idx"], /) -> int: ...
         @overload
         def __getitem__(self, key: Literal["points"], /) -> list[list[float]]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
 
@@ -291,10 +122,12 @@ class Reasoning(Value):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["text"], /) -> str: ...
         @overload
         def __getitem__(self, key: Literal["grounding"], /) -> list[Grounding]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
 
@@ -309,9 +142,13 @@ class Usage(Value, kw_only=True):
 
     if TYPE_CHECKING:
 
-        def __getitem__(  # type: ignore[override]
+        @overload
+        def __getitem__(
             self, key: Literal["prompt_tokens", "completion_tokens", "total_tokens"], /
         ) -> int: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
+        def __getitem__(self, key: str, /) -> Any: ...
 
 
 class Result(Value, kw_only=True):
@@ -332,16 +169,6 @@ class Result(Value, kw_only=True):
     """The response's, whose names may be written in upper or lower case. No key; None where the
     result came another way, as in a file of results."""
 
-    if TYPE_CHECKING:
-
-        @overload
-        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
 
 class CaptionResult(Result, kw_only=True):
     """A description of a picture."""
@@ -352,10 +179,12 @@ class CaptionResult(Result, kw_only=True):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["caption", "request_id", "finish_reason"], /) -> str: ...
         @overload
         def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
 
@@ -363,6 +192,27 @@ class _Drawable(Result, kw_only=True):
     """A result that knows places in its picture."""
 
     __slots__ = ()
+
+    def _repr_html_(self) -> str | None:
+        """Show the picture with what was found, and the answer below it, in a notebook."""
+        picture = self._repr_png_()
+        if picture is None:
+            return None
+        from base64 import b64encode  # noqa: PLC0415 - only notebooks call this
+        from html import escape  # noqa: PLC0415 - likewise
+
+        source = f"data:image/png;base64,{b64encode(picture).decode()}"
+        return f'<img src="{source}"><br><code>{escape(repr(self))}</code>'
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the picture with what was found, as a notebook shows it; None without it."""
+        image = getattr(self, "_picture", None)
+        image = image() if isinstance(image, weakref.ref) else image
+        if image is None:
+            return None
+        from ._draw import preview  # noqa: PLC0415 - as for `draw`
+
+        return preview(self, image)
 
     def draw(
         self,
@@ -406,12 +256,14 @@ class QueryResult(_Drawable, kw_only=True):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["answer", "request_id", "finish_reason"], /) -> str: ...
         @overload
         def __getitem__(self, key: Literal["reasoning"], /) -> Reasoning: ...
         @overload
         def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
 
@@ -425,12 +277,14 @@ class DetectResult(_Drawable, kw_only=True):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["objects"], /) -> list[Region]: ...
         @overload
         def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
         @overload
         def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
 
@@ -444,12 +298,14 @@ class PointResult(_Drawable, kw_only=True):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["points"], /) -> list[Point]: ...
         @overload
         def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
         @overload
         def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
 
@@ -467,7 +323,7 @@ class SegmentResult(_Drawable, kw_only=True):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(
             self, key: Literal["path", "parse_error", "request_id", "finish_reason"], /
         ) -> str: ...
@@ -475,6 +331,8 @@ class SegmentResult(_Drawable, kw_only=True):
         def __getitem__(self, key: Literal["bbox"], /) -> Region: ...
         @overload
         def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
     @property
@@ -484,6 +342,21 @@ class SegmentResult(_Drawable, kw_only=True):
         None where the server gave no `bbox`.
         """
         return None if self.bbox is None else _transform(self.bbox)
+
+    def to_mask(self, width: int, height: int) -> PIL.Image.Image:
+        """Return what lies inside the outline, in a picture of that size: white on black.
+
+        It is a Pillow image of mode ``1``; ``numpy.asarray(mask)`` is an array of bools, of
+        the shape (height, width). Where nothing was found, it is black.
+
+        Raises:
+            RequestError: The server sent an outline that is no SVG path, or without its
+                `bbox`; the size is no size.
+            ImportError: The extra ``draw`` isn't there.
+        """
+        from ._draw import mask  # noqa: PLC0415 - as for `draw`
+
+        return mask(self.path, self.bbox, (width, height))
 
     def whole_path(self) -> str | None:
         """Return SVG path data whose coordinates are 0-1 of the picture, not of `bbox`.
@@ -506,6 +379,18 @@ def _transform(bbox: Region) -> str:
     return f"translate({bbox.x_min:.9g} {bbox.y_min:.9g}) scale({width:.9g} {height:.9g})"
 
 
+def remember_picture(result: Result, image: Any) -> None:
+    """Let a result know its picture, for notebooks, without keeping a picture in memory.
+
+    A path is kept. A Pillow image or an array is known as long as somebody else holds it.
+    Bytes and files are not: they can't be held loosely.
+    """
+    if isinstance(image, (str, PurePath)) and not str(image).startswith("data:"):
+        setattr(result, "_picture", image)  # noqa: B010 - no field, to type checkers
+    elif image is not None and type(image).__weakrefoffset__:
+        setattr(result, "_picture", weakref.ref(image))  # noqa: B010 - likewise
+
+
 class ChatMessage(Value, kw_only=True):
     """One turn of a conversation."""
 
@@ -520,10 +405,12 @@ class ChatMessage(Value, kw_only=True):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["role", "content", "reasoning"], /) -> str: ...
         @overload
         def __getitem__(self, key: Literal["reasoning_details"], /) -> Reasoning: ...
+        @overload
+        def __getitem__(self, key: str, /) -> Any: ...
         def __getitem__(self, key: str, /) -> Any: ...
 
 
@@ -543,7 +430,7 @@ class ChatResult(Result, kw_only=True):
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
+        @overload
         def __getitem__(self, key: Literal["message"], /) -> ChatMessage: ...
         @overload
         def __getitem__(self, key: Literal["usage"], /) -> Usage: ...
@@ -551,17 +438,9 @@ class ChatResult(Result, kw_only=True):
         def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
         @overload
         def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
         def __getitem__(self, key: str, /) -> Any: ...
-
-
-class Record(Value, kw_only=True):
-    """What the server keeps, as it was when it was asked."""
-
-    __slots__ = ("_raw",)
-    _beside = frozenset({"raw"})
-
-    raw: dict[str, Any] = msgspec.field(default_factory=dict)
-    """The decoded record, whole. No key."""
+        def __getitem__(self, key: str, /) -> Any: ...
 
 
 class Model(Record, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from binascii import b2a_base64
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
 
@@ -63,7 +64,7 @@ class Timeout(msgspec.Struct, frozen=True):
                 )
 
 
-class EncodedImage(msgspec.Struct, frozen=True, eq=False):
+class EncodedImage(msgspec.Struct, frozen=True, eq=False, weakref=True):
     """A picture as it will be sent: prepared once, used in any number of calls."""
 
     data: bytes
@@ -74,6 +75,11 @@ class EncodedImage(msgspec.Struct, frozen=True, eq=False):
     """Pixels, as the server will see it."""
     height: int
     """Pixels."""
+
+    @property
+    def image_url(self) -> str:
+        """The picture as a ``data:`` URL, as the official SDK has it; made anew each time."""
+        return f"data:{self.media_type};base64,{b2a_base64(self.data, newline=False).decode()}"
 
     def __repr__(self) -> str:
         return (

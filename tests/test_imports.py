@@ -22,6 +22,7 @@ ROOMS = [
     "_version",
     "errors",
     "types",
+    "_values",
     "results",
     "_protocol",
     "_images",
@@ -43,7 +44,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-PURE = {"_version", "errors", "types", "results", "_protocol", "_images"}
+PURE = {"_version", "errors", "types", "_values", "results", "_protocol", "_images"}
 
 EXCEPTIONS = {
     # A result draws itself over its picture, and only then is Pillow needed.

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moondream_async as md
+from moondream_async._values import Value
 from moondream_async.results import (
     CaptionResult,
     ChunkEvent,
@@ -22,7 +23,6 @@ from moondream_async.results import (
     Region,
     Result,
     UnknownEvent,
-    Value,
 )
 from moondream_async.types import EncodedImage, Timeout
 

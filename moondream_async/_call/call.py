@@ -16,6 +16,8 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from multidict import CIMultiDict
+
 from moondream_async._protocol.answers import (
     decode_json,
     decode_object,
@@ -211,7 +213,14 @@ class Call:
     def result(self) -> Coroutine[Any, Any, Result]:
         """Return the whole answer of a skill; or raise the error that it says it is."""
         assert self._request.skill is not None  # noqa: S101 - for the type checker
-        return self._whole(partial(_decode_result, self._request.skill))
+        skill = self._request.skill
+
+        def read(body: Body) -> Awaitable[Result]:
+            headers = CIMultiDict(body.headers)  # aiohttp's own can't be pickled
+            decode = partial(_decode_result, skill, status=body.status, headers=headers)
+            return body.whole(partial(self._decoded, decode))
+
+        return self.run(read, accept="application/json")
 
     def json(self) -> Coroutine[Any, Any, dict[str, Any]]:
         """Return the whole answer, decoded; or raise the error that it says it is."""
@@ -483,8 +492,8 @@ async def _as_it_is(body: Body) -> Body:
     return body
 
 
-def _decode_result(skill: Skill, body: bytes, *, status: int) -> Result:
-    return read_result(skill, decode_json(body, status=status), status=status)
+def _decode_result(skill: Skill, body: bytes, *, status: int, headers: Mapping[str, str]) -> Result:
+    return read_result(skill, decode_json(body, status=status), status=status, headers=headers)
 
 
 def _decode_record(body: bytes, *, status: int) -> dict[str, Any]:

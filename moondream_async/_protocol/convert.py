@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from moondream_async.results import Value, typed_dict
+from moondream_async._values import Value, typed_dict
 
 T = TypeVar("T")
 ValueT = TypeVar("ValueT", bound=Value)

@@ -174,6 +174,11 @@ def query_request(
     """Check the arguments of ``query`` and return its request."""
     if spatial_refs is not None and image is None:
         raise RequestError("spatial_refs point into a picture: query needs an image with them")
+    if question is None and isinstance(image, str):
+        raise RequestError(
+            "query needs a question: query(image, question), or, about no picture, "
+            "query(question=...)"
+        )
     payload = {
         "image_url": None if image is None else Picture(image),
         "question": _text("question", question),

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from moondream_async.results import Record, Result, Value
+from moondream_async._values import Record, Value
+from moondream_async.results import Result
 
 
 class BatchProgress(Value, kw_only=True):

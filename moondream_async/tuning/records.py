@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
+from moondream_async._values import Record
 from moondream_async.errors import RequestError
-from moondream_async.results import BASE_MODEL, Point, Reasoning, Record, Region
+from moondream_async.results import BASE_MODEL, Point, Reasoning, Region
 
 
 class Finetune(Record, kw_only=True):

@@ -94,7 +94,7 @@ async def made_a_task(client: md.MoondreamClient, image: bytes) -> None:
 async def others(client: md.MoondreamClient, image: md.EncodedImage) -> None:
     assert_type(await client.detect(image, "boat"), md.DetectResult)
     assert_type(await client.point(image, "boat", spatial_refs=[(0.5, 0.5)]), md.PointResult)
-    assert_type(await client.models(), tuple[md.Model, ...])
+    assert_type(await client.models(), list[md.Model])
     assert_type(await client.health(), md.Health)
     assert_type(await client.server_stats(), md.ServerStats)
     assert_type(await client.encode_image("photo.jpg"), md.EncodedImage)
@@ -167,7 +167,12 @@ async def settings(client: md.MoondreamClient, image: bytes) -> None:
 async def options(client: md.MoondreamClient, image: bytes) -> None:
     await client.caption(image, length="short", model="moondream3-preview")
     await client.caption(image, length="tiny")  # type: ignore[call-overload]
-    await client.caption(image, "short")  # type: ignore[call-overload] # options go by name
+    await client.caption(image, "short", False, {"temperature": 0.5})
+    assert_type(await client.caption(image, "short", True), md.CaptionStream)
+    assert_type(await client.query(image, "?", True), md.QueryStream)
+    assert_type(await client.segment(image, "boat", [(0.5, 0.5)], True), md.SegmentStream)
+    assert_type(await client.chat([], True), md.ChatStream)
+    await client.caption(image, "short", False, None, "model")  # type: ignore[call-overload]
     await client.query(image, "?", reasoning=True, spatial_refs=[[0.5, 0.5], (0, 0, 1, 1)])
     await client.query(image, "?", reasoning="yes")  # type: ignore[call-overload]
     await client.detect(image)  # type: ignore[call-arg] # what?
@@ -192,16 +197,17 @@ async def by_attribute(client: md.MoondreamClient, image: bytes) -> None:
     assert_type(answer.reasoning, md.Reasoning | None)
     if answer.reasoning is not None:
         assert_type(answer.reasoning.text, str)
-        assert_type(answer.reasoning.grounding, tuple[md.Grounding, ...])
+        assert_type(answer.reasoning.grounding, list[md.Grounding])
 
     detected = await client.detect(image, "boat")
-    assert_type(detected.objects, tuple[md.Region, ...])
+    assert_type(detected.objects, list[md.Region])
     assert_type(detected.objects[0].x_max, float)
     pointed = await client.point(image, "boat")
     assert_type(pointed.points[0].to_pixels(640, 480), tuple[float, float])
     outline = await client.segment(image, "boat")
     assert_type(outline.path, str)
     assert_type(outline.bbox, md.Region | None)
+    assert_type(outline.to_mask(640, 480), "PIL.Image.Image")
     turn = await client.chat([{"role": "user", "content": ["What is this?", image]}])
     assert_type(turn.message.content, str)
     assert_type(turn.usage, md.Usage | None)
@@ -209,10 +215,19 @@ async def by_attribute(client: md.MoondreamClient, image: bytes) -> None:
 
 async def by_item(client: md.MoondreamClient, image: bytes) -> None:
     caption = await client.caption(image)
+    assert_type(caption["caption"], str)
+    assert_type(caption["metrics"], dict[str, Any])
+    assert_type(caption["mine"], Any)
     text: str = caption["caption"]
     as_dict: dict[str, Any] = dict(caption)
     detected = await client.detect(image, "boat")
-    x_max: float = detected["objects"][0]["x_max"]
+    assert_type(detected["objects"], list[md.Region])
+    x_max = detected["objects"][0]["x_max"]
+    assert_type(x_max, float)
+    assert_type(caption | {"mine": 1}, dict[str, Any])
+    assert_type(md.Region(0, 0, 1, 1)["x_min"], float)
+    md.Region(0, 0, 1)  # type: ignore[call-arg]
+    md.CaptionResult(captoin="a boat")  # type: ignore[call-arg]
     assert_type("caption" in caption, bool)
     assert_type(caption.get("finish_reason", "stop"), Any)
     await client.query(image, text, settings=as_dict, spatial_refs=[(x_max, x_max)])
