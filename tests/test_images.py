@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import os
+import pickle
 import random
 import struct
 import subprocess
@@ -43,7 +44,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from moondream_async._images import can_prepare, encode_at_once, encode_image
 from moondream_async._images.convert import _fitted
-from moondream_async.errors import ImageError, RequestError
+from moondream_async.errors import ImageError, MissingExtraError, RequestError
 
 # What goes in
 
@@ -865,8 +866,10 @@ def test_heic_is_converted_and_pillow_stays_as_it_was():
 def test_heic_without_its_extra_is_refused_and_the_extra_named(monkeypatch):
     data = heic(DRAWING)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(ImageError, match=r"pip install 'moondream-async\[heif\]'"):
-        encode_image(data)
+    for kind in (ImageError, MissingExtraError):
+        with pytest.raises(kind, match=r"pip install 'moondream-async\[heif\]'") as caught:
+            encode_image(data)
+        assert type(pickle.loads(pickle.dumps(caught.value))) is type(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def encode_image(
         ImageError: The picture is missing, damaged, cut short, of an unknown
             format, or too large to be opened. Only what can be told without
             decoding is checked where nothing is decoded.
+        MissingExtraError: It is HEIC, and the extra ``heif`` is not installed; this is
+            an `ImageError` too.
         RequestError: A limit is not a positive whole number.
     """
     for name, limit in (("max_pixels", max_pixels), ("max_bytes", max_bytes)):
@@ -157,7 +159,7 @@ def _naming(image: ImageSource) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        raise ImageError(f"{inputs.describe(image)} {error}") from error.__cause__
+        raise type(error)(f"{inputs.describe(image)} {error}") from error.__cause__
     except Exception as error:  # Pillow, fed with what anybody may have made, raises anything
         reason = str(error) or type(error).__name__
         raise ImageError(f"{inputs.describe(image)} can't be decoded: {reason}") from error

@@ -21,7 +21,7 @@ from typing import Any, Final, cast
 
 from PIL import Image
 
-from moondream_async.errors import ImageError
+from moondream_async.errors import ImageError, MissingExtraError
 
 from .formats import HEIF_INSTALL, is_heif
 from .header import MAX_PIXELS, Header, check_size
@@ -56,6 +56,10 @@ _NO_END: Final = b"".join(
 _loading = threading.Lock()
 
 _thread = threading.local()
+
+
+class MissingDecoderError(ImageError, MissingExtraError):
+    """A picture is of a kind that needs an extra, which is not installed."""
 
 
 class _WhileDecoding(type):
@@ -181,7 +185,9 @@ def _heif(data: bytes) -> Image.Image:
     try:
         from pillow_heif import HeifImageFile  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ImageError(f"is a HEIC picture, which needs an extra: {HEIF_INSTALL}") from error
+        raise MissingDecoderError(
+            f"is a HEIC picture, which needs an extra: {HEIF_INSTALL}"
+        ) from error
     plugin: Any = HeifImageFile
     return cast("Image.Image", plugin(io.BytesIO(data), ""))
 
