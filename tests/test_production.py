@@ -1,0 +1,253 @@
+"""The recipe for production, under a real uvicorn, behind a real nginx, and in a real browser."""
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+
+import aiohttp
+import pytest
+from programs import RECIPES, running
+from test_web_page import BROWSERS
+
+from moondream_async._protocol.sse import SSEParser
+
+pytest.importorskip("uvicorn", reason="needs: python -m pip install '.[foreign]'")
+pytestmark = pytest.mark.slow
+
+NGINX = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
+ADDRESS = re.compile(r"running on (http://[\d.:]+)")
+BROWSERS_AT_ONCE = 20
+
+
+class Backend:
+    """The recipe, in a process of its own.
+
+    Attributes:
+        address: Where it is.
+        log: The lines of its log, so far.
+    """
+
+    def __init__(self, process):
+        self.process = process
+        self.log = []
+        self.address = None
+        self.started = asyncio.Event()
+
+    async def read_log(self):
+        async for line in self.process.stderr:
+            self.log.append(line.decode().rstrip())
+            found = ADDRESS.search(self.log[-1]) or re.search(r"running on (unix)", self.log[-1])
+            if found:
+                self.address = found[1]
+                self.started.set()
+        self.started.set()
+
+    async def stop(self):
+        """Tell it to stop, as a deployment does; return its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return await self.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def serving(simulator, *options):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-m", "uvicorn", "production:app"),
+        *("--app-dir", str(RECIPES), "--no-access-log", *map(str, options)),
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ | {"MOONDREAM_ENDPOINT": simulator.endpoint},
+    )
+    backend = Backend(process)
+    reading = asyncio.create_task(backend.read_log())
+    try:
+        await backend.started.wait()
+        assert backend.address, backend.log
+        yield backend
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await reading
+
+
+@pytest.fixture
+async def backend(simulator):
+    async with serving(simulator, "--port", 0) as backend:
+        yield backend
+
+
+@pytest.fixture
+async def browser(backend):
+    async with aiohttp.ClientSession(backend.address) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (None, (415, None)),
+        ("status=400", (502, None)),
+        ("status=429,times=9,retry_after=0.2", (429, "1")),
+        ("status=401", (502, None)),
+    ],
+    ids=["no picture", "refused by the server", "rate limit", "wrong key"],
+)
+async def test_each_failure_has_a_status_of_the_backends_own(
+    browser, simulator, photo, fault, expected
+):
+    if fault is not None:
+        simulator.faults.append(fault)
+    body = b"no picture" if fault is None else photo.read_bytes()
+    async with browser.post("/describe", data=body) as response:
+        said = await response.json()
+
+    assert (response.status, response.headers.get("Retry-After")) == expected
+    assert said["error"]
+
+
+async def ends_of(browser, photo, reading):
+    """Read events to the end; return the name of the last."""
+    parser = SSEParser()
+    names = []
+    async with browser.post("/describe", data=photo.read_bytes()) as response:
+        async for data in response.content.iter_any():
+            names += [event.event for event in parser.feed(data)]
+            if "chunk" in names:
+                reading.release()
+    return names[-1]
+
+
+@pytest.mark.parametrize("completed", [0, BROWSERS_AT_ONCE // 2, BROWSERS_AT_ONCE])
+async def test_browsers_are_told_the_end_when_the_backend_is_stopped(
+    backend, simulator, photo, completed
+):
+    held = [
+        simulator.script.caption(["A red", " circle."], hold_after=1)
+        for _ in range(BROWSERS_AT_ONCE)
+    ]
+    reading = asyncio.Semaphore(0)
+    async with aiohttp.ClientSession(backend.address) as browser:
+        ends = [
+            asyncio.create_task(ends_of(browser, photo, reading)) for _ in range(BROWSERS_AT_ONCE)
+        ]
+        for _ in range(BROWSERS_AT_ONCE):
+            await reading.acquire()
+        stopping = asyncio.create_task(backend.stop())
+        while not any("Shutting down" in line for line in backend.log):
+            await asyncio.sleep(0.01)  # nobody tells
+        for answer in held[:completed]:
+            answer.release()
+        names = await asyncio.gather(*ends)
+        status = await stopping
+
+    assert sorted(names) == ["done"] * completed + ["error"] * (BROWSERS_AT_ONCE - completed)
+    assert status == -signal.SIGTERM  # which uvicorn raises again when it is done
+    assert [line for line in backend.log if not line.startswith("INFO")] == []
+
+
+async def test_socket_gives_the_answer_in_pieces(browser, simulator, photo):
+    simulator.script.caption(["A red", " circle."])
+    async with browser.ws_connect("/ws") as socket:
+        await socket.send_bytes(photo.read_bytes())
+        said = [await socket.receive_json() for _ in range(3)]
+        simulator.faults.append("status=401")
+        await socket.send_bytes(photo.read_bytes())
+        failed = await socket.receive_json()
+
+    assert said == [{"chunk": "A red"}, {"chunk": " circle."}, {"done": True}]
+    assert "error" in failed
+
+
+async def test_socket_that_is_closed_ends_the_request(browser, simulator, photo):
+    simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with browser.ws_connect("/ws") as socket:
+        await socket.send_bytes(photo.read_bytes())
+        assert await socket.receive_json() == {"chunk": "A red"}
+    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+
+
+# -- nginx ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def front(simulator, tmp_path, monkeypatch):
+    """A browser's session with nginx, which has the backend behind it."""
+    if NGINX is None:
+        pytest.skip("needs nginx: apt-get install nginx-light")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(RECIPES / "nginx.conf", tmp_path)
+    options = f"daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/error.log;"
+    if os.getuid() == 0:
+        options += " user root;"  # or its workers could not reach into the folder of the test
+    command = [NGINX, "-p", tmp_path, "-c", "nginx.conf", "-g", options]
+    async with (
+        serving(simulator, "--uds", "backend.sock"),
+        running(*command),
+        aiohttp.ClientSession(
+            "http://localhost",
+            connector=aiohttp.UnixConnector("front.sock"),
+            headers={"Accept-Encoding": "gzip"},
+        ) as browser,
+    ):
+        while not os.path.exists("front.sock"):  # noqa: ASYNC240, PTH110 - nobody tells
+            await asyncio.sleep(0.01)
+        yield browser
+
+
+@pytest.mark.parametrize("path", ["/describe", "/text"])
+async def test_pieces_come_through_nginx_one_by_one_and_compressed(front, simulator, photo, path):
+    held = simulator.script.caption(["A red", " circle."], hold_after=1)
+    said = b""
+    async with front.post(path, data=photo.read_bytes()) as response:
+        assert response.status == 200
+        while b"A red" not in said:
+            part = await response.content.readany()
+            assert part, said
+            said += part
+        assert b"circle" not in said
+        held.release()
+        said += await response.read()
+
+    assert response.headers["Content-Encoding"] == "gzip"
+    assert b"circle." in said
+
+
+async def test_browser_that_leaves_nginx_ends_the_request(front, simulator, photo):
+    simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with front.post("/text", data=photo.read_bytes()) as response:
+        await response.content.readany()
+        response.close()
+    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+
+
+async def test_socket_goes_through_nginx(front, simulator, photo):
+    simulator.script.caption(["A red", " circle."])
+    async with front.ws_connect("/ws") as socket:
+        await socket.send_bytes(photo.read_bytes())
+        assert await socket.receive_json() == {"chunk": "A red"}
+
+
+# -- a browser -----------------------------------------------------------------------------
+
+
+async def test_page_reads_the_answer_to_its_post_while_it_is_written(backend, simulator, photo):
+    playwright = pytest.importorskip(
+        "playwright.async_api", reason="needs: python -m pip install '.[browser]'"
+    )
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    held = simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with playwright.async_playwright() as driver:
+        chromium = await driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = await chromium.new_page()
+        await page.goto(backend.address)
+        await page.set_input_files("input", photo)
+        said = page.locator("p")
+        await playwright.expect(said).to_have_text("A red")
+        held.release()
+        await playwright.expect(said).to_have_text("A red circle.")
+        await chromium.close()
