@@ -1,0 +1,329 @@
+"""Where moving pictures come from: files, cameras, screens. For `MoondreamClient.watch`.
+
+::
+
+    async with frames.camera(0) as pictures, client.watch(pictures, "detect", object="cat") as run:
+        async for each in run:
+            print(each.frame.time, each.result)
+
+Each source is an asynchronous context manager and gives `Frame`s. A thread decodes, and keeps
+at most one frame that nobody took: of what is live, the newest; of a file, the next. Leaving
+closes the device. The extra ``video`` brings PyAV (and mss, for `screen`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from .errors import ImageError, MissingExtraError, RequestError
+from .watch.items import Frame
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["Frame", "Source", "bgr", "camera", "screen", "video"]
+
+_NETWORK_TIMEOUT = 10.0  # seconds for opening, and between two packets, of what is far away
+_GOODBYE = 5.0  # seconds that leaving waits for a device that does not let go
+_LIVE = ("rtsp:", "rtsps:", "rtmp:", "rtmps:", "rtp:", "udp:", "srt:")
+_EPSILON = 1e-6
+
+_Produce = Callable[[threading.Event], Iterator[Frame | None]]
+
+
+class Source:
+    """Moving pictures, as an asynchronous iterator of `Frame`s; to be entered and left.
+
+    Entering opens it. Leaving closes its device, and returns when that is done. The
+    iterator ends with the pictures, and when the source is left.
+
+    Raises:
+        ImageError: It can't be opened, or not be read further.
+    """
+
+    def __init__(self, produce: _Produce, name: str, *, live: bool) -> None:
+        self._produce = produce
+        self._name = name
+        self._live = live
+        self._closing = threading.Event()
+        self._taken = threading.Semaphore(0)
+        self._thread = threading.Thread(
+            target=self._run, name="moondream_async source", daemon=True
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = asyncio.Event()
+        self._frame: Frame | None = None
+        self._failure: Exception | None = None
+        self._opened = False
+        self._over = False
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        try:
+            while not self._opened and not self._over:
+                await self._change()
+        except BaseException:
+            self._closing.set()
+            raise
+        if self._failure is not None:
+            self._thread.join()  # it has nothing left to do
+        self._raise_failure()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+        self._taken.release()
+        self._frame = None
+        ends = self._loop.time() + _GOODBYE if self._loop is not None else 0.0
+        while not self._over:
+            left = ends - asyncio.get_running_loop().time()
+            if left <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._change(), left)
+        self._thread.join()  # it has nothing left to do
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Frame:
+        """Return the next frame; of what is live, the newest that nobody took."""
+        if self._loop is None:
+            raise RequestError(f"{self._name} is not open: use it with 'async with'")
+        while not self._closing.is_set():
+            frame, self._frame = self._frame, None
+            if frame is not None:
+                self._taken.release()
+                return frame
+            if self._over:
+                self._raise_failure()
+                break
+            await self._change()
+        raise StopAsyncIteration
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        if isinstance(failure, RequestError):
+            raise failure
+        raise ImageError(f"{self._name} can't be read: {failure}") from failure
+
+    # -- the thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failure = None
+        try:
+            with contextlib.closing(self._produce(self._closing)) as frames:  # type: ignore[type-var]
+                for frame in frames:
+                    self._tell(partial(self._keep, frame))
+                    if frame is not None and not self._live:
+                        self._taken.acquire()
+                    if self._closing.is_set():
+                        break
+        except Exception as error:  # noqa: BLE001 - raised where frames are awaited
+            failure = error
+        self._tell(partial(self._end, failure))
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        assert self._loop is not None  # noqa: S101 - for the type checker
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(what)
+
+    def _keep(self, frame: Frame | None) -> None:
+        self._opened = True
+        if not self._closing.is_set():
+            self._frame = frame
+        self._changed.set()
+
+    def _end(self, failure: Exception | None) -> None:
+        self._failure = failure
+        self._over = True
+        self._changed.set()
+
+
+def video(
+    source: str | os.PathLike[str],
+    *,
+    every: float | None = None,
+    fps: float | None = None,
+    keyframes: bool = False,
+    live: bool | None = None,
+    format: str | None = None,  # noqa: A002 - PyAV's word
+    options: dict[str, str] | None = None,
+) -> Source:
+    """Open a video: a file, or an address as ``rtsp://...``.
+
+    Frames are RGB arrays, upright, and their `time` is the file's own timestamp.
+
+    Args:
+        source: The path or address.
+        every: Seconds between two frames that are given; None gives all.
+        fps: The same, as a number of frames a second.
+        keyframes: Whether only key frames are decoded, which is fast.
+        live: Whether it is played at its own speed, and a frame that nobody took is superseded
+            by the next; None is so for addresses of streams (RTSP, RTMP, ...). A file gives each
+            frame, as fast as it is read.
+        format: The container, where PyAV is to be told.
+        options: For PyAV's ``open``.
+
+    Raises:
+        RequestError: An argument can't be right.
+        MissingExtraError: PyAV is not installed.
+    """
+    if (every is not None) + (fps is not None) + keyframes > 1:
+        raise RequestError("a video takes one of every, fps and keyframes")
+    for name, value in (("every", every), ("fps", fps)):
+        if value is not None and not 0 < value < float("inf"):
+            raise RequestError(f"{name} must be over 0, not {value!r}")
+    _load("av", "PyAV")
+    path = str(source)
+    is_stream = path.lower().startswith(_LIVE)
+    live = is_stream if live is None else live
+    decode = partial(
+        _decode,
+        path,
+        every=1 / fps if fps else every,
+        keyframes=keyframes,
+        paced=live and not is_stream and format is None,
+        format=format,
+        options=options or {},
+    )
+    return Source(decode, _shown(path), live=live)
+
+
+def camera(
+    index: int = 0, *, fps: float | None = None, size: tuple[int, int] | None = None
+) -> Source:
+    """Open a camera of this computer; on Linux, ``/dev/video{index}``.
+
+    Args:
+        index: Its number, from 0.
+        fps: Frames a second at most; None gives all.
+        size: Width and height to ask the camera for.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+    """
+    import sys  # noqa: PLC0415 - asked for here only
+
+    devices = {"linux": (f"/dev/video{index}", "v4l2"), "darwin": (str(index), "avfoundation")}
+    device, kind = devices.get(sys.platform, (f"video={index}", "dshow"))
+    options = {"video_size": f"{size[0]}x{size[1]}"} if size else {}
+    if sys.platform == "darwin":
+        options["framerate"] = "30"  # it takes no less than what the camera has
+    return video(device, fps=fps, live=True, format=kind, options=options)
+
+
+def screen(*, monitor: int = 1, fps: float = 10.0) -> Source:
+    """Open the screen, as mss shows it.
+
+    Args:
+        monitor: Its number, from 1; 0 is all of them.
+        fps: How often it is looked at, a second.
+
+    Raises:
+        MissingExtraError: mss is not installed.
+    """
+    _load("mss", "mss")
+    return Source(partial(_grab, monitor, 1 / fps), f"screen {monitor}", live=True)
+
+
+def bgr(array: Any) -> Any:
+    """Return an OpenCV picture, which has blue first, as the RGB that it shows; no copy is made.
+
+    >>> import numpy
+    >>> bgr(numpy.array([[[255, 0, 1]]], numpy.uint8)).tolist()
+    [[[1, 0, 255]]]
+    """
+    return array[..., ::-1]
+
+
+def _decode(
+    path: str,
+    closing: threading.Event,
+    *,
+    every: float | None,
+    keyframes: bool,
+    paced: bool,
+    format: str | None,  # noqa: A002 - PyAV's word
+    options: dict[str, str],
+) -> Iterator[Frame | None]:
+    """Yield None once it is open, and then frames. Leaving it closes the container."""
+    import av  # noqa: PLC0415 - an extra
+    import numpy as np  # noqa: PLC0415 - likewise
+
+    timeout = _NETWORK_TIMEOUT if "://" in path or format else None
+    with av.open(path, format=format, options=options, timeout=timeout) as container:
+        if not container.streams.video:
+            raise ImageError(f"{_shown(path)} has no pictures in it")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        if keyframes:
+            stream.codec_context.skip_frame = "NONKEY"
+        yield None
+        began, first, due, index = time.monotonic(), None, 0.0, 0
+        for number, picture in enumerate(container.decode(stream)):
+            if closing.is_set():
+                return
+            at = float(number if picture.time is None else picture.time)
+            first = at if first is None else first
+            if paced and closing.wait(max(0.0, at - first - (time.monotonic() - began))):
+                return
+            if every is not None:
+                if at - first < due - _EPSILON:
+                    continue
+                due = ((at - first + _EPSILON) // every + 1) * every
+            image: Any = picture.to_ndarray(format="rgb24")
+            if turns := round(picture.rotation / 90) % 4:
+                image = np.ascontiguousarray(np.rot90(image, turns))
+            yield Frame(image=image, time=at, index=index)
+            index += 1
+
+
+def _grab(monitor: int, interval: float, closing: threading.Event) -> Iterator[Frame | None]:
+    import mss  # noqa: PLC0415 - an extra
+    from PIL import Image  # noqa: PLC0415 - loaded when it is needed
+
+    with mss.mss() as shooter:
+        if monitor >= len(shooter.monitors):
+            raise ImageError(f"There is no screen {monitor}")
+        yield None
+        began, index = time.monotonic(), 0
+        while not closing.is_set():
+            at = time.monotonic() - began
+            shot = shooter.grab(shooter.monitors[monitor])
+            image = Image.frombytes("RGB", shot.size, shot.rgb)
+            yield Frame(image=image, time=at, index=index)
+            index += 1
+            closing.wait(max(0.0, began + index * interval - time.monotonic()))
+
+
+def _load(module: str, name: str) -> None:
+    from importlib.util import find_spec  # noqa: PLC0415 - asked for here only
+
+    if find_spec(module) is None:
+        raise MissingExtraError(f"{name} is needed: pip install 'moondream-async[video]'")
+
+
+def _shown(path: str) -> str:
+    from ._transport.addresses import shown  # noqa: PLC0415 - most sources are files
+
+    return shown(path) if "://" in path else repr(path)

@@ -1,0 +1,86 @@
+"""Where moving pictures come from: each frame once or the newest, and devices let go of."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import moondream_async as md
+from moondream_async import frames
+
+av = pytest.importorskip("av", reason="the extra video is not installed")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Ninety frames, three seconds, of a colour that grows."""
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(90):
+            picture = np.full((48, 64, 3), (number * 2, 80, 20), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def times(path):
+    with av.open(str(path)) as container:
+        return [picture.time for picture in container.decode(video=0)]
+
+
+def threads():
+    return [each for each in threading.enumerate() if each.name == "moondream_async source"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "step"), [({}, 1), ({"every": 0.5}, 15), ({"fps": 10}, 3)], ids=str
+)
+async def test_a_file_gives_each_frame_once_with_its_own_time(clip, arguments, step):
+    async with frames.video(clip, **arguments) as source:
+        found = [each async for each in source]
+    assert [each.time for each in found] == times(clip)[::step]
+    assert [each.index for each in found] == list(range(len(found)))
+    assert {each.image.shape for each in found} == {(48, 64, 3)}
+    assert abs(int(found[-1].image[0, 0, 0]) - 2 * (len(found) - 1) * step) < 12  # red comes first
+    assert threads() == []
+
+
+async def test_leaving_in_the_middle_ends_the_thread(clip):
+    async with frames.video(clip) as source:
+        await anext(source)
+    assert threads() == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(source)
+
+
+async def test_a_camera_gives_the_newest_frame(client):
+    """A generator of pictures stands in for the device: a real one is no part of a test's room."""
+    pattern = frames.video("testsrc=size=64x48:rate=200", format="lavfi", live=True)
+    async with pattern as source, client.watch(source, "caption") as watch:
+        seen = [(await anext(watch)).frame.index for _ in range(3)]
+    assert seen == sorted(set(seen))
+    assert threads() == []
+
+
+@pytest.mark.parametrize(
+    "source", ["missing.mp4", b"no video", "camera"], ids=["missing", "other", "no camera"]
+)
+async def test_what_cannot_be_opened_is_an_error_of_ours(tmp_path, source):
+    if source == "camera":
+        opened = frames.camera(97)
+    elif isinstance(source, bytes):
+        (tmp_path / "clip.mp4").write_bytes(source)
+        opened = frames.video(tmp_path / "clip.mp4")
+    else:
+        opened = frames.video(tmp_path / source)
+    with pytest.raises(md.ImageError):
+        await opened.__aenter__()
+    assert threads() == []
+
+
+@pytest.mark.parametrize("arguments", [{"every": 0}, {"fps": -1}, {"every": 1, "keyframes": True}])
+def test_an_argument_that_cannot_be_right_is_refused(arguments):
+    with pytest.raises(md.RequestError):
+        frames.video("clip.mp4", **arguments)
