@@ -66,9 +66,10 @@ from .tuning.records import (
     TrainStep,
 )
 from .tuning.wire import TrainGroup, TuningRequest
-from .types import CallEvent, EncodedImage, Hooks, ImageInput, Settings, Timeout
+from .types import SAMPLE_IMAGE, CallEvent, EncodedImage, Hooks, ImageInput, Settings, Timeout
 
 __all__ = [
+    "SAMPLE_IMAGE",
     "APIConnectionError",
     "APIStatusError",
     "APITimeoutError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from binascii import b2a_base64
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
 
 import msgspec
@@ -94,6 +95,9 @@ class Array(Protocol):
     def __array_interface__(self) -> dict[str, Any]:
         """The buffer, its shape and its type of number."""
 
+
+SAMPLE_IMAGE = Path(__file__).parent / "simulator" / "sample.jpg"
+"""The path of a picture that comes along, to try things with: a JPEG of 640x480 pixels."""
 
 ImageInput = Union[
     str,

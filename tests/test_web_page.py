@@ -664,7 +664,7 @@ async def test_settings_are_sent_to_the_skills_that_they_are_for(tab, simulator)
     await tab.tab.get_by_label("At most, tokens").fill("3")
     await tab.tab.get_by_label("Temperature").fill("0.5")
     await tab.ask("query")
-    await expect(tab.answer).to_have_text("There are 5")
+    await expect(tab.answer).to_have_text("There are 9")
     await tab.until_done()
     assert simulator.requests[-1].body["settings"] == {"max_tokens": 3, "temperature": 0.5}
     await tab.ask("detect")

@@ -9,14 +9,13 @@ const WIDTH = 58;
 export function program(question, { about, picture }) {
   const sample = picture === null;
   const isPath = !sample && question.skill === "chat"; // in a message, a string would be text
-  const image = sample ? "SAMPLE_IMAGE" : isPath ? `Path(${picture})` : picture;
+  const image = sample ? "md.SAMPLE_IMAGE" : isPath ? `Path(${picture})` : picture;
   const isCloud = about.endpoint === "https://api.moondream.ai/v1";
   return [
     "import asyncio",
     isPath && "from pathlib import Path",
     "",
     "import moondream_async as md",
-    sample && "from moondream_async.simulator import SAMPLE_IMAGE",
     "", "",
     "async def main():",
     ...indent(1, [

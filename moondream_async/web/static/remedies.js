@@ -27,7 +27,7 @@ const REMEDIES = {
 
 export function remedy(type, endpoint) {
   if (type === "APIConnectionError") {
-    return endpoint?.startsWith("https://api.moondream.ai")
+    return endpoint === "https://api.moondream.ai/v1"
       ? "Look whether this machine is connected to the internet, then ask again."
       : `Look whether the server at ${endpoint} runs. To try without one: moondream-async serve`;
   }
