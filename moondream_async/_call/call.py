@@ -389,7 +389,9 @@ class Call:
         wait = min(_ERROR_BODY_SECONDS, max(deadline.left, 0))
         deadline.enter(None)
         data = session.redact(await body.read_error(wait))
-        raise error_from_response(body.status, body.headers, data, now=time.time())
+        raise error_from_response(
+            body.status, body.headers, data, now=time.time(), endpoint=session.endpoint
+        )
 
     async def _prepare(self, deadline: Deadline) -> bool:
         """Make the body; return whether a slot of `Session.preparing` was taken for it."""

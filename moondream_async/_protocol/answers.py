@@ -293,11 +293,12 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
 
 
 def error_from_response(
-    status: int, headers: Mapping[str, str], body: bytes, *, now: float
+    status: int, headers: Mapping[str, str], body: bytes, *, now: float, endpoint: str = ""
 ) -> APIStatusError:
     """Turn an answer with an error status into the error to raise; any body will do.
 
-    `now` is the time in seconds since the epoch, for a ``Retry-After`` date.
+    `now` is the time in seconds since the epoch, for a ``Retry-After`` date. Where
+    `endpoint` was asked for what it doesn't have, and lacks its ``/v1``, the error says so.
     """
     try:
         raw: Any = msgspec.json.decode(body)
@@ -305,8 +306,11 @@ def error_from_response(
         raw = _excerpt(body)
     message, fields = describe(raw)
     cls = _BY_STATUS.get(status) or (ServerError if status >= 500 else APIStatusError)
+    message = message or f"HTTP status {status}: {_excerpt(body) or 'an empty body'}"
+    if status == 404 and endpoint and not endpoint.endswith("/v1"):
+        message = f"{message} (at {endpoint}; did you mean {endpoint}/v1?)"
     return cls(
-        message or f"HTTP status {status}: {_excerpt(body) or 'an empty body'}",
+        message,
         status=status,
         retry_after=parse_retry_after(headers.get("Retry-After"), now),
         body=raw,

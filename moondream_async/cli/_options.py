@@ -22,7 +22,9 @@ def _check_positive(value: float | None) -> float | None:
 Image = Annotated[
     str,
     typer.Argument(
-        metavar="IMAGE", help="The picture's path, or - to read it from stdin.", show_default=False
+        metavar="IMAGE",
+        help="The picture's path or web address, or - to read it from stdin.",
+        show_default=False,
     ),
 ]
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -21,12 +22,15 @@ from moondream_async.errors import MoondreamError
 from . import batch, chat, demo, places, serve, server, skills
 from ._options import UsageError
 from ._output import one_line
+from ._words import in_words
 from .bulk import command as bulk
 
 NAME = "moondream-async"
 
+_COMPLETE = "_MOONDREAM_ASYNC_COMPLETE"
+_OF_ONE_PICTURE = ("caption", "query", "detect", "point", "segment", "demo")
+
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,  # help without boxes: it is piped, searched and read in narrow windows
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -59,6 +63,12 @@ def _program(
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
+    _verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Show what the client does, a line each. Goes anywhere."
+        ),
+    ] = False,
 ) -> None:
     """Ask Moondream about pictures, and read the answers as they are written.
 
@@ -75,18 +85,25 @@ def run(args: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal can't show is no failure
     command = typer.main.get_command(app)
+    if _COMPLETE in os.environ:  # a shell asks what can be typed
+        command.main(list(args), prog_name=NAME)
     status = 0
+    args, verbose = _without_verbose(args)
     try:
-        with command.make_context(NAME, list(args) or ["--help"]) as context:
+        with (
+            _logging() if verbose else contextlib.nullcontext(),
+            command.make_context(NAME, args or ["--help"]) as context,
+        ):
             command.invoke(context)
     except typer.Exit as end:
         status = end.exit_code
     except UsageError as error:
         path = NAME if error.ctx is None else error.ctx.command_path
-        _complain(f"{error.format_message().rstrip('.')} (see {path} --help)")
+        said = error.format_message().rstrip(".")
+        _complain(f"{said}{_hint(error)} (see {path} --help)")
         status = 2
     except MoondreamError as error:
-        _complain(str(error))
+        _complain(in_words(error))
         status = 1
     except BrokenPipeError:
         _abandon_stdout()
@@ -96,6 +113,42 @@ def run(args: Sequence[str]) -> int:
         _complain(str(error))
         status = 1
     return status
+
+
+def _hint(error: typer.BadParameter) -> str:
+    """Return what to do instead, where several pictures are given to a command for one."""
+    extra = "unexpected extra argument" in error.format_message()
+    if extra and error.ctx is not None and error.ctx.command.name in _OF_ONE_PICTURE:
+        return f"; for several pictures there is: {NAME} bulk PATHS... -o FILE"
+    return ""
+
+
+def _without_verbose(args: Sequence[str]) -> tuple[list[str], bool]:
+    """Take ``-v`` out, which may stand before a command or behind it."""
+    end = args.index("--") if "--" in args else len(args)
+    kept = [each for each in args[:end] if each not in ("-v", "--verbose")]
+    return [*kept, *args[end:]], len(kept) < end
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Write the package's log lines to stderr, each of them one line."""
+    logger = logging.getLogger("moondream_async")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 def _complain(message: str) -> None:

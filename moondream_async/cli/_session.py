@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moondream_async import MoondreamClient, Timeout
+from moondream_async import CallEvent, Hooks, MoondreamClient, Timeout, fetch_image
+
+from ._output import note
+from ._words import plain
+
+if TYPE_CHECKING:
+    from moondream_async import EncodedImage
 
 _STDIN = 0  # by its number, since sys.stdin is None where it is closed
 _READ_BYTES = 1 << 20
@@ -21,13 +28,38 @@ def make_client(
     its parts, or a patient user would still be told that there was no beginning.
     """
     limits = Timeout() if timeout is None else Timeout(first_event=None, idle=None, total=timeout)
-    return MoondreamClient(endpoint=endpoint, model=model, timeout=limits)
+    watched = sys.stderr is not None and sys.stderr.isatty()
+    hooks = Hooks(retry=_tell_retry if watched else None)
+    return MoondreamClient(endpoint=endpoint, model=model, timeout=limits, hooks=hooks)
 
 
-def read_image(path: str) -> str | bytes:
-    """Return what a client takes for the argument IMAGE."""
+def _tell_retry(event: CallEvent) -> None:
+    """Say to who waits at a terminal what they wait for."""
+    note(f"Trying again in {event.delay or 0:.1f} s: {plain(event.error)}")
+
+
+def at_home(path: str) -> str:
+    """Return a path with its ``~`` replaced by the home, where the shell has left it."""
+    return path if os.path.lexists(path) else os.path.expanduser(path)  # noqa: PTH111 - a string
+
+
+def read_image(path: str) -> str | bytes | EncodedImage:
+    """Return what a client takes for the argument IMAGE: a path, ``-``, or a web address.
+
+    Raises:
+        ImageError: The address is refused, or there is no picture.
+        APIConnectionError: It can't be reached.
+    """
+    if path.lower().startswith(("http://", "https://")):
+        images: list[EncodedImage] = []
+
+        async def fetch() -> None:
+            images.append(await fetch_image(path))
+
+        run(fetch())
+        return images[0]
     if path != "-":
-        return path
+        return at_home(path)
     # Not left to the client, where Ctrl-C could not end a read in a thread. And piece by
     # piece, since a signal between two reads of one call would wait for the second to end.
     pieces = []

@@ -16,7 +16,7 @@ from moondream_async import ChatStream, MoondreamClient, MoondreamError
 
 from . import _options as options
 from ._output import note, print_events, print_json, print_pieces
-from ._session import make_client
+from ._session import at_home, make_client
 
 _HELP = "/image PATH adds a picture to the next message, /new begins anew, /quit or Ctrl-D ends."
 
@@ -48,8 +48,8 @@ def chat(
     """Talk with a model, about pictures or about anything.
 
     Each line is a message. /image PATH adds a picture to the next one, /new begins a
-    new conversation, and /quit or Ctrl-D ends. Ctrl-C stops an answer; the
-    conversation goes on.
+    new conversation, and /quit or Ctrl-D ends. Ctrl-C stops an answer, or clears what
+    is typed; the conversation goes on, but for a second Ctrl-C.
 
     Where input is no terminal, each of its lines is a message, and the first error
     ends it. With --json, every event of an answer is a line as it arrives, and the
@@ -58,7 +58,7 @@ def chat(
     """
     client = make_client(endpoint=endpoint, model=model, timeout=timeout)
     conversation = Conversation(client, system=system, reasoning=reasoning, as_json=as_json)
-    conversation.images += images or []
+    conversation.images += map(at_home, images or [])
     interactive = sys.stdin is not None and sys.stdin.isatty()
     # One loop for the whole conversation keeps the connection from answer to answer; it
     # runs only while there is an answer to wait for.
@@ -139,9 +139,11 @@ def _obey(loop: asyncio.AbstractEventLoop, conversation: Conversation, line: str
     """Do what a line asks for."""
     command, _, argument = line.partition(" ")
     if command == "/image" and argument:
-        path = argument.strip().strip("'\"")  # as terminals quote what is dropped into them
+        # Quoted as terminals do with what is dropped into them.
+        path = at_home(argument.strip().strip("'\""))
         if Path(path).is_file():
             conversation.images.append(path)
+            note(f"{path} goes with the next message.")
         else:
             note(f"There is no file {path}")
     elif command == "/new":
@@ -158,11 +160,20 @@ def _lines(*, interactive: bool) -> Iterator[str]:
         note(_HELP)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, PLC0415 - gives input() its editing keys and a history
+    stopped = False
     while True:
         try:
             line = input("> " if interactive else "").strip()
         except EOFError:
             break
+        except KeyboardInterrupt:
+            if stopped or not interactive:
+                raise
+            stopped = True
+            typer.echo()
+            note("Ctrl-C once more, or Ctrl-D, leaves.")
+            continue
+        stopped = False
         if line in ("/quit", "/exit"):
             return
         yield line

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import webbrowser
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moondream_async.errors import MoondreamError
+from moondream_async.types import SAMPLE_IMAGE, EncodedImage
 
 from . import _options as options
 from ._options import UsageError
 from ._output import note, print_pieces, print_text
+from ._picture import print_wrapped, show_picture
 from ._session import make_client, read_image, run
 
 if TYPE_CHECKING:
@@ -27,7 +31,8 @@ def demo(
         str | None,
         typer.Argument(
             metavar="IMAGE",
-            help="The picture's path, or - to read it from stdin; else one that comes along.",
+            help="The picture's path or web address, or - to read it from stdin; else one that "
+            "comes along.",
             show_default=False,
         ),
     ] = None,
@@ -44,6 +49,9 @@ def demo(
             "or any free one where that is taken]",
         ),
     ] = None,
+    opens: Annotated[
+        bool, typer.Option("--open/--no-open", help="With --web, open the page in the browser.")
+    ] = True,
     rate: Annotated[
         float,
         typer.Option(
@@ -60,18 +68,22 @@ def demo(
     where MOONDREAM_API_KEY is set. Else it starts a simulator inside itself, which
     runs no model: it describes what it can measure in the picture.
 
+    On a terminal, the picture is shown there, too.
+
     With --web, it serves a page on this machine until Ctrl-C: to bring a picture,
     ask for any skill, and see what is answered and what was found. The key stays
     with this program.
     """
     if port is not None and not web:
         raise UsageError("'--port' has no effect without '--web'", context)
+    if not opens and not web:
+        raise UsageError("'--no-open' has no effect without '--web'", context)
     picture = None if image is None else read_image(image)
     endpoint = endpoint or os.environ.get("MOONDREAM_ENDPOINT")
     simulated = not endpoint and not os.environ.get("MOONDREAM_API_KEY")
     server = _server(endpoint, model, timeout, rate if simulated else None)
     if web:
-        run(_serve_page(server, picture, model, port, simulated=simulated))
+        run(_serve_page(server, picture, model, port, simulated=simulated, opens=opens))
     else:
         run(_demo(server, picture, simulated=simulated))
 
@@ -93,12 +105,11 @@ async def _server(
 
 async def _demo(
     server: contextlib.AbstractAsyncContextManager[MoondreamClient],
-    image: str | bytes | None,
+    image: str | bytes | EncodedImage | None,
     *,
     simulated: bool,
 ) -> None:
-    from moondream_async.simulator import SAMPLE_IMAGE  # noqa: PLC0415 - loads aiohttp
-
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
     async with server as client:
         _name_server(client, simulated=simulated)
         if image is None:
@@ -106,30 +117,33 @@ async def _demo(
         else:
             note(f"Picture: {image if isinstance(image, str) else 'from stdin'}")
         note("")
-        async with client.caption(SAMPLE_IMAGE if image is None else image, stream=True) as stream:
-            pieces = await print_pieces(stream)
+        prepared = await client.encode_image(SAMPLE_IMAGE if image is None else image)
+        if on_terminal:
+            show_picture(prepared)
+        async with client.caption(prepared, stream=True) as stream:
+            pieces = await (print_wrapped(stream) if on_terminal else print_pieces(stream))
     note("")
     first = "" if stream.ttft is None else f", the first after {stream.ttft:.2f} seconds"
     note(f"Request {stream.request_id or 'without an id'}: {pieces} pieces{first}")
+    note("Next: a page to ask from, moondream-async demo --web; or a picture of your own,")
     if simulated:
-        note("Next: set MOONDREAM_API_KEY and run it again, or: moondream-async demo PICTURE")
-        note("To try programs of your own with the simulator: moondream-async serve")
+        note("moondream-async demo PICTURE. For a model's answers, set MOONDREAM_API_KEY.")
     else:
-        note("Next: moondream-async query PICTURE 'What is there to see?'")
+        note("moondream-async query PICTURE 'What is there to see?'")
 
 
 async def _serve_page(
     server: contextlib.AbstractAsyncContextManager[MoondreamClient],
-    image: str | bytes | None,
+    image: str | bytes | EncodedImage | None,
     model: str | None,
     port: int | None,
     *,
     simulated: bool,
+    opens: bool,
 ) -> None:
     import anyio  # noqa: PLC0415 - --help and errors of usage do without
 
-    from moondream_async.simulator import SAMPLE_IMAGE  # noqa: PLC0415 - loads aiohttp
-    from moondream_async.web import DemoPage  # noqa: PLC0415 - likewise
+    from moondream_async.web import DemoPage  # noqa: PLC0415 - loads aiohttp
 
     name = None
     if image is not None:
@@ -152,7 +166,16 @@ async def _serve_page(
             _name_server(client, simulated=simulated)
             note("Open this page in a browser on this machine; Ctrl-C ends it.")
             print_text(page.url)
+            if opens and _has_browser():
+                # In a thread: some browsers come back only when they are closed.
+                await anyio.to_thread.run_sync(webbrowser.open, page.url, abandon_on_cancel=True)
             await anyio.sleep_forever()
+
+
+def _has_browser() -> bool:
+    """Whether there is a browser with windows of its own: another would take the terminal."""
+    named = any(os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
+    return named or sys.platform in ("darwin", "win32")
 
 
 def _name_server(client: MoondreamClient, *, simulated: bool) -> None:

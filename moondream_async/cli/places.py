@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moondream_async import MoondreamClient
+from moondream_async import ImageInput, MoondreamClient, MoondreamError
 from moondream_async._stream.kinds import SegmentStream
 from moondream_async.results import DetectResult, PointResult, SegmentResult
 
@@ -16,7 +17,7 @@ from . import _options as options
 from ._files import replacing
 from ._options import UsageError
 from ._output import note, print_events, print_json, print_pieces, print_text
-from ._session import make_client, read_image, run
+from ._session import at_home, make_client, read_image, run
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -58,7 +59,7 @@ def detect(
     With --json, the answer is one object with the keys objects, request_id,
     finish_reason and metrics.
     """
-    _check_can_save(context, save)
+    save = _check_can_save(context, save)
     picture = read_image(image)
     client = make_client(endpoint=endpoint, model=model, timeout=timeout)
     call = client.detect(picture, object, settings=_limit(max_objects))
@@ -84,7 +85,7 @@ def point(
     With --json, the answer is one object with the keys points, request_id,
     finish_reason and metrics.
     """
-    _check_can_save(context, save)
+    save = _check_can_save(context, save)
     picture = read_image(image)
     client = make_client(endpoint=endpoint, model=model, timeout=timeout)
     call = client.point(picture, object, settings=_limit(max_objects))
@@ -119,7 +120,7 @@ def segment(
     parse_error, request_id, finish_reason and metrics. With --json --stream, every
     event is a line as it arrives, and the last is {"event": "final", ...} with these.
     """
-    _check_can_save(context, save)
+    save = _check_can_save(context, save, outlines=True)
     picture = read_image(image)
     client = make_client(endpoint=endpoint, model=model, timeout=timeout)
     if stream:
@@ -136,7 +137,7 @@ async def _show(
     key: str,
     lines: Callable[[Any], list[str]],
     *,
-    picture: str | bytes,
+    picture: ImageInput,
     save: Path | None,
     as_json: bool,
 ) -> None:
@@ -156,7 +157,7 @@ async def _show_outline(
     client: MoondreamClient,
     call: Coroutine[Any, Any, SegmentStream],
     *,
-    picture: str | bytes,
+    picture: ImageInput,
     save: Path | None,
     as_json: bool,
 ) -> None:
@@ -214,17 +215,23 @@ def _limit(max_objects: int | None) -> dict[str, int] | None:
     return None if max_objects is None else {"max_objects": max_objects}
 
 
-def _check_can_save(context: typer.Context, save: Path | None) -> None:
+def _check_can_save(
+    context: typer.Context, save: Path | None, *, outlines: bool = False
+) -> Path | None:
     """Refuse before anything is asked what could not be written afterwards."""
     if save is None:
-        return
+        return None
+    save = Path(at_home(str(save)))
     if save.suffix.lower() not in _PICTURES:
         raise UsageError(f"--save takes a file that ends in {', '.join(_PICTURES)}", context)
     if not save.parent.is_dir():
         raise UsageError(f"--save: there is no folder {save.parent}", context)
+    if outlines and find_spec("svg") is None:
+        raise MoondreamError("--save of an outline needs: pip install 'moondream-async[cli]'")
+    return save
 
 
-async def _draw(found: Found, picture: str | bytes, path: Path) -> None:
+async def _draw(found: Found, picture: ImageInput, path: Path) -> None:
     """Write the picture with what was found; the file there stays until the new one is whole."""
     from asyncio import to_thread  # noqa: PLC0415 - --help does without
 

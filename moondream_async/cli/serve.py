@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import time
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,10 +13,11 @@ import typer
 from moondream_async.errors import MoondreamError
 
 from ._options import UsageError
+from ._output import one_line, print_text
 from ._session import run
 
 if TYPE_CHECKING:
-    from moondream_async.simulator import Simulator
+    from moondream_async.simulator import ReceivedRequest, Simulator
 
 # The simulator's own list of them can't be had without aiohttp, which --help does without.
 Dialect = Literal["cloud", "kestrel", "station", "old"]
@@ -51,8 +53,9 @@ def serve(
 ) -> None:
     """Run a server that speaks the Moondream API, until Ctrl-C.
 
-    It runs no model: it describes what it can measure in the picture that it is
-    sent, in the same words each time. It is there for trials and tests.
+    It writes a line for each request. It runs no model: it describes what it can
+    measure in the picture that it is sent, in the same words each time. It is there for
+    trials and tests.
     """
     if api_key is not None and dialect != "cloud":
         raise UsageError(f"'--api-key' has no effect with '--dialect {dialect}'", context)
@@ -69,8 +72,21 @@ def serve(
         faults = [Fault.parse(text) for text in fault or ()]
     except ValueError as error:
         raise UsageError(f"Invalid value for '--fault': {error}", context) from error
-    simulator = Simulator(dialect, rate, api_key, faults, host=host, port=port, keep=0)
+    simulator = Simulator(
+        dialect, rate, api_key, faults, host=host, port=port, keep=0, on_end=_tell_request
+    )
     run(_serve(simulator, f"{host}:{port}", needs_key=api_key is not None))
+
+
+def _tell_request(request: ReceivedRequest) -> None:
+    """Write a line about a request that has ended."""
+    said = f"{request.method} {request.path} {request.status or '-'}"
+    if request.stream:
+        said += f" {request.events_sent} events"
+    if request.disconnected:
+        said += " hung up"
+    with contextlib.suppress(OSError):  # a reader of the lines who goes away ends no answer
+        print_text(f"{time.strftime('%H:%M:%S')} {one_line(said)} {request.seconds:.2f} s")
 
 
 async def _serve(simulator: Simulator, address: str, *, needs_key: bool) -> None:

@@ -15,10 +15,12 @@ in place of that, it says: see `Script`.
 
 from __future__ import annotations
 
+from moondream_async.types import SAMPLE_IMAGE
+
 from .dialects import DIALECTS
 from .faults import Fault, FaultQueue, describe_faults
 from .received import Connections, ReceivedRequest
-from .sample import SAMPLE_IMAGE, draw_sample
+from .sample import draw_sample
 from .script import Script, ScriptedAnswer
 from .server import Simulator, serve
 from .thread import SimulatorThread

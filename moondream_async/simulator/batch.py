@@ -241,7 +241,7 @@ class Batches:
             if "id" in request:
                 result["id"] = request["id"]
             return result | {"status": "ok"} | self._solve(request)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             error = {"code": "invalid_request", "message": "The line is no JSON object"}
         except LineError as line_error:
             error = {"code": line_error.code, "message": line_error.message}

@@ -38,13 +38,14 @@ class ReceivedRequest:
         bytes_sent: How many bytes of the answer's body were handed to the socket.
         ended: Set when nothing more will be sent.
         ended_at: When that was, by `time.monotonic`.
+        seconds: From its arrival until then.
         disconnected: Whether the client went away before the answer was whole.
     """
 
     def __init__(self, request: web.Request, connection: int) -> None:
         self.method = request.method
         self.path = request.path
-        self.origin = str(request.url.origin())
+        self.origin = f"{request.scheme}://{request.host}"  # whatever it says
         self.params: Mapping[str, str] = request.match_info
         self.query: Mapping[str, str] = request.query
         self.headers: Mapping[str, str] = request.headers
@@ -59,6 +60,8 @@ class ReceivedRequest:
         self.bytes_sent = 0
         self.ended = asyncio.Event()
         self.ended_at: float | None = None
+        self.seconds = 0.0
+        self._began = time.monotonic()
         self.disconnected = False
 
     def __repr__(self) -> str:
@@ -69,6 +72,7 @@ class ReceivedRequest:
     def end(self) -> None:
         """Mark that nothing more will be sent."""
         self.ended_at = time.monotonic()
+        self.seconds = self.ended_at - self._began
         self.ended.set()
 
     @property

@@ -23,6 +23,7 @@ from .dialects import DIALECTS
 from .endpoints import Endpoints
 from .faults import Fault, FaultQueue
 from .gallery import Gallery
+from .noise import logger
 from .received import Connections, ReceivedRequest
 from .script import Script
 from .steps import Auth, Event, HangUp, Hold, Reply, Route, Step, Steps, Wait
@@ -53,6 +54,9 @@ class _HungUpError(ConnectionError):
     """We closed the connection on purpose."""
 
 
+_NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 class Simulator:
     """A server that speaks the Moondream API and describes what it measures in pictures.
 
@@ -77,6 +81,7 @@ class Simulator:
         blank_lines: Ends every event with a blank line, as SSE wants it. False leaves
             them out, as the documentation of the cloud prints it.
         keep: How many of the latest requests are remembered in `requests`.
+        on_end: Called with each request that has ended.
 
     Attributes:
         app: The application.
@@ -101,6 +106,7 @@ class Simulator:
         ssl_context: ssl.SSLContext | None = None,
         blank_lines: bool = True,
         keep: int = 1000,
+        on_end: Callable[[ReceivedRequest], object] | None = None,
     ) -> None:
         if dialect not in DIALECTS:
             raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(DIALECTS)}")
@@ -114,6 +120,7 @@ class Simulator:
         )
         self._api_key = api_key
         self._keep = keep
+        self._on_end = on_end
         self._address = (host, port)
         self._ssl_context = ssl_context
         self._runner: web.AppRunner | None = None
@@ -159,7 +166,7 @@ class Simulator:
     async def __aenter__(self) -> Self:
         # With handler_cancellation a client that goes away ends its answer at once.
         runner = web.AppRunner(
-            self.app, handler_cancellation=True, access_log=None, shutdown_timeout=1
+            self.app, handler_cancellation=True, access_log=None, logger=logger, shutdown_timeout=1
         )
         await runner.setup()
         try:
@@ -265,6 +272,8 @@ class Simulator:
                 self._answering.discard(task)
             received.end()
             self._notify()
+            if self._on_end is not None:
+                self._on_end(received)
         return response
 
     async def _respond(
@@ -328,9 +337,14 @@ class Simulator:
             data = await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise RefusedError("Request body is too large", status=413) from None
+        except web.RequestPayloadError:
+            raise RefusedError("Request body could not be decoded") from None
         if self.dialect.lenient:
-            form = await request.post()
-            return self._merge(data, dict(request.query) | dict(form))
+            try:
+                form = dict(await request.post())
+            except (ValueError, LookupError):  # it is none, or of no known encoding
+                form = {}
+            return self._merge(data, dict(request.query) | form)
         if not data:
             return None
         content_type = request.headers.get(hdrs.CONTENT_TYPE)
@@ -338,14 +352,14 @@ class Simulator:
             raise RefusedError("Content-Type must be application/json")
         try:
             return msgspec.json.decode(data)
-        except msgspec.DecodeError:
+        except _NO_JSON:
             raise RefusedError("Request body must be valid JSON") from None
 
     def _merge(self, data: bytes, fields: dict[str, Any]) -> Any:
         """Add JSON to the query string and the form, as Station does; overlook what is not JSON."""
         try:
             decoded = msgspec.json.decode(data)
-        except msgspec.DecodeError:
+        except _NO_JSON:
             decoded = {}
         if not isinstance(decoded, dict):
             raise web.HTTPInternalServerError(text="Internal Server Error")

@@ -47,7 +47,7 @@ async def read_question(request: web.Request) -> tuple[Question, bytes]:
     question, _, picture = (await request.read()).partition(b"\n")
     try:
         return msgspec.json.decode(question, type=Question), picture
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"The question could not be read: {error}") from error
 
 

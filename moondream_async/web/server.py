@@ -17,6 +17,7 @@ from moondream_async import (
     RequestError,
 )
 from moondream_async._stream.stream import Stream
+from moondream_async.simulator.noise import logger
 from moondream_async.types import EncodedImage, ImageInput
 
 from .asking import ask, read_question
@@ -101,7 +102,11 @@ class DemoPage:
         self._picture = await self._client.encode_image(self._given)
         # With handler_cancellation, a reader who goes away ends the call to the server at once.
         runner = web.AppRunner(
-            self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+            self._app(),
+            handler_cancellation=True,
+            access_log=None,
+            logger=logger,
+            shutdown_timeout=0.1,
         )
         await runner.setup()
         try:
@@ -183,6 +188,8 @@ async def _answer_for_errors(request: web.Request, handler: _Handler) -> web.Str
     except web.HTTPRequestEntityTooLarge:
         sentence = f"That is over the {MAX_BODY_BYTES >> 20} MB that this server takes."
         return _error(413, "TooLarge", sentence)
+    except web.RequestPayloadError:
+        return _error(400, "BadRequest", "What was sent could not be decoded.")
     except web.HTTPException as error:
         return _error(error.status, error.reason, f"{error.reason}: {request.path}")
     except MoondreamError as error:
@@ -199,6 +206,7 @@ def _status(error: MoondreamError) -> int:
 
 
 def _error(status: int, kind: str, message: str) -> web.Response:
+    message = message.encode(errors="replace").decode()  # a request's own bytes may be in it
     return _json({"error": {"type": kind, "message": message}}, status=status)
 
 

@@ -1,0 +1,65 @@
+"""The words of the command line for what the library says in Python's: options, variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from moondream_async.errors import APIConnectionError, ImageError, MoondreamError, RequestError
+
+_NO_KEY = (
+    "Moondream Cloud needs an API key: set MOONDREAM_API_KEY. Or name another server with "
+    "--endpoint or MOONDREAM_ENDPOINT ('moondream-async serve' starts one for trials). Or try: "
+    "moondream-async demo"
+)
+_EMPTY = r"must be a string that is not empty, not '\s*'"
+
+_IN_OTHER_WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"^Moondream Cloud needs an API key\..*", _NO_KEY),
+    (r"^api_key must be", "MOONDREAM_API_KEY must be"),
+    (r"^endpoint must be", "--endpoint, or MOONDREAM_ENDPOINT, must be"),
+    (r"Use https, or pass insecure_hosts=.*", "Use https, or unset MOONDREAM_API_KEY."),
+    (rf"^(question|object) {_EMPTY}", lambda found: f"{found[1].upper()} must not be empty"),
+    (rf"^(model|timeout) {_EMPTY}", r"--\1 must not be empty"),
+    (r"\bsettings\['(\w+)'\]", lambda found: f"--{found[1].replace('_', '-')}"),
+    (r"\bTimeout\.total\b", "--timeout"),
+    (r"\b(rate_limit|max_retries|max_connections|max_pixels) must", r"--\1 must"),
+    (r"\bproxy= ?", "HTTPS_PROXY "),
+]
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_STATION_PORT = 2020
+
+
+def in_words(error: MoondreamError) -> str:
+    """Return what an error says, as the command line names things.
+
+    >>> in_words(RequestError("endpoint must be an http or https address, not 'x'"))
+    "--endpoint, or MOONDREAM_ENDPOINT, must be an http or https address, not 'x'"
+    """
+    message = plain(error)
+    if isinstance(error, RequestError) and not isinstance(error, ImageError):
+        for pattern, words in _IN_OTHER_WORDS:
+            message = re.sub(pattern, words, message, flags=re.DOTALL)
+    elif isinstance(error, APIConnectionError):
+        message += _what_starts_one(message)
+    return message
+
+
+def plain(error: BaseException | None) -> str:
+    """Return what an error says, less what only Python has a use for."""
+    refused = r"\[Errno (\d+)\] Connect call failed \([^)]*\)"
+    return re.sub(refused, lambda found: os.strerror(int(found[1])), str(error))
+
+
+def _what_starts_one(message: str) -> str:
+    """Return how a server is started where nothing listens on this machine."""
+    found = re.search(r"^Could not connect to (http\S+?):? ", message)
+    if found is None:
+        return ""
+    address = urlsplit(found[1])
+    if address.hostname not in _LOCAL:
+        return ""
+    port = "" if address.port in (None, _STATION_PORT) else f" --port {address.port}"
+    return f". Is the server running? One for trials: moondream-async serve{port}"
