@@ -153,6 +153,13 @@ SHAPES = [
         sse(CHUNK, {"completed": True, "caption": "a heron!"}), id="final words it differently"
     ),
     pytest.param(sse({"chunk": None}, CHUNK, {"completed": True}), id="null chunk"),
+    *[
+        pytest.param(
+            empty + sse({"chunk": "a "}) + empty + sse({"chunk": "heron"}, {"completed": True}),
+            id=f"empty events: {empty!r}",
+        )
+        for empty in (b"data:\n\n", b"data: \n\n", b"event: ping\ndata:\n\n", b"data\n\n")
+    ],
     pytest.param(sse(CHUNK, {"chunk": None, "completed": True}), id="null in the final"),
     pytest.param(sse(CHUNK, {"completed": True}, {"chunk": "!"}), id="text after the end"),
     pytest.param(sse(CHUNK, b"[DONE]"), id="OpenAI's end"),
@@ -440,10 +447,16 @@ def test_a_plain_answer_that_is_none_raises(skill, body):
             sse(CHUNK, b'{"chunk": "\xff'), md.StreamProtocolError, "no JSON object", id="bad UTF-8"
         ),
         pytest.param(
-            sse(CHUNK, b'{"chunk": "\\ud800"}'),
+            sse(CHUNK, b'{"chunk": "x", "x": ' + b"[" * 70 + b"]" * 70 + b"}"),
             md.StreamProtocolError,
             "no JSON object",
-            id="half a character",
+            id="nested deeper than any answer",
+        ),
+        pytest.param(
+            sse(CHUNK, b'{"chunk": "x", "x": ' + b"1e400}"),
+            md.StreamProtocolError,
+            "no JSON object",
+            id="a number that is none",
         ),
         pytest.param(
             sse(CHUNK, b'{"chunk": "a"}{"chunk": "b"}'),
@@ -547,3 +560,116 @@ def test_another_try_starts_afresh():
     again.feed(sse(b"odd KEY-1"))
     assert "KEY-1" not in again.failure().message
     assert not decoder.fresh().feed(sse({"chunk": "x" * 1000}))
+
+
+# -- what no server should send, and some do ------------------------------------------------
+
+
+@every_cut
+@pytest.mark.parametrize(
+    ("sent", "thought", "pieces"),
+    [
+        ([{"reasoning": "Two "}, {"reasoning": "people."}], "Two people.", ["Two ", "people."]),
+        ([{"reasoning_content": "Two "}, {"reasoning": "people."}], "Two people.", None),
+        ([{"reasoning": "Two "}, {"reasoning": {"text": "One."}}], "One.", ["Two "]),
+        ([{"reasoning": {"text": "One "}}, {"reasoning": "dog."}], "One dog.", ["dog."]),
+        ([{"reasoning": ""}, {"reasoning": None}], None, []),
+    ],
+)
+def test_reasoning_in_pieces_is_gathered_and_each_piece_is_an_event(sent, thought, pieces, cut):
+    stream = sse(*sent, {"chunk": "2"}, {"chunk": ".", "completed": True})
+
+    events, last = decode(*list(cuts(stream))[cut], skill="query")
+
+    assert text(events) == "2."
+    assert (last.reasoning and last.reasoning.text) == thought
+    said = [event.text for event in events if isinstance(event, md.ReasoningEvent)]
+    assert said == (["Two ", "people."] if pieces is None else pieces)
+
+
+def test_reasoning_that_the_last_event_says_once_more_is_not_doubled():
+    sent = [{"reasoning": "Two."}, {"chunk": "2", "completed": True, "reasoning": "Two."}]
+
+    events, last = decode(sse(*sent), skill="query")
+
+    assert last.reasoning.text == "Two."
+    assert sum(isinstance(event, md.ReasoningEvent) for event in events) == 1
+
+
+@pytest.mark.parametrize("skill", ["query", "chat"])
+def test_reasoning_in_very_many_pieces_takes_linear_time(skill):
+    piece = chat(reasoning="Hm. ") if skill == "chat" else {"reasoning": "Hm. "}
+    decoder = decoder_for(skill)
+    events = 0
+    for _ in range(200):
+        events += len(decoder.feed(sse(*[piece] * 500)))
+
+    assert events == 100_000
+    assert decoder.reasoning.text == "Hm. " * 100_000
+
+
+@every_cut
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (rb"\ud83d", "\ufffd"),
+        (rb"\ude00 b", "\ufffd b"),
+        (rb"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
+        (rb"\\ud83d \ud83d", "\\ud83d \ufffd"),
+    ],
+)
+def test_half_of_a_surrogate_pair_loses_nothing_but_itself(written, read, cut):
+    stream = sse(b'{"chunk": "a%b"}' % written, {"chunk": "b", "completed": True})
+
+    events, last = decode(*list(cuts(stream))[cut])
+
+    assert text(events) == f"a{read}b"
+    assert last.completed
+    [event] = decoder_for("caption").body(b'{"caption": "a%bb"}' % written)
+    assert event.chunk == event.raw["caption"] == f"a{read}b"
+
+
+def test_an_event_of_very_many_values_is_refused():
+    """They would hold up the event loop for seconds. As much text is none."""
+    _, last = decode(sse(b'{"chunk": "a", "x": [' + b"{}," * 400_000 + b"{}]}"))
+    assert last.failure[0] is md.StreamProtocolError
+
+    events, last = decode(sse({"chunk": "{}," * 400_000, "colour": "grey"}, {"completed": True}))
+    assert (len(text(events)), last.completed) == (1_200_000, True)
+
+
+@every_cut
+@pytest.mark.parametrize(
+    ("body", "cls", "says"),
+    [
+        ({"error": "Queue is full", "status": "rejected"}, md.ServerError, "Queue is full"),
+        ({"error": {"message": "bad key KEY-1", "type": "t"}}, md.ServerError, "bad key"),
+        ({"colour": "grey"}, md.ServerError, "does not hold the answer"),
+    ],
+)
+def test_json_in_place_of_events_is_the_error_that_it_is(body, cls, says, cut):
+    decoder = AnswerDecoder("caption", secret="KEY-1")
+    for packet in list(cuts(json.dumps(body).encode()))[cut]:
+        assert not decoder.feed(packet)
+    decoder.end()
+
+    error = decoder.failure(partial="")
+    assert type(error) is cls
+    assert says in error.message
+    assert error.status == 200
+    assert "KEY-1" not in error.message + repr(error.body)
+
+
+@every_cut
+def test_json_in_place_of_events_is_the_answer_that_it_is(cut):
+    body = json.dumps({"caption": "a heron", "request_id": "42"}, indent=1).encode()
+
+    events, last = decode(*list(cuts(body))[cut])
+
+    assert (text(events), last.completed, last.request_id) == ("a heron", True, "42")
+
+
+def test_events_that_begin_with_a_brace_are_events():
+    events, last = decode(b"{\n" + sse(CHUNK, {"completed": True}))
+
+    assert (text(events), last.completed) == ("a heron", True)

@@ -432,3 +432,81 @@ async def test_a_call_that_is_never_awaited_warns_like_any_other():
         StreamCall(call(Source()))
 
     StreamCall(call(Source())).close()
+
+
+# -- the whole result ------------------------------------------------------------------------
+
+RESULTS = {
+    "caption": (CaptionStream, "caption", [*HERON, DONE], {"caption": TEXT, "request_id": "42"}),
+    "kestrel": (
+        QueryStream,
+        "query",
+        [
+            {"chunk": "A "},
+            {"chunk": "B", "completed": True, "answer": "A B", "reasoning": {"text": "Hm."}},
+        ],
+        {"answer": "A B", "reasoning": {"text": "Hm.", "grounding": []}},
+    ),
+    "segment": (
+        SegmentStream,
+        "segment",
+        [{"type": "path_delta", "chunk": "M 0"}, {"type": "final", "path": "M 1 1 Z"}],
+        {"path": "M 1 1 Z"},
+    ),
+    "chat": (
+        ChatStream,
+        "chat",
+        [chat(reasoning="Hm."), chat(content=TEXT), STOP, b"[DONE]"],
+        {
+            "message": {"role": "assistant", "content": TEXT, "reasoning": "Hm."},
+            "finish_reason": "stop",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("read", [0, 1])
+@pytest.mark.parametrize(("kind", "skill", "bodies", "expected"), RESULTS.values(), ids=RESULTS)
+async def test_a_stream_ends_in_the_result_of_the_call_without_it(
+    kind, skill, bodies, expected, read
+):
+    stream = opened(Source(sse(*bodies), END), kind, skill)
+    for _ in range(read):
+        await anext(stream.chunk)
+
+    for _ in range(2):
+        result = await stream.result()
+        assert {key: result[key] for key in expected} == expected
+
+
+async def test_the_result_of_an_interrupted_stream_is_its_error():
+    with pytest.raises(md.StreamInterruptedError) as caught:
+        await opened(Source(sse(HERON[0]), lost)).result()
+
+    assert caught.value.partial == "A grey "
+
+
+async def test_an_outline_is_read_as_the_official_sdk_gives_it():
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+    final = {"type": "final", "chunk": "", "path": "M 1 1 Z", "bbox": box, "completed": True}
+    sent = [{"type": "bbox", "bbox": box}, {"type": "path_delta", "chunk": "M 0"}, final]
+
+    updates = await read_all(opened(Source(sse(*sent), END), SegmentStream, "segment"))
+
+    assert updates == [
+        {"bbox": box},
+        {"chunk": "M 0"},
+        {"path": "M 1 1 Z", "bbox": box, "completed": True},
+    ]
+
+
+async def test_the_text_of_one_answer_has_a_limit(monkeypatch):
+    monkeypatch.setattr("moondream_async._stream.stream.MAX_ANSWER_CHARACTERS", 1000)
+    source = Source(*[sse({"chunk": "x" * 100})] * 50)
+    stream = opened(source)
+
+    with pytest.raises(md.StreamProtocolError, match="The answer is over the limit of") as caught:
+        await stream.text()
+
+    assert source.closed
+    assert 1000 < len(caught.value.partial) <= 1200

@@ -7,7 +7,6 @@ status 200. All of them end here as one `APIStatusError`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,17 +41,13 @@ from moondream_async.results import (
 )
 
 from .convert import convert, to_values
+from .decoding import decode
 from .requests import Skill
 from .retry_after import parse_retry_after
 
 ANSWER_KEY: dict[Skill, str] = {"caption": "caption", "query": "answer", "segment": "path"}
 """Where the text of a skill's answer stands, in a body and in the last event of a stream."""
 
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
-)
-"""An escape in JSON; the group is half a surrogate pair."""
 _EXCERPT = 500  # characters of a body that is no JSON, for the error message
 
 
@@ -174,8 +169,8 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
         ServerError: It is none.
     """
     try:
-        raw = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raw = decode(body)
+    except ValueError as error:
         raise ServerError(
             f"The server's reply is not JSON: {_excerpt(body)}", status=status, body=_excerpt(body)
         ) from error
@@ -184,19 +179,6 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
             f"The server's reply is no JSON object: {_excerpt(body)}", status=status, body=raw
         )
     return raw
-
-
-def _decode(body: bytes) -> Any:
-    r"""Decode JSON; half a surrogate pair, of which no text can be made, is replaced.
-
-    >>> ascii(_decode(rb'["a \ud83d cat", "\ud83d\ude00", "\\ud83d"]'))
-    "['a \\ufffd cat', '\\U0001f600', '\\\\ud83d']"
-    """
-    try:
-        return msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        mended = _ESCAPE.sub(lambda found: rb"\ufffd" if found[1] else found[0], body)
-        return msgspec.json.decode(mended)
 
 
 def _common(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,8 +283,8 @@ def error_from_response(
     `endpoint` was asked for what it doesn't have, and lacks its ``/v1``, the error says so.
     """
     try:
-        raw: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raw: Any = decode(body)
+    except ValueError:
         raw = _excerpt(body)
     message, fields = describe(raw)
     cls = _BY_STATUS.get(status) or (ServerError if status >= 500 else APIStatusError)
@@ -358,10 +340,7 @@ def show(value: Any) -> str:
     """Return a JSON value as text, for a message: strings as they are."""
     if isinstance(value, str):
         return value
-    try:
-        return msgspec.json.encode(value).decode()
-    except RecursionError:  # it was decoded, but from a place nearer to the limit
-        return "(nested too deeply to show)"
+    return msgspec.json.encode(value).decode()
 
 
 def _excerpt(body: bytes) -> str:

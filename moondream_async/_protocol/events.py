@@ -20,13 +20,15 @@ that kind, it takes the other way. Both give the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from io import StringIO
 from typing import Any, ClassVar
 
 import msgspec
 
 from moondream_async.errors import (
-    StreamError,
+    APIStatusError,
+    MoondreamError,
     StreamInterruptedError,
     StreamProtocolError,
     StreamServerError,
@@ -36,6 +38,7 @@ from moondream_async.results import (
     ChatResult,
     ChunkEvent,
     FinalEvent,
+    Grounding,
     MetricsEvent,
     Reasoning,
     ReasoningEvent,
@@ -59,11 +62,18 @@ from .answers import (
     show,
     to_id,
 )
+from .decoding import decode
 from .plain import NOTHING, Block, PlainChatChunk, PlainChunk, PlainLines
 from .requests import Skill
 from .sse import ServerSentEvent, SSEParser
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
+
+MAX_ANSWER_CHARACTERS = 64 * 1024 * 1024
+"""The text of one answer, and its reasoning, each: far above any, as that of a plain body is."""
+
+_OF_EVENTS = frozenset({"chunk", "text", "completed", "type", "token_index", "reasoning_content"})
+"""Keys that say something of a stream's last event, and not of the answer."""
 
 _LAST_EVENTS = 3
 """What is not plain at the end of an answer: chat has a finish reason, the usage and [DONE]."""
@@ -104,13 +114,17 @@ class AnswerDecoder:
         self.request_id: str | None = None
         self.finish_reason: str | None = None
         self.metrics: dict[str, Any] | None = None
-        self.reasoning: Reasoning | None = None
+        self._thoughts: Reasoning | None = None  # the whole; or None while there are pieces
+        self._thought: StringIO | None = None  # pieces
+        self._grounding: list[Grounding] = []
+        self._last: dict[str, Any] = {}  # event
+        self._whole: dict[str, Any] | None = None  # answer, where it came as one
         self.usage: Usage | None = None
         self.bbox: Region | None = None
         self.path: str | None = None
         self.parse_error: str | None = None
         self.completed = False
-        self.failure: Callable[..., StreamError] | None = None
+        self.failure: Callable[..., MoondreamError] | None = None
         """Makes the error to raise once the events are used up; takes ``partial=``."""
         self._skill: Skill = skill
         self.secret = secret
@@ -119,6 +133,7 @@ class AnswerDecoder:
         self._parser: SSEParser | None = None  # until something is not plain
         self._plain = PlainLines(*self._plain_kind)
         self._tail = bytearray()  # of a line whose end has not come, kept from the parser
+        self._json: bytearray | None = bytearray()  # until it begins otherwise
         self._has_text = False
         self._ended_early = False
         self._has_begun = False
@@ -137,6 +152,8 @@ class AnswerDecoder:
         """Take the next bytes of the body; return the events that they complete."""
         if self.completed or self.failure is not None:
             return NOTHING
+        if self._json is not None:
+            return self._feed_json(data)
         if self._is_between:
             # One event, as a model writes them: all that follows is for many, and would
             # take half as long again.
@@ -163,7 +180,10 @@ class AnswerDecoder:
         """
         if self.done:
             return NOTHING
-        block = self._feed_any(bytes(self._tail + b"\n"))
+        block = NOTHING if self._json is None else self._end_json()
+        if self.done:
+            return block
+        block += self._feed_any(bytes(self._tail + b"\n"))
         self._tail.clear()
         if not self.done:
             self._ended_early = True
@@ -171,6 +191,30 @@ class AnswerDecoder:
                 StreamInterruptedError, "The stream ended before the answer was complete"
             )
         return block
+
+    def _feed_json(self, data: bytes) -> Block:
+        """Gather what begins as JSON, and not as an event: some servers answer so all the same."""
+        assert self._json is not None  # noqa: S101 - for the type checker
+        self._json += data
+        start = self._json.lstrip()[:1]
+        if not start or (start == b"{" and len(self._json) <= self._max_event_bytes):
+            return NOTHING
+        gathered, self._json = bytes(self._json), None
+        return self.feed(gathered)
+
+    def _end_json(self) -> Block:
+        """Take the whole body for the answer or the error that it is; else for events."""
+        gathered, self._json = bytes(self._json or b""), None
+        try:
+            if not isinstance(decode(gathered), dict):
+                return self.feed(gathered)
+            return self.body(gathered)
+        except ValueError:
+            return self.feed(gathered)
+        except APIStatusError:
+            text = self._redact(gathered.decode(errors="replace"))
+            self.failure = functools.partial(_status_error, self._skill, text.encode())
+            return NOTHING
 
     def body(self, data: bytes) -> Block:
         """Take a plain JSON answer that came where a stream was asked for, as one event.
@@ -180,6 +224,8 @@ class AnswerDecoder:
         """
         result = read_result(self._skill, decode_json(data))
         self._note(result.raw)
+        self._thoughts = decode_reasoning(result.raw.get("reasoning"))
+        self._whole = result.raw
         self.request_id = result.request_id
         self.completed = True
         return Block.of([FinalEvent(chunk=self._text_of(result), raw=result.raw)])
@@ -260,7 +306,10 @@ class AnswerDecoder:
         return Block.of(events)
 
     def _decode(self, event: ServerSentEvent) -> list[StreamEvent]:
-        if event.data.strip() == "[DONE]":
+        said = event.data.strip()
+        if not said and event.event != "error":
+            return []  # relays send such to show that they are there, as others send comments
+        if said == "[DONE]":
             return self._finish({}, "")
         raw = _json_or_text(event.data)
         if event.event == "error" or (isinstance(raw, dict) and raw.get("error")):
@@ -277,16 +326,81 @@ class AnswerDecoder:
         if chunk is not None and not isinstance(chunk, str):
             return self._refuse("a chunk that is no text", show(chunk))
         kind = raw.get("type")
-        if raw.get("completed") is True or kind == "final":
-            return self._finish(raw, chunk or "")
+        is_last = raw.get("completed") is True or kind == "final"
+        events = self._think(raw, is_last=is_last)
+        if is_last:
+            return events + self._finish(raw, chunk or "")
         if chunk is not None or "chunk" in raw:
             self._has_text = self._has_text or bool(chunk)
-            return [ChunkEvent(chunk=chunk or "", raw=raw)]
+            events.append(ChunkEvent(chunk=chunk or "", raw=raw))
+        return events or [self._other_event(raw, kind, event)]
+
+    def _other_event(self, raw: dict[str, Any], kind: Any, event: ServerSentEvent) -> StreamEvent:
         if kind == "bbox" and self.bbox is not None:
-            return [BboxEvent(bbox=self.bbox, raw=raw)]
+            return BboxEvent(bbox=self.bbox, raw=raw)
         if isinstance(raw.get("stats"), dict):
-            return [MetricsEvent(metrics=raw["stats"], raw=raw)]
-        return [UnknownEvent(event=kind if isinstance(kind, str) else event.event, raw=raw)]
+            return MetricsEvent(metrics=raw["stats"], raw=raw)
+        return UnknownEvent(event=kind if isinstance(kind, str) else event.event, raw=raw)
+
+    def _think(self, raw: dict[str, Any], *, is_last: bool) -> list[StreamEvent]:
+        """Gather reasoning: text is a piece of it, and an object the whole."""
+        value = raw.get("reasoning") or raw.get("reasoning_content")
+        if isinstance(value, dict):
+            self._thoughts = decode_reasoning(value)
+            self._thought = None
+        if not isinstance(value, str):
+            return []
+        if is_last and self._thought is not None and value == self._thought.getvalue():
+            return []  # the whole once more
+        return self._gather(Reasoning(text=value), raw)
+
+    def _gather(self, piece: Reasoning, raw: dict[str, Any]) -> list[StreamEvent]:
+        """Add to the reasoning, in linear time however many pieces there are."""
+        if self._thought is None:
+            self._thought = StringIO()
+            self._grounding = []
+            if self._thoughts is not None:
+                self._thought.write(self._thoughts.text)
+                self._grounding += self._thoughts.grounding
+        self._thoughts = None
+        self._thought.write(piece.text)
+        self._grounding += piece.grounding
+        if self._thought.tell() > MAX_ANSWER_CHARACTERS:
+            self.fail_for_length()
+        return [ReasoningEvent(text=piece.text, raw=raw)]
+
+    def fail_for_length(self) -> None:
+        """Let the stream fail, since the text of its answer passes the limit."""
+        self.completed = False
+        self.failure = functools.partial(
+            StreamProtocolError,
+            f"The answer is over the limit of {MAX_ANSWER_CHARACTERS} characters",
+        )
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """What the model thought, as far as it has arrived."""
+        if self._thoughts is None and self._thought is not None:
+            self._thoughts = Reasoning(text=self._thought.getvalue(), grounding=self._grounding)
+        return self._thoughts
+
+    def result(self, text: str, headers: Mapping[str, str]) -> Result:
+        """Return the whole answer as a call without a stream would have given it."""
+        raw = self._as_body(text) if self._whole is None else self._whole
+        return read_result(self._skill, raw, headers=headers)
+
+    def _as_body(self, text: str) -> dict[str, Any]:
+        last = {key: value for key, value in self._last.items() if key not in _OF_EVENTS}
+        known = {
+            "request_id": self.request_id,
+            "finish_reason": self.finish_reason,
+            "metrics": self.metrics,
+            "reasoning": self.reasoning,
+            "bbox": self.bbox,
+            "parse_error": self.parse_error,
+        }
+        answer = {ANSWER_KEY[self._skill]: self.path or text}
+        return {**last, **{k: v for k, v in known.items() if v is not None}, **answer}
 
     def _refuse(self, what: str, text: str) -> list[StreamEvent]:
         message = f"The server sent {what}: {self._redact(text):.200}"
@@ -305,6 +419,7 @@ class AnswerDecoder:
             whole = raw.get(ANSWER_KEY.get(self._skill, ""))
             chunk = whole if isinstance(whole, str) else ""
         self.completed = True
+        self._last = raw
         return [FinalEvent(chunk=chunk, raw=raw)]
 
     def _fail_with(self, raw: Any) -> list[StreamEvent]:
@@ -323,7 +438,6 @@ class AnswerDecoder:
         self.request_id = to_id(raw.get("request_id")) or self.request_id
         self.finish_reason = to_id(raw.get("finish_reason")) or self.finish_reason
         self.metrics = find_metrics(raw) or self.metrics
-        self.reasoning = decode_reasoning(raw.get("reasoning")) or self.reasoning
         self.usage = decode_usage(raw.get("usage")) or self.usage
         self.bbox = decode_region(raw.get("bbox")) or self.bbox
         self.path = to_id(raw.get("path")) or self.path
@@ -346,8 +460,18 @@ class ChatDecoder(AnswerDecoder):
     def _text_of(self, result: Result) -> str:
         assert isinstance(result, ChatResult)  # noqa: S101 - for the type checker
         self.finish_reason = result.finish_reason
-        self.reasoning = result.reasoning
+        self._thoughts = result.reasoning
         return result.message.content
+
+    def _as_body(self, text: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if (reasoning := self.reasoning) is not None:
+            message["reasoning"] = reasoning.text
+            if reasoning.grounding:
+                message["reasoning_details"] = {"grounding": reasoning.grounding}
+        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
+        known = {"id": self.request_id, "usage": self.usage, "metrics": self.metrics}
+        return {**{k: v for k, v in known.items() if v is not None}, "choices": [choice]}
 
     def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[StreamEvent]:
         self.request_id = to_id(raw.get("id")) or self.request_id
@@ -369,9 +493,7 @@ class ChatDecoder(AnswerDecoder):
         events: list[StreamEvent] = []
         piece = find_reasoning(delta)
         if piece is not None:
-            before = self.reasoning or Reasoning("")
-            self.reasoning = Reasoning(before.text + piece.text, before.grounding + piece.grounding)
-            events.append(ReasoningEvent(text=piece.text, raw=raw))
+            events += self._gather(piece, raw)
         if chunk or piece is None:
             self._has_text = self._has_text or bool(chunk)
             events.append(ChunkEvent(chunk=chunk or "", raw=raw))
@@ -383,10 +505,19 @@ def decoder_for(skill: Skill, *, secret: str = "") -> AnswerDecoder:
     return (ChatDecoder if skill == "chat" else AnswerDecoder)(skill, secret=secret)
 
 
+def _status_error(skill: Skill, data: bytes, partial: str = "") -> MoondreamError:  # noqa: ARG001
+    """Make the error that a body in place of a stream is."""
+    try:
+        read_result(skill, decode_json(data))
+    except APIStatusError as error:
+        return error.with_traceback(None)
+    raise AssertionError  # it was one
+
+
 def _json_or_text(data: str) -> Any:
     try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return decode(data.encode(errors="replace"))
+    except ValueError:
         return data
 
 

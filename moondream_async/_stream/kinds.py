@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from moondream_async.results import Region
+from moondream_async.results import (
+    CaptionResult,
+    ChatResult,
+    QueryResult,
+    Region,
+    SegmentResult,
+)
 
 from .readers import Updates
 from .stream import Stream
@@ -16,12 +22,24 @@ class CaptionStream(Stream[str]):
     __slots__ = ()
     _key = "caption"
 
+    async def result(self) -> CaptionResult:
+        """Read to the end; return the whole result, as the call without `stream` gives it."""
+        result = await super().result()
+        assert isinstance(result, CaptionResult)  # noqa: S101 - for the type checker
+        return result
+
 
 class QueryStream(Stream[str]):
     """An answer, as it is written. ``stream["answer"]`` is the same as `chunk`."""
 
     __slots__ = ()
     _key = "answer"
+
+    async def result(self) -> QueryResult:
+        """Read to the end; return the whole result, as the call without `stream` gives it."""
+        result = await super().result()
+        assert isinstance(result, QueryResult)  # noqa: S101 - for the type checker
+        return result
 
 
 class SegmentStream(Stream[dict[str, Any]]):
@@ -56,6 +74,12 @@ class SegmentStream(Stream[dict[str, Any]]):
         """What was wrong with the outline that the model wrote, in the server's words."""
         return self._decoder.parse_error
 
+    async def result(self) -> SegmentResult:
+        """Read to the end; return the whole result, as the call without `stream` gives it."""
+        result = await super().result()
+        assert isinstance(result, SegmentResult)  # noqa: S101 - for the type checker
+        return result
+
 
 class ChatStream(Stream[str]):
     """The next turn of a conversation, as it is written. ``stream["message"]`` is `chunk`.
@@ -65,3 +89,9 @@ class ChatStream(Stream[str]):
 
     __slots__ = ()
     _key = "message"
+
+    async def result(self) -> ChatResult:
+        """Read to the end; return the whole result, as the call without `stream` gives it."""
+        result = await super().result()
+        assert isinstance(result, ChatResult)  # noqa: S101 - for the type checker
+        return result

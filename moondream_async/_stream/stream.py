@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Self
 
+from moondream_async._protocol.events import MAX_ANSWER_CHARACTERS
 from moondream_async._protocol.plain import NOTHING, Block
 from moondream_async._protocol.secret import conceal
 from moondream_async.errors import (
@@ -31,7 +32,7 @@ from moondream_async.errors import (
     StreamInterruptedError,
     StreamStalledError,
 )
-from moondream_async.results import Reasoning, StreamEvent, Usage
+from moondream_async.results import Reasoning, Result, StreamEvent, Usage
 from moondream_async.types import Timeout
 
 from .clock import Clock, running_loop
@@ -196,6 +197,13 @@ class Stream(Generic[ItemT_co]):
                 await self._fill()
             except StopAsyncIteration:
                 return self.text_so_far
+
+    async def result(self) -> Result:
+        """Read to the end; return the whole result, as the call without `stream` gives it.
+
+        Raises what `text` raises. Cancelling it closes the stream.
+        """
+        return self._decoder.result(await self.text(), self._headers)
 
     def sse(self, *, heartbeat: float | None = 15.0) -> EventStream:
         """Pass the rest of the stream on as Server-Sent Events, in bytes, as to a browser.
@@ -411,6 +419,8 @@ class Stream(Generic[ItemT_co]):
             if self._said is None:
                 self._said = StringIO()
             self._said.write(text)
+            if self._said.tell() > MAX_ANSWER_CHARACTERS and not self._decoder.done:
+                self._decoder.fail_for_length()
 
     def _given(self) -> int:
         """How many events of the block have been handed out."""
