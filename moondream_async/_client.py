@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
-from urllib.parse import urlsplit
 
-from ._protocol.secret import Secret
+from ._checks import check_count, check_positive
+from ._protocol.headers import check_headers
+from ._protocol.secret import Secret, hidden
 from ._skills import Skills
 from .errors import RequestError
 from .results import ClientStats
-from .types import Hooks, Length, Timeout
+from .types import Hooks, Length, Timeout, to_timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     import aiohttp
+    from yarl import URL
 
     from ._stream.kinds import CaptionStream, QueryStream, SegmentStream
     from .batch.batches import Batches
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
     )
     from .watch.run import Watch
 
-CLOUD = "https://api.moondream.ai/v1"
-
 _DEFAULT_TIMEOUT = Timeout()
 _NO_HOOKS = Hooks()
 
@@ -56,26 +56,32 @@ class MoondreamClient(Skills):
 
     Args:
         api_key: The key; else that of the environment variable MOONDREAM_API_KEY.
-            The cloud needs one, other servers don't.
+            The cloud needs one, other servers don't. White space round it is taken off;
+            nothing else is no key.
         endpoint: The server's address with its ``/v1``; else MOONDREAM_ENDPOINT,
             else the cloud.
         model: The model for all calls that name none; None leaves it to the server.
-        timeout: How long to wait for what, in seconds.
+        timeout: How long to wait for what, in seconds; a number is the `total`.
         max_retries: How often a call that failed before its first event is sent again.
         max_connections: How many answers may be on their way at once, streams included.
         rate_limit: Requests a second, retries included; None is no limit. The cloud
             allows 2, or 10 for funded accounts (docs.moondream.ai/rate-limits).
         session: An aiohttp session of yours to send with. It is not closed. It
-            belongs to one event loop, and so then does the client.
+            belongs to one event loop, and so then does the client. It connects as you
+            told it: by way of its own proxies, and to what a name resolves to.
         ssl_context: For servers whose certificate the system doesn't know.
-        proxy: The address of an HTTP proxy.
+        proxy: The address of an HTTP proxy, as ``http://user:password@proxy:3128``. None
+            takes those of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY),
+            but not for loopback addresses nor with a `session`; False uses none.
         max_pixels: Width times height to which larger pictures are made smaller; None
             leaves them. The model looks at less than 2 million
             (docs.moondream.ai: 12 crops of 378 pixels, and a view of the whole).
         hooks: Functions to be told of requests, first pieces, retries and ends.
-        insecure_hosts: Names of hosts to which the key may go over plain ``http``.
-            Loopback and private addresses, and names of the local network, need
-            not be listed.
+        headers: Sent with each request to the endpoint, beside the client's own.
+        insecure_hosts: Names of hosts, or one, to which the key may go over plain
+            ``http``. Loopback and private addresses, and names of the local network,
+            need not be listed, unless such a name resolves to an address beyond it: the
+            address that is connected to is judged, too.
 
     Raises:
         RequestError: The cloud without a key, or an argument that can't be right.
@@ -83,62 +89,67 @@ class MoondreamClient(Skills):
 
     def __init__(
         self,
-        api_key: str | None = None,
+        api_key: str | Secret | None = None,
+        endpoint: str | URL | None = None,
         *,
-        endpoint: str | None = None,
         model: str | None = None,
-        timeout: Timeout = _DEFAULT_TIMEOUT,
+        timeout: Timeout | float = _DEFAULT_TIMEOUT,
         max_retries: int = 3,
         max_connections: int = 100,
         rate_limit: float | None = None,
         session: aiohttp.ClientSession | None = None,
         ssl_context: ssl.SSLContext | None = None,
-        proxy: str | None = None,
+        proxy: str | URL | Secret | Literal[False] | None = None,
         max_pixels: int | None = None,
         hooks: Hooks = _NO_HOOKS,
+        headers: Mapping[str, str] | None = None,
         insecure_hosts: Collection[str] = (),
     ) -> None:
-        api_key = _hidden(api_key)
-        if api_key is None:
-            api_key = _hidden(os.environ.get("MOONDREAM_API_KEY") or None)
-        address = endpoint or os.environ.get("MOONDREAM_ENDPOINT") or CLOUD
-        address = _checked_endpoint(address)
-        if api_key is None and address == CLOUD:
-            raise RequestError(
-                "Moondream Cloud needs an API key. Pass api_key= or set MOONDREAM_API_KEY; or "
-                "name a local server, as endpoint='http://127.0.0.1:2020/v1' or in "
-                "MOONDREAM_ENDPOINT; or try `moondream-async demo`, which needs neither."
-            )
-        if api_key is not None:
-            _check_may_see_key(address, insecure_hosts)
-        if not isinstance(timeout, Timeout):
-            raise RequestError(f"timeout must be a Timeout, not {timeout!r}")
-        _check_count("max_retries", max_retries, least=0)
-        _check_count("max_connections", max_connections, least=1)
-        if rate_limit is not None and not _is_positive(rate_limit):
-            raise RequestError(f"rate_limit must be over 0 requests a second, not {rate_limit!r}")
-        if max_pixels is not None:
-            _check_count("max_pixels", max_pixels, least=1)
-        if not isinstance(hooks, Hooks):
-            raise RequestError(f"hooks must be Hooks, not {hooks!r}")
+        # First of all, since tracebacks may show the values of variables.
+        key, where, through = hidden(api_key), hidden_address(endpoint), hidden_address(proxy)
+        del api_key, endpoint, proxy
         # Loads aiohttp, which takes a third of a second: now, and not in the first await,
         # where it would hold up the event loop; and not with the package, which may be
         # imported by programs that never get here.
         from ._call.call import Caller  # noqa: PLC0415
         from ._call.session import Session  # noqa: PLC0415
+        from ._transport.endpoints import read_target  # noqa: PLC0415
         from ._transport.pools import Transport  # noqa: PLC0415
 
+        target = read_target(
+            key, where, through, insecure_hosts=insecure_hosts, own_session=session is None
+        )
+        check_model(model)
+        check_count("max_retries", max_retries, least=0)
+        check_count("max_connections", max_connections)
+        if rate_limit is not None:
+            check_positive("rate_limit", rate_limit, "a number of requests a second, over 0")
+        if max_pixels is not None:
+            check_count("max_pixels", max_pixels)
+        if not isinstance(hooks, Hooks):
+            raise RequestError(f"hooks must be Hooks, not {hooks!r}")
         self._model = model
         shared = Session(
-            address,
-            None if api_key is None else _checked_key(api_key),
+            target.endpoint,
+            target.key,
             max_connections=max_connections,
             rate_limit=rate_limit,
             max_pixels=max_pixels,
             hooks=hooks,
-            transport=Transport(session=session, ssl_context=ssl_context, proxy=proxy),
+            transport=Transport(
+                session=session,
+                ssl_context=ssl_context,
+                proxies=target.proxies,
+                guard=target.guard,
+            ),
+            proxy_secrets=target.proxies.secrets,
         )
-        self._caller = Caller(shared, timeout=timeout, max_retries=max_retries)
+        self._caller = Caller(
+            shared,
+            timeout=to_timeout(timeout),
+            max_retries=max_retries,
+            headers=check_headers(headers),
+        )
 
     # -- state --------------------------------------------------------------------
 
@@ -146,6 +157,42 @@ class MoondreamClient(Skills):
     def endpoint(self) -> str:
         """The server's address."""
         return self._caller.endpoint
+
+    @property
+    def closed(self) -> bool:
+        """Whether the client was closed, and there can be no more calls."""
+        return self._caller.closed
+
+    def with_options(
+        self,
+        *,
+        timeout: Timeout | float | None = None,
+        max_retries: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        model: str | None = None,
+    ) -> Self:
+        """Return a client for other calls over the same connections, limits and budget.
+
+        What is None is as here; `headers` are added to those of this client. Closing what
+        is returned does nothing to this one; closing this one closes both.
+
+        Raises:
+            RequestError: An option can't be right.
+
+        >>> client = MoondreamClient(endpoint="http://127.0.0.1:2020/v1")
+        >>> patient = client.with_options(timeout=Timeout(first_event=600), max_retries=0)
+        """
+        if max_retries is not None:
+            check_count("max_retries", max_retries, least=0)
+        check_model(model)
+        other = copy(self)
+        other._caller = self._caller.with_options(  # noqa: SLF001 - of the same class
+            timeout=None if timeout is None else to_timeout(timeout),
+            max_retries=max_retries,
+            headers=check_headers(headers),
+        )
+        other._model = self._model if model is None else model  # noqa: SLF001
+        return other
 
     @property
     def batches(self) -> Batches:
@@ -201,9 +248,9 @@ class MoondreamClient(Skills):
 
         check_items(items)
         if concurrency is not None:
-            _check_count("concurrency", concurrency, least=1)
+            check_count("concurrency", concurrency)
         if max_retries is not None:
-            _check_count("max_retries", max_retries, least=0)
+            check_count("max_retries", max_retries, least=0)
         return BulkRun(
             self._caller,
             items,
@@ -346,9 +393,9 @@ class MoondreamClient(Skills):
         from .watch.run import Watch, check_frames  # noqa: PLC0415 - likewise
 
         check_frames(frames)
-        _check_count("in_flight", in_flight, least=1)
-        if max_age is not None and not _is_positive(max_age):
-            raise RequestError(f"max_age must be over 0 seconds, not {max_age!r}")
+        check_count("in_flight", in_flight)
+        if max_age is not None:
+            check_positive("max_age", max_age, "a number of seconds over 0")
         if on_error not in ("skip", "raise"):
             raise RequestError(f"on_error must be 'skip' or 'raise', not {on_error!r}")
         return Watch(
@@ -411,73 +458,38 @@ class MoondreamClient(Skills):
         await self._caller.aclose(grace)
 
 
-def vl(api_key: str | None = None, **options: Any) -> MoondreamClient:
-    """Return a `MoondreamClient`; named as in the official SDK."""
-    api_key = _hidden(api_key)
-    return MoondreamClient(api_key, **options)
+def vl(
+    api_key: str | Secret | None = None,
+    endpoint: str | URL | None = None,
+    *,
+    local: bool = False,
+    **options: Any,
+) -> MoondreamClient:
+    """Return a `MoondreamClient`; named as in the official SDK.
 
-
-def _hidden(key: Any) -> Secret | None:
-    """Hide a key before anything can go wrong; one that is no string is as good as empty."""
-    if key is None:
-        return None
-    return Secret(key) if isinstance(key, str) else Secret()
-
-
-def _checked_key(key: Secret) -> Secret:
-    if not key or not (key.isascii() and key.isprintable()):
-        # Not shown: it may be the right key with a line break behind it.
-        raise RequestError("api_key must be a string of printable ASCII characters, not empty")
-    return key
-
-
-def _checked_endpoint(endpoint: str) -> str:
-    try:
-        parts = urlsplit(endpoint)
-        valid = (
-            parts.scheme in ("http", "https")
-            and (parts.hostname or "").encode("idna")
-            and parts.port != 0
-            and parts.path.isascii()
-            and endpoint.isprintable()
-            and " " not in endpoint
+    Raises:
+        RequestError: ``local=True``, or as for `MoondreamClient`.
+    """
+    api_key, endpoint = hidden(api_key), hidden_address(endpoint)
+    if "proxy" in options:
+        options["proxy"] = hidden_address(options["proxy"])
+    if local:
+        raise RequestError(
+            "local=True would run the model in this process, which needs the official package "
+            "'moondream' and a GPU; this one talks to servers: start Moondream Station and pass "
+            "endpoint='http://127.0.0.1:2020/v1'."
         )
-    except ValueError:  # brackets that don't close, a port that is no number, a label too long
-        valid = False
-    if not valid:
-        raise RequestError(f"endpoint must be an http or https address, not {endpoint!r}")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise RequestError("endpoint must be an address without a user, a query or a fragment")
-    return endpoint.rstrip("/")
+    return MoondreamClient(api_key, endpoint, **options)
 
 
-def _check_may_see_key(endpoint: str, insecure_hosts: Collection[str]) -> None:
-    """Refuse to send a key where others could read it on the way."""
-    parts = urlsplit(endpoint)
-    host = parts.hostname or ""
-    if parts.scheme == "https" or host in insecure_hosts or _is_nearby(host):
-        return
-    raise RequestError(
-        f"The API key would go to {host} over plain http, where anybody on the way can read "
-        f"it. Use https, or pass insecure_hosts=[{host!r}] if you know that way."
-    )
+def check_model(model: Any) -> None:
+    """Raise `RequestError` unless a value is the name of a model, or None."""
+    if model is not None and not (isinstance(model, str) and model.strip()):
+        raise RequestError(f"model must be the name of a model, not {model!r}")
 
 
-def _is_nearby(host: str) -> bool:
-    """Tell addresses and names that lead no further than the local network."""
-    from ipaddress import ip_address  # noqa: PLC0415 - only for http with a key
-
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return "." not in host or host.endswith((".localhost", ".local", ".internal"))
-    return address.is_loopback or address.is_private
-
-
-def _check_count(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RequestError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+def hidden_address(address: Any) -> Any:
+    """Hide an address, which may have a password in it; False stays what it is."""
+    if address is False:
+        return False
+    return hidden(str(address) if hasattr(address, "raw_password") else address)

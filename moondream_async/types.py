@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
 
 import msgspec
 
-from .errors import RequestError
+from ._checks import check_positive
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -30,7 +30,7 @@ class Settings(TypedDict, total=False):
     max_objects: int  # >= 1; detect and point
 
 
-class Timeout(msgspec.Struct, frozen=True):
+class Timeout(msgspec.Struct, frozen=True, kw_only=True):
     """How long to wait for what, in seconds; None is for ever.
 
     The clock of `first_event` and `idle` runs only while somebody waits for the
@@ -57,12 +57,23 @@ class Timeout(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise RequestError(
-                    f"Timeout.{name} must be a positive number of seconds or None, not {value!r}"
-                )
+            if value is not None:
+                check_positive(f"Timeout.{name}", value, "a number of seconds over 0, or None")
+
+
+def to_timeout(timeout: Timeout | float) -> Timeout:
+    """Return the limits that an argument means; a number is the `total`.
+
+    Raises:
+        RequestError: It is neither.
+
+    >>> to_timeout(90).total
+    90
+    """
+    if isinstance(timeout, Timeout):
+        return timeout
+    check_positive("timeout", timeout, "a Timeout, or a number of seconds over 0")
+    return Timeout(total=timeout)
 
 
 class EncodedImage(msgspec.Struct, frozen=True, eq=False, weakref=True):

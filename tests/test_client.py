@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from PIL import Image
 from raw_server import RawServer, answer
+from yarl import URL
 
 import moondream_async as md
 from moondream_async.simulator import DIALECTS, Simulator
@@ -398,7 +399,6 @@ async def test_closed_client_refuses_calls(simulator, photo):
 
 
 OPTIONS = [
-    {"api_key": ""},
     {"api_key": "two\nlines"},
     {"api_key": "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel"},
     {"api_key": 7},
@@ -409,7 +409,10 @@ OPTIONS = [
     {"endpoint": "http://127.0.0.1/v1?key=x"},
     {"endpoint": "http://[::1/v1"},
     {"endpoint": "http://127.0.0.1:seven/v1"},
-    {"timeout": 30},
+    {"timeout": True},
+    {"timeout": 0},
+    {"timeout": None},
+    {"timeout": float("inf")},
     {"max_retries": -1},
     {"max_retries": True},
     {"max_connections": 0},
@@ -418,6 +421,27 @@ OPTIONS = [
     {"rate_limit": -2},
     {"rate_limit": float("nan")},
     {"rate_limit": "fast"},
+    {"rate_limit": float("inf")},
+    {"rate_limit": True},
+    {"max_pixels": 0},
+    {"max_pixels": 1e6},
+    {"model": ""},
+    {"model": 5},
+    {"endpoint": 5},
+    {"endpoint": b"http://127.0.0.1/v1"},
+    {"endpoint": URL("ftp://127.0.0.1/v1")},
+    {"endpoint": "http://127.0.0.1:0/v1"},
+    {"endpoint": "http://xn--example/v1"},
+    {"endpoint": "http://127.0.0.1/v1?"},
+    {"proxy": "proxy:3128"},
+    {"proxy": "socks5://proxy:1080"},
+    {"proxy": "http://[::1"},
+    {"proxy": "http://proxy:0"},
+    {"proxy": "http://"},
+    {"proxy": 3128},
+    {"proxy": True},
+    {"api_key": "key", "insecure_hosts": 5},
+    {"api_key": "key", "insecure_hosts": [None]},
 ]
 
 

@@ -21,6 +21,7 @@ PACKAGE = Path(moondream_async.__file__).parent
 ROOMS = [
     "_version",
     "errors",
+    "_checks",
     "types",
     "_values",
     "results",
@@ -44,7 +45,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-PURE = {"_version", "errors", "types", "_values", "results", "_protocol", "_images"}
+PURE = {"_version", "errors", "_checks", "types", "_values", "results", "_protocol", "_images"}
 
 EXCEPTIONS = {
     # A result draws itself over its picture, and only then is Pillow needed.

@@ -296,7 +296,7 @@ async def test_key_is_in_nothing_of_a_session_that_is_closed():
 
 @pytest.mark.parametrize(
     "options",
-    [{"timeout": 7}, {"max_retries": -1}, {"endpoint": "nowhere"}, {"rate_limit": "x"}],
+    [{"timeout": "7"}, {"max_retries": -1}, {"endpoint": "nowhere"}, {"rate_limit": "x"}],
     ids=lambda options: next(iter(options)),
 )
 @pytest.mark.parametrize("make", [md.MoondreamClient, md.vl])
@@ -310,7 +310,7 @@ async def test_key_is_in_nothing_of_a_refused_option(source, make, options, monk
 
 @pytest.mark.parametrize("make", [md.MoondreamClient, md.vl])
 async def test_key_that_cannot_be_right_is_not_shown(make):
-    for spoil in (f"{KEY}\n".__str__, [KEY].copy, KEY.encode):
+    for spoil in (f"{KEY}\n{KEY}".__str__, [KEY].copy, KEY.encode):
         with pytest.raises(md.RequestError) as caught:
             make(spoil())
         assert KEY not in everything_about(caught.value)

@@ -26,7 +26,7 @@ from moondream_async._protocol.answers import (
 )
 from moondream_async._protocol.events import decoder_for
 from moondream_async._protocol.requests import Picture
-from moondream_async._protocol.secret import conceal
+from moondream_async._protocol.secret import Secret, conceal
 from moondream_async._stream.opening import Opening
 from moondream_async._transport.uploads import size_on_wire
 from moondream_async.errors import (
@@ -424,7 +424,7 @@ class Call:
             await session.preparing.acquire()
             deadline.enter(None)
 
-    def _headers_for(self, accept: str | None) -> dict[str, str]:
+    def _headers_for(self, accept: str | None) -> dict[str, str | Secret]:
         if accept is None:
             accept = "text/event-stream" if self._request.stream else "application/json"
         headers = self._session.headers(accept, self._request, self._headers)

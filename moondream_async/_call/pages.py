@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from moondream_async._checks import check_count
 from moondream_async._protocol.requests import Request
 from moondream_async.errors import RequestError, ServerError
 
@@ -30,8 +31,7 @@ async def entries(
     Raises:
         RequestError: `limit` is not between 1 and 100.
     """
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _MAX_LIMIT:
-        raise RequestError(f"limit must be a whole number from 1 to {_MAX_LIMIT}, not {limit!r}")
+    check_count("limit", limit, most=_MAX_LIMIT)
     used: set[str] = set()
     while True:
         query = {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}

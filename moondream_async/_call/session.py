@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from yarl import URL
 
 from moondream_async._images import encode_at_once, encode_image
 from moondream_async._protocol import USER_AGENT
-from moondream_async._protocol.secret import Secret, redact
+from moondream_async._protocol.headers import joined
+from moondream_async._protocol.secret import Redactor, Secret, redact
 from moondream_async._transport.pools import Transport
 from moondream_async._transport.workers import Workers
 from moondream_async.errors import ClientClosedError
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from moondream_async._protocol.requests import Request
 
-_SHORTEST_SECRET = 8
 _PICTURES_AT_ONCE = 4
 """Pictures that are prepared at once: each may hold a decoded copy."""
 
@@ -52,10 +52,13 @@ class Session:
         max_pixels: int | None,
         hooks: Hooks,
         transport: Transport,
+        proxy_secrets: Iterable[Secret] = (),
     ) -> None:
         self.closed = False
         self.endpoint = endpoint
         self.key = key
+        self.secret = Redactor(key, *proxy_secrets)
+        """Takes the key, and proxies' passwords, out of errors that quote them."""
         self.max_pixels = max_pixels
         self.hooks = hooks
         self.instruments: tuple[Instrument, ...] = ()
@@ -97,6 +100,7 @@ class Session:
             hooks=self.hooks,
             transport=self.transport.apart(),
         )
+        session.secret = self.secret
         session.instruments = self.instruments
         return session
 
@@ -170,32 +174,28 @@ class Session:
         base = self.endpoint.removesuffix("/v1") if request.at_root else self.endpoint
         return URL(base + request.path, encoded=True)
 
-    def headers(self, accept: str, request: Request, more: Mapping[str, str]) -> dict[str, str]:
+    def headers(
+        self, accept: str, request: Request, more: Mapping[str, str]
+    ) -> dict[str, str | Secret]:
         """Return the headers of a request."""
-        headers = {
+        own = {
             "User-Agent": USER_AGENT,
             "Accept": accept,
             # Answers are small, and a compressor on the way may hold back pieces of a stream.
             "Accept-Encoding": "identity",
         }
+        headers: dict[str, str | Secret] = {**own}
         if request.elsewhere:
             return headers
-        headers.update(more)
+        if more:
+            headers = {**joined(own, more)}
         if self.key is None:
             return headers
         if request.bearer:
-            headers["Authorization"] = Secret(f"Bearer {self.key}")
+            headers["Authorization"] = self.key.prefixed("Bearer ")
         else:
             headers["X-Moondream-Auth"] = self.key
         return headers
-
-    @property
-    def secret(self) -> str:
-        """What is to be taken out of a server's errors, where they quote it: the key.
-
-        Nothing where that is so short that it stands in other words too; no real key is.
-        """
-        return self.key if self.key is not None and len(self.key) >= _SHORTEST_SECRET else ""
 
     def redact(self, data: bytes) -> bytes:
         """Take the secret out of an error's body. Answers are left alone."""

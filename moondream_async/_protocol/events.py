@@ -65,6 +65,7 @@ from .answers import (
 from .decoding import decode
 from .plain import NOTHING, Block, PlainChatChunk, PlainChunk, PlainLines
 from .requests import Skill
+from .secret import NOTHING_SECRET, Redactor
 from .sse import ServerSentEvent, SSEParser
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
@@ -109,7 +110,11 @@ class AnswerDecoder:
     )
 
     def __init__(
-        self, skill: Skill, *, secret: str = "", max_event_bytes: int = MAX_EVENT_BYTES
+        self,
+        skill: Skill,
+        *,
+        secret: Redactor = NOTHING_SECRET,
+        max_event_bytes: int = MAX_EVENT_BYTES,
     ) -> None:
         self.request_id: str | None = None
         self.finish_reason: str | None = None
@@ -128,7 +133,7 @@ class AnswerDecoder:
         """Makes the error to raise once the events are used up; takes ``partial=``."""
         self._skill: Skill = skill
         self.secret = secret
-        """The API key; an error that quotes it is not to pass it on."""
+        """Takes the API key out of an error that quotes it."""
         self._max_event_bytes = max_event_bytes
         self._parser: SSEParser | None = None  # until something is not plain
         self._plain = PlainLines(*self._plain_kind)
@@ -409,7 +414,7 @@ class AnswerDecoder:
 
     def _redact(self, text: str) -> str:
         """Take the key out of what goes into an error. An answer is never touched."""
-        return text.replace(self.secret, "***") if self.secret else text
+        return self.secret.text(text)
 
     def _finish(self, raw: dict[str, Any], chunk: str) -> list[StreamEvent]:
         if chunk in _DISGUISED_ERRORS:
@@ -500,7 +505,7 @@ class ChatDecoder(AnswerDecoder):
         return events
 
 
-def decoder_for(skill: Skill, *, secret: str = "") -> AnswerDecoder:
+def decoder_for(skill: Skill, *, secret: Redactor = NOTHING_SECRET) -> AnswerDecoder:
     """Return the decoder for a streamed answer of a skill."""
     return (ChatDecoder if skill == "chat" else AnswerDecoder)(skill, secret=secret)
 

@@ -6,12 +6,13 @@ transport writes each picture as a data URL in its place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
 
+from moondream_async._checks import is_count, is_number
 from moondream_async.errors import RequestError
 from moondream_async.results import ChatMessage, Point, Region, SpatialRefs
 
@@ -355,10 +356,10 @@ def _settings(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not isinstance(settings, Mapping):
         raise RequestError(f"settings must be a mapping, not {settings!r}")
     limits: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "temperature": ("a number of at least 0", lambda x: _number(x) and x >= 0),
-        "top_p": ("a number over 0 and up to 1", lambda x: _number(x) and 0 < x <= 1),
-        "max_tokens": ("a whole number of at least 1", _count),
-        "max_objects": ("a whole number of at least 1", _count),
+        "temperature": ("a number of at least 0", partial(is_number, least=0)),
+        "top_p": ("a number over 0 and up to 1", lambda x: is_number(x, most=1) and x > 0),
+        "max_tokens": ("a whole number of at least 1", is_count),
+        "max_objects": ("a whole number of at least 1", is_count),
     }
     for name, value in settings.items():
         if name in limits:
@@ -366,18 +367,6 @@ def _settings(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
             if not fits(value):
                 raise RequestError(f"settings[{name!r}] must be {wanted}, not {value!r}")
     return dict(settings)
-
-
-def _number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -math.inf < value < math.inf  # isfinite() fails for integers beyond all floats
-    )
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _list(name: str, value: Any) -> list[Any]:
@@ -396,7 +385,7 @@ def _spatial_refs(refs: SpatialRefs) -> list[list[float]]:
         # What other calls found may be asked about as it is.
         keys = _PLACE_KEYS.get(frozenset(ref)) if isinstance(ref, Mapping) else None
         numbers = [ref[key] for key in keys] if keys else _list("a spatial ref", ref)
-        if len(numbers) not in (2, 4) or not all(_number(x) and 0 <= x <= 1 for x in numbers):
+        if len(numbers) not in (2, 4) or not all(is_number(x, least=0, most=1) for x in numbers):
             raise RequestError(
                 f"a spatial ref is [x, y] or [x_min, y_min, x_max, y_max], each from 0 to 1, "
                 f"not {ref!r}"

@@ -20,14 +20,14 @@ slow browser but that. Without heartbeats there is no task.
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self
 
 import msgspec
 
+from moondream_async._checks import check_positive
 from moondream_async._protocol.plain import Block
-from moondream_async.errors import MoondreamError, RequestError
+from moondream_async.errors import MoondreamError
 from moondream_async.results import BboxEvent, ReasoningEvent, StreamEvent
 
 from .owner import Owner, end_loop
@@ -156,10 +156,8 @@ class EventStream(Relay):
     content_type = "text/event-stream"
 
     def __init__(self, stream: Answer, heartbeat: float | None) -> None:
-        if heartbeat is not None and not _is_positive(heartbeat):
-            raise RequestError(
-                f"heartbeat must be a positive number of seconds or None, not {heartbeat!r}"
-            )
+        if heartbeat is not None:
+            check_positive("heartbeat", heartbeat, "a number of seconds over 0, or None")
         self._heartbeat = heartbeat
         self._busy = False  # somebody waits
         self._opening = True  # some servers hold the head of an answer back until it has a body
@@ -245,12 +243,6 @@ class EventStream(Relay):
         """
         self._over = True
         super().close()
-
-
-def _is_positive(seconds: Any) -> bool:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        return False
-    return 0 < seconds < math.inf
 
 
 async def _read(stream: Answer) -> tuple[bytes, bool]:

@@ -41,7 +41,6 @@ async def fetch(
         asyncio.get_running_loop(),
         session=None,
         ssl_context=ssl_context,
-        proxy=None,
         guard=lambda _: Guard(allows, refusal),
     )
     headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}

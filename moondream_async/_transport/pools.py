@@ -14,7 +14,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
@@ -22,13 +22,16 @@ import anyio
 from aiohttp import hdrs
 from yarl import URL
 
+from moondream_async._protocol.secret import Secret
 from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamError
 
 from .bodies import READ_BUFFER_BYTES, Body
 from .faults import FAULTS_OF_SENDING, is_disconnect, translate
-from .private import close_connector, count_idle, disown, use_protocol
+from .private import close_connector, count_idle, disown, middlewares_of, use_protocol
+from .proxies import NO_PROXIES, Proxies
 from .resolver import Resolver
 from .sockets import Guard, guarded, open_socket
+from .unseen import Unseen
 from .uploads import Part, Upload
 
 if TYPE_CHECKING:
@@ -56,12 +59,12 @@ class Transport:
         *,
         session: aiohttp.ClientSession | None = None,
         ssl_context: ssl.SSLContext | None = None,
-        proxy: str | None = None,
+        proxies: Proxies = NO_PROXIES,
         guard: Callable[[URL], Guard | None] | None = None,
     ) -> None:
         self._session = session
         self._ssl_context = ssl_context
-        self._proxy = proxy
+        self._proxies = proxies
         self._guard = guard
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
         self._lock = threading.RLock()  # see `_call.limits` on why its own thread may take it again
@@ -86,7 +89,7 @@ class Transport:
                 loop,
                 session=self._session,
                 ssl_context=self._ssl_context,
-                proxy=self._proxy,
+                proxies=self._proxies,
                 guard=self._guard,
             )
         for each in gone:
@@ -98,7 +101,7 @@ class Transport:
         return Transport(
             session=self._session,
             ssl_context=self._ssl_context,
-            proxy=self._proxy,
+            proxies=self._proxies,
             guard=self._guard,
         )
 
@@ -158,7 +161,7 @@ class Pool:
         *,
         session: aiohttp.ClientSession | None,
         ssl_context: ssl.SSLContext | None,
-        proxy: str | None,
+        proxies: Proxies = NO_PROXIES,
         guard: Callable[[URL], Guard | None] | None = None,
     ) -> None:
         self.loop = loop
@@ -167,7 +170,7 @@ class Pool:
         """What waits on this loop; closed with the client."""
         self.bodies: set[Body] = set()
         self._ssl = ssl_context or True
-        self._proxy = proxy
+        self._proxies = proxies
         self._guard = guard
         self._owns_session = session is None
         self._session = session or aiohttp.ClientSession(
@@ -179,6 +182,8 @@ class Pool:
         )
         if session is None and self._session.connector is not None:
             use_protocol(self._session.connector, loop)
+        # Those of a caller's session; told any, aiohttp would leave these out.
+        self._middlewares = middlewares_of(self._session)
         self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
         self._idle = asyncio.Event()
         self._lifeline = _close_with_loop(weakref.ref(self))
@@ -198,7 +203,7 @@ class Pool:
         method: str,
         url: URL,
         *,
-        headers: dict[str, str],
+        headers: Mapping[str, str | Secret],
         body: Sequence[Part] = (),
         on_send: Callable[[Upload], None],
         on_close: Callable[[int], None],
@@ -230,10 +235,14 @@ class Pool:
             APIConnectionError: No connection, or it was lost before the answer.
             APIStatusError: A redirect that can't be followed.
         """
+        plain = {name: each for name, each in headers.items() if isinstance(each, str)}
+        secrets = {name: each for name, each in headers.items() if isinstance(each, Secret)}
         on_new = False
         redirects = 0
         while True:
             guard = None if self._guard is None else self._guard(url)
+            proxy = self._proxies.for_url(url)
+            unseen = Unseen(secrets, None if proxy is None else proxy.authorization)
             # Also for nothing: when it is asked to write, a connection stands.
             upload = Upload(body, self._used, on_send, on_new=on_new)
             try:
@@ -242,7 +251,8 @@ class Pool:
                         method,
                         url,
                         data=upload,
-                        headers=headers,
+                        headers=plain,
+                        middlewares=(*self._middlewares, unseen),
                         skip_auto_headers=() if body else (hdrs.CONTENT_TYPE,),
                         allow_redirects=False,
                         raise_for_status=False,  # these two: a session of the caller's may differ
@@ -252,7 +262,7 @@ class Pool:
                         max_line_size=_MAX_HEAD_BYTES,
                         max_field_size=_MAX_HEAD_BYTES,
                         ssl=self._ssl,
-                        proxy=self._proxy,
+                        proxy=None if proxy is None else proxy.url,
                     )
             except FAULTS_OF_SENDING as error:
                 self._check(error, url, guard)

@@ -5,6 +5,7 @@
   ours (`Protocol`), which its connector has to be told (``_factory``), and which watches what
   comes when (``data_received``, ``feed_data``, ``set_response_params``).
 - aiohttp raises ahead of what it still holds (``_read_nowait``).
+- Middlewares that are told for a request stand in for a session's own (``_middlewares``).
 - There is no public count of the connections that wait (``_conns``).
 - asyncio has no way to close a transport without its loop, and complains of those that are left
   (``_acquired``, ``_close``, ``_loop``, ``_sock``, ``_conn_lost``, ...). A loop may be closed, may
@@ -206,3 +207,8 @@ def _hang_up(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> N
     ):
         sock.shutdown(socket.SHUT_RDWR)
     loop.call_soon_threadsafe(transport.abort)
+
+
+def middlewares_of(session: aiohttp.ClientSession) -> tuple[aiohttp.ClientMiddlewareType, ...]:
+    """Return the middlewares that a session was made with."""
+    return tuple(session._middlewares)  # noqa: SLF001

@@ -30,6 +30,7 @@ import anyio
 
 from moondream_async._call.pages import entries
 from moondream_async._call.retry import is_worth_retrying
+from moondream_async._checks import check_count, check_positive
 from moondream_async._protocol.requests import Request
 from moondream_async.errors import (
     APIConnectionError,
@@ -106,8 +107,7 @@ class Batches:
                 counted from 1.
             ImageError: A picture can't be read, or is none; the message names the line.
         """
-        if isinstance(part_bytes, bool) or not isinstance(part_bytes, int) or part_bytes < 1:
-            raise RequestError(f"part_bytes must be a whole number over 0, not {part_bytes!r}")
+        check_count("part_bytes", part_bytes)
         if part_bytes > MAX_PART_BYTES:
             raise RequestError(f"part_bytes must be under 100 MB, not {part_bytes:,} bytes")
         self._caller.check_open()
@@ -162,8 +162,13 @@ class Batches:
             on_poll: Called with each answer, the last included.
 
         Raises:
+            RequestError: A time is not a number over 0.
             APITimeoutError: It has not ended; the server goes on with it.
         """
+        check_positive("interval", interval, "a number of seconds over 0")
+        check_positive("max_interval", max_interval, "a number of seconds over 0")
+        if timeout is not None:
+            check_positive("timeout", timeout, "a number of seconds over 0, or None")
         failures = 0
         with anyio.move_on_after(timeout):
             while True:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import msgspec
 
-from moondream_async._client import MoondreamClient
+from moondream_async._checks import check_count
+from moondream_async._client import MoondreamClient, hidden_address
 from moondream_async._protocol.requests import (
     Request,
     caption_request,
@@ -26,6 +27,7 @@ from moondream_async._protocol.requests import (
     point_request,
     query_request,
 )
+from moondream_async._protocol.secret import Secret, hidden
 from moondream_async.errors import (
     AuthenticationError,
     ClientClosedError,
@@ -45,35 +47,10 @@ CONNECTIONS = 32
 three seconds an answer keep 30 of them busy."""
 
 
-class Secret:
-    """An API key that shows itself nowhere: not in a repr, a plan, a log or a dashboard.
-
-    It can be pickled, which is how it gets to workers, and the pickle holds the key.
-
-    >>> Secret("the key")
-    Secret('***')
-    >>> f"{Secret('the key')}"
-    "Secret('***')"
-    """
-
-    # No kind of str and no dataclass: what prints plans takes both apart.
-    __slots__ = ("_key",)
-
-    def __init__(self, key: str) -> None:
-        self._key = key
-
-    def reveal(self) -> str:
-        """Return the key."""
-        return self._key
-
-    def __repr__(self) -> str:
-        return "Secret('***')"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._key == self._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+def kept(api_key: object, options: Mapping[str, Any]) -> tuple[Secret | None, dict[str, Any]]:
+    """Return a key and options that show no secret, before anything can go wrong."""
+    proxy = hidden_address(options.get("proxy"))
+    return hidden(api_key), {**options, **({"proxy": proxy} if "proxy" in options else {})}
 
 
 class Options(TypedDict, total=False):
@@ -148,9 +125,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         if not isinstance(self.prefix, str):
             raise RequestError(f"prefix must be a string, not {self.prefix!r}")
         check_count("the number of workers", self.workers)
-        if self.api_key is not None and not isinstance(self.api_key, Secret):
-            # Not shown: it may be the key.
-            raise RequestError("api_key must be a Secret here: plans would print a plain string")
         self._check_arguments()
         # What a worker finds in its environment is not known here: any address will do
         # in place of that, as long as a key may be sent there.
@@ -218,8 +192,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         rate_limit = options.get("rate_limit")
         if rate_limit is not None and isinstance(rate_limit, (int, float)):
             options["rate_limit"] = rate_limit / self.workers
-        key = None if self.api_key is None else self.api_key.reveal()
-        return MoondreamClient(key, **(options | other))
+        return MoondreamClient(self.api_key, **(options | other))
 
     async def ask(self, client: MoondreamClient, image: Any, text: Any) -> dict[str, Any]:
         """Return the columns of one row.
@@ -400,13 +373,3 @@ def _plain(result: Result, field: str) -> Any:
     """Return a field as data that any table can hold."""
     value = result.get(field)
     return value.text if field == "reasoning" and value is not None else value
-
-
-def check_count(name: str, value: Any) -> None:
-    """Check that something is a number of things, and that there is one at least.
-
-    Raises:
-        RequestError: It isn't.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")

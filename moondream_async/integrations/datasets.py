@@ -30,9 +30,11 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from moondream_async._checks import check_count
+from moondream_async._protocol.secret import Secret
 from moondream_async.errors import RequestError
 
-from ._rows import Asker, Job, Options, Secret, check_count
+from ._rows import Asker, Job, Options, kept
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -88,16 +90,18 @@ def ask(
             there already and would be lost. Nothing was read or sent.
         AuthenticationError: The server refuses the key.
     """
+    api_key, kept_options = kept(api_key, options)
+    del options
     if num_proc is not None:
         check_count("num_proc", num_proc)
-    job = _job(
+    job = Job(
         skill=skill,
         image_column=image_column,
         text_column=text_column,
         prefix=prefix,
         workers=num_proc or 1,
         api_key=api_key,
-        options=options,
+        options=kept_options,
     )
     if not hasattr(dataset, "num_rows") or not hasattr(dataset, "features"):
         raise RequestError(
@@ -139,23 +143,20 @@ def asking(
             a column isn't there, or is there already and would be lost.
         AuthenticationError: In ``map``: the server refuses the key.
     """
+    api_key, kept_options = kept(api_key, options)
+    del options
     check_count("num_proc", num_proc)
-    job = _job(
+    job = Job(
         skill=skill,
         image_column=image_column,
         text_column=text_column,
         prefix=prefix,
         workers=num_proc,
         api_key=api_key,
-        options=options,
+        options=kept_options,
     )
     with _open(job) as asker:
         yield asker.ask_row
-
-
-def _job(*, api_key: str | Secret | None, options: Options, **fields: Any) -> Job:
-    key = Secret(api_key) if isinstance(api_key, str) else api_key
-    return Job(api_key=key, options=dict(options), **fields)
 
 
 @contextmanager

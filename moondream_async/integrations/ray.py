@@ -36,7 +36,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ._rows import Asker, Job, Options, Secret, check_count
+from moondream_async._checks import check_count
+from moondream_async._protocol.secret import Secret
+from moondream_async.errors import RequestError
+
+from ._rows import Asker, Job, Options, kept
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -101,15 +105,16 @@ def ask(
             run has begun, it ends with one for a column that isn't there, or that
             is there already and would be lost.
     """
-    key = Secret(api_key) if isinstance(api_key, str) else api_key
+    api_key, kept_options = kept(api_key, options)
+    del options
     constructor: dict[str, Any] = {
         "skill": skill,
         "image_column": image_column,
         "text_column": text_column,
         "prefix": prefix,
         "actors": actors,
-        "api_key": key,
-        **options,
+        "api_key": api_key,
+        **kept_options,
     }
     job = _job(**constructor)
     if batch_size is not None:
@@ -152,6 +157,11 @@ class SkillStage:
         api_key: Secret | None = None,
         **options: Unpack[Options],
     ) -> None:
+        is_plain = isinstance(api_key, str)
+        api_key, kept_options = kept(api_key, options)
+        del options
+        if is_plain:
+            raise RequestError("api_key must be a Secret here: plans would print a plain string")
         self._job = _job(
             skill=skill,
             image_column=image_column,
@@ -159,7 +169,7 @@ class SkillStage:
             prefix=prefix,
             actors=actors,
             api_key=api_key,
-            **options,
+            **kept_options,
         )
         self._asker = Asker(self._job)
         self._asker.start()

@@ -28,6 +28,7 @@ import anyio
 import msgspec
 
 from moondream_async._call.pages import each, entries
+from moondream_async._checks import check_count
 from moondream_async._protocol.requests import Request
 from moondream_async._protocol.values import read_value
 from moondream_async.errors import RequestError
@@ -161,10 +162,7 @@ class Tuning:
             RequestError: An argument can't be right.
             ImageError: A picture can't be read, or is none.
         """
-        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int):
-            raise RequestError(f"max_concurrency must be a whole number, not {max_concurrency!r}")
-        if max_concurrency < 1:
-            raise RequestError(f"max_concurrency must be at least 1, not {max_concurrency!r}")
+        check_count("max_concurrency", max_concurrency)
         source = each(requests)
         tries: dict[asyncio.Task[Rollouts], TuningRequest] = {}
         feed: asyncio.Task[Any] | None = None
@@ -317,8 +315,7 @@ def _path(finetune: Finetune | str) -> str:
 
 
 def _checkpoint_path(finetune: Finetune | str, step: int) -> str:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise RequestError(f"step must be a whole number, not {step!r}")
+    check_count("step", step, least=0)
     return f"{_path(finetune)}/checkpoints/{step}"
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
+from moondream_async._checks import check_count
 from moondream_async._values import Record
-from moondream_async.errors import RequestError
 from moondream_async.results import BASE_MODEL, Point, Reasoning, Region
 
 
@@ -55,8 +55,7 @@ class Checkpoint(Record, kw_only=True):
 
 
 def _name_model(base_model: str, finetune_id: str, step: int) -> str:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise RequestError(f"step must be a whole number, not {step!r}")
+    check_count("step", step, least=0)
     return f"{base_model}/{finetune_id}@{step}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from moondream_async._checks import check_count, is_count
 from moondream_async._protocol.answers import decode_reasoning
 from moondream_async._protocol.requests import (
     Picture,
@@ -218,7 +219,7 @@ def create_request(name: str, rank: int) -> Request:
     """Check the arguments of ``create`` and return its request."""
     if not isinstance(name, str) or not name.strip():
         raise RequestError(f"name must be a string that is not empty, not {name!r}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in RANKS:
+    if not is_count(rank) or rank not in RANKS:
         raise RequestError(f"rank must be one of {', '.join(map(str, RANKS))}, not {rank!r}")
     return Request(None, "/tuning/finetunes", {"name": name, "rank": rank})
 
@@ -227,11 +228,7 @@ def rollouts_request(finetune_id: str, request: TuningRequest, num_rollouts: int
     """Check the arguments of ``rollouts`` and return its request."""
     if not isinstance(request, TuningRequest):
         raise RequestError(f"request must be a TuningRequest, not {request!r:.100}")
-    whole = isinstance(num_rollouts, int) and not isinstance(num_rollouts, bool)
-    if not whole or not 1 <= num_rollouts <= MAX_ROLLOUTS:
-        raise RequestError(
-            f"num_rollouts must be a whole number from 1 to {MAX_ROLLOUTS}, not {num_rollouts!r}"
-        )
+    check_count("num_rollouts", num_rollouts, most=MAX_ROLLOUTS)
     payload = {
         "finetune_id": finetune_id,
         "num_rollouts": num_rollouts,
@@ -275,8 +272,7 @@ def _group_payload(group: Any) -> dict[str, Any]:
 
 def metrics_request(path: str, step: int, metrics: Mapping[str, float]) -> Request:
     """Check the arguments of ``log_metrics`` and return its request."""
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise RequestError(f"step must be a whole number, not {step!r}")
+    check_count("step", step, least=0)
     if not isinstance(metrics, Mapping) or not metrics:
         raise RequestError(f"metrics must be a mapping that is not empty, not {metrics!r:.100}")
     numbers = {name: finite_number(f"metrics[{name!r}]", value) for name, value in metrics.items()}
