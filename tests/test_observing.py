@@ -6,6 +6,7 @@ import traceback
 
 import pytest
 from aiohttp import web
+from programs import STRICT, running
 
 import moondream_async as md
 from moondream_async._call.retry import BUDGET, RETRY_COST
@@ -223,3 +224,25 @@ async def test_an_error_that_quotes_the_key_is_shown_without_it(streamed):
     )
     assert KEY not in shown
     assert KEY not in repr(caught.value.body)
+
+
+@pytest.mark.parametrize(
+    ("level", "lines"),
+    [("debug", {"INFO", "DEBUG"}), ("info", {"INFO"}), ("loud", set()), ("", set())],
+)
+async def test_environment_switches_the_log_on(simulator, photo, level, lines):
+    simulator.faults.append("status=503,retry_after=0")
+    program = f"""
+import asyncio, moondream_async as md
+async def main():
+    async with md.MoondreamClient() as client:
+        await client.caption({str(photo)!r})
+asyncio.run(main())
+"""
+    environment = {"MOONDREAM_LOG": level, "MOONDREAM_ENDPOINT": simulator.endpoint}
+    async with running(*STRICT[:1], "-c", program, **environment) as process:
+        status, _, said = await process.end()
+
+    assert status == 0
+    assert {line.split()[3] for line in said if "moondream_async" in line} == lines
+    assert all("call " in line for line in said if "POST" in line)

@@ -282,6 +282,26 @@ def test_four_loops_at_once_share_the_metrics(telemetry, photo, moondream_simula
     assert first.count == 4
 
 
+async def test_time_between_chunks_is_measured(client, simulator, telemetry, photo):
+    held = simulator.script.caption(["A red", " circle", "."], hold_after=1)
+    stream = await client.caption(photo, stream=True)
+    assert await anext(stream) == "A red"
+    held.release()
+    await stream.text()
+
+    [point] = telemetry.metrics()["gen_ai.client.inference.time_per_output_chunk"]
+    assert point.count == 2
+
+
+async def test_text_of_a_stream_is_captured_when_asked_for(simulator, telemetry, photo):
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        instrument(client, capture_content=True, **telemetry.providers)
+        said = await (await client.caption(photo, stream=True)).text()
+
+    [answer] = json.loads(telemetry.span.attributes["gen_ai.output.messages"])
+    assert answer["parts"][0]["content"] == said
+
+
 async def test_gauges_say_what_is_open(client, simulator, telemetry, photo):
     simulator.faults.append("stall=2")
     async with client.caption(photo, stream=True):

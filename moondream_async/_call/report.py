@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moondream_async")
 
+
+def _log_as_the_environment_says() -> None:
+    """Show the log on stderr where MOONDREAM_LOG is ``debug`` or ``info``."""
+    level = os.environ.get("MOONDREAM_LOG", "").strip().upper()
+    if level in ("DEBUG", "INFO"):
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        log.setLevel(level)
+
+
+_log_as_the_environment_says()
+
 Kind = Literal["request", "first_chunk", "retry", "end"]
 
 
@@ -34,6 +45,9 @@ class CallStart(NamedTuple):
 
 class Probe(Protocol):
     """What follows one call, as for tracing."""
+
+    def chunks(self, count: int) -> None:
+        """Take note that so many pieces of a stream's text have arrived together."""
 
     @property
     def wants_answer(self) -> bool:
@@ -181,6 +195,14 @@ class Report:
     def first_chunk(self, request_id: str | None) -> None:
         """Tell that the first piece of text is there."""
         self.tell("first_chunk", request_id=request_id)
+
+    def chunks(self, texts: Sequence[str]) -> None:
+        """Tell those who trace the call of pieces of text that have arrived together."""
+        if self._probes:
+            count = len(texts) - texts.count("")
+            if count:
+                for probe in self._probes:
+                    probe.chunks(count)
 
     def ended(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from moondream_async._protocol.events import AnswerDecoder
@@ -60,6 +60,9 @@ class Observer(Protocol):
 
     def first_chunk(self, request_id: str | None) -> None:
         """The first piece of text is there."""
+
+    def chunks(self, texts: Sequence[str]) -> None:
+        """Events have arrived together, with these pieces of text; some may be empty."""
 
     @property
     def wants_answer(self) -> bool:

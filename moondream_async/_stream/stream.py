@@ -412,6 +412,8 @@ class Stream(Generic[ItemT_co]):
             self._ttft = running_loop().time() - self._sent_at
             if self._observer is not None:
                 self._observer.first_chunk(self.request_id)
+        if self._observer is not None:
+            self._observer.chunks(block.texts)
 
     def _keep(self, texts: list[str]) -> None:
         text = "".join(texts)

@@ -25,6 +25,7 @@ No prompt, answer or picture is recorded, unless ``capture_content=True``.
 from __future__ import annotations
 
 import json
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,7 @@ class _Instrumentation:
         self.per_chunk = meter.create_histogram(
             "gen_ai.client.inference.time_per_output_chunk",
             unit="s",
-            description="Between two pieces of a stream: the mean of each stream, once for it",
+            description="Between two pieces; those that arrive together share the time",
             explicit_bucket_boundaries_advisory=_CHUNK_TIMES,
         )
         self.tokens = {
@@ -195,7 +196,14 @@ class _Instrumentation:
 class _Call:
     """Follows one call."""
 
-    __slots__ = ("_attributes", "_instrumentation", "_is_skill", "_span", "wants_answer")
+    __slots__ = (
+        "_attributes",
+        "_instrumentation",
+        "_is_skill",
+        "_last_chunk",
+        "_span",
+        "wants_answer",
+    )
 
     def __init__(self, instrumentation: _Instrumentation, call: CallStart) -> None:
         request = call.request
@@ -203,6 +211,7 @@ class _Call:
         model = payload.get("model")
         self._instrumentation = instrumentation
         self._is_skill = request.skill is not None
+        self._last_chunk: float | None = None
         self._attributes: dict[str, Any] = _server(call.endpoint)
         if request.skill is None:
             name = f"{request.method} /{request.path.strip('/').split('/')[0].partition('?')[0]}"
@@ -232,6 +241,15 @@ class _Call:
         carrier: dict[str, str] = {}
         propagate.inject(carrier, trace.set_span_in_context(self._span))
         return carrier
+
+    def chunks(self, count: int) -> None:
+        """Measure the time since the pieces before."""
+        now = time.perf_counter()
+        if self._last_chunk is not None:
+            seconds = (now - self._last_chunk) / count
+            for _ in range(count):
+                self._instrumentation.per_chunk.record(seconds, self._attributes)
+        self._last_chunk = now
 
     def answer(self, answer: str | Mapping[str, Any]) -> None:
         """Take what the answer says, before its end is reported."""
