@@ -225,9 +225,11 @@ class MoondreamClient(Skills):
         when their turn comes, and none while twice as many as that wait for the reader.
 
         What fails is tried again as in other calls, and so is what runs out of time. A
-        refusal (429) does not count while the server lets others in. An item that fails
-        for good is a result with an `error`, and the run goes on; a wrong key, a closed
-        client, and what `items` itself raises end it, after the results that are there.
+        refusal (429) does not count while the server lets others in; a pause that the server
+        asks for (``Retry-After``) holds up all of the run, for a minute at most
+        (`BulkRun.paused_for`). An item that fails for good is a result with an `error`, and
+        the run goes on; a wrong key, a closed client, a server that lets nobody in any more,
+        and what `items` itself raises end it, after the results that are there.
 
         Args:
             items: Pictures as `caption` takes them, `BulkItem`s, or mappings with the

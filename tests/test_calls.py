@@ -6,6 +6,8 @@ Limits are short here, and servers wait for events, so that nothing is timed.
 import asyncio
 import contextlib
 import socket
+import traceback
+from pathlib import Path
 
 import anyio
 import pytest
@@ -490,3 +492,43 @@ async def test_no_limit_at_all_is_no_trouble(stream):
     timeout = md.Timeout(pool=None, connect=None, first_event=None, idle=None, total=None)
     async with RawServer(answer) as server, client_of(server, timeout=timeout) as client:
         assert await call(client, stream) == TEXT
+
+
+# -- how deep a call is ----------------------------------------------------------------
+
+OURS = str(Path(md.__file__).parent)
+
+
+@both
+async def test_between_a_call_and_aiohttp_are_four_coroutines_at_most(stream):
+    begun = asyncio.Event()
+
+    async def play(peer):
+        await peer.request()
+        begun.set()
+        await peer.until_gone()
+
+    async with RawServer(play) as server, client_of(server) as client:
+        asked = client.caption(IMAGE, stream=stream)
+        task = asyncio.create_task(asked)
+        await begun.wait()
+        awaited, names = getattr(asked, "_call", asked), []
+        while awaited is not None:
+            code = getattr(awaited, "cr_code", None)
+            if code is not None and code.co_filename.startswith(OURS):
+                names.append(code.co_qualname)
+            awaited = getattr(awaited, "cr_await", None)
+        assert len(names) <= 4
+        assert names[-1] == "Pool.request"
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("picture", ["nowhere.jpg", b"no picture", b"\xff\xd8\xff" + bytes(50)])
+async def test_traceback_of_a_picture_that_cannot_be_read_is_short(picture):
+    client = md.MoondreamClient(endpoint="http://127.0.0.1:9/v1")
+    with pytest.raises(md.ImageError) as caught:
+        await client.caption(picture)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count(f'File "{OURS}') <= 8, shown
+    await client.aclose()

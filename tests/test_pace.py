@@ -653,3 +653,61 @@ async def test_stream_lost_before_its_first_event_is_asked_for_again(clock, begi
         assert len(server.requests) == 3
     assert watch.waits[1] == pytest.approx(watch.delays[1], abs=TINY)
     assert watch.waits[2] == pytest.approx(watch.delays[2], abs=TINY)
+
+
+# -- a bulk run that is refused --------------------------------------------------------
+
+
+def refusing(times):
+    """Refuse so many requests for 31 years, and answer the others."""
+    left = [times]
+
+    async def play(peer):
+        while True:
+            await peer.request()
+            left[0] -= 1
+            years = whole({"error": "later"}, "Retry-After: 999999999", status="429 Too Many")
+            await peer.send(years if left[0] >= 0 else whole(ANSWER))
+
+    return play
+
+
+async def test_one_refusal_for_years_holds_a_run_up_for_a_minute_and_says_so(clock):
+    paused = []
+    hooks = md.Hooks(retry=lambda _: paused.append(run.paused_for))
+    async with RawServer(refusing(1)) as server, client_of(server, hooks=hooks) as client:
+        started = clock.now
+        run = client.bulk([IMAGE] * 5, max_retries=1)
+        assert all([result.ok async for result in run])
+        assert LONGEST_RETRY_AFTER <= clock.now - started < LONGEST_RETRY_AFTER + 30
+        assert paused == [pytest.approx(LONGEST_RETRY_AFTER, abs=1)]
+        assert run.paused_for == 0
+
+
+@pytest.mark.parametrize("max_retries", [0, 1, 3])
+async def test_refusals_without_end_are_the_end_of_all_items_and_of_the_run(clock, max_retries):
+    async with RawServer(refusing(10**9)) as server, client_of(server) as client:
+        started = clock.now
+        few = client.bulk([IMAGE] * 3, max_retries=max_retries)
+        results = [result async for result in few]
+        assert [type(result.error) for result in results] == [md.RateLimitError] * 3
+        many = client.bulk(iter(lambda: IMAGE, None), max_retries=max_retries)
+        with pytest.raises(md.RateLimitError):
+            assert not any([result.ok async for result in many])
+        assert clock.now - started < 3600
+
+
+async def test_a_picture_that_is_tried_again_is_one_call_in_a_run(clock):
+    events = []
+    kinds = ("request", "retry", "end")
+    hooks = {kind: lambda event, kind=kind: events.append((kind, event)) for kind in kinds}
+    async with (
+        RawServer(refusing(1)) as server,
+        client_of(server, hooks=md.Hooks(**hooks), max_retries=1) as client,
+    ):
+        (result,) = [result async for result in client.bulk([IMAGE])]
+        assert client.stats().retries == 1
+    assert [kind for kind, _ in events] == ["request", "retry", "request", "end"]
+    assert len({event.call_id for _, event in events}) == 1
+    assert events[-1][1].outcome == "complete"
+    assert result.tries == 2

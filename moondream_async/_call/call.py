@@ -59,13 +59,13 @@ Finish = Callable[["Body"], Awaitable[_T]]
 
 
 class Admission(Protocol):
-    """Decides when the attempts of a call may start, as for many calls of one run."""
+    """Decides when the attempts of a call may start, as for the many calls of one run."""
 
     async def enter(self) -> None:
         """Wait until the next attempt may start."""
 
-    def leave(self, error: MoondreamError | None, *, done: bool) -> None:
-        """Take note of the end of an attempt: of its answer, if `done`, or of its `error`."""
+    def leave(self, error: MoondreamError | None, *, answered: bool) -> None:
+        """Take note of the end of an attempt: answered, failed with `error`, or cancelled."""
 
 
 class Caller:
@@ -195,13 +195,16 @@ class Call:
     ) -> None:
         loop = asyncio.get_running_loop()
         total = timeout.total
-        self.total_at = None if total is None else loop.time() + total
+        # Of a call that has to be admitted, the total counts from then on, for each attempt.
+        has_total = total is not None and admission is None
+        self.total_at = loop.time() + (total or 0) if has_total else None
         self._session = session
         self._request = request
         self._timeout = timeout
         self._headers = headers
         self._retries = retries
         self._admission = admission
+        self._is_admitted = False
         self._pool: Pool | None = None
         self._parts: list[Any] | None = None  # of the body, with its pictures prepared
         self._was_sent = False
@@ -298,21 +301,29 @@ class Call:
                         if delay:
                             await asyncio.sleep(delay)
                         answer = await self._attempt(deadline, finish, accept)
+                        self._leave(answered=True)
                         self._retries.succeeded()
                         if is_whole:
                             self.report.answered(answer)
                         return answer
                     raise deadline.error()
                 except MoondreamError as error:
+                    self._leave(error)
                     delay = self._delay_after(conceal(error, session.secret), deadline)
                     if delay is None:
                         raise
         except BaseException as error:
+            self._leave()
             self.report.ended(error=error)
             raise
         finally:
             deadline.cancel()
             pool.leave(deadline)
+
+    def _leave(self, error: MoondreamError | None = None, *, answered: bool = False) -> None:
+        if self._admission is not None and self._is_admitted:
+            self._is_admitted = False
+            self._admission.leave(error, answered=answered)
 
     def _delay_after(self, error: MoondreamError, deadline: Deadline) -> float | None:
         """Return the seconds until the next attempt after a failure; None if there is none."""
@@ -355,6 +366,10 @@ class Call:
                 await session.admission.wait()  # type: ignore[union-attr]
             if self._parts is None:
                 is_prepared = await self._prepare(deadline)
+            if self._admission is not None:
+                await self._admission.enter()
+                self._is_admitted = True
+                deadline.begin_total()
             if not session.slots.try_acquire():
                 deadline.enter("pool")
                 await session.slots.acquire()

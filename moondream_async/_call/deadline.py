@@ -95,6 +95,12 @@ class Deadline:
         # If others have cancelled the task as well, it goes on being cancelled.
         return self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError
 
+    def begin_total(self) -> None:
+        """Have `Timeout.total` count from now on."""
+        if self._timeout.total is not None:
+            self._total_at = self._loop.time() + self._timeout.total
+            self.enter(None)
+
     def cancel(self) -> None:
         """Watch no more: the call is over."""
         if self._timer is not None:

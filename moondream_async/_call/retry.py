@@ -52,6 +52,14 @@ def was_refused(error: MoondreamError) -> bool:
     return isinstance(error, APIStatusError) and error.status in _REFUSALS
 
 
+def is_refusal(error: MoondreamError) -> bool:
+    """Tell that a server has too much to do: 429, and Station's full queue, with status 200."""
+    if not isinstance(error, APIStatusError):
+        return False
+    rejected = isinstance(error.body, dict) and error.body.get("status") == "rejected"
+    return error.status == 429 or rejected
+
+
 def backoff(attempt: int, jitter: float, retry_after: float | None = None) -> float:
     """Return the seconds to wait before the try after failed try number `attempt` (from 0).
 

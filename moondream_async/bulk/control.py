@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from moondream_async._call.retry import LONGEST_RETRY_AFTER
+
 START = 4
 """How many requests may be open at first."""
 LEAST = 1
@@ -72,6 +74,10 @@ class Control:
         """Requests a second; None while the server has refused none."""
         self.accepted_at = float("-inf")
         """When the server last took a request."""
+        self.paused_until = float("-inf")
+        """Until when the server asked that nothing starts."""
+        self.refusals = 0
+        """How many in a row, since the server last took a request."""
         self._most = most
         self._limit = float(min(START, most))
         self._searching_limit = True
@@ -129,6 +135,7 @@ class Control:
     def took(self, now: float) -> None:
         """The server took a request, whatever it made of it."""
         self.accepted_at = now
+        self.refusals = 0
         self._refused = 0
         if self.rate is None:
             self._accepted.append(now)
@@ -149,10 +156,14 @@ class Control:
     def refused(self, now: float, *, sent_at: float, retry_after: float | None = None) -> None:
         """The server answered 429; with `retry_after`, nothing is to start for so many seconds.
 
+        It is waited for as long as in other calls at most.
+
         What was sent before the rate last fell says nothing new.
         """
+        self.refusals += 1
         if retry_after is not None:
-            self._next_at = max(self._next_at, now + retry_after)
+            self.paused_until = max(self.paused_until, now + min(retry_after, LONGEST_RETRY_AFTER))
+            self._next_at = max(self._next_at, self.paused_until)
         if sent_at < self._rate_fell_at:
             return
         if self.rate is None:

@@ -21,7 +21,7 @@ from moondream_async.results import Result
 from moondream_async.types import EncodedImage
 
 ItemT = TypeVar("ItemT")
-Make = Callable[[EncodedImage], Request]
+Make = Callable[[Any], Request]
 
 _FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
     "caption": (caption_request, {"length": "normal", "stream": False}),
@@ -111,10 +111,10 @@ class Asking:
         # A mistake that holds for every item is told before the first of them.
         needed = {"query": "question"}.get(skill, "object")
         may_come = {} if self._arguments.get(needed, "") is not None else {needed: "?"}
-        self._make(_NO_PICTURE, **{**self._arguments, **may_come})
+        self._make(_NO_PICTURE, **{**self._arguments, **may_come}).parts()
 
     def about(self, item: Any) -> tuple[Any, Make]:
-        """Return an item's picture, and what makes its request once that is prepared.
+        """Return an item's picture, and what makes its request of that, prepared or not.
 
         Raises:
             RequestError: The item is none.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import itertools
-import random
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, cast
@@ -19,8 +18,12 @@ import anyio
 import anyio.to_thread
 from anyio import current_time
 
-from moondream_async._call.retry import backoff, is_worth_retrying
-from moondream_async._protocol.answers import read_result
+from moondream_async._call.retry import (
+    LONGEST_RETRY_AFTER,
+    backoff,
+    is_refusal,
+    is_worth_retrying,
+)
 from moondream_async.errors import (
     APIConnectionError,
     APIStatusError,
@@ -32,20 +35,21 @@ from moondream_async.errors import (
 )
 
 from .control import Control
-from .items import Asking, BulkResult, ItemT, Make
+from .items import Asking, BulkResult, ItemT
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
     from moondream_async._call.call import Caller
-    from moondream_async.types import EncodedImage
 
 Items = Iterable[ItemT] | AsyncIterable[ItemT]
 
 _END: Any = object()
 _REFUSALS_PER_RETRY = 3
 """How many refusals in a row count as one failure, while the server lets nobody else in."""
+_REFUSALS_OF_A_RUN = 10
+"""How many refusals in a row, at least, end a run whose items are refused as often as they may."""
 
 
 class BulkRun(Generic[ItemT]):
@@ -87,6 +91,11 @@ class BulkRun(Generic[ItemT]):
         """How many requests may be open just now."""
         return self._work.control.limit
 
+    @property
+    def paused_for(self) -> float:
+        """Seconds until more requests start, where the server asked for a pause; else 0."""
+        return max(0.0, self._work.control.paused_until - current_time())
+
     def stop(self) -> None:
         """Take no more items. The iterator ends when those under way are done."""
         self._work.stop()
@@ -112,6 +121,8 @@ class BulkRun(Generic[ItemT]):
         Raises:
             AuthenticationError: The server knows no such key. The run has ended.
             ClientClosedError: The client was closed. The run has ended.
+            RateLimitError: The server has let nobody in for as long as a call would have
+                waited, and items are left. The run has ended.
             Exception: What the iterable of items raised, after the results of those
                 that came before.
         """
@@ -170,7 +181,9 @@ class _Work:
         self._asked = 0  # requests that are on their way, and pictures that are prepared for one
         # Of anyio, and so made in the loop: a run may be made before there is one.
         self._door: anyio.Lock  # one at a time looks whether it may start, in line
-        self._changed: anyio.Event | None = None
+        self._ready, self._room, self._free = _Bell(), _Bell(), _Bell()
+        self._hopeless: MoondreamError | None = None
+        self._is_exhausted = False  # the iterable
         self._feeding: anyio.CancelScope | None = None
         self._stopped = False
         self._done: deque[BulkResult[Any]] = deque()
@@ -183,12 +196,12 @@ class _Work:
 
     async def next(self) -> BulkResult[Any]:
         """Return the next result, or raise what ended the run, once."""
-        await self._until(lambda: bool(self._done) or self._ended or self.closed)
+        await self._ready.until(lambda: bool(self._done) or self._ended or self.closed)
         if self.closed:
             raise StopAsyncIteration
         if self._done:
             result = self._done.popleft()
-            self.changed()
+            self.ring_for_room()
             return result
         failure, self._failure = self._failure, None
         if failure is None:
@@ -223,18 +236,21 @@ class _Work:
                         await self._feed(group)
                 except Exception as error:  # noqa: BLE001 - the reader is told
                     self._fail(error)
+            if self._hopeless is not None and not self._is_exhausted:
+                self._fail(self._hopeless)
         finally:
             self._ended = True
-            self.changed()
+            self._ready.ring()
 
     async def _feed(self, group: anyio.abc.TaskGroup) -> None:
         following = _reader(self._items)
         for index in itertools.count():
-            await self._until(self._has_room)
+            await self._room.until(self._has_room)
             if self._stopped:
                 return
             item = await following()
             if item is _END:
+                self._is_exhausted = True
                 return
             self.open += 1
             group.start_soon(self._do, index, item)
@@ -251,11 +267,12 @@ class _Work:
 
     async def _do(self, index: int, item: Any) -> None:
         began = current_time()
-        tries = _Tries()
-        result = error = None
+        call = result = error = None
         try:
             image, make = self._asking.about(item)
-            result = await self._ask(image, make, tries)
+            turns = _Turns(self, self._max_retries)
+            call = self._caller.call(make(image), retries=turns, admission=turns)
+            result = await call.result()
         except (AuthenticationError, ClientClosedError) as fatal:
             # No other item would fare better.
             self._fail(fatal)
@@ -268,14 +285,14 @@ class _Work:
             return
         finally:
             self.open -= 1
-            self.changed()
+            self.ring_for_room()
         self._keep(
             BulkResult(
                 item=item,
                 index=index,
                 result=result,
                 error=error,
-                tries=tries.sent,
+                tries=0 if call is None else call.report.attempt,
                 seconds=current_time() - began,
             )
         )
@@ -290,46 +307,29 @@ class _Work:
             while self._next_index in self._out_of_order:
                 self._done.append(self._out_of_order.pop(self._next_index))
                 self._next_index += 1
-        self.changed()
+        self._ready.ring()
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
         self.stop()
 
-    async def _ask(self, image: Any, make: Make, tries: _Tries) -> Any:
-        """Ask about a picture until there is an answer, or another try can't help."""
-        encoded: EncodedImage | None = None
-        sent_at = 0.0
-        while True:
-            await self._enter()
-            try:
-                if encoded is None:
-                    encoded = await self._caller.encode(image)
-                    request = make(encoded)
-                tries.sent += 1
-                sent_at = current_time()
-                raw = await self._caller.call(request, max_retries=0).json()
-                result = read_result(self._asking.skill, raw)
-                full = self._asked >= self.control.limit
-                self.control.succeeded(current_time(), current_time() - sent_at, full=full)
-            except MoondreamError as error:
-                self._tell(error, sent_at=sent_at)
-                delay = tries.delay(error, self._max_retries, self.control.accepted_at)
-                if delay is None:
-                    raise
-            else:
-                return result
-            finally:
-                self._asked -= 1
-                self.changed()
-            await anyio.sleep(delay)
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the server has let nobody in for so long that the run ends."""
+        return self._hopeless is not None
 
-    async def _enter(self) -> None:
+    def give_up(self, error: MoondreamError) -> None:
+        """End the run, if not only one item was refused as often as it may be."""
+        if self._hopeless is None and self.control.refusals >= _REFUSALS_OF_A_RUN:
+            self._hopeless = error
+            self.stop()
+
+    async def enter(self) -> None:
         """Wait until a request may start."""
         async with self._door:
             while True:
-                await self._until(lambda: self._asked < self.control.limit)
+                await self._free.until(lambda: self._asked < self.control.limit)
                 delay = self.control.delay(current_time())
                 if delay <= 0:
                     break
@@ -337,11 +337,14 @@ class _Work:
             self.control.started(current_time())
             self._asked += 1
 
-    def _tell(self, error: MoondreamError, *, sent_at: float) -> None:
-        """Let the control know what a failure says about the server."""
+    def leave(self, error: MoondreamError | None, sent_at: float, *, answered: bool) -> None:
+        """Let the control know what became of a request, and others have its place."""
         now = current_time()
-        if isinstance(error, APIStatusError):
-            if _is_refusal(error):
+        if answered:
+            full = self._asked >= self.control.limit
+            self.control.succeeded(now, now - sent_at, full=full)
+        elif isinstance(error, APIStatusError):
+            if is_refusal(error):
                 self.control.refused(now, sent_at=sent_at, retry_after=error.retry_after)
             elif error.status in (502, 503, 504, 520, 521, 522, 523, 524):
                 self.control.overloaded(now, sent_at=sent_at)
@@ -349,56 +352,92 @@ class _Work:
                 self.control.took(now)
         elif isinstance(error, (APITimeoutError, APIConnectionError)):
             self.control.overloaded(now, sent_at=sent_at)
+        self._asked -= 1
+        self._free.ring()
+        self.ring_for_room()
 
-    def changed(self) -> None:
-        """Wake whoever waits for something."""
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            if self._changed is None:
-                self._changed = anyio.Event()
-            await self._changed.wait()
+    def ring_for_room(self) -> None:
+        """Wake who takes the items, if another may be taken."""
+        if self._has_room():
+            self._room.ring()
 
 
-class _Tries:
-    """How often one item was tried, and what came of it."""
+class _Bell:
+    """Wakes those who wait for one kind of change, and nobody else."""
 
     def __init__(self) -> None:
-        self.sent = 0
+        self._event: anyio.Event | None = None
+
+    def ring(self) -> None:
+        """Wake whoever waits."""
+        if self._event is not None:
+            self._event.set()
+            self._event = None
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until it holds; looked at whenever this rings."""
+        while not condition():
+            if self._event is None:
+                self._event = anyio.Event()
+            await self._event.wait()
+
+
+class _Turns:
+    """The attempts of one item's call: when each may start, and whether there is another."""
+
+    def __init__(self, work: _Work, most: int) -> None:
+        self.most = most
+        self._work = work
+        self._sent_at = 0.0
         self._failures = 0
         self._refusals = 0
-        self._failed_at = float("-inf")
+        self._refused_at = float("-inf")
+        self._refused_since = float("-inf")
 
-    def delay(self, error: MoondreamError, most: int, accepted_at: float) -> float | None:
-        """Return the seconds until the next try; None if there is to be none.
+    async def enter(self) -> None:
+        """Wait until the next attempt may start."""
+        await self._work.enter()
+        self._sent_at = current_time()
+
+    def leave(self, error: MoondreamError | None, *, answered: bool) -> None:
+        """Take note of the end of an attempt."""
+        self._work.leave(error, self._sent_at, answered=answered)
+
+    def delay(self, error: MoondreamError, *, jitter: float, left: float) -> float | None:
+        """Return the seconds until the next attempt; None if there is to be none.
 
         A refusal says nothing about this item while others are let in: it has to wait for
         its turn, however long that takes.
         """
-        jitter = random.random()  # noqa: S311 - no secret
-        if isinstance(error, APIStatusError) and _is_refusal(error):
-            if accepted_at > self._failed_at:
-                self._refusals = 0
-            self._failed_at = current_time()
-            self._refusals += 1
-            if self._refusals > most * _REFUSALS_PER_RETRY:
-                return None
-            return backoff(self._refusals - 1, 0.5 + jitter / 2, error.retry_after)
+        if is_refusal(error):
+            return self._delay_after_refusal(error, jitter)
         timed_out = isinstance(error, APITimeoutError) and error.phase != "total"
-        if self._failures >= most or not (timed_out or is_worth_retrying(error)):
+        if self._failures >= self.most or not (timed_out or is_worth_retrying(error)):
+            return None
+        retry_after = error.retry_after if isinstance(error, APIStatusError) else None
+        seconds = backoff(self._failures, jitter, retry_after)
+        if seconds >= left:
             return None
         self._failures += 1
-        retry_after = error.retry_after if isinstance(error, APIStatusError) else None
-        return backoff(self._failures - 1, jitter, retry_after)
+        return seconds
 
+    def _delay_after_refusal(self, error: MoondreamError, jitter: float) -> float | None:
+        now = current_time()
+        if self._work.control.accepted_at >= self._refused_at:
+            self._refusals = 0
+            self._refused_since = now
+        self._refused_at = now
+        self._refusals += 1
+        too_many = self._refusals > self.most * _REFUSALS_PER_RETRY
+        too_long = now - self._refused_since >= self.most * LONGEST_RETRY_AFTER
+        if too_many or (too_long and self._refusals > self.most) or self._work.is_hopeless:
+            self._work.give_up(error)
+            return None
+        # What the server asked for holds up all of the run, see `Control.refused`.
+        return backoff(self._refusals - 1, 0.5 + jitter / 2)
 
-def _is_refusal(error: APIStatusError) -> bool:
-    """Tell 429, and Station's full queue, which comes with status 200."""
-    rejected = isinstance(error.body, dict) and error.body.get("status") == "rejected"
-    return error.status == 429 or rejected
+    def succeeded(self) -> None:
+        """The call has its answer."""
 
 
 def _reader(items: Items[Any]) -> Callable[[], Awaitable[Any]]:
