@@ -460,7 +460,7 @@ def test_edited_lines_crash_neither_report_nor_tables(tmp_path):
     )
     with Journal(str(file), ASKED) as journal:
         for ending, write in WRITERS.items():
-            write(journal.records(), str(tmp_path / f"o.{ending}"))
+            write(journal.records, str(tmp_path / f"o.{ending}"))
         write_report(journal.records, str(tmp_path / "report.html"))
     assert Page((tmp_path / "report.html").read_text()).tags["figure"] == len(EDITED)
 

@@ -6,7 +6,7 @@ ended while it waited is not paid for twice: the next one fetches it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,8 @@ from moondream_async.cli._output import note
 from moondream_async.errors import APIStatusError, ImageError, RequestError
 
 from .names import name_of, path_of
-from .sources import Contents, Found, PictureFile
+from .pending import Pending
+from .sources import Contents, Found
 
 if TYPE_CHECKING:
     from moondream_async import Batch, BatchResult, EncodedImage
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 MOST_PICTURES = 20_000  # a batch; the server takes 100,000, and 2 GB
 MOST_BYTES = 1_000_000_000  # of pictures, before base64
 
-_Good = tuple[PictureFile, "EncodedImage"]
+_Good = tuple[Pending, "EncodedImage"]
 
 
 class _Named(msgspec.Struct):
     path: str
     below: str
+    asked: dict[str, Any] | None = None
+    row: dict[str, Any] | None = None
 
 
 class Sent(msgspec.Struct):
@@ -42,9 +45,11 @@ class Sent(msgspec.Struct):
     batch: str
     pictures: list[tuple[_Named, Contents | None]]
 
-    def found(self) -> list[Found]:
-        """Return the pictures."""
-        return [Found(path_of(each.path), path_of(each.below)) for each, _ in self.pictures]
+    def parts(self) -> Iterator[tuple[Found, Contents | None, dict[str, Any] | None]]:
+        """Yield each picture, its contents, and what is asked about it."""
+        for named, contents in self.pictures:
+            found = Found(path_of(named.path), path_of(named.below), named.row)
+            yield found, contents, named.asked
 
 
 async def ask_by_batch(job: Job) -> None:
@@ -53,8 +58,8 @@ async def ask_by_batch(job: Job) -> None:
     Raises:
         RequestError: Batches can't be asked that.
     """
-    if job.skill in ("detect", "point") and "settings" in job.arguments:
-        raise RequestError(f"{job.skill} takes no settings with '--via batch-api'")
+    if job.questions.skill in ("detect", "point") and "settings" in job.questions.arguments:
+        raise RequestError(f"{job.questions.skill} takes no settings with '--via batch-api'")
     record = Path(f"{job.journal.path}.batches")
     waiting = _recorded(record)
     for sent in list(waiting):
@@ -79,30 +84,33 @@ async def ask_by_batch(job: Job) -> None:
 async def _requests(
     job: Job,
     first: _Good,
-    items: AsyncIterator[PictureFile],
+    items: AsyncIterator[Pending],
     pictures: list[tuple[_Named, Contents | None]],
 ) -> AsyncGenerator[BatchRequest, None]:
     """Yield requests until a batch is full, and note their pictures."""
-    make: Any = getattr(BatchRequest, job.skill)
+    make: Any = getattr(BatchRequest, job.questions.skill)
     size = 0
     good: _Good | None = first
     while good is not None:
-        file, image = good
-        yield make(image, id=len(pictures), **job.arguments)
-        pictures.append((_Named(file.found.name, name_of(file.found.below)), file.contents))
+        pending, image = good
+        found, asked = pending.found, dict(pending.asked)
+        arguments = {name: asked[name] for name in job.questions.arguments}
+        yield make(image, id=len(pictures), **arguments)
+        named = _Named(found.name, name_of(found.below), asked, found.row)
+        pictures.append((named, pending.file.contents))
         size += len(image.data)
         if len(pictures) == MOST_PICTURES or size >= MOST_BYTES:
             return
         good = await _next_good(job, items)
 
 
-async def _next_good(job: Job, items: AsyncIterator[PictureFile]) -> _Good | None:
+async def _next_good(job: Job, items: AsyncIterator[Pending]) -> _Good | None:
     """Return the next picture that can be sent; the others are written down as failed."""
-    async for file in items:
+    async for pending in items:
         try:
-            return file, await job.client.encode_image(cast("Any", file))
+            return pending, await job.client.encode_image(cast("Any", pending.file))
         except ImageError as error:
-            job.keep(file.found, file.contents, error)
+            job.keep(pending.found, pending.file.contents, error, asked=pending.asked)
     return None
 
 
@@ -117,7 +125,7 @@ async def _fetch(job: Job, sent: Sent) -> None:
         progress = batch.progress
         note(f"Batch {batch.id}: {batch.status}, {progress.completed:,} of {progress.total:,}")
 
-    left = dict(enumerate(zip(sent.found(), (each for _, each in sent.pictures), strict=True)))
+    left = dict(enumerate(sent.parts()))
     failure = "the batch has no result for it"
     try:
         batch = await job.client.batches.wait(sent.batch, on_poll=show)
@@ -125,17 +133,19 @@ async def _fetch(job: Job, sent: Sent) -> None:
             place = _place(line)
             # After a run that was ended in the middle of this, some are there already.
             if place in left:
-                found, contents = left.pop(place)
-                if not job.journal.has(found):
-                    job.keep(found, contents, _outcome(line), tries=1, usage=line.usage)
+                found, contents, asked = left.pop(place)
+                if not job.journal.has(found, asked):
+                    job.keep(
+                        found, contents, _outcome(line), asked=asked, tries=1, usage=line.usage
+                    )
     except APIStatusError as error:
         if not _is_lasting(error):
             raise
         failure = str(error)
         note(f"Batch {sent.batch} came to nothing: {failure}")
-    for found, contents in left.values():
-        if not job.journal.has(found):
-            job.keep(found, contents, _failure(failure), tries=1)
+    for found, contents, asked in left.values():
+        if not job.journal.has(found, asked):
+            job.keep(found, contents, _failure(failure), asked=asked, tries=1)
             job.not_again.add(found.name)  # the next run asks about it again
 
 

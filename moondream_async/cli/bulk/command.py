@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moondream_async import MoondreamClient, Timeout
 from moondream_async.cli import _options as options
 from moondream_async.cli._options import UsageError
+from moondream_async.cli._output import print_text
 from moondream_async.cli._session import run
 from moondream_async.errors import RequestError
 from moondream_async.types import Length
 
-Skill = Literal["caption", "query", "detect", "point"]
+if TYPE_CHECKING:
+    from .job import Job
+
+Skill = Literal["caption", "query", "detect", "point", "segment"]
 Via = Literal["requests", "batch-api"]
 
 
-def bulk(
+def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
     context: typer.Context,
     *,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="PATHS...",
-            help="Pictures, folders with all below them, patterns, or - to read paths from stdin.",
+            help="Pictures, folders with all below them, patterns, tables (.csv, .tsv, .jsonl, "
+            ".parquet) with a column of pictures, or - to read paths from stdin.",
             show_default=False,
         ),
     ] = None,
@@ -51,6 +56,30 @@ def bulk(
         bool | None,
         typer.Option("--reasoning/--no-reasoning", help="Let the model think first, for query."),
     ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=QUESTION",
+            help="A question of several, for query; its answers have the name. Repeatable.",
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only pictures of such names.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="No pictures of such names.")
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A table's column of pictures. [default: path, image]"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ask about N pictures at most.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Tell how many, how much and how long, and ask nothing."),
+    ] = False,
     from_file: Annotated[
         list[str] | None,
         typer.Option(metavar="LIST", help="A file with a path on each line."),
@@ -99,6 +128,8 @@ def bulk(
     forms are made from such a file beside them, which is kept for that; lines on stdout
     can't be gone on from.
 
+    In a question or an object, {column} stands for what the row of a table has there.
+
     The exit status is 1 when a picture failed. Ctrl-C finishes what is under way; a
     second one stops at once.
     """
@@ -113,9 +144,16 @@ def bulk(
         )
         if value is not None
     } or None
-    needed = {"query": "question", "detect": "object", "point": "object"}.get(skill)
-    if needed and not arguments[needed]:
+    asks = _asks(context, ask or [])
+    if asks:
+        if skill not in ("caption", "query") or question or via == "batch-api":
+            raise UsageError("'--ask' is for query by requests, without '--question'", context)
+        skill = "query"
+    needed = {"query": "question", "caption": ""}.get(skill, "object")
+    if needed and not arguments[needed] and not asks:
         raise UsageError(f"'--skill {skill}' needs '--{needed}'", context)
+    if skill == "segment" and via == "batch-api":
+        raise UsageError("'--via batch-api' takes no '--skill segment'", context)
     if skill == "caption" and length is None:
         arguments["length"] = "normal"
     if not paths and not from_file:
@@ -129,8 +167,13 @@ def bulk(
         wanted = Output.of(output)
     except RequestError as error:
         raise UsageError(str(error), context) from None
-    if wanted.form == "folder" and skill not in ("caption", "query"):
-        raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
+    if wanted.form == "folder" and (skill not in ("caption", "query") or asks):
+        raise UsageError(
+            f"'--skill {skill}' gives no text: '-o' must be a file"
+            if not asks
+            else "'--ask' gives several texts: '-o' must be a file",
+            context,
+        )
     wanted.check(overwrite=overwrite)
     if report is not None:
         check_report(report)
@@ -144,12 +187,43 @@ def bulk(
         rate_limit=rate_limit,
     )
     from .job import Job  # noqa: PLC0415 - --help does without
+    from .questions import Questions  # noqa: PLC0415 - likewise
 
     asked = {name: value for name, value in arguments.items() if value is not None}
-    job = Job(client, skill, asked, model=model, output=wanted, report=report, overwrite=overwrite)
-    job.sources(paths or [], from_file or [])
+    job = Job(
+        client,
+        Questions(skill, asked, asks, model),
+        output=wanted,
+        report=report,
+        overwrite=overwrite,
+        limit=limit,
+    )
+    job.sources(
+        paths or [], from_file or [], include=include or (), exclude=exclude or (), column=column
+    )
+    if dry_run:
+        run(_tell(job, rate_limit, by_batch=via == "batch-api"))
+        return
     run(job.run(grace, by_batch=via == "batch-api"))
     if job.interrupted:
         raise KeyboardInterrupt
     if job.failed:
         raise typer.Exit(1)
+
+
+def _asks(context: typer.Context, given: list[str]) -> dict[str, str]:
+    asks: dict[str, str] = {}
+    for each in given:
+        name, equals, question = each.partition("=")
+        if not (name and equals and question.strip()) or name in asks:
+            raise UsageError(f"'--ask {each}': it must be NAME=QUESTION, each name once", context)
+        asks[name] = question
+    return asks
+
+
+async def _tell(job: Job, rate_limit: float | None, *, by_batch: bool) -> None:
+    from .estimate import rate_of  # noqa: PLC0415 - --help does without
+
+    estimate = await job.dry_run()
+    for line in estimate.describe(rate_of(job.is_cloud, rate_limit), by_batch=by_batch):
+        print_text(line)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -15,7 +16,9 @@ import anyio.to_thread
 from moondream_async.errors import MoondreamError
 
 from .lists import PathList
-from .sources import Found, Search
+from .search import Search
+from .sources import Found
+from .tables import is_table
 
 _CHUNK = 64  # files that are looked up in one go of a thread
 _READ_BYTES = 1 << 16
@@ -29,22 +32,31 @@ class Finder:
         arguments: Files, folders, patterns; ``-`` is a list on stdin.
         lists: Files with paths in them. Each is read once, as a pipe can be.
         complain: Called with what gives no pictures.
+        options: What `Search` takes beside it.
     """
 
     def __init__(
-        self, arguments: list[str], lists: list[str], complain: Callable[[str], object]
+        self,
+        arguments: list[str],
+        lists: list[str],
+        complain: Callable[[str], object] | None = None,
+        **options: Any,
     ) -> None:
-        self.search = Search(complain)
-        self._named = [each for each in arguments if each != "-"]
-        self._lists = lists
+        self.search = Search(complain, **options)
+        self._options = options
+        # A table is one, whichever way it is named.
+        self._named = [each for each in arguments if each != "-"] + list(filter(is_table, lists))
+        self._lists = [each for each in lists if not is_table(each)]
         self._stdin = "-" in arguments
 
     @property
     def may_repeat(self) -> bool:
         """Whether a file may be found twice; one folder holds none twice."""
-        return len(self._named) + len(self._lists) > 1 or bool(self._lists) or self._stdin
+        return len(self._named) + len(self._lists) > 1 or any(
+            (self._lists, self._stdin, *map(is_table, self._named))
+        )
 
-    async def chunks(self) -> AsyncIterator[list[Found]]:
+    async def chunks(self) -> AsyncGenerator[list[Found], None]:
         """Yield what is found, some at a time.
 
         Raises:
@@ -68,7 +80,7 @@ class Finder:
         """Return how many there are; None where that can't be known beforehand."""
         if self._stdin or not all(map(os.path.isfile, self._lists)):
             return None
-        search, total = Search(), 0
+        search, total = Search(**self._options), 0
         try:
             total = await _length(search.find(self._named))
             for name in self._lists:
@@ -77,7 +89,7 @@ class Finder:
             return None
         return total
 
-    async def _listed(self, file: int, name: str) -> AsyncIterator[list[Found]]:
+    async def _listed(self, file: int, name: str) -> AsyncGenerator[list[Found], None]:
         paths = PathList()
         ended = False
         while not ended:
@@ -107,7 +119,9 @@ def told(act: str, path: str) -> Iterator[None]:
         raise MoondreamError(f"Can't {act} {path}: {error.strerror or error}") from error
 
 
-async def _in_chunks(found: Iterator[Found], size: int = _CHUNK) -> AsyncIterator[list[Found]]:
+async def _in_chunks(
+    found: Iterator[Found], size: int = _CHUNK
+) -> AsyncGenerator[list[Found], None]:
     while chunk := await anyio.to_thread.run_sync(
         lambda: list(islice(found, size)), abandon_on_cancel=True
     ):

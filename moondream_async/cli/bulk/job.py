@@ -6,25 +6,30 @@ import asyncio
 import contextlib
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
 import msgspec
 
+from moondream_async.bulk import BulkItem
 from moondream_async.cli._output import note, print_json
-from moondream_async.errors import MoondreamError, RequestError
+from moondream_async.errors import APIConnectionError, MoondreamError, RequestError
 
+from .estimate import Estimate
 from .exports import WRITERS
 from .finding import Finder, told
 from .journal import Journal
 from .lines import Outcome, fields_of, text_of
 from .names import name_of
+from .pending import Pending, prepared
 from .progress import BATCH_DISCOUNT, Progress
+from .questions import Questions
 from .report import write_report
-from .sources import Contents, Found, PictureFile
+from .sources import Contents, Found
 from .texts import TextFolder
 
 if TYPE_CHECKING:
@@ -32,6 +37,9 @@ if TYPE_CHECKING:
 
     from .outputs import Output
 
+_State = Pending | MoondreamError | Literal[True] | None
+
+_AWAY_FIRST, _AWAY_LATER = 3, 30  # failures to reach the server in a row that end a run
 _BETWEEN_SHOWS = 0.2  # seconds
 _NAMED = 5  # of many things, in a line of the summary
 
@@ -47,31 +55,30 @@ class Job:
     def __init__(
         self,
         client: MoondreamClient,
-        skill: str,
-        arguments: Mapping[str, Any],
+        questions: Questions,
         *,
-        model: str | None,
         output: Output,
-        report: str | None,
+        report: str | None = None,
         overwrite: bool = False,
+        limit: int | None = None,
     ) -> None:
         self.client = client
-        self.skill = skill
-        self.arguments = arguments
+        self.questions = questions
         self.interrupted = False
         self.journal: Journal
         self.progress: Progress
+        self.not_again: set[str] = set()
+        """Names of pictures that failed before their turn came."""
         self._output = output
         self._report = report
-        self._asked = {"skill": skill, "model": model, **arguments}
+        self._limit = limit
         folder = output.form == "folder"
         self._texts = TextFolder(output.path, overwrite=overwrite) if folder else None
         self._finder: Finder
-        self.not_again: set[str] = set()
-        """Names of pictures that failed before their turn came."""
         self._seen: set[int] | None = None
         self._said: set[str] = set()
         self._faults = 0  # places that gave no pictures
+        self._away = 0  # pictures in a row for which no server could be reached
         self._scope: anyio.CancelScope  # around the asking; made in the loop
         self._stop: Callable[[], None]
         self._grace = 0.0
@@ -81,9 +88,9 @@ class Job:
         """Whether a picture failed, or some could not be found."""
         return bool(self.progress.failed or self._faults)
 
-    def sources(self, arguments: list[str], lists: list[str]) -> None:
-        """Name where the pictures are."""
-        self._finder = Finder(arguments, lists, self._found_fault)
+    def sources(self, arguments: list[str], lists: list[str], **options: Any) -> None:
+        """Name where the pictures are; the options are those of `Search`."""
+        self._finder = Finder(arguments, lists, self._found_fault, **options)
         if self._finder.may_repeat:
             self._seen = set()  # of hashes
 
@@ -98,27 +105,51 @@ class Job:
         self._stop = self._scope.cancel
         with contextlib.ExitStack() as stack:
             self.journal = self._open(stack)
-            price = BATCH_DISCOUNT if by_batch else 1.0
+            price = (BATCH_DISCOUNT if by_batch else 1.0) if self.is_cloud else None
             self.progress = stack.enter_context(Progress(price=price))
             await self._ask(self._by_batch if by_batch else self._by_requests)
             with told("write", self.journal.path):
                 self.journal.compact()
             if not self.interrupted:
                 await self._finish()
-        note(self.progress.summary())
+        for line in (self.progress.summary(), *self.progress.failures()):
+            note(line)
         self._say_what_stayed()
 
-    async def items(self) -> AsyncIterator[PictureFile]:
+    async def dry_run(self) -> Estimate:
+        """Return what a run would ask, without asking; nothing is written."""
+        estimate = Estimate(self.questions)
+        with contextlib.ExitStack() as stack:
+            self.journal = self._open(stack, new=False)
+            self.progress = Progress(price=None)
+            async with self.client:
+                await anyio.to_thread.run_sync(estimate.learn, self.journal.records())
+                async for pending in self.items(refuse=estimate.refuse):
+                    await anyio.to_thread.run_sync(estimate.add, pending)
+        estimate.done = self.progress.skipped
+        return estimate
+
+    async def items(
+        self, refuse: Callable[[Found, MoondreamError], object] | None = None
+    ) -> AsyncGenerator[Pending, None]:
         """Yield what is to be asked about, and count what needs no asking."""
-        async for chunk in self._finder.chunks():
-            states = await anyio.to_thread.run_sync(self._look_up, chunk, abandon_on_cancel=True)
-            for found, state in zip(chunk, states, strict=True):
-                if isinstance(state, MoondreamError):
-                    self.keep(found, None, state)
-                elif state:
-                    self.progress.skipped += 1
-                elif state is False:
-                    yield PictureFile(found)
+        refuse = refuse or (lambda found, error: self.keep(found, None, error))
+        given = 0
+        async with contextlib.aclosing(self._finder.chunks()) as chunks:
+            async for chunk in chunks:
+                states = await anyio.to_thread.run_sync(
+                    self._look_up, chunk, abandon_on_cancel=True
+                )
+                for found, state in zip(chunk, states, strict=True):
+                    if isinstance(state, MoondreamError):
+                        refuse(found, state)
+                    elif state is True:
+                        self.progress.skipped += 1
+                    elif state is not None:
+                        if given == self._limit:
+                            return
+                        given += 1
+                        yield state
 
     def keep(
         self,
@@ -126,6 +157,7 @@ class Job:
         contents: Contents | None,
         outcome: Outcome,
         *,
+        asked: Mapping[str, Any] | None = None,
         tries: int = 0,
         seconds: float = 0.0,
         usage: Any = None,
@@ -138,7 +170,7 @@ class Job:
         fields = fields_of(outcome)
         if usage is not None and not fields.get("metrics"):
             fields["metrics"] = dict(usage)
-        self._append(found, contents, fields, tries=tries, seconds=seconds)
+        self._append(found, contents, fields, asked=asked, tries=tries, seconds=seconds)
         if self._texts is not None and "error" not in fields:
             # Only then: a text that no line knows would pass for somebody else's.
             try:
@@ -146,8 +178,8 @@ class Job:
                     self._texts.write(found, text_of(fields), self.journal)
             except RequestError as error:
                 fields = fields_of(error)
-                self._append(found, contents, fields, tries=tries, seconds=seconds)
-        self.progress.count(fields.get("metrics"), failed="error" in fields)
+                self._append(found, contents, fields, asked=asked, tries=tries, seconds=seconds)
+        self.progress.count(fields.get("metrics"), fields.get("error"))
 
     # -- the ways to ask ----------------------------------------------------------------
 
@@ -166,19 +198,61 @@ class Job:
             raise failure
 
     async def _by_requests(self) -> None:
-        options = {name: value for name, value in self.arguments.items() if name != "model"}
-        async with self.client.bulk(self.items(), self.skill, **options) as run:
+        options = {
+            name: value
+            for name, value in self.questions.arguments.items()
+            if name not in ("model", "question", "object")
+        }
+        async with (
+            contextlib.aclosing(self._bulk_items()) as items,
+            self.client.bulk(items, self.questions.skill, **options) as run,
+        ):
             self._stop = run.stop
             async for each in run:
-                outcome = each.error or each.result
+                pending, name = each.item.id
+                outcome = pending.take(name, each)
                 if outcome is not None:
                     self.keep(
-                        each.item.found,
-                        each.item.contents,
+                        pending.found,
+                        pending.file.contents,
                         outcome,
-                        tries=each.tries,
-                        seconds=each.seconds,
+                        asked=pending.asked,
+                        tries=pending.tries,
+                        seconds=pending.seconds,
                     )
+                self._mind(each.error)
+
+    async def _bulk_items(self) -> AsyncGenerator[BulkItem, None]:
+        async with contextlib.aclosing(self.items()) as pendings:
+            if not self.questions.asks:
+                async for pending in pendings:
+                    for item in pending.items(pending.file):
+                        yield item
+                return
+            async with contextlib.aclosing(prepared(self.client, pendings)) as pictures:
+                async for pending, image in pictures:
+                    if isinstance(image, MoondreamError):
+                        contents, asked = pending.file.contents, pending.asked
+                        self.keep(pending.found, contents, image, asked=asked)
+                        continue
+                    for item in pending.items(image):
+                        yield item
+
+    def _mind(self, error: MoondreamError | None) -> None:
+        """Stop where no server can be reached: no other picture would fare better.
+
+        Raises:
+            MoondreamError: It is so.
+        """
+        if error is None:
+            self._away = 0
+        elif isinstance(error, APIConnectionError):
+            self._away += 1
+            if self._away >= (_AWAY_LATER if self.progress.answered else _AWAY_FIRST):
+                raise MoondreamError(
+                    f"Stopped after {self._away} failures in a row: {error}. What is done is "
+                    "kept; run again to go on"
+                )
 
     async def _by_batch(self) -> None:
         from .by_batch import ask_by_batch  # noqa: PLC0415 - seldom used
@@ -187,9 +261,9 @@ class Job:
 
     # -- what is written ------------------------------------------------------------------
 
-    def _open(self, stack: contextlib.ExitStack) -> Journal:
+    def _open(self, stack: contextlib.ExitStack, *, new: bool = True) -> Journal:
         path, on_line = self._output.journal, None
-        if self._output.form == "stdout":
+        if self._output.form == "stdout" or not (new or Path(path).exists()):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moondream-"))
             path, on_line = f"{folder}/lines.jsonl", _print_line
         with told("create", str(Path(path).parent)):
@@ -198,10 +272,11 @@ class Job:
             return stack.enter_context(
                 Journal(
                     path,
-                    self._asked,
+                    self.questions.general(),
                     complain=self._say_once,
                     on_line=on_line,
                     with_texts=self._texts is not None,
+                    varying=self.questions.varying,
                 )
             )
 
@@ -215,36 +290,43 @@ class Job:
         path, form = self._output
         if form in WRITERS:
             with told("write", path):
-                await anyio.to_thread.run_sync(WRITERS[form], self.journal.records(), path)
+                await anyio.to_thread.run_sync(WRITERS[form], self.journal.records, path)
         if self._report is not None:
             with told("write", self._report):
                 await anyio.to_thread.run_sync(write_report, self.journal.records, self._report)
 
     # -- what needs asking ------------------------------------------------------------------
 
-    def _look_up(self, chunk: list[Found]) -> list[bool | MoondreamError | None]:
-        """Tell of each file whether it is done, or can't be; None for one to pass over."""
+    def _look_up(self, chunk: list[Found]) -> list[_State]:
         return [self._state(found) for found in chunk]
 
-    def _state(self, found: Found) -> bool | MoondreamError | None:
+    def _state(self, found: Found) -> _State:
+        """Return a picture to ask about; True if it is done, None if it is to be passed over."""
         if found.name in self.not_again:
             return None
-        if self._seen is not None:
-            if hash(found.path) in self._seen:
-                return None
-            self._seen.add(hash(found.path))
         try:
-            if self._texts is not None:
-                written = self._texts.claim(found, self.journal)
-                if not written:
-                    return written
+            asked = self.questions.of(found)
+            if self._seen is not None:
+                key = hash((found.path, str(asked)))
+                if key in self._seen:
+                    return None
+                self._seen.add(key)
+            written = self._texts.claim(found, self.journal) if self._texts is not None else True
         except RequestError as error:
             return error
-        return self.journal.has(found)
+        if written is None or (written and self.journal.has(found, asked)):
+            return written
+        return Pending(found, asked, self.journal.answers(found, asked))
 
     async def _count(self) -> None:
         """Find how many pictures there are, beside the work."""
-        self.progress.total = await self._finder.count()
+        if self._limit is None:
+            self.progress.total = await self._finder.count()
+
+    @property
+    def is_cloud(self) -> bool:
+        """Whether it costs dollars."""
+        return (urlsplit(self.client.endpoint).hostname or "").endswith("moondream.ai")
 
     # -- what is said ---------------------------------------------------------------------
 

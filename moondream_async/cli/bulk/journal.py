@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal, Self
 
 from moondream_async.cli._files import UNSUPPORTED, flush, replacing
@@ -49,6 +49,7 @@ class Journal:
         asked: What this run asks: the skill and its arguments, as they stand in lines.
         complain: Called with what the file system can't do, though the run goes on.
         on_line: Called with each record that is written, encoded.
+        varying: What of `asked` differs from picture to picture.
         with_texts: Whether `wrote` will be asked; that takes memory for each picture.
 
     Raises:
@@ -64,12 +65,15 @@ class Journal:
         complain: Callable[[str], object] | None = None,
         on_line: Callable[[bytes], object] | None = None,
         with_texts: bool = False,
+        varying: Container[str] = (),
     ) -> None:
         self.path = path
         self.asked = {name: value for name, value in asked.items() if value is not None}
         self._complain = complain or (lambda _: None)
         self._on_line = on_line
         self._known: dict[Key, Contents | None] = {}  # None for what failed
+        self._varying = varying
+        self._in_part: dict[Key, int] = {}  # where a line has answers to some questions
         self._again: set[Key] = set()  # what has more than one line
         self._with_texts = with_texts
         self._texts: dict[bytes, tuple[bytes, bytes | None]] = {}  # hashes of names and texts
@@ -93,14 +97,22 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def has(self, found: Found) -> bool:
+    def has(self, found: Found, asked: Mapping[str, Any] | None = None) -> bool:
         """Tell whether a picture is done. Looks at its file, and so blocks."""
-        contents = self._known.get(key_of(found.name, self.asked))
+        contents = self._known.get(key_of(found.name, asked or self.asked))
         return contents is not None and is_same(found.path, contents)
 
-    def failed(self, found: Found) -> bool:
-        """Tell whether the last that is known of a picture is that it failed."""
-        return self._known.get(key_of(found.name, self.asked), True) is None
+    def answers(self, found: Found, asked: Mapping[str, Any]) -> dict[str, str]:
+        """Return the answers there are to some of several questions, where others failed."""
+        start = self._in_part.get(key_of(found.name, asked))
+        if start is None:
+            return {}
+        data = next(self._lines(start), (0, b"{}"))[1]
+        record = tidy(decode(data))
+        file = record.get("file")
+        if file is None or not is_same(found.path, Contents(**file)):
+            return {}
+        return {name: record[name] for name in asked.get("asks", ()) if name in record}
 
     def wrote(self, found: Found, text: str) -> Literal["last", "before"] | None:
         """Tell whether a text is the last that a line has about a picture, or the one before."""
@@ -114,6 +126,7 @@ class Journal:
         contents: Contents | None,
         outcome: Outcome,
         *,
+        asked: Mapping[str, Any] | None = None,
         tries: int = 0,
         seconds: float = 0.0,
     ) -> None:
@@ -123,7 +136,10 @@ class Journal:
             OSError: It can't be written, as on a full disk.
             MoondreamError: The file is no longer where it was.
         """
-        record: dict[str, Any] = {"path": found.name, **self.asked, **fields_of(outcome)}
+        asked = self.asked if asked is None else asked
+        record: dict[str, Any] = {"path": found.name, **asked, **fields_of(outcome)}
+        if found.row:
+            record["row"] = found.row
         record |= {"tries": tries, "seconds": round(seconds, 3)}
         if contents is not None:
             record["file"] = contents
@@ -131,7 +147,7 @@ class Journal:
         self._check_in_place()
         self._write(data + b"\n")
         failed = "error" in record
-        self._learn(key_of(found.name, self.asked), None if failed else contents)
+        self._learn(key_of(found.name, asked), None if failed else contents)
         self._remember_text(found.name, text_of(record))
         if self._on_line is not None:
             self._on_line(data)
@@ -140,8 +156,15 @@ class Journal:
         """Yield the lines of what this run asks, those that were superseded left out."""
         for data in self._current():
             record = decode(data)
-            if all(record.get(name) == self.asked.get(name) for name in ASKED):
+            if all(map(self._is_asked, ASKED, map(record.get, ASKED))):
                 yield tidy(record)
+
+    def _is_asked(self, name: str, value: Any) -> bool:
+        """Tell whether a line says what this run asks, as far as that is the same for all."""
+        own = self.asked.get(name)
+        if name == "asks" and isinstance(own, dict) and isinstance(value, dict):
+            return own.keys() == value.keys()
+        return name in self._varying or value == own
 
     def compact(self) -> None:
         """Drop the lines that were superseded. What was there stays until all of it is ready.
@@ -231,7 +254,7 @@ class Journal:
         for number, (start, data) in enumerate(self._lines(), 1):
             end = start + len(data) + 1
             try:
-                self._take(read_line(data))
+                self._take(read_line(data), start)
             except ValueError:
                 raise RequestError(
                     f"{self.path} has other things in it than results (line {number})"
@@ -254,10 +277,14 @@ class Journal:
             os.ftruncate(self._file, end)
         else:  # an editor took the line break
             self._write(b"\n")
-            self._take(line)
+            self._take(line, end)
 
-    def _take(self, line: Line) -> None:
-        self._learn(line.key, line.contents)
+    def _take(self, line: Line, start: int) -> None:
+        key = line.key
+        self._learn(key, line.contents)
+        self._in_part.pop(key, None)
+        if line.asks and line.error is not None:
+            self._in_part[key] = start
         self._remember_text(line.path, text_of({"caption": line.caption, "answer": line.answer}))
 
     def _remember_text(self, name: str, text: str) -> None:
@@ -275,10 +302,10 @@ class Journal:
             at += len(data)
             yield data
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the whole lines, without their ends, and where they start."""
-        start, rest = 0, b""
-        for data in self._pieces(0):
+    def _lines(self, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        """Yield the whole lines from one on, without their ends, and where they start."""
+        rest = b""
+        for data in self._pieces(start):
             *whole, rest = (rest + data).split(b"\n")
             for line in whole:
                 yield start, line

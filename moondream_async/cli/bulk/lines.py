@@ -17,7 +17,7 @@ from .sources import Contents
 
 BEGINNING = b'{"path":"'
 """How each line of ours begins: so does one that was not written to its end."""
-ASKED = ("skill", "question", "object", "length", "reasoning", "model", "settings")
+ASKED = ("skill", "question", "object", "length", "reasoning", "model", "settings", "asks")
 """What a line says of what was asked."""
 
 Key = bytes
@@ -25,6 +25,7 @@ Outcome = Result | MoondreamError | Mapping[str, Any]
 
 _TEXTS: tuple[str, ...] = ("path", *ASKED[:4], "model", "caption", "answer", "reasoning_text")
 _TEXTS += ("request_id", "finish_reason", "outline")
+_DICTS = ("row", "asks")
 _BOX = ("x_min", "y_min", "x_max", "y_max")
 
 
@@ -39,6 +40,7 @@ class Line(msgspec.Struct):
     reasoning: Any = None
     model: Any = None
     settings: Any = None
+    asks: Any = None
     error: Any = None
     file: Any = None
     caption: Any = None
@@ -152,6 +154,10 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
         value = tidied.pop(name, None)
         if isinstance(value, str):
             tidied[name] = whole(value)
+    asks = tidied.get("asks")
+    for name in [*(asks if isinstance(asks, dict) else {}), *_DICTS]:
+        if name in tidied and not isinstance(tidied[name], dict if name in _DICTS else str):
+            del tidied[name]
     for name, keys in (("objects", _BOX), ("points", ("x", "y"))):
         if name in tidied:
             each = tidied[name] if isinstance(tidied[name], list) else []

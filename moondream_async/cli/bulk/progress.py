@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 INPUT_PRICE, OUTPUT_PRICE = 0.30e-6, 2.50e-6  # dollars a token (docs.moondream.ai/pricing)
 BATCH_DISCOUNT = 0.5
 
+_REASONS = 5  # in the summary
+_VARYING = re.compile(r"'[^']*'|\b\d[\d,.]*\b")
+"""What of a reason differs from picture to picture: names and numbers."""
 _WINDOW = 15.0  # seconds over which the rate is told
 _BETWEEN_LINES = 5.0  # seconds
 
@@ -25,10 +29,12 @@ class Progress:
     Used as a context manager; `show` is to be called now and then.
     """
 
-    def __init__(self, *, price: float = 1.0) -> None:
+    def __init__(self, *, price: float | None = 1.0) -> None:
         self.total: int | None = None
         """How many pictures there are, done before or not; None until that is known."""
         self.answered = self.failed = self.skipped = 0
+        self.reasons: Counter[str] = Counter()
+        """How many failed for which reason."""
         self.tokens = 0
         self.cost = 0.0
         self._price = price
@@ -61,14 +67,18 @@ class Progress:
         """How many pictures need nothing more, those of earlier runs included."""
         return self.answered + self.failed + self.skipped
 
-    def count(self, metrics: Mapping[str, Any] | None, *, failed: bool) -> None:
-        """Count a picture, with what the server says that it cost."""
-        self.failed += failed
-        self.answered += not failed
+    def count(self, metrics: Mapping[str, Any] | None, error: Mapping[str, Any] | None) -> None:
+        """Count a picture, with what the server says that it cost, and why it failed."""
+        if error is None:
+            self.answered += 1
+        else:
+            self.failed += 1
+            words = f"{error.get('type') or 'Error'}: {error.get('message') or ''}"
+            self.reasons[_VARYING.sub("...", words)[:200]] += 1
         tokens = [(metrics or {}).get(name) for name in ("input_tokens", "output_tokens")]
         spent, written = (each if isinstance(each, int) else 0 for each in tokens)
         self.tokens += spent + written
-        self.cost += (spent * INPUT_PRICE + written * OUTPUT_PRICE) * self._price
+        self.cost += cost(spent, written) * (self._price or 0.0)
 
     def show(self) -> None:
         """Show the state: the bar each time, a line at most every few seconds."""
@@ -89,8 +99,8 @@ class Progress:
         of = "" if self.total is None else f" of {self.total:,}"
         parts = [f"{self.done:,}{of}", f"{rate:.1f}/s"]
         if self.total is not None and rate and self.total > self.done:
-            parts.append(f"{_clock((self.total - self.done) / rate)} left")
-        parts += [f"{self.failed:,} failed", self._spent()]
+            parts.append(f"{clock((self.total - self.done) / rate)} left")
+        parts += [f"{self.failed:,} failed{self._why()}", self._spent()]
         return ", ".join(parts)
 
     def summary(self) -> str:
@@ -100,21 +110,40 @@ class Progress:
         if self.skipped:
             parts.append(f"{self.skipped:,} done before")
         rate = (self.answered + self.failed) / seconds if seconds else 0.0
-        parts += [self._spent(), f"{_clock(seconds)} ({rate:.1f}/s)"]
+        parts += [self._spent(), f"{clock(seconds)} ({rate:.1f}/s)"]
         return ", ".join(parts)
 
+    def failures(self) -> list[str]:
+        """Return the reasons of failures, a line each, the commonest first."""
+        lines = [f"{count:,} failed: {why}" for why, count in self.reasons.most_common(_REASONS)]
+        more = len(self.reasons) - _REASONS
+        return [*lines, f"... and for {more:,} other reasons"] if more > 0 else lines
+
+    def _why(self) -> str:
+        if not self.reasons:
+            return ""
+        ((why, count),) = self.reasons.most_common(1)
+        return f" ({count:,}: {why[:60]})"
+
     def _spent(self) -> str:
-        return f"{self.tokens:,} tokens, ${self.cost:.4f}"
+        """Only the cloud asks for money."""
+        dollars = "" if self._price is None else f", ${self.cost:.4f}"
+        return f"{self.tokens:,} tokens{dollars}"
 
     def _refresh(self) -> None:
         self._bar.update(0, total=self.total, completed=self.done, description=self.describe())
         self._bar.refresh()
 
 
-def _clock(seconds: float) -> str:
+def cost(spent: float, written: float) -> float:
+    """Return what tokens cost on Moondream Cloud, in dollars."""
+    return spent * INPUT_PRICE + written * OUTPUT_PRICE
+
+
+def clock(seconds: float) -> str:
     r"""Return a duration as people write it.
 
-    >>> _clock(7), _clock(125), _clock(7384)
+    >>> clock(7), clock(125), clock(7384)
     ('0:07', '2:05', '2:03:04')
     """
     minutes, rest = divmod(round(seconds), 60)

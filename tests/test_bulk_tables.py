@@ -1,0 +1,177 @@
+# ruff: noqa: F811 - fixtures are imported, and taken as arguments
+"""``bulk`` over tables, with several questions, and what it tells before and afterwards."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+
+import anyio
+import pytest
+from test_bulk_cli import (  # noqa: F401
+    BULK,
+    bulk,
+    make_pictures,
+    paths_of,
+    photos,
+    records,
+    started,
+    until,
+)
+
+from moondream_async.simulator import Simulator
+
+pytestmark = pytest.mark.slow  # each test runs the program several times
+
+ASKS = ("--ask", "size=How wide is it?", "--ask", "kind=Is it a {kind}?")
+
+
+def write_table(path, rows):
+    """Write rows in the form that the file's name says."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pyarrow.Table.from_pylist(rows), str(path)
+        )
+    return path.name
+
+
+def rows_of(photos):
+    return [
+        {"picture": str(path), "kind": f"{number:02} cat", "id": str(number)}
+        for number, path in enumerate(sorted(photos.rglob("*.jpg")))
+    ]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+async def test_a_table_gives_pictures_and_its_columns_go_into_questions(
+    simulator, bulk, photos, tmp_path, ending
+):
+    table = write_table(tmp_path / f"in.{ending}", rows_of(photos))
+    for run in range(2):
+        status, said = await bulk(table, "-o", "out.csv", *ASKS)
+        assert status == 0, said
+        assert ("20 answered, 0 failed" if run == 0 else "20 done before") in said
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    assert all(row["size"] and row["kind"] and row["row.kind"] and row["id"] for row in rows)
+    asked = [each.body["question"] for each in simulator.requests]
+    assert sorted(asked) == sorted(
+        ["How wide is it?"] * 20 + [f"Is it a {number:02} cat?" for number in range(20)]
+    )
+
+
+async def test_only_questions_that_failed_are_asked_again(simulator, bulk, photos, tmp_path):
+    arguments = ("photos", "-o", "o.jsonl", "--ask", "a=How wide?", "--ask", "b=How high?")
+    simulator.faults.extend(["status=400"] * 5)
+    status, said = await bulk(*arguments)
+    assert status == 1
+    assert "failed: BadRequestError" in said
+    failed = sum("error" in line for line in records(tmp_path / "o.jsonl"))
+    simulator.requests.clear()
+    status, said = await bulk(*arguments)
+    assert status == 0, said
+    assert f"{failed} answered, 0 failed, {20 - failed} done before" in said
+    assert len(simulator.requests) == 5
+    lines = records(tmp_path / "o.jsonl")
+    assert len(lines) == 20
+    assert all(line["a"] and line["b"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--column", "nope"], "has no column nope"),
+        (["--skill", "query", "--question", "A {nope}?"], "its row has no column"),
+    ],
+)
+async def test_a_column_that_is_not_there_is_told(bulk, photos, tmp_path, options, reason):
+    table = write_table(tmp_path / "in.csv", rows_of(photos)[:2])
+    status, said = await bulk(table, "-o", "o.jsonl", *options)
+    assert status == 1
+    assert reason in said
+
+
+async def test_what_a_run_would_take_is_told_and_nothing_asked(simulator, bulk, photos, tmp_path):
+    done = await anyio.run_process(
+        [*BULK, "photos", "-o", "o.jsonl", "--dry-run", "--rate-limit", "2", "--limit", "10"],
+        cwd=tmp_path,
+        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
+    )
+    said = done.stdout.decode()
+    assert "10 pictures to ask about" in said
+    assert "10 requests; 0 done before" in said
+    assert "tokens, which cost $" in said
+    assert "about 0:05 at 2 requests a second" in said
+    assert simulator.requests == []
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+async def test_a_limit_stops_after_so_many_and_the_next_run_goes_on(bulk, photos, tmp_path):
+    for done in (0, 8, 16):
+        status, said = await bulk("photos", "-o", "o.jsonl", "--limit", 8)
+        assert status == 0
+        assert f"{min(8, 20 - done)} answered" in said
+    assert len(records(tmp_path / "o.jsonl")) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--include", "below/*"], 10),
+        (["--exclude", "*1.jpg"], 18),
+        (["--include", "0000?.jpg", "--exclude", "below/*"], 5),
+    ],
+)
+async def test_pictures_are_chosen_by_their_names(bulk, photos, tmp_path, options, count):
+    status, said = await bulk("photos", "-o", "o.jsonl", *options)
+    assert status == 0, said
+    assert len(records(tmp_path / "o.jsonl")) == count
+
+
+@pytest.mark.parametrize("what", ["none/*.jpg", "empty"])
+async def test_what_gives_no_picture_is_an_error(bulk, tmp_path, what):
+    (tmp_path / "empty").mkdir()
+    status, said = await bulk(what, "-o", "o.jsonl")
+    assert status == 1
+    assert what in said
+
+
+async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(photos, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = await anyio.run_process(
+        [*BULK, "photos", "-o", "o.jsonl", "--retries", "0"],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "MOONDREAM_ENDPOINT": f"http://127.0.0.1:{port}/v1"},
+    )
+    assert done.returncode == 1
+    assert b"Stopped after 3 failures in a row" in done.stderr
+    assert len(records(tmp_path / "o.jsonl")) < 20
+
+
+async def test_a_table_with_two_questions_goes_on_after_kill_9(tmp_path):
+    photos = make_pictures(tmp_path / "photos", 300)
+    table = write_table(tmp_path / "in.csv", rows_of(photos))
+    async with Simulator(keep=10_000) as simulator:
+        arguments = (simulator, table, "-o", "o.jsonl", *ASKS)
+        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            await simulator.wait_until(lambda: len(simulator.requests) >= 300)
+            process.kill()
+            assert await process.wait() == -signal.SIGKILL
+        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            assert await process.wait() == 0
+    lines = records(tmp_path / "o.jsonl")
+    assert len(lines) == len(set(paths_of(lines))) == 300
+    assert all(line["size"] and line["kind"] for line in lines)
