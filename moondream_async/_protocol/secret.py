@@ -110,6 +110,8 @@ class Redactor:
             return {self.value(key): self.value(each) for key, each in value.items()}
         if type(value) in (list, tuple):
             return type(value)(map(self.value, value))
+        if hasattr(value, "_replace") and hasattr(value, "_fields"):  # its error looks at its parts
+            return value._replace(**{k: self.value(getattr(value, k)) for k in value._fields})
         shown = repr(value)
         return value if self.text(shown) == shown else _HIDDEN
 

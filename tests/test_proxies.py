@@ -1,0 +1,224 @@
+"""Which way requests go: through a proxy that was named, one of the environment, or directly."""
+
+import asyncio
+import base64
+import contextlib
+import ssl
+
+import pytest
+import trustme
+from raw_server import RawServer, answer_all
+
+import moondream_async as md
+from moondream_async._transport.proxies import proxies_of_environment
+
+PASSWORD = "pw-shown-to-nobody"
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+HOST = "moondream.example"
+
+
+class ForwardProxy:
+    """A forward proxy on loopback: every host is one server, whose address it is given."""
+
+    def __init__(self, server, password=None):
+        self.port = int(server.origin.rpartition(":")[2])
+        self.seen = []
+        self._wanted = password and base64.b64encode(f"user:{password}".encode()).decode()
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.seen.append(head.decode().split(" HTTP/")[0])
+            if self._wanted and f"Basic {self._wanted}".encode() not in head:
+                writer.write(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
+            else:
+                await self._pass_on(head, reader, writer)
+        writer.close()
+
+    async def _pass_on(self, head, reader, writer):
+        there, back = await asyncio.open_connection("127.0.0.1", self.port)
+        if head.startswith(b"CONNECT"):
+            writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+        else:
+            back.write(head)
+
+        async def copy(source, target):
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(65536):
+                    target.write(data)
+            target.close()
+
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@contextlib.asynccontextmanager
+async def behind(*, tls=False, password=None):
+    """A server behind a proxy; gives both, its endpoint, and options for its client."""
+    authority = trustme.CA()
+    served, trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert(HOST).configure_cert(served)
+    authority.configure_trust(trusted)
+    async with (
+        RawServer(answer_all, ssl_context=served if tls else None) as server,
+        ForwardProxy(server, password) as proxy,
+    ):
+        scheme = "https" if tls else "http"
+        options = {"ssl_context": trusted, "max_retries": 0, "insecure_hosts": HOST}
+        yield server, proxy, f"{scheme}://{HOST}:{server.origin.rpartition(':')[2]}/v1", options
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "CONNECT"])
+@pytest.mark.parametrize("password", [None, PASSWORD], ids=["open", "with a password"])
+@pytest.mark.parametrize("source", ["argument", "environment"])
+async def test_requests_go_through_the_proxy(tls, password, source, monkeypatch):
+    async with behind(tls=tls, password=password) as (server, proxy, endpoint, options):
+        address = f"http://{f'user:{password}@' if password else ''}{proxy.host}"
+        if source == "argument":
+            options["proxy"] = address
+        else:
+            monkeypatch.setenv("HTTPS_PROXY" if tls else "HTTP_PROXY", address)
+        async with md.MoondreamClient("the-key-of-mine", endpoint, **options) as client:
+            await client.caption(IMAGE)
+        assert proxy.seen[0].startswith("CONNECT" if tls else f"POST {endpoint}/caption")
+        assert server.requests[0].headers["x-moondream-auth"] == "the-key-of-mine"
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "CONNECT"])
+async def test_a_wrong_password_is_shown_nowhere(tls):
+    async with behind(tls=tls, password="another") as (_, proxy, endpoint, options):
+        options["proxy"] = f"http://user:{PASSWORD}@{proxy.host}"
+        async with md.MoondreamClient(None, endpoint, **options) as client:
+            with pytest.raises(md.MoondreamError) as caught:
+                await client.caption(IMAGE)
+            assert PASSWORD not in repr(client)
+    token = base64.b64encode(f"user:{PASSWORD}".encode()).decode()
+    error = caught.value
+    while error is not None:
+        for shown in (str(error), repr(error), repr(vars(error))):
+            assert PASSWORD not in shown
+            assert token not in shown
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(
+    "proxy", ["user:%s@host:3128", "http://user:%s@[::1", "socks5://user:%s@host", "http://u:%s@:0"]
+)
+@pytest.mark.parametrize("make", [md.MoondreamClient, md.vl])
+def test_a_refused_proxy_does_not_show_its_password(make, proxy):
+    with pytest.raises(md.RequestError, match="proxy must be") as caught:
+        make("key", "http://127.0.0.1:1/v1", proxy=proxy % PASSWORD)
+    trace = caught.tb.tb_next
+    while trace is not None:
+        assert PASSWORD not in repr(trace.tb_frame.f_locals)
+        trace = trace.tb_next
+    assert PASSWORD not in f"{caught.value} {caught.value.__cause__!r}"
+
+
+@pytest.mark.parametrize("way", ["loopback", "NO_PROXY", "proxy=False"])
+async def test_some_are_reached_directly(way, monkeypatch):
+    async with behind() as (server, proxy, endpoint, options):
+        monkeypatch.setenv("ALL_PROXY", f"http://{proxy.host}")
+        if way == "NO_PROXY":
+            monkeypatch.setenv("NO_PROXY", f"other.example, .{HOST}")
+        if way == "proxy=False":
+            options["proxy"] = False
+        target = server.endpoint if way == "loopback" else endpoint
+        async with md.MoondreamClient(None, target, **options) as client:
+            if way == "loopback":
+                await client.caption(IMAGE)
+            else:
+                with pytest.raises(md.APIConnectionError):  # there is no such host
+                    await client.caption(IMAGE)
+    assert proxy.seen == []
+
+
+async def test_a_proxy_that_is_named_is_used_for_loopback_too():
+    async with behind() as (server, proxy, _, _options):
+        async with md.MoondreamClient(
+            None, server.endpoint, proxy=f"http://{proxy.host}"
+        ) as client:
+            await client.caption(IMAGE)
+        assert len(proxy.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("direct", "host", "proxied"),
+    [
+        ("*", "example.com", False),
+        ("example.com", "www.example.com", False),
+        (".example.com", "example.com", False),
+        ("ample.com", "example.com", True),
+        ("example.com:8080", "example.com", True),
+        ("10.0.0.0/8", "10.1.2.3", False),
+        ("10.0.0.0/8", "11.1.2.3", True),
+        ("[fd00::1]", "[fd00::1]", False),
+    ],
+)
+def test_no_proxy_names_hosts_and_networks(direct, host, proxied):
+    from yarl import URL
+
+    proxies = proxies_of_environment({"https_proxy": "proxy:3128", "no_proxy": direct})
+    assert (proxies.for_url(URL(f"https://{host}/")) is not None) is proxied
+
+
+def test_a_proxy_of_the_environment_that_is_not_spoken_is_told_when_it_is_needed(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    md.MoondreamClient(None, "http://127.0.0.1:2020/v1")
+    with pytest.raises(md.RequestError, match="ALL_PROXY in the environment"):
+        md.MoondreamClient("key")
+
+
+async def test_a_key_goes_over_plain_http_to_no_address_beyond_the_local_network(monkeypatch):
+    """A name may look near and resolve to anything."""
+    import aiohttp.resolver
+
+    async def resolve(self, host, port=0, family=0):
+        return [{"hostname": host, "host": "8.8.8.8", "port": port, "family": 2, "proto": 6,
+                 "flags": 0}]  # fmt: skip
+
+    monkeypatch.setattr(aiohttp.resolver.ThreadedResolver, "resolve", resolve)
+    with contextlib.suppress(ImportError):
+        from moondream_async._transport.resolver import Resolver
+
+        monkeypatch.setattr(Resolver, "resolve", resolve)
+    async with md.MoondreamClient("key", "http://station:2020/v1", max_retries=0) as client:
+        with pytest.raises(md.APIConnectionError, match=r"leads to 8\.8\.8\.8") as caught:
+            await client.caption(IMAGE)
+    assert caught.value.permanent
+
+
+@pytest.mark.parametrize(
+    ("host", "insecure_hosts"),
+    [
+        ("example\u3002com", ()),
+        ("\uff18.\uff18.\uff18.\uff18", ()),
+        ("134744072", ()),
+        ("example.com", "my.example.com"),
+    ],
+)
+def test_a_key_is_refused_over_plain_http_however_the_host_is_written(host, insecure_hosts):
+    with pytest.raises(md.RequestError, match="plain http"):
+        md.MoondreamClient("key", f"http://{host}/v1", insecure_hosts=insecure_hosts)
+
+
+@pytest.mark.parametrize(
+    "names", ["Example.com", ["EXAMPLE.com."], {"example\u3002com"}], ids=ascii
+)
+def test_insecure_hosts_are_names_in_whatever_spelling(names):
+    md.MoondreamClient("key", "http://example.com/v1", insecure_hosts=names)
