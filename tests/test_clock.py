@@ -179,3 +179,18 @@ async def test_a_stream_makes_few_timers(monkeypatch):
     await stream.aclose()
 
     assert len(made) <= 2
+
+
+async def test_what_came_while_the_process_was_frozen_is_in_time(clock):
+    """The loop finds the time over and, in one of its next rounds, the bytes of meanwhile."""
+    loop = asyncio.get_running_loop()
+    source = Source(sse(HERON[0]))
+    stream = opened(source, timeout=md.Timeout(idle=10))
+    await anext(stream)
+    reader = asyncio.create_task(stream.text())
+    await asyncio.sleep(1)
+
+    clock.now += 3600
+    loop.call_soon(loop.call_soon, loop.call_soon, source.send, sse(*HERON[1:], DONE))
+
+    assert await reader == TEXT

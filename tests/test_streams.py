@@ -510,3 +510,49 @@ async def test_the_text_of_one_answer_has_a_limit(monkeypatch):
 
     assert source.closed
     assert 1000 < len(caught.value.partial) <= 1200
+
+
+async def for_each(call):
+    async for _ in call:
+        pass
+
+
+async def enter(call):
+    with call:
+        pass
+
+
+MISUSES = {
+    "async for": for_each,
+    "anext": anext,
+    "with": enter,
+    "for": iter,
+    "item": lambda call: call["chunk"],
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES.values(), ids=MISUSES)
+async def test_what_is_for_the_stream_and_tried_on_the_call_says_the_way_out(misuse):
+    async def attempt():
+        tried = misuse(StreamCall(call(Source())))
+        await tried
+
+    with pytest.raises(TypeError, match=r"stream = await client\.caption"):
+        await attempt()
+
+
+@pytest.mark.parametrize("name", ["chunk", "events", "text", "result", "request_id", "sse"])
+async def test_a_streams_attribute_tried_on_the_call_says_the_way_out(name):
+    unused = StreamCall(call(Source()))
+
+    with pytest.raises(AttributeError, match=f"no '{name}'.*stream = await client"):
+        getattr(unused, name)
+
+    assert not hasattr(unused, "colour")
+    unused.close()
+
+
+async def test_a_stream_is_not_entered_without_async():
+    async with answered(DONE) as stream:
+        with pytest.raises(TypeError, match="async with"), stream:
+            pass

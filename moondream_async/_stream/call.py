@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .stream import Stream
 
@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 AnyStream = TypeVar("AnyStream", bound=Stream)
+
+
+_WAY_OUT = (
+    "with stream=True this is a call, which gives a stream when it is awaited, as in "
+    "'stream = await client.caption(image, stream=True)', or entered, as in "
+    "'async with client.caption(image, stream=True) as stream:'"
+)
 
 
 class StreamCall(Coroutine[Any, Any, AnyStream]):
@@ -38,6 +45,24 @@ class StreamCall(Coroutine[Any, Any, AnyStream]):
         traceback: TracebackType | None,
     ) -> None:
         await self._stream.aclose()
+
+    # -- what is tried on a call, and is for its stream ----------------------------
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        """Say the way out; the call, which is not to be made, complains no more."""
+        self._call.close()
+        raise TypeError(_WAY_OUT)
+
+    if not TYPE_CHECKING:  # type checkers say by themselves that there are none
+        __aiter__ = __anext__ = __enter__ = __exit__ = __iter__ = __getitem__ = _refuse
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_") or not hasattr(Stream, name):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise AttributeError(f"A call has no {name!r}: {_WAY_OUT}")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A call can't be copied: it is made once")
 
     def send(self, value: Any) -> Any:
         """Run the call on; for event loops."""

@@ -57,6 +57,13 @@ def end_loop(stream: Owned) -> None:
         stream._close_for_cancelled()  # noqa: SLF001 - a part of the stream
 
 
+def cancelled_error() -> BaseException:
+    """Return what is told to observers of a stream whose reader was cancelled."""
+    from asyncio import CancelledError  # noqa: PLC0415 - importing the package stays light
+
+    return CancelledError()
+
+
 def running_task() -> Task[Any] | None:
     """Return the task that runs; None where there is none, as under another driver."""
     from asyncio import current_task  # noqa: PLC0415 - importing the package stays light

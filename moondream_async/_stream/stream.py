@@ -37,7 +37,7 @@ from moondream_async.types import Timeout
 
 from .clock import Clock, running_loop
 from .opening import Observer, Opening, Reopen
-from .owner import Owner, running_task
+from .owner import Owner, cancelled_error, running_task
 from .readers import Events, Pieces, Reader
 from .relay import ByteStream, EventStream
 
@@ -311,6 +311,13 @@ class Stream(Generic[ItemT_co]):
     ) -> None:
         await self.aclose()
 
+    if not TYPE_CHECKING:  # type checkers say by themselves that there are none
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError("A stream is entered with 'async with': its end may be waited for")
+
+        __exit__ = __enter__
+
     async def aclose(self) -> None:
         """End the stream; any task may, at any time, and again.
 
@@ -334,7 +341,7 @@ class Stream(Generic[ItemT_co]):
             self._block = NOTHING
             self._ready = iter(())
         self._drop_source()
-        self._report(None)
+        self._report(cancelled_error() if why == _CANCELLED else None)
         if self._reopening is not None:
             self._reopening.cancel()
 
@@ -350,7 +357,7 @@ class Stream(Generic[ItemT_co]):
         if not self._is_over():
             self._close(_CANCELLED)
 
-    def _report(self, error: MoondreamError | None) -> None:
+    def _report(self, error: BaseException | None) -> None:
         """Tell the observer, once, that this is the end."""
         observer, self._observer = self._observer, None
         if observer is not None:
