@@ -10,6 +10,7 @@ import subprocess
 
 import anyio
 import pytest
+from PIL import Image
 from test_bulk_cli import (  # noqa: F401
     BULK,
     bulk,
@@ -175,3 +176,43 @@ async def test_a_table_with_two_questions_goes_on_after_kill_9(tmp_path):
     lines = records(tmp_path / "o.jsonl")
     assert len(lines) == len(set(paths_of(lines))) == 300
     assert all(line["size"] and line["kind"] for line in lines)
+
+
+async def test_boxes_are_coco_and_yolo_as_others_read_them(bulk, photos, tmp_path):
+    supervision = pytest.importorskip("supervision")
+    coco = pytest.importorskip("pycocotools.coco")
+    for path in photos.rglob("*.jpg"):
+        path.unlink()
+    for number in range(3):
+        red = Image.new("RGB", (40, 80), "white")
+        red.paste("red", (10, 10, 30, 30))
+        red.save(photos / f"red{number}.png")
+    asked = ("photos", "--skill", "detect", "--object", "red")
+    status, said = await bulk(*asked, "-o", "boxes.coco.json")
+    assert status == 0, said
+    lines = records(tmp_path / "boxes.coco.json.jsonl")
+    (box,) = lines[0]["objects"]
+    read = coco.COCO(str(tmp_path / "boxes.coco.json"))
+    assert len(read.getImgIds()) == len(read.getAnnIds()) == 3
+    annotation = read.anns[1]
+    assert annotation["bbox"] == pytest.approx(
+        [
+            box["x_min"] * 40,
+            box["y_min"] * 80,
+            (box["x_max"] - box["x_min"]) * 40,
+            (box["y_max"] - box["y_min"]) * 80,
+        ],
+        abs=0.01,
+    )
+    status, said = await bulk(*asked, "-o", "yolo/")
+    assert status == 0, said
+    data = supervision.DetectionDataset.from_yolo(
+        str(photos), str(tmp_path / "yolo/labels"), str(tmp_path / "yolo/data.yaml")
+    )
+    assert data.classes == ["red"]
+    for _, _, detections in data:
+        assert detections.xyxy[0] == pytest.approx(
+            [box["x_min"] * 40, box["y_min"] * 80, box["x_max"] * 40, box["y_max"] * 80], abs=0.01
+        )
+    status, said = await bulk(*asked, "-o", "yolo/")
+    assert "3 done before" in said

@@ -40,8 +40,8 @@ def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
             "--output",
             metavar="FILE",
             help="Where the answers go: a file named .jsonl, .csv, .parquet, .jsonl.gz or "
-            ".csv.gz, a folder (with a / behind it) for a .txt beside each picture's name, "
-            "or - for lines of JSON on stdout.",
+            ".csv.gz, .coco.json for boxes; a folder (with a / behind it) for a .txt beside each "
+            "picture's name, and YOLO's labels for detect; or - for lines of JSON on stdout.",
         ),
     ],
     skill: Annotated[Skill, typer.Option(help="What to ask.")] = "caption",
@@ -167,13 +167,12 @@ def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
         wanted = Output.of(output)
     except RequestError as error:
         raise UsageError(str(error), context) from None
-    if wanted.form == "folder" and (skill not in ("caption", "query") or asks):
-        raise UsageError(
-            f"'--skill {skill}' gives no text: '-o' must be a file"
-            if not asks
-            else "'--ask' gives several texts: '-o' must be a file",
-            context,
-        )
+    if wanted.form == "folder" and skill not in ("caption", "query", "detect"):
+        raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
+    if wanted.form == "folder" and (asks or (skill == "detect" and "{" in (object or ""))):
+        raise UsageError("a folder takes one answer, or one class: '-o' must be a file", context)
+    if wanted.form == "coco" and skill != "detect":
+        raise UsageError("'-o .coco.json' is for '--skill detect'", context)
     wanted.check(overwrite=overwrite)
     if report is not None:
         check_report(report)

@@ -13,6 +13,7 @@ from typing import Any
 from moondream_async.cli._files import replacing
 from moondream_async.errors import RequestError
 
+from .coco import write_coco
 from .lines import encode, whole
 
 Records = Callable[[], Iterable[dict[str, Any]]]
@@ -151,5 +152,6 @@ WRITERS: dict[str, Callable[[Records, str], None]] = {
     "csv": write_csv,
     "csv.gz": write_csv,
     "jsonl.gz": write_packed,
+    "coco": write_coco,
 }
 """Who makes a file of a form, from a journal's records."""

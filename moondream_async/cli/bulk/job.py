@@ -30,7 +30,7 @@ from .progress import BATCH_DISCOUNT, Progress
 from .questions import Questions
 from .report import write_report
 from .sources import Contents, Found
-from .texts import TextFolder
+from .texts import TextFolder, write_classes
 
 if TYPE_CHECKING:
     from moondream_async import MoondreamClient
@@ -73,7 +73,10 @@ class Job:
         self._report = report
         self._limit = limit
         folder = output.form == "folder"
-        self._texts = TextFolder(output.path, overwrite=overwrite) if folder else None
+        self._labels = folder and questions.skill == "detect"
+        self._texts = (
+            TextFolder(output.path, labels=self._labels, overwrite=overwrite) if folder else None
+        )
         self._finder: Finder
         self._seen: set[int] | None = None
         self._said: set[str] = set()
@@ -175,7 +178,7 @@ class Job:
             # Only then: a text that no line knows would pass for somebody else's.
             try:
                 with told("write", str(self._texts.path(found))):
-                    self._texts.write(found, text_of(fields), self.journal)
+                    self._texts.write(found, text_of(fields) or "", self.journal)
             except RequestError as error:
                 fields = fields_of(error)
                 self._append(found, contents, fields, asked=asked, tries=tries, seconds=seconds)
@@ -288,6 +291,9 @@ class Job:
 
     async def _finish(self) -> None:
         path, form = self._output
+        if self._labels:
+            with told("write", f"{path}data.yaml"):
+                write_classes(path, [self.questions.arguments["object"]])
         if form in WRITERS:
             with told("write", path):
                 await anyio.to_thread.run_sync(WRITERS[form], self.journal.records, path)

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal, Self
 
+import msgspec
+
 from moondream_async.cli._files import UNSUPPORTED, flush, replacing
 from moondream_async.errors import MoondreamError, RequestError
 
@@ -285,10 +287,10 @@ class Journal:
         self._in_part.pop(key, None)
         if line.asks and line.error is not None:
             self._in_part[key] = start
-        self._remember_text(line.path, text_of({"caption": line.caption, "answer": line.answer}))
+        self._remember_text(line.path, text_of(msgspec.structs.asdict(line)))
 
-    def _remember_text(self, name: str, text: str) -> None:
-        if self._with_texts and text:
+    def _remember_text(self, name: str, text: str | None) -> None:
+        if self._with_texts and text is not None:
             before, _ = self._texts.get(_hash(name), (None, None))
             self._texts[_hash(name)] = (_hash(text), before)
 

@@ -45,6 +45,7 @@ class Line(msgspec.Struct):
     file: Any = None
     caption: Any = None
     answer: Any = None
+    objects: Any = None
 
     @property
     def key(self) -> Key:
@@ -138,10 +139,23 @@ def describe(error: MoondreamError) -> dict[str, Any]:
     return described
 
 
-def text_of(record: Mapping[str, Any]) -> str:
-    """Return the text of an answer, in one line."""
+def text_of(record: Mapping[str, Any]) -> str | None:
+    """Return an answer as it stands in a text file: in one line, or with a line for each box.
+
+    Boxes are as YOLO has them: the class, the box's middle, its width and its height, from
+    0 to 1. None is for what has no such form.
+    """
     text = record.get("caption") if record.get("answer") is None else record["answer"]
-    return whole(" ".join(text.split())) if isinstance(text, str) else ""
+    if isinstance(text, str):
+        return whole(" ".join(text.split()))
+    if not isinstance(objects := record.get("objects"), list):
+        return None
+    boxes = [place for each in objects if (place := _place(each, _BOX))]
+    corners = [[box[name] for name in _BOX] for box in boxes]
+    return "\n".join(
+        f"0 {(left + right) / 2:.6f} {(top + bottom) / 2:.6f} {right - left:.6f} {bottom - top:.6f}"
+        for left, top, right, bottom in corners
+    )
 
 
 def tidy(record: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ ENDINGS = {
     ".csv": "csv",
     ".csv.gz": "csv.gz",
     ".parquet": "parquet",
+    ".coco.json": "coco",
 }
 
 
@@ -44,7 +45,7 @@ class Output(NamedTuple):
                 return cls(path, ENDINGS[ending])
         raise RequestError(
             f"'-o {path}': its name must end in {', '.join(ENDINGS)}, or in / for a folder of "
-            "texts; or be - for stdout"
+            "texts or boxes; or be - for stdout"
         )
 
     @property

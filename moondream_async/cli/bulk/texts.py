@@ -11,6 +11,7 @@ from moondream_async.cli._files import replacing
 from moondream_async.errors import RequestError
 
 from .journal import Journal
+from .lines import encode
 from .sources import Found
 
 _OWN_FAULT = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP}
@@ -25,13 +26,14 @@ class TextFolder:
 
     ``photos/cats/1.jpg``, found in ``photos``, is told of in ``cats/1.txt``. Two pictures
     that would share a file, as ``1.jpg`` and ``1.png``, are the second one's error. A text
-    that no run wrote, or that was changed since, stays as it is.
+    that no run wrote, or that was changed since, stays as it is. With `labels`, they are
+    in a folder ``labels``, as of a YOLO data set.
     """
 
-    def __init__(self, folder: str, *, overwrite: bool = False) -> None:
+    def __init__(self, folder: str, *, labels: bool = False, overwrite: bool = False) -> None:
         self.kept: dict[Path, None] = {}
         """Texts that people wrote, which stay; in the order in which they were met."""
-        self._folder = Path(folder)
+        self._folder = Path(folder, "labels") if labels else Path(folder)
         self._overwrite = overwrite
         self._owners: dict[int, int] = {}  # hashes, which are smaller than paths
 
@@ -75,7 +77,7 @@ class TextFolder:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, sync=False) as file:  # there are many; each can be had again
-                file.write((text + "\n").encode())
+                file.write((text + "\n" if text else "").encode())
         except OSError as error:
             raise self._own_failure(found, error) from error
 
@@ -101,3 +103,14 @@ class TextFolder:
         if error.errno in _OWN_FAULT:
             return RequestError(f"{found.name!r}: its text can't be written: {error.strerror}")
         return error
+
+
+def write_classes(folder: str, names: list[str]) -> None:
+    """Write ``data.yaml`` of a YOLO data set: what the numbers of classes mean.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    listed = ", ".join(encode(name).decode() for name in names)  # JSON is YAML, too
+    with replacing(Path(folder, "data.yaml")) as file:
+        file.write(f"nc: {len(names)}\nnames: [{listed}]\n".encode())
