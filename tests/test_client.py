@@ -505,3 +505,34 @@ async def test_spatial_refs_need_a_picture(simulator, client):
     with pytest.raises(md.RequestError, match="picture"):
         await client.query(question=QUESTION, spatial_refs=[[0.5, 0.5]])
     assert simulator.requests == []
+
+
+async def test_options_for_other_calls_go_over_the_same_connections(simulator, photo):
+    async with md.MoondreamClient(
+        "the-key-of-mine", simulator.endpoint, headers={"X-Team": "birds"}
+    ) as client:
+        other = client.with_options(timeout=9, model="mine", headers={"X-Job": "night"})
+        await client.caption(photo)
+        await other.caption(photo)
+        await other.aclose()
+        assert (other.closed, client.closed) == (True, False)
+        await client.caption(photo)
+        again = client.with_options(max_retries=0)
+    assert client.closed
+    assert again.closed
+    first, second, _ = simulator.requests
+    assert first.headers["X-Team"] == second.headers["X-Team"] == "birds"
+    assert second.headers["X-Job"] == "night"
+    assert "X-Job" not in first.headers
+    assert second.body["model"] == "mine"
+    assert simulator.connections.accepted == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Accept": "x"}, {"x-moondream-auth": "x"}, {"X": "a\r\nY: b"}, {"a b": "c"}, {"X": 5}, 5],
+    ids=repr,
+)
+def test_headers_that_cannot_be_sent_are_refused(headers):
+    with pytest.raises(md.RequestError, match="headers"):
+        md.MoondreamClient(None, "http://127.0.0.1:2020/v1", headers=headers)
