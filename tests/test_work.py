@@ -33,6 +33,7 @@ PER_EVENT = 1.15  # 1.0 when it was set: to hand it out
 PER_BLOCK = 22  # 21, with one event in it
 PER_CALL = 225  # 204, a look whether its connection is quiet included
 PER_STREAM = 420  # 380, with four events in four blocks
+PER_UNSAMPLED_CALL = 92  # 80, of them the metrics, which count all calls
 BYTES_PER_STREAM = 2_330  # 2,020, without the connection's
 
 both_dialects = pytest.mark.parametrize("skill", DIALECTS)
@@ -145,3 +146,27 @@ async def test_an_open_stream_takes_no_more_memory_than_it_did():
         tracemalloc.stop()
     await close(streams)
     assert used / len(streams) <= BYTES_PER_STREAM
+
+
+@pytest.mark.parametrize(
+    ("sampled", "bound"),
+    [(None, 0), (False, PER_UNSAMPLED_CALL)],
+    ids=["no tracing", "not sampled"],
+)
+async def test_tracing_that_nobody_looks_at_costs_nearly_nothing(sampled, bound):
+    pytest.importorskip("opentelemetry.sdk", reason="needs: python -m pip install '.[test]'")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+    from moondream_async.integrations.otel import instrument
+
+    async with (
+        raw_server.RawServer(raw_server.answer_all) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+    ):
+        without = await calls_of(lambda: client.caption(PICTURE), 10)
+        stop = instrument(client, tracer_provider=TracerProvider(sampler=ALWAYS_OFF))
+        if sampled is None:
+            stop()
+        traced = await calls_of(lambda: client.caption(PICTURE), 10)
+    assert traced - without <= bound

@@ -244,6 +244,8 @@ class _Call:
 
     def chunks(self, count: int) -> None:
         """Measure the time since the pieces before."""
+        if not self._span.is_recording():
+            return
         now = time.perf_counter()
         if self._last_chunk is not None:
             seconds = (now - self._last_chunk) / count
