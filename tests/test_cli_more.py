@@ -204,6 +204,26 @@ async def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(simulator):
             assert await shell.process.wait() == 0
 
 
+async def test_ctrl_c_at_the_prompt_clears_it_and_only_a_second_one_leaves(simulator, photo):
+    async with terminal("chat", endpoint=simulator.endpoint) as shell:
+        await shell.until("> ")
+        shell.press("half a line\x03")
+        await shell.until("Ctrl-C once more")
+        seen = len(shell.screen)
+        await shell.until("> ", after=shell.screen.index("leaves"))
+        shell.press(f"/image {photo}\n")  # and the first is forgotten
+        await shell.until("goes with the next message", after=seen)
+        seen = len(shell.screen)
+        shell.press("\x03")
+        await shell.until("Ctrl-C once more", after=seen)
+        await shell.until("> ", after=shell.screen.rindex("leaves"))
+        shell.press("\x03")
+        with anyio.fail_after(60):
+            assert await shell.process.wait() == 130
+    assert "Traceback" not in shell.screen
+    assert simulator.requests == []
+
+
 async def test_chat_in_a_terminal_says_what_went_wrong_and_goes_on(simulator):
     simulator.faults.append(Fault.parse("status=400"))
     async with terminal("chat", endpoint=simulator.endpoint) as shell:

@@ -167,6 +167,7 @@ COMMANDS = {
     "batch-results": ["batch", "results", "b"],
     "demo": ["demo"],
     "bulk": ["bulk", "{photo}", "-o", "{folder}/out.jsonl"],
+    "bulk-lines": ["bulk", "{photo}", "-o", "-"],
 }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import sys
+import shutil
 from typing import TYPE_CHECKING
 
 from ._output import print_text
@@ -19,7 +18,8 @@ _WIDEST = 72  # columns; lines longer than that are hard to read
 
 def width() -> int:
     """How many columns are written in."""
-    return min(os.get_terminal_size(sys.stdout.fileno()).columns - 1, _WIDEST)
+    # A terminal that says that it has no columns has some.
+    return max(20, min(shutil.get_terminal_size().columns - 1, _WIDEST))
 
 
 def show_picture(picture: EncodedImage) -> None:
