@@ -622,7 +622,7 @@ def test_demo_with_a_key_asks_the_cloud(capsys, monkeypatch):
     assert main(["demo"]) == 1
     output, errors = capsys.readouterr()
     assert output == ""
-    assert "api_key" in errors
+    assert "MOONDREAM_API_KEY must be" in errors
 
 
 # -- serve ------------------------------------------------------------------------------

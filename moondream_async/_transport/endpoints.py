@@ -46,7 +46,7 @@ def read_target(
     """
     if key is None:
         key = hidden(os.environ.get("MOONDREAM_API_KEY"))
-    elif not key or not is_header_value(key):
+    if key is not None and not (key and is_header_value(key)):
         # Not shown: it may be the right key with a line break in it, or in bytes.
         raise RequestError("api_key must be a string of printable ASCII characters")
     if endpoint is None:
