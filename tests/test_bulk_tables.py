@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import subprocess
+import zipfile
 
 import anyio
 import pytest
+from aiohttp import web
 from PIL import Image
 from test_bulk_cli import (  # noqa: F401
     BULK,
@@ -22,6 +24,8 @@ from test_bulk_cli import (  # noqa: F401
     until,
 )
 
+from moondream_async.cli.bulk.search import Search
+from moondream_async.cli.bulk.sources import PictureFile
 from moondream_async.simulator import Simulator
 
 pytestmark = pytest.mark.slow  # each test runs the program several times
@@ -216,3 +220,52 @@ async def test_boxes_are_coco_and_yolo_as_others_read_them(bulk, photos, tmp_pat
         )
     status, said = await bulk(*asked, "-o", "yolo/")
     assert "3 done before" in said
+
+
+@pytest.fixture
+async def web_folder(photos):
+    application = web.Application()
+    application.router.add_static("/photos", photos)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/photos"
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("way", ["zip", "member", "http", "table of http"])
+async def test_pictures_elsewhere_are_read_when_their_turn_comes(
+    bulk, photos, tmp_path, *, web_folder, way
+):
+    pytest.importorskip("fsspec")
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for path in photos.rglob("*.jpg"):
+            archive.write(path, path.relative_to(photos))
+        archive.writestr("notes.txt", "none")
+    address = f"{web_folder}/00000.jpg"
+    source, count = {
+        "zip": ("p.zip", 20),
+        "member": (f"zip://below/00001.jpg::{tmp_path}/p.zip", 1),
+        "http": (address, 1),
+        "table of http": ("in.csv", 1),
+    }[way]
+    write_table(tmp_path / "in.csv", [{"url": address}])
+    for said_of in (f"{count} answered, 0 failed", f"{count} done before"):
+        status, said = await bulk(source, "-o", "o.jsonl")
+        assert status == 0, said
+        assert said_of in said
+    status, said = await bulk(source, "-o", "texts/")
+    assert status == 0, said
+    assert len(list((tmp_path / "texts").rglob("*.txt"))) == count
+
+
+def test_a_file_system_of_fsspec_is_listed_folder_by_folder():
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    for name in ("a.jpg", "b/c.png", "b/notes.txt", "b/.hidden.jpg"):
+        files.pipe(f"/set/{name}", b"x")
+    found = [(each.path, each.below) for each in Search().find(["memory://set"])]
+    assert sorted(found) == [("memory:///set/a.jpg", "a.jpg"), ("memory:///set/b/c.png", "b/c.png")]
+    assert {PictureFile(each).read() for each in Search().find(["memory://set"])} == {b"x"}
+    assert len(list(Search().find(["memory://set/*.jpg"]))) == 1
+    files.rm("/set", recursive=True)

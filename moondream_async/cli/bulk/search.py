@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 
 from .names import name_of, simplest
+from .remote import find_remote, is_remote
 from .sources import Found
 from .tables import find_in_table, is_table
 
@@ -72,6 +73,10 @@ class Search:
             if is_table(argument) and os.path.isfile(argument):
                 found = find_in_table(argument, self._column)
                 yield from self._or_complain(found, "there is no row in", argument)
+            elif is_remote(argument):
+                yield from self._or_complain(
+                    self._remote(argument), "there is no picture in", argument
+                )
             elif os.path.isdir(argument):
                 yield from self._or_complain(
                     self._walk(argument), "there is no picture in", argument
@@ -88,6 +93,13 @@ class Search:
             return
         yield first
         yield from found
+
+    def _remote(self, argument: str) -> Iterator[Found]:
+        try:
+            for address, below in find_remote(argument, SUFFIXES):
+                yield Found(address, below)
+        except OSError as error:
+            self._complain(f"can't list {name_of(argument)}: {error.strerror or error}")
 
     def _walk(self, root: str) -> Iterator[Found]:
         folders = [root]

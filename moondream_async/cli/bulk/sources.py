@@ -13,6 +13,7 @@ import msgspec
 from moondream_async._images.inputs import MAX_FILE_BYTES
 
 from .names import name_of
+from .remote import is_remote, read_remote
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -58,7 +59,8 @@ class PictureFile:
             return b""
         data, status = _read(self.name)
         digest = hashlib.sha256(data).hexdigest()
-        self.contents = Contents(len(data), status.st_mtime_ns, digest)
+        mtime = 0 if status is None else status.st_mtime_ns
+        self.contents = Contents(len(data), mtime, digest)
         return data
 
 
@@ -72,7 +74,12 @@ def read_same(path: str, contents: Contents) -> bytes | None:
 
 
 def is_same(path: str, contents: Contents) -> bool:
-    """Tell whether a file is what it was. It is read only where its time has changed."""
+    """Tell whether a file is what it was. It is read only where its time has changed.
+
+    What is elsewhere is taken for the same: to ask would cost a request each.
+    """
+    if is_remote(path):
+        return True
     try:
         status = os.stat(path)
         if status.st_size != contents.size:
@@ -84,8 +91,10 @@ def is_same(path: str, contents: Contents) -> bool:
         return True  # it is gone: what is known of it stays
 
 
-def _read(path: str) -> tuple[bytes, os.stat_result]:
+def _read(path: str) -> tuple[bytes, os.stat_result | None]:
     # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+    if is_remote(path):
+        return read_remote(path), None
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
