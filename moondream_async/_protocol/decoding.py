@@ -45,7 +45,8 @@ def decode(data: bytes) -> Any:
         value = _decode(data)
     except _FAULTS as error:
         raise ValueError(str(error)) from None
-    _check_depth(value)
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH:  # or else it can't be nested so deeply
+        _check_depth(value)
     return value
 
 
