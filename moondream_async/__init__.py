@@ -1,8 +1,14 @@
 """Asyncio-first streaming client for the Moondream vision API."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._client import MoondreamClient, vl
+from ._ft import FinetuneClient, ft
+from ._stream.call import StreamCall
 from ._stream.interruptible import interruptible
 from ._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
+from ._stream.relay import EventStream
+from ._stream.stream import Stream
 from ._transport.fetch import fetch_image
 from ._version import __version__
 from .batch.records import Batch, BatchFailure, BatchOutput, BatchProgress, BatchResult, BatchUsage
@@ -68,6 +74,11 @@ from .tuning.records import (
 from .tuning.wire import TrainGroup, TuningRequest
 from .types import SAMPLE_IMAGE, CallEvent, EncodedImage, Hooks, ImageInput, Settings, Timeout
 
+if TYPE_CHECKING:
+    from .bulk import BulkItem, BulkResult, BulkRun
+    from .watch.items import Frame, WatchResult
+    from .watch.run import Watch
+
 __all__ = [
     "SAMPLE_IMAGE",
     "APIConnectionError",
@@ -83,6 +94,9 @@ __all__ = [
     "BatchResult",
     "BatchUsage",
     "BboxEvent",
+    "BulkItem",
+    "BulkResult",
+    "BulkRun",
     "CallEvent",
     "CaptionResult",
     "CaptionStream",
@@ -96,8 +110,11 @@ __all__ = [
     "ClientStats",
     "DetectResult",
     "EncodedImage",
+    "EventStream",
     "FinalEvent",
     "Finetune",
+    "FinetuneClient",
+    "Frame",
     "Grounding",
     "Health",
     "Hooks",
@@ -130,6 +147,8 @@ __all__ = [
     "ServerError",
     "ServerStats",
     "Settings",
+    "Stream",
+    "StreamCall",
     "StreamError",
     "StreamEvent",
     "StreamInterruptedError",
@@ -142,8 +161,24 @@ __all__ = [
     "TuningRequest",
     "UnknownEvent",
     "Usage",
+    "Watch",
+    "WatchResult",
     "__version__",
     "fetch_image",
+    "ft",
     "interruptible",
     "vl",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs anyio when somebody asks for it, so that importing the package is light."""
+    if name in ("BulkItem", "BulkResult", "BulkRun"):
+        from . import bulk  # noqa: PLC0415
+
+        return getattr(bulk, name)
+    if name in ("Frame", "Watch", "WatchResult"):
+        from . import watch  # noqa: PLC0415
+
+        return getattr(watch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

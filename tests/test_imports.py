@@ -38,6 +38,7 @@ ROOMS = [
     "watch",
     "frames",
     "_client",
+    "_ft",
     "__init__",
     "simulator",
     "web",

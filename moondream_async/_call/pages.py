@@ -31,12 +31,9 @@ async def entries(
     Raises:
         RequestError: `limit` is not between 1 and 100.
     """
-    check_count("limit", limit, most=_MAX_LIMIT)
     used: set[str] = set()
     while True:
-        query = {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}
-        request = Request(None, f"{path}?{urlencode(query)}", method="GET")
-        page = await caller.call(request).json()
+        page = await read_page(caller, path, limit=limit, cursor=cursor)
         found = page.get(key)
         for entry in found if isinstance(found, list) else ():
             if isinstance(entry, dict):
@@ -47,6 +44,18 @@ async def entries(
         if cursor in used:
             raise ServerError("The server's pages go round in circles", status=200, body=page)
         used.add(cursor)
+
+
+async def read_page(caller: Caller, path: str, *, limit: int, cursor: str | None) -> dict[str, Any]:
+    """Return one page of a server's list, as it came.
+
+    Raises:
+        RequestError: `limit` is not between 1 and 100.
+    """
+    check_count("limit", limit, most=_MAX_LIMIT)
+    query = {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}
+    request = Request(None, f"{path}?{urlencode(query)}", method="GET")
+    return await caller.call(request).json()
 
 
 async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:

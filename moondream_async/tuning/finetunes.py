@@ -27,7 +27,7 @@ from urllib.parse import quote
 import anyio
 import msgspec
 
-from moondream_async._call.pages import each, entries
+from moondream_async._call.pages import each, entries, read_page
 from moondream_async._checks import check_count
 from moondream_async._protocol.requests import Request
 from moondream_async._protocol.values import read_value
@@ -134,7 +134,8 @@ class Tuning:
             RequestError: An argument can't be right.
             ImageError: The picture can't be read, or is none.
         """
-        made = rollouts_request(_id_of(finetune), request, num_rollouts)
+        tries = getattr(request, "num_rollouts", None) or num_rollouts
+        made = rollouts_request(_id_of(finetune), request, tries)
         return read_rollouts(await self._caller.call(made).json())
 
     async def rollout_stream(
@@ -261,6 +262,20 @@ class Tuning:
         path = f"{_path(finetune)}/checkpoints"
         async for entry in entries(self._caller, path, "checkpoints", limit=limit, cursor=cursor):
             yield _read_checkpoint(entry, finetune)
+
+    async def checkpoint_page(
+        self, finetune: Finetune | str, *, limit: int = 50, cursor: str | None = None
+    ) -> dict[str, Any]:
+        """Return a page of the checkpoints: `checkpoints`, `next_cursor` and `has_more`.
+
+        Raises:
+            RequestError: `limit` is not between 1 and 100.
+        """
+        path = f"{_path(finetune)}/checkpoints"
+        page = await read_page(self._caller, path, limit=limit, cursor=cursor)
+        found = page.get("checkpoints")
+        saved = [_read_checkpoint(entry, finetune) for entry in found or ()]
+        return {**page, "checkpoints": saved}
 
     async def save_checkpoint(self, finetune: Finetune | str) -> Checkpoint:
         """Save the finetune as it is after its last step; again, it is the same checkpoint.

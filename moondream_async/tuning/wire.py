@@ -52,6 +52,8 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
     ground_truth: Mapping[str, Any] | None = None
     context: Any = None
     """Yours; it is not sent."""
+    num_rollouts: int | None = None
+    """How often it is to be tried, where that is not said for all."""
 
     @classmethod
     def query(
@@ -261,6 +263,10 @@ def _group_payload(group: Any) -> dict[str, Any]:
         return group.payload
     if not isinstance(group, Mapping):
         raise RequestError(f"a group must be a TrainGroup or a mapping, not {group!r:.100}")
+    tries = group.get("rollouts")
+    if isinstance(tries, (list, tuple)):  # as they came, with whatever this version doesn't know
+        tries = [(isinstance(each, Rollout) and each.raw) or each for each in tries]
+        group = {**group, "rollouts": tries}
     request = group.get("request")
     if isinstance(request, TuningRequest):
         return {**group, "request": request.payload()}

@@ -1,0 +1,241 @@
+"""`ft`: fine-tuning by the names of the official SDK's finetune object, awaited.
+
+`client.tuning` is the whole of it; this is for programs that are written for the SDK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from ._client import MoondreamClient
+from .errors import RequestError
+from .tuning.records import Finetune, MetricsLog, Rollouts, TrainStep
+from .tuning.wire import LEARNING_RATE, TuningRequest
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class FinetuneClient:
+    """A finetune with a client of its own, and the methods of the official SDK's object.
+
+    Leave its ``async with``, or `aclose` it, at the end. What its methods raise, and what
+    cancelling one does, is told at `Tuning`.
+    """
+
+    def __init__(self, client: MoondreamClient, finetune: Finetune) -> None:
+        self._client = client
+        self._finetune = finetune
+
+    @property
+    def finetune_id(self) -> str:
+        """The server's id for it."""
+        return self._finetune.finetune_id
+
+    @property
+    def name(self) -> str | None:
+        """What it is called."""
+        return self._finetune.name
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of its adapter."""
+        return self._finetune.rank
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close its client. May be called twice."""
+        await self._client.aclose()
+
+    async def rollouts(
+        self,
+        skill: str,
+        *,
+        image: Any = None,
+        question: str | None = None,
+        object: str | None = None,
+        num_rollouts: int = 1,
+        settings: Mapping[str, Any] | None = None,
+        reasoning: bool = False,
+        spatial_refs: Sequence[Any] | None = None,
+        ground_truth: Mapping[str, Any] | None = None,
+    ) -> Rollouts:
+        """Let the model try a request; see `Tuning.rollouts`.
+
+        Raises:
+            RequestError: An argument can't be right, or is none of this skill's.
+            ImageError: The picture can't be read, or is none.
+        """
+        request = _request(
+            {
+                "skill": skill,
+                "image": image,
+                "question": question,
+                "object": object,
+                "settings": settings,
+                "reasoning": reasoning,
+                "spatial_refs": spatial_refs,
+                "ground_truth": ground_truth,
+            }
+        )
+        return await self._client.tuning.rollouts(
+            self._finetune, request, num_rollouts=num_rollouts
+        )
+
+    async def rollout_stream(
+        self,
+        requests: Iterable[tuple[Any, Mapping[str, Any]]],
+        *,
+        max_concurrency: int = 4,
+        buffer_size: int = 8,
+    ) -> AsyncGenerator[tuple[Any, Rollouts], None]:
+        """Let the model try many requests; yield each context with its tries as they are done.
+
+        Args:
+            requests: Pairs of a context, which is passed through, and the arguments of
+                `rollouts`.
+            max_concurrency: Requests that are tried at once, or wait for the reader.
+            buffer_size: Taken for the SDK's sake; `max_concurrency` bounds what waits too.
+
+        Raises:
+            RequestError: An argument can't be right.
+            ImageError: A picture can't be read, or is none.
+        """
+        if buffer_size < 1:
+            raise RequestError(f"buffer_size must be at least 1, not {buffer_size!r}")
+
+        def made() -> Iterable[TuningRequest]:
+            for context, arguments in requests:
+                given = dict(arguments)
+                tries = given.pop("num_rollouts", 1)
+                request = _request(given)
+                yield msgspec.structs.replace(request, context=context, num_rollouts=tries)
+
+        results = self._client.tuning.rollout_stream(
+            self._finetune, made(), max_concurrency=max_concurrency
+        )
+        async with aclosing(results):
+            async for request, rollouts in results:
+                yield request.context, rollouts
+
+    async def train_step(
+        self, groups: Sequence[Any], lr: float = LEARNING_RATE, **kwargs: Any
+    ) -> TrainStep:
+        """Let the model learn, one step; see `Tuning.train_step`.
+
+        Raises:
+            RequestError: An argument can't be right.
+        """
+        return await self._client.tuning.train_step(self._finetune, groups, lr=lr, **kwargs)
+
+    async def log_metrics(self, step: int, metrics: Mapping[str, float]) -> MetricsLog:
+        """Keep numbers of yours with a step, for the dashboard.
+
+        Raises:
+            RequestError: One of them is no finite number.
+        """
+        return await self._client.tuning.log_metrics(self._finetune, step, metrics)
+
+    async def list_checkpoints(self, limit: int = 50, cursor: str | None = None) -> dict[str, Any]:
+        """Return a page of the saved checkpoints: `checkpoints`, `next_cursor`, `has_more`.
+
+        Raises:
+            RequestError: `limit` is not between 1 and 100.
+        """
+        return await self._client.tuning.checkpoint_page(self._finetune, limit=limit, cursor=cursor)
+
+    async def save_checkpoint(self) -> dict[str, Any]:
+        """Save it as it is after its last step; return ``{"ok": True, "checkpoint": ...}``.
+
+        Raises:
+            NotFoundError: It was never trained.
+        """
+        checkpoint = await self._client.tuning.save_checkpoint(self._finetune)
+        return {"ok": True, "checkpoint": checkpoint}
+
+    async def delete_checkpoint(self, step: int) -> None:
+        """Delete a checkpoint.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        await self._client.tuning.delete_checkpoint(self._finetune, step)
+
+    async def delete(self) -> None:
+        """Delete the finetune with its checkpoints.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        await self._client.tuning.delete(self._finetune)
+
+    def model(self, step: int) -> str:
+        """Return what to pass as ``model=`` to use what it had learnt at a saved step."""
+        return self._finetune.model(step)
+
+
+async def ft(
+    api_key: str | None = None,
+    *,
+    name: str | None = None,
+    rank: int | None = None,
+    finetune_id: str | None = None,
+    endpoint: str | None = None,
+    **options: Any,
+) -> FinetuneClient:
+    """Return a finetune, made if there is none of that name; as the official SDK's ``ft``.
+
+    Args:
+        api_key: As for `MoondreamClient`.
+        name: What it is called, with its `rank`; or else:
+        rank: 8, 16, 24 or 32.
+        finetune_id: The id of one that is there.
+        endpoint: As for `MoondreamClient`, with ``/tuning`` behind it or not.
+        options: Further arguments of `MoondreamClient`.
+
+    Raises:
+        RequestError: Neither an id nor a name and a rank were given, or both.
+        APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
+    """
+    if (finetune_id is None) == (name is None) or (name is None) != (rank is None):
+        raise RequestError("ft needs either finetune_id, or both name and rank")
+    if endpoint is not None:
+        endpoint = endpoint.rstrip("/").removesuffix("/tuning")
+    client = MoondreamClient(api_key, endpoint=endpoint, **options)
+    try:
+        if finetune_id is not None:
+            return FinetuneClient(client, await client.tuning.get(finetune_id))
+        assert name is not None and rank is not None  # noqa: PT018, S101 - for the type checker
+        return FinetuneClient(client, await client.tuning.create(name, rank=rank))
+    except BaseException:
+        await client.aclose()
+        raise
+
+
+def _request(arguments: Mapping[str, Any]) -> TuningRequest:
+    """Make a request of the SDK's arguments; those that say nothing are left out."""
+    given = {
+        key: value for key, value in arguments.items() if value is not None and value is not False
+    }
+    skill = given.pop("skill", None)
+    if skill not in ("query", "detect", "point"):
+        raise RequestError(f"skill must be query, detect or point, not {skill!r}")
+    make: Callable[..., TuningRequest] = getattr(TuningRequest, skill)
+    try:
+        return make(given.pop("image", None), **given)
+    except TypeError as error:  # an argument that is another skill's
+        raise RequestError(f"{skill}: {error}") from None
