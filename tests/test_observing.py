@@ -1,7 +1,10 @@
 """What can be seen of a client at work: log lines, numbers, hooks; and what the budget stops."""
 
 import asyncio
+import contextlib
+import io
 import logging
+import threading
 import traceback
 
 import pytest
@@ -58,37 +61,162 @@ async def test_hooks_tell_of_retries_with_their_reason(simulator, photo, told):
     assert [event.attempt for _, event in events] == [1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("way", ["closed", "dropped", "cut", "cancelled"])
-async def test_an_end_is_told_once_however_it_comes(simulator, photo, told, way):
+@pytest.fixture
+async def talker():
+    """A server that says at the end of a stream how it was."""
+    async with Simulator("kestrel", rate=0) as simulator:
+        yield simulator
+
+
+WAYS = {
+    "complete": ("complete", None),
+    "plain": ("complete", None),
+    "closed": ("abandoned", None),
+    "dropped": ("abandoned", None),
+    "dropped-elsewhere": ("abandoned", None),
+    "cut": ("interrupted", md.StreamInterruptedError),
+    "refused": ("failed", md.BadRequestError),
+    "no-picture": ("failed", md.ImageError),
+    "cancelled": ("cancelled", asyncio.CancelledError),
+}
+FAULTS = {"cut": "cut=2", "cancelled": "slow_start=60", "refused": "status=400"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:CaptionStream was dropped:ResourceWarning")
+async def test_an_end_is_told_once_however_it_comes(talker, photo, told, way):
     hooks, events = told
-    if way == "cut":
-        simulator.faults.append(Fault.parse("cut=2"))
-    elif way == "cancelled":
-        simulator.faults.append(Fault.parse("slow_start=60"))
-    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client:
+    simulator = talker
+    simulator.faults.extend(Fault.parse(FAULTS[way]) for _ in range(way in FAULTS))
+    outcome, error = WAYS[way]
+    threads = []
+    noted = md.Hooks(
+        request=hooks.request,
+        end=lambda event: (threads.append(threading.current_thread()), hooks.end(event)),
+    )
+    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=noted) as client:
         if way == "cancelled":
             call = asyncio.create_task(client.caption(photo))
-            while not any(kind == "request" for kind, _ in events):
+            while not events:
                 await asyncio.sleep(0)
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
+        elif way in ("plain", "refused", "no-picture"):
+            with contextlib.suppress(md.MoondreamError):
+                await client.caption(b"none" if way == "no-picture" else photo)
         else:
-            stream = await client.caption(photo, stream=True)
+            held = [await client.caption(photo, stream=True)]
             if way == "closed":
-                await stream.aclose()
-                await stream.aclose()
+                await held[0].aclose()
+                await held[0].aclose()
             elif way == "dropped":
-                with pytest.warns(ResourceWarning, match="dropped before its end"):
-                    del stream
+                held.clear()
+            elif way == "dropped-elsewhere":
+                await asyncio.get_running_loop().run_in_executor(None, held.clear)
+                await asyncio.sleep(0)
             else:
                 for _ in range(2):
-                    with pytest.raises(md.StreamInterruptedError):
-                        await stream.text()
-    ends = [event for kind, event in events if kind == "end"]
-    assert len(ends) == 1
-    assert not ends[0].completed
-    assert isinstance(ends[0].error, md.StreamInterruptedError) == (way == "cut")
+                    with contextlib.suppress(md.StreamInterruptedError):
+                        await held[0].text()
+    (end,) = [event for kind, event in events if kind == "end"]
+    assert threads == [threading.current_thread()]
+    assert (end.outcome, end.completed) == (outcome, outcome == "complete")
+    assert end.error is None if error is None else isinstance(end.error, error)
+    assert {event.call_id for _, event in events} == {end.call_id}
+    assert (end.endpoint, end.model, end.skill) == (client.endpoint, None, "caption")
+    assert end.attempt == (way != "no-picture")
+    if outcome == "complete":
+        assert end.finish_reason == "stop"
+        assert end.input_tokens > 0
+        assert end.output_tokens > 0
+        assert end.bytes_sent > photo.stat().st_size
+        assert end.bytes_received > 0
+        assert (end.ttft is not None) == (way == "complete")
+
+
+async def test_calls_at_once_are_told_apart(simulator, photo, told):
+    hooks, events = told
+    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks, model="m") as client:
+        await asyncio.gather(*[client.caption(photo) for _ in range(5)])
+        await client.models()
+    assert len({event.call_id for _, event in events}) == 6
+    assert [event.model for _, event in events if event.skill] == ["m"] * 10
+
+
+async def test_what_follows_calls_adds_its_headers_and_hears_of_all(simulator, photo):
+    heard = []
+
+    class Probe:
+        wants_answer = False
+
+        def headers(self):
+            return {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+
+        def report(self, kind, event):
+            heard.append(kind)
+
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
+        stop = client._caller.instrument(lambda _: Probe())
+        await client.caption(photo)
+        stop()
+        await client.caption(photo)
+    assert heard == ["request", "end"]
+    assert ["traceparent" in request.headers for request in simulator.requests] == [True, False]
+
+
+async def test_a_closing_client_lets_a_call_between_two_attempts_finish(simulator, photo):
+    between = asyncio.Event()
+    simulator.faults.append(Fault.parse("status=503,times=1,retry_after=0.05"))
+    hooks = md.Hooks(retry=lambda _: between.set())
+    client = md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks)
+    call = asyncio.create_task(client.caption(photo))
+    await between.wait()
+    await client.aclose(grace=10)
+    assert (await call).caption
+
+
+async def test_other_peoples_work_in_the_loops_threads_holds_up_no_call(simulator, photo):
+    loop, release = asyncio.get_running_loop(), threading.Event()
+    busy = [loop.run_in_executor(None, release.wait) for _ in range(50)]
+    endpoint = simulator.endpoint.replace("127.0.0.1", "localhost")
+    try:
+        async with md.MoondreamClient(endpoint=endpoint) as client:
+            assert (await client.caption(photo)).caption
+    finally:
+        release.set()
+        await asyncio.wait(busy)
+
+
+async def test_pictures_that_are_prepared_slowly_take_no_connection(simulator, photo):
+    release, running, most = threading.Event(), set(), []
+
+    class Slow(io.BytesIO):
+        def read(self, *size):
+            running.add(self)
+            most.append(len(running))
+            release.wait()
+            running.discard(self)
+            return super().read(*size)
+
+    async with md.MoondreamClient(
+        endpoint=simulator.endpoint, max_connections=2, timeout=md.Timeout(pool=0.05)
+    ) as client:
+        image = await client.encode_image(photo)
+        slow = [asyncio.create_task(client.caption(Slow(photo.read_bytes()))) for _ in range(10)]
+        try:
+            while len(running) < 4:
+                await asyncio.sleep(0.001)
+            for task in slow[:3]:  # what has begun goes on, and nobody takes its thread
+                task.cancel()
+            assert (await client.caption(image)).caption
+            assert client.stats().open_streams == 0
+        finally:
+            release.set()
+        done = await asyncio.gather(*slow, return_exceptions=True)
+        assert [type(each) for each in done[:3]] == [asyncio.CancelledError] * 3
+        assert all(isinstance(each, md.CaptionResult) for each in done[3:])
+    assert max(most) <= 4
 
 
 async def test_a_hook_that_raises_is_logged_and_disturbs_nothing(simulator, photo, caplog):

@@ -38,7 +38,7 @@ from moondream_async.errors import (
 from moondream_async.results import ClientStats, Result
 from moondream_async.types import EncodedImage, Timeout
 
-from .deadline import Deadline
+from .deadline import CallDeadline
 from .report import Instrument, Report
 from .retry import CallRetries, Retries, was_refused
 
@@ -289,7 +289,7 @@ class Call:
             session.check_open()
             self._pool = session.transport.pool()
         pool = self._pool
-        deadline = Deadline(pool, self._timeout, self.total_at, session.slots)
+        deadline = CallDeadline(pool, self._timeout, self.total_at, session.slots)
         pool.calls.add(deadline)  # also between two attempts
         try:
             delay = 0.0 if failed is None else self._delay_after(failed, deadline)
@@ -325,7 +325,7 @@ class Call:
             self._is_admitted = False
             self._admission.leave(error, answered=answered)
 
-    def _delay_after(self, error: MoondreamError, deadline: Deadline) -> float | None:
+    def _delay_after(self, error: MoondreamError, deadline: CallDeadline) -> float | None:
         """Return the seconds until the next attempt after a failure; None if there is none."""
         if deadline.pool.closed:
             return None
@@ -354,7 +354,7 @@ class Call:
             and "stream" in error.message.lower()
         )
 
-    async def _attempt(self, deadline: Deadline, finish: Finish[_T], accept: str | None) -> _T:
+    async def _attempt(self, deadline: CallDeadline, finish: Finish[_T], accept: str | None) -> _T:
         """Send the request once, and have its answer read."""
         session, request, report = self._session, self._request, self.report
         pool = deadline.pool
@@ -390,6 +390,7 @@ class Call:
                 session.url(request),
                 headers=self._headers_for(accept),
                 body=parts,
+                size=size,
                 on_send=partial(self._sending, deadline),
                 on_close=session.release,
                 repeatable=request.repeatable,
@@ -408,7 +409,7 @@ class Call:
             body.status, body.headers, data, now=time.time(), endpoint=session.endpoint
         )
 
-    async def _prepare(self, deadline: Deadline) -> bool:
+    async def _prepare(self, deadline: CallDeadline) -> bool:
         """Make the body; return whether a slot of `Session.preparing` was taken for it."""
         session = self._session
         parts = self._request.parts()
@@ -431,7 +432,7 @@ class Call:
         self._parts = parts
         return is_held
 
-    async def _acquire_preparing(self, deadline: Deadline) -> None:
+    async def _acquire_preparing(self, deadline: CallDeadline) -> None:
         session = self._session
         if not session.preparing.try_acquire():
             # Where connection slots are free, it is no connection that is waited for.
@@ -447,7 +448,7 @@ class Call:
             headers.update(self.report.headers())
         return headers
 
-    def _sending(self, deadline: Deadline, upload: Upload) -> None:
+    def _sending(self, deadline: CallDeadline, upload: Upload) -> None:
         """Begin the limit for the server, once the last byte is on its way."""
         self._was_sent = True
         if upload.is_sent:

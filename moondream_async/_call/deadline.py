@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
+from moondream_async._stream.clock import NEVER, Deadline
 from moondream_async.errors import APITimeoutError, ClientClosedError, MoondreamError, Phase
 
 if TYPE_CHECKING:
@@ -16,38 +17,28 @@ if TYPE_CHECKING:
 
     from .limits import Semaphore
 
-_NEVER = float("inf")
 _LOOKS = 8
 """Times in a limit that it is asked whether what is waited for has come nearer."""
-_ROUNDS = 2
-"""Times that the loop goes round after a limit ran out: when the process had stood still, what
-arrived meanwhile reaches the call in these."""
 
 
-class Deadline:
+class CallDeadline(Deadline):
     """Cancels the block that it is entered for when a limit runs out, or the client is closed.
 
     It is entered for each step of a call, one after the other; what follows a block that was
-    ended by it raises `error`. There is one timer at most, and it is moved only to an earlier
-    time: when it goes off too early, it is set anew.
+    ended by it raises `error`. One timer serves all its phases.
     """
 
     __slots__ = (
-        "_at",
         "_cancelling",
         "_closed",
-        "_expired",
+        "_is_expired",
         "_limit",
-        "_loop",
         "_moving",
         "_phase",
         "_phase_at",
-        "_rings_at",
-        "_rounds",
         "_slots",
         "_task",
         "_timeout",
-        "_timer",
         "_total_at",
         "pool",
         "sent_at",
@@ -56,20 +47,16 @@ class Deadline:
     def __init__(
         self, pool: Pool, timeout: Timeout, total_at: float | None, slots: Semaphore
     ) -> None:
-        self._loop = pool.loop
+        super().__init__(pool.loop)
         self.pool = pool
         """Where the call sends its requests."""
         self._slots = slots
         self._timeout = timeout
-        self._total_at = _NEVER if total_at is None else total_at
+        self._total_at = NEVER if total_at is None else total_at
         self._phase: Phase = "total"
         self._moving: Callable[[], bool] | None = None
-        self._limit = self._phase_at = _NEVER
-        self._at = _NEVER
-        self._timer: asyncio.Handle | None = None
-        self._rings_at = _NEVER  # the timer; not all loops' timers tell it, as qasync's do not
-        self._rounds = 0
-        self._expired = False
+        self._limit = self._phase_at = NEVER
+        self._is_expired = False
         self._closed = False
         self.sent_at = 0.0
         """When the request, or its last byte, was on its way; on the loop's clock."""
@@ -79,7 +66,7 @@ class Deadline:
         assert task is not None  # noqa: S101 - aiohttp needs one, too
         self._task = task
         self._cancelling = task.cancelling()
-        self._expired = False
+        self._is_expired = False
         self.enter(None)
         return self
 
@@ -89,8 +76,8 @@ class Deadline:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        self._at = _NEVER
-        if not (self._expired or self._closed):
+        self.move(NEVER)
+        if not (self._is_expired or self._closed):
             return False
         # If others have cancelled the task as well, it goes on being cancelled.
         return self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError
@@ -101,12 +88,6 @@ class Deadline:
             self._total_at = self._loop.time() + self._timeout.total
             self.enter(None)
 
-    def cancel(self) -> None:
-        """Watch no more: the call is over."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None  # whose method leads back here
-
     def enter(self, phase: Phase | None, moving: Callable[[], bool] | None = None) -> None:
         """Start the limit of a phase; None has none but the total.
 
@@ -115,11 +96,12 @@ class Deadline:
         """
         limit = None if phase is None else getattr(self._timeout, phase)
         now = self._loop.time()
-        self._limit = _NEVER if limit is None else limit
+        self._limit = NEVER if limit is None else limit
         self._moving = None if limit is None else moving
         self._phase = "total" if phase is None else phase
         self._phase_at = now + self._limit
-        self._run_until(self._next_look(now))
+        at = min(self._total_at, self._phase_at)
+        self.move(at if self._moving is None else self._next_look(now))
 
     def _next_look(self, now: float) -> float:
         at = min(self._phase_at, self._total_at)
@@ -147,7 +129,7 @@ class Deadline:
 
     def close(self) -> None:
         """End the call, since the client is closed; in its loop."""
-        if not (self._closed or self._expired):
+        if not (self._closed or self._is_expired):
             self._closed = True
             self._task.cancel()
 
@@ -168,33 +150,17 @@ class Deadline:
             message[phase] = f"The upload stood still: nothing of the request went out {limit}"
         return APITimeoutError(message[phase], phase=phase)
 
-    def _run_until(self, at: float) -> None:
-        self._at = at
-        self._rounds = 0
-        if at < self._rings_at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(at, self._ring)
-            self._rings_at = at
-
-    def _ring(self) -> None:
-        self._timer = None
-        self._rings_at = _NEVER
-        if self._expired or self._closed or self._at == _NEVER:
-            return
+    def expired(self) -> None:
+        """The present limit has run out, or it is to be looked whether it has."""
         now = self._loop.time()
-        if now >= self._at and self._moving is not None:
+        if self._moving is not None:
             if self._moving():
                 self._phase_at = now + self._limit
-            self._at = self._next_look(now)
-        if now < self._at:
-            self._run_until(self._at)
-        elif self._rounds < _ROUNDS:
-            self._rounds += 1
-            self._timer = self._loop.call_at(0, self._ring)
-            self._rings_at = 0  # enter() sets no other timer before that
-        else:
-            if self._total_at <= self._phase_at:
-                self._phase = "total"
-            self._expired = True
-            self._task.cancel()
+            at = self._next_look(now)
+            if now < at:
+                self.move(at)
+                return
+        if self._total_at <= self._phase_at:
+            self._phase = "total"
+        self._is_expired = True
+        self._task.cancel()

@@ -205,6 +205,7 @@ class Pool:
         *,
         headers: Mapping[str, str | Secret],
         body: Sequence[Part] = (),
+        size: int | None = None,
         on_send: Callable[[Upload], None],
         on_close: Callable[[int], None],
         repeatable: bool = True,
@@ -221,6 +222,7 @@ class Pool:
             url: Where to.
             headers: All of them but those that describe the body.
             body: The parts of the body.
+            size: Its bytes, where they have been counted.
             on_send: Called when a connection stands and the request goes out, and again when
                 the last byte of a large one has gone.
             on_close: Called once, when the answer's connection is free again, with the
@@ -244,7 +246,7 @@ class Pool:
             proxy = self._proxies.for_url(url)
             unseen = Unseen(secrets, None if proxy is None else proxy.authorization)
             # Also for nothing: when it is asked to write, a connection stands.
-            upload = Upload(body, self._used, on_send, on_new=on_new)
+            upload = Upload(body, self._used, on_send, on_new=on_new, size=size)
             try:
                 with guarded(guard):
                     response = await self._session.request(

@@ -48,12 +48,13 @@ class Upload(aiohttp.payload.Payload):
         on_send: Callable[[Upload], None],
         *,
         on_new: bool = False,
+        size: int | None = None,
     ) -> None:
         is_file = bool(parts) and isinstance(parts[0], FileSlice)  # which is a body by itself
         kind = "application/octet-stream" if is_file else "application/json"
         super().__init__(parts, content_type=kind)
         self._parts = parts
-        self._size = size = size_on_wire(parts)
+        self._size = size = size_on_wire(parts) if size is None else size
         self._is_small = not is_file and size <= _SMALL_BODY_BYTES
         self._used = used
         self._on_send = on_send
