@@ -6,6 +6,7 @@ time is exact.
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from own_clock import OwnClock
@@ -172,6 +173,47 @@ async def test_first_event_limits_the_whole_of_a_plain_answer(clock):
     ):
         with running_out(clock, "first_event", 30.5):
             await client.caption(IMAGE)
+
+
+BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
+
+
+@contextlib.asynccontextmanager
+async def slow_line(play):
+    """A server whose system takes in but little ahead of what is read."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        sock.bind(("127.0.0.1", 0))
+        async with RawServer(play, sock=sock) as server:
+            yield server
+
+
+@CALLS
+async def test_first_event_does_not_count_an_upload_that_moves(clock, call, monkeypatch):
+    async def play(peer):
+        _, _, headers = await peer.request_head()
+        left = int(headers["content-length"])
+        while left:
+            left -= len(await peer._reader.read(min(left, 50_000)))
+            await asyncio.sleep(5)  # four hundred seconds in all
+        await peer.send(whole(ANSWER))
+
+    monkeypatch.setitem(globals(), "IMAGE", BIG_IMAGE)
+    async with slow_line(play) as server, client_of(server, timeout=only(first_event=60)) as client:
+        await call(client)
+
+
+async def test_upload_that_stands_still_is_a_time_out_that_says_so(clock):
+    async def play(peer):
+        await peer.request_head()
+        await asyncio.sleep(DAY)
+
+    async with slow_line(play) as server, client_of(server, timeout=only(first_event=60)) as client:
+        started = clock.now
+        with pytest.raises(md.APITimeoutError, match="upload stood still") as caught:
+            await client.caption(BIG_IMAGE)
+        assert caught.value.phase == "first_event"
+        assert clock.now - started < 10 * 60
 
 
 # What a server may say without saying anything.

@@ -27,7 +27,10 @@ Part = bytes | EncodedImage | FileSlice
 """A part of a body: an image goes out as a data URL in quotes."""
 
 _SLICE_BYTES = 48 * 1024  # of a picture, encoded at once while sending: 64 KiB of base64
-_LOOK = 0.02  # seconds between two looks at whether the last bytes of a large body have gone
+_LOOK = 0.02  # seconds between the first two looks at whether the last bytes have gone
+    0.02  # seconds between the first two looks at whether the last bytes of a large body have gone
+)
+_LONGEST_PAUSE = 1.0  # seconds, between two of these
 _SMALL_BODY_BYTES = 64 * 1024  # a body up to here goes out in one piece, with the headers
 
 
@@ -95,8 +98,10 @@ class Upload(aiohttp.payload.Payload):
         async for piece in self._slowly():
             await writer.write(piece)
             self._written += len(piece)
-        while _unsent(writer):  # noqa: ASYNC110 - the system tells nobody
-            await asyncio.sleep(_LOOK)
+        pause = _LOOK
+        while _unsent(writer):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
         self.is_sent = True
         self._on_send(self)
 
