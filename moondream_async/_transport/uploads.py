@@ -28,8 +28,6 @@ Part = bytes | EncodedImage | FileSlice
 
 _SLICE_BYTES = 48 * 1024  # of a picture, encoded at once while sending: 64 KiB of base64
 _LOOK = 0.02  # seconds between the first two looks at whether the last bytes have gone
-    0.02  # seconds between the first two looks at whether the last bytes of a large body have gone
-)
 _LONGEST_PAUSE = 1.0  # seconds, between two of these
 _SMALL_BODY_BYTES = 64 * 1024  # a body up to here goes out in one piece, with the headers
 
