@@ -480,3 +480,13 @@ def test_the_rate_settles_at_what_the_server_allows(allowed, seconds):
     reached, refusals = throughput(allowed=allowed, burst=allowed, seconds=seconds, items=items)
     assert reached > 0.97 * allowed
     assert refusals < items / 3  # most of them while the limit is looked for
+
+
+async def test_a_run_tells_how_far_it_is(client, photo):
+    async with client.bulk([photo, b"no picture"], "caption") as run:
+        results = [each async for each in run]
+        assert len(results) == 2
+        progress = run.progress
+        assert (progress.total, progress.done, progress.failed) == (2, 2, 1)
+        assert progress.tokens > 0
+        assert "2 of 2 done, 1 failed" in repr(run)

@@ -36,6 +36,7 @@ def lines(*texts, newline="\n"):
 # -- nothing twice -----------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)  # six runs of the program
 async def test_failures_that_were_mended_leave_no_row_in_any_form(bulk, photos, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     good = (photos / "00000.jpg").read_bytes()

@@ -11,7 +11,7 @@ import asyncio
 import importlib
 import itertools
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 import anyio
@@ -36,6 +36,7 @@ from moondream_async.errors import (
 
 from .control import Control
 from .items import Asking, BulkResult, ItemT
+from .progress import BulkProgress
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -80,6 +81,14 @@ class BulkRun(Generic[ItemT]):
             most=min(concurrency or caller.session.slots.total, caller.session.slots.total),
             max_retries=caller.max_retries if max_retries is None else max_retries,
         )
+
+    def __repr__(self) -> str:
+        return f"<BulkRun {self.progress!r}, {self.in_flight} under way>"
+
+    @property
+    def progress(self) -> BulkProgress:
+        """How far the run is: done, failed, rate, eta, tokens."""
+        return self._work.progress
 
     @property
     def in_flight(self) -> int:
@@ -172,6 +181,7 @@ class _Work:
         self.open = 0
         """Items under way: being prepared, asked about, or waiting for another try."""
         self.closed = False
+        self.progress = BulkProgress(len(items) if isinstance(items, Sized) else None)
         self._caller = caller
         self._items = items
         self._asking = asking
@@ -298,6 +308,7 @@ class _Work:
         )
 
     def _keep(self, result: BulkResult[Any]) -> None:
+        self.progress.count(result)
         if self.closed:
             return
         if not self._ordered:
