@@ -4,9 +4,14 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_server import RawServer, head, in_chunks
 
 import moondream_async as md
 from moondream_async import frames
+from moondream_async._protocol.mjpeg import MJPEGParser
+from moondream_async.simulator import SAMPLE_IMAGE
 
 av = pytest.importorskip("av", reason="the extra video is not installed")
 
@@ -84,3 +89,57 @@ async def test_what_cannot_be_opened_is_an_error_of_ours(tmp_path, source):
 def test_an_argument_that_cannot_be_right_is_refused(arguments):
     with pytest.raises(md.RequestError):
         frames.video("clip.mp4", **arguments)
+
+
+# -- Motion JPEG ------------------------------------------------------------------------------
+
+PICTURES = [b"\xff\xd8\xff" + bytes([number]) * (5 + number) for number in range(4)]
+STREAMS = {
+    "lengths": b"".join(
+        b"--f\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(each), each) for each in PICTURES
+    ),
+    "no lengths": b"".join(b"--f\r\nA: b\r\n\r\n%b\r\n" % each for each in PICTURES) + b"--f--",
+    "bare line ends": b"".join(b"--f\nA: b\n\n%b\n" % each for each in PICTURES) + b"--f\n",
+}
+
+
+@pytest.mark.parametrize("boundary", ["f", "--f", '"f"'])
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+@given(data=st.data())
+def test_pictures_are_found_wherever_the_bytes_are_cut(stream, boundary, data):
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)), max_size=6)))
+    parser = MJPEGParser(boundary)
+    found = []
+    for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        found += parser.feed(stream[begin:end])
+    assert found == PICTURES
+
+
+@given(st.lists(st.binary() | st.sampled_from([b"--f\r\n", b"\r\n\r\n", b"\xff\xd8\xff"])))
+def test_whatever_a_camera_sends_is_pictures_or_one_error(pieces):
+    parser = MJPEGParser("f", max_image_bytes=50)
+    try:
+        found = [each for piece in pieces for each in parser.feed(piece)]
+    except md.ImageError:
+        return
+    assert all(each.startswith(b"\xff\xd8\xff") for each in found)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["until it closes", "in chunks"])
+async def test_a_network_camera_is_watched(client, chunked):
+    photo = SAMPLE_IMAGE.read_bytes()
+    part = b"--f\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(photo), photo)
+    kind = "Content-Type: multipart/x-mixed-replace; boundary=f"
+
+    async def play(peer):
+        await peer.request_head()
+        await peer.send(head(kind, *(["Transfer-Encoding: chunked"] if chunked else [])))
+        await peer.send(in_chunks(part, part, end=False) if chunked else part + part)
+        await peer.until_gone()
+
+    async with RawServer(play) as server:
+        async with frames.mjpeg(server.origin) as source, client.watch(source) as watch:
+            each = await anext(watch)
+            assert each.frame.image == photo
+            assert each.ok
+        await server.until_idle()
