@@ -7,11 +7,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 
 import anyio
 import pytest
+from forked import open_program, run_program
 from PIL import Image
 
 from moondream_async.cli.bulk.journal import Journal
@@ -26,7 +26,6 @@ pytest.importorskip("rich", reason="the extra cli is not installed")
 
 pytestmark = pytest.mark.slow  # each test runs the program several times
 
-BULK = [sys.executable, "-m", "moondream_async", "bulk"]
 ASKED = {"skill": "caption", "length": "normal"}
 
 
@@ -62,10 +61,9 @@ def bulk(simulator, tmp_path):
     """Run the command to its end; return its exit status and what it says on stderr."""
 
     async def run(*args, stdin=b"", cwd=tmp_path):
-        done = await anyio.run_process(
-            [*BULK, *map(str, args)],
+        done = await run_program(
+            ["bulk", *args],
             input=stdin,
-            check=False,
             cwd=cwd,
             env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
         )
@@ -78,8 +76,8 @@ def bulk(simulator, tmp_path):
 @contextlib.asynccontextmanager
 async def started(simulator, *args, **options):
     """Start the command, and see to it that it has ended."""
-    async with await anyio.open_process(
-        [*BULK, *map(str, args)],
+    async with await open_program(
+        ["bulk", *args],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
@@ -293,9 +291,8 @@ async def test_a_server_that_fails_and_refuses_costs_no_picture(simulator, bulk,
 
 async def test_a_wrong_key_ends_it_with_one_line_and_is_nobodys_error(photos, tmp_path):
     async with Simulator(api_key="right") as simulator:
-        done = await anyio.run_process(
-            [*BULK, "photos", "-o", "out.jsonl"],
-            check=False,
+        done = await run_program(
+            ["bulk", "photos", "-o", "out.jsonl"],
             cwd=tmp_path,
             env={
                 **os.environ,
@@ -466,8 +463,8 @@ async def test_ctrl_c_waits_for_no_more_than_the_grace(simulator, photos, tmp_pa
 
 
 async def test_ctrl_c_ends_waiting_for_paths_on_stdin(simulator, photos, tmp_path):
-    process = await anyio.open_process(
-        [*BULK, "-", "-o", "out.jsonl"],
+    process = await open_program(
+        ["bulk", "-", "-o", "out.jsonl"],
         cwd=tmp_path,
         env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
     )

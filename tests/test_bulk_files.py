@@ -12,8 +12,9 @@ from pathlib import Path
 
 import anyio
 import pytest
+from forked import run_program
 from PIL import Image
-from test_bulk_cli import ASKED, BULK, Page, bulk, found, make_pictures, photos, records  # noqa: F401
+from test_bulk_cli import ASKED, Page, bulk, found, make_pictures, photos, records  # noqa: F401
 
 from moondream_async.cli.bulk.journal import Journal
 from moondream_async.cli.bulk.lists import PathList
@@ -329,8 +330,8 @@ async def test_links_beside_the_outputs_lead_to_no_other_file(bulk, photos, tmp_
 
 
 async def test_lines_go_to_stdout(simulator, photos, tmp_path):
-    done = await anyio.run_process(
-        [*BULK, "photos", "-o", "-"],
+    done = await run_program(
+        ["bulk", "photos", "-o", "-"],
         cwd=tmp_path,
         env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
     )
@@ -482,9 +483,8 @@ async def test_half_a_surrogate_pair_loses_no_answer(photos, tmp_path, output):
     await site.start()
     try:
         port = runner.addresses[0][1]
-        done = await anyio.run_process(
-            [*BULK, "photos", "-o", output],
-            check=False,
+        done = await run_program(
+            ["bulk", "photos", "-o", output],
             cwd=tmp_path,
             env={**os.environ, "MOONDREAM_ENDPOINT": f"http://127.0.0.1:{port}/v1"},
         )

@@ -9,12 +9,11 @@ import socket
 import subprocess
 import zipfile
 
-import anyio
 import pytest
 from aiohttp import web
+from forked import run_program
 from PIL import Image
 from test_bulk_cli import (  # noqa: F401
-    BULK,
     bulk,
     make_pictures,
     paths_of,
@@ -108,8 +107,8 @@ async def test_a_column_that_is_not_there_is_told(bulk, photos, tmp_path, option
 
 
 async def test_what_a_run_would_take_is_told_and_nothing_asked(simulator, bulk, photos, tmp_path):
-    done = await anyio.run_process(
-        [*BULK, "photos", "-o", "o.jsonl", "--dry-run", "--rate-limit", "2", "--limit", "10"],
+    done = await run_program(
+        ["bulk", "photos", "-o", "o.jsonl", "--dry-run", "--rate-limit", "2", "--limit", "10"],
         cwd=tmp_path,
         env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
     )
@@ -155,9 +154,8 @@ async def test_what_gives_no_picture_is_an_error(bulk, tmp_path, what):
 async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(photos, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    done = await anyio.run_process(
-        [*BULK, "photos", "-o", "o.jsonl", "--retries", "0"],
-        check=False,
+    done = await run_program(
+        ["bulk", "photos", "-o", "o.jsonl", "--retries", "0"],
         cwd=tmp_path,
         env={**os.environ, "MOONDREAM_ENDPOINT": f"http://127.0.0.1:{port}/v1"},
     )

@@ -17,6 +17,7 @@ from typing import get_args
 import anyio
 import anyio.to_thread
 import pytest
+from forked import open_program, run_program
 from raw_server import CHUNKED, DONE, EVENT_STREAM, RawServer, event, head, in_chunks
 
 import moondream_async as md
@@ -33,13 +34,14 @@ WORDS = "A bright 640\N{MULTIPLICATION SIGN}480"  # the sample picture's first t
 PATIENCE = 60  # seconds; less than pytest's, which would leave a program that hangs behind
 
 
-async def run(*args, stdin=b"", **environment):
+async def run(*args, stdin=b"", afresh=False, **environment):
     """Run the program to its end; return its exit status, stdout and stderr."""
-    command = [*PROGRAM, *map(str, args)]
+    env = {**os.environ, **environment}
     with anyio.fail_after(PATIENCE):
-        done = await anyio.run_process(
-            command, input=stdin, check=False, env={**os.environ, **environment}
-        )
+        if afresh:
+            done = await anyio.run_process([*PROGRAM, *map(str, args)], check=False, env=env)
+        else:
+            done = await run_program(args, input=stdin, env=env)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -81,17 +83,18 @@ async def read(stream):
 
 
 @contextlib.asynccontextmanager
-async def start(
-    *args, command=PROGRAM, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **environment
-):
+async def start(*args, command=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **environment):
     """Start the program, and see to it that it has ended; outputs can be a `Screen` each."""
     screens = {each for each in (stdout, stderr) if isinstance(each, Screen)}
-    process = await anyio.open_process(
-        [*command, *map(str, args)],
-        stdout=stdout.write_end if stdout in screens else stdout,
-        stderr=stderr.write_end if stderr in screens else stderr,
-        env={**os.environ, **environment},
-    )
+    outputs = {
+        "stdout": stdout.write_end if stdout in screens else stdout,
+        "stderr": stderr.write_end if stderr in screens else stderr,
+        "env": {**os.environ, **environment},
+    }
+    if command is None:
+        process = await open_program(args, **outputs)
+    else:
+        process = await anyio.open_process([*command, *map(str, args)], **outputs)
     async with process:
         try:
             for screen in screens:
@@ -200,7 +203,7 @@ async def test_without_arguments_it_prints_its_help():
 
 
 async def test_version_is_the_packages():
-    assert await run("--version") == (0, f"moondream-async {md.__version__}\n", "")
+    assert await run("--version", afresh=True) == (0, f"moondream-async {md.__version__}\n", "")
 
 
 # -- answers as text --------------------------------------------------------------------
@@ -407,7 +410,9 @@ async def test_json_of_a_stream_tells_of_metrics_and_unknown_events(photo):
 @pytest.mark.slow
 async def test_json_is_utf8_in_any_locale(simulator, photo):
     _, output, _ = await run(
-        *("caption", photo, "--json", "--endpoint", simulator.endpoint), PYTHONIOENCODING="ascii"
+        *("caption", photo, "--json", "--endpoint", simulator.endpoint),
+        PYTHONIOENCODING="ascii",
+        afresh=True,
     )
     assert json.loads(output)["caption"].startswith(WORDS)
 
@@ -415,7 +420,9 @@ async def test_json_is_utf8_in_any_locale(simulator, photo):
 @pytest.mark.slow
 async def test_text_that_the_locale_cannot_show_is_no_error(simulator, photo):
     status, output, _ = await run(
-        *("caption", photo, "--endpoint", simulator.endpoint), PYTHONIOENCODING="iso8859-5"
+        *("caption", photo, "--endpoint", simulator.endpoint),
+        PYTHONIOENCODING="iso8859-5",
+        afresh=True,
     )
     assert (status, output[:16]) == (0, "A bright 640?480")
 
@@ -543,7 +550,8 @@ async def test_no_key_is_ever_shown(photo):
 
 async def test_ctrl_c_while_it_streams_closes_the_connection(simulator, photo, interruptible):
     simulator.faults.append("stall=3")
-    async with start("caption", photo, "--endpoint", simulator.endpoint) as program:
+    arguments = ("caption", photo, "--endpoint", simulator.endpoint)
+    async with start(*arguments, command=PROGRAM) as program:
         await program.until(WORDS)
         program.interrupt()
         assert await program.end() == (130, WORDS + "\n", "")

@@ -5,17 +5,15 @@ import json
 import os
 import pty
 import subprocess
-import sys
 
 import anyio
 import pytest
+from forked import open_program, run_program
 from PIL import Image
 
 from moondream_async.simulator import Fault
 
 pytestmark = pytest.mark.slow  # a process a test
-
-PROGRAM = [sys.executable, "-m", "moondream_async"]
 
 
 @pytest.fixture
@@ -24,12 +22,8 @@ def program(simulator):
 
     async def run(*args, stdin=b""):
         with anyio.fail_after(60):
-            done = await anyio.run_process(
-                [*PROGRAM, *map(str, args)],
-                input=stdin,
-                check=False,
-                env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
-            )
+            env = {**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint}
+            done = await run_program(args, input=stdin, env=env)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     return run
@@ -149,17 +143,15 @@ class Terminal:
 @contextlib.asynccontextmanager
 async def terminal(*args, endpoint):
     master, slave = pty.openpty()
-    # A session of its own with this terminal in control, so that Ctrl-C reaches it.
-    command = [sys.executable, "-c", _IN_CONTROL, *PROGRAM, *map(str, args)]
     environment = {**os.environ, "MOONDREAM_ENDPOINT": endpoint, "TERM": "dumb"}
     try:
-        process = await anyio.open_process(
-            command,
+        process = await open_program(
+            args,
             stdin=slave,
             stdout=slave,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            in_control=True,  # so that Ctrl-C reaches it
         )
         os.close(slave)
         async with process:
@@ -170,13 +162,6 @@ async def terminal(*args, endpoint):
                     process.kill()
     finally:
         os.close(master)
-
-
-_IN_CONTROL = """
-import fcntl, os, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
 
 
 async def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(simulator):

@@ -6,12 +6,12 @@ import io
 import json
 import os
 import socket
-import sys
 from contextlib import asynccontextmanager, closing
 
 import aiohttp
 import anyio
 import pytest
+from forked import open_program
 
 import moondream_async as md
 from moondream_async.simulator import Simulator
@@ -438,8 +438,7 @@ async def test_leaving_the_page_ends_answers_on_their_way(simulator, client, pho
 @asynccontextmanager
 async def demo(*args, **environment):
     """Run ``demo --web``; yields the process and the page's address."""
-    command = [sys.executable, "-m", "moondream_async", "demo", "--web", *args]
-    process = await anyio.open_process(command, env={**os.environ, **environment})
+    process = await open_program(["demo", "--web", *args], env={**os.environ, **environment})
     async with process:
         try:
             with anyio.fail_after(PATIENCE):
