@@ -1,0 +1,101 @@
+"""The recipes for Streamlit and NiceGUI, in their own servers and a real browser."""
+
+import contextlib
+import shutil
+import socket
+import sys
+
+import anyio
+import pytest
+from programs import RECIPES, needs, running
+from test_web_page import BROWSERS
+
+import moondream_async as md
+
+playwright = pytest.importorskip(
+    "playwright.async_api", reason="needs: python -m pip install '.[browser]'"
+)
+expect = playwright.expect
+pytestmark = pytest.mark.slow
+
+STREAMLIT = ("streamlit", ["run", "streamlit_app.py", "--server.headless=true"], "--server.port={}")
+NICEGUI = ("nicegui", ["nicegui_app.py"], "{}")
+
+on_each = pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(STREAMLIT, id="streamlit", marks=needs("streamlit")),
+        pytest.param(NICEGUI, id="nicegui", marks=needs("nicegui")),
+    ],
+)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def opened(recipe, simulator, folder):
+    """Serve a recipe; give a browser's page of it, with a file chosen."""
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    package, [*command], option = recipe
+    port = free_port()
+    for name in ("streamlit_app.py", "nicegui_app.py"):
+        shutil.copy(RECIPES / name, folder)
+    start = ["env", "-u", "PYTEST_CURRENT_TEST", sys.executable]  # NiceGUI looks at that
+    if package == "streamlit":
+        start += ["-m", package]
+    environment = {
+        "MOONDREAM_ENDPOINT": simulator.endpoint,
+        "HOME": str(folder),
+        "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+    }
+    paths = [str(folder / each) if each.endswith(".py") else each for each in command]
+    async with (
+        running(*start, *paths, option.format(port), **environment),
+        playwright.async_playwright() as driver,
+    ):
+        while True:
+            with contextlib.suppress(OSError):
+                async with await anyio.connect_tcp("127.0.0.1", port):
+                    break
+            await anyio.sleep(0.05)  # nobody tells
+        browser = await driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = await browser.new_page()
+        await page.goto(f"http://127.0.0.1:{port}")
+        chooser = page.locator("input[type=file]")
+        await chooser.wait_for(state="attached")
+        await chooser.set_input_files(md.SAMPLE_IMAGE)
+        yield page
+        await browser.close()
+
+
+@on_each
+async def test_app_shows_the_answer_while_it_is_written(recipe, simulator, tmp_path):
+    held = simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with opened(recipe, simulator, tmp_path) as page:
+        await expect(page.get_by_text("A red")).to_be_visible(timeout=30_000)
+        held.release()
+        await expect(page.get_by_text("A red circle.")).to_be_visible(timeout=30_000)
+
+
+@needs("nicegui")
+async def test_browser_that_leaves_nicegui_ends_the_request(simulator, tmp_path):
+    simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with opened(NICEGUI, simulator, tmp_path) as page:
+        await expect(page.get_by_text("A red")).to_be_visible(timeout=30_000)
+        await page.close()
+        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+
+
+@needs("streamlit")
+async def test_stop_button_of_streamlit_ends_the_request(simulator, tmp_path):
+    simulator.script.caption(["word "] * 10_000)
+    simulator.rate = 20
+    async with opened(STREAMLIT, simulator, tmp_path) as page:
+        await expect(page.get_by_text("word word").first).to_be_visible(timeout=30_000)
+        await page.get_by_text("Stop", exact=True).click()
+        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
