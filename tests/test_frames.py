@@ -2,7 +2,6 @@
 
 import threading
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,26 +12,14 @@ from moondream_async import frames
 from moondream_async._protocol.mjpeg import MJPEGParser
 from moondream_async.simulator import SAMPLE_IMAGE
 
-av = pytest.importorskip("av", reason="the extra video is not installed")
+pytest.importorskip("av", reason="the extra video is not installed")
+from pictures_moving import make_clip, times
 
 
 @pytest.fixture
 def clip(tmp_path):
     """Ninety frames, three seconds, of a colour that grows."""
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(90):
-            picture = np.full((48, 64, 3), (number * 2, 80, 20), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def times(path):
-    with av.open(str(path)) as container:
-        return [picture.time for picture in container.decode(video=0)]
+    return make_clip(tmp_path / "clip.mp4")
 
 
 def threads():

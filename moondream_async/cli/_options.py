@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, cast
 
 import typer
@@ -13,10 +14,27 @@ typer exports only the kind below it, and has it from click or from itself, as t
 """
 
 
-def _check_positive(value: float | None) -> float | None:
+def check_positive(value: float | None) -> float | None:
+    """Refuse what is not over 0."""
     if value is not None and not value > 0:
         raise typer.BadParameter(f"{value:g} is not over 0.")
     return value
+
+
+def _seconds(value: str) -> float:
+    """Read a time as people write it.
+
+    >>> _seconds("1s"), _seconds("0.5"), _seconds("200ms"), _seconds("2m")
+    (1.0, 0.5, 0.2, 120.0)
+    """
+    number, unit = re.fullmatch(r"\s*(.*?)\s*(ms|s|m|)\s*", value, re.DOTALL).groups()  # type: ignore[union-attr]
+    try:
+        seconds = float(number) * {"ms": 1e-3, "m": 60.0}.get(unit, 1.0)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise typer.BadParameter(f"{value!r} is no time over 0, as 1s or 0.5s.")
+    return seconds
 
 
 Image = Annotated[
@@ -43,7 +61,7 @@ Timeout = Annotated[
     float | None,
     typer.Option(
         metavar="SECONDS",
-        callback=_check_positive,
+        callback=check_positive,
         help="Give up when the answer is not complete by then. [default: after 120 seconds "
         "without a beginning, or 60 without going on]",
     ),
@@ -73,7 +91,16 @@ TopP = Annotated[
         "--top-p",
         metavar="P",
         max=1,
-        callback=_check_positive,
+        callback=check_positive,
         help="Choose only among the likeliest words, which make up this share.",
+    ),
+]
+
+Every = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TIME",
+        parser=_seconds,
+        help="Time between two frames of a video, as 1s or 0.5s. [default: all frames]",
     ),
 ]

@@ -19,7 +19,7 @@ import typer
 from moondream_async._version import __version__
 from moondream_async.errors import MoondreamError
 
-from . import batch, chat, demo, places, serve, server, skills
+from . import batch, chat, demo, places, serve, server, skills, watch
 from ._options import UsageError
 from ._output import one_line
 from ._words import in_words
@@ -44,6 +44,7 @@ for _command in (
     chat.chat,
     server.models,
     bulk.bulk,
+    watch.watch,
     serve.serve,
 ):
     app.command()(_command)

@@ -1,0 +1,209 @@
+"""The command ``watch``: the same question about moving pictures, and a line for each answer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moondream_async.errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    MoondreamError,
+    RateLimitError,
+)
+from moondream_async.types import Length
+
+from . import _options as options
+from ._options import UsageError
+from ._output import note, one_line, print_json, print_text
+from ._session import at_home, make_client, run
+from ._words import in_words, plain
+
+if TYPE_CHECKING:
+    from moondream_async import MoondreamClient
+    from moondream_async.frames import MJPEGSource, Source
+    from moondream_async.watch import Frame, WatchResult
+
+_NEEDED = {"query": "question", "detect": "object", "point": "object", "segment": "object"}
+_STREAMED = re.compile(r"(rtsps?|rtmps?|srt)://", re.IGNORECASE)
+_BOX = ("x_min", "y_min", "x_max", "y_max")
+
+
+def watch(
+    context: typer.Context,
+    *,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A video file, which is played at its own speed; the http or https address of "
+            "a camera that sends Motion JPEG; an rtsp address; camera:0 for this computer's "
+            "first camera; or screen.",
+            show_default=False,
+        ),
+    ],
+    skill: Annotated[
+        Literal["caption", "query", "detect", "point", "segment"],
+        typer.Option(help="What to ask."),
+    ] = "caption",
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The question, for query.")
+    ] = None,
+    object: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What to look for, for detect, point and segment."),
+    ] = None,
+    length: Annotated[Length | None, typer.Option(help="How much to say, for caption.")] = None,
+    reasoning: Annotated[
+        bool | None,
+        typer.Option("--reasoning/--no-reasoning", help="Let the model think first, for query."),
+    ] = None,
+    every: options.Every = None,
+    max_age: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            callback=options.check_positive,
+            help="Drop answers about frames that are older than that.",
+        ),
+    ] = None,
+    in_flight: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many frames may be asked about at once.")
+    ] = 1,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    as_json: options.AsJson = False,
+    endpoint: options.Endpoint = None,
+    model: options.Model = None,
+    timeout: options.Timeout = None,
+) -> None:
+    """Ask the same about moving pictures, again and again: the newest frame wins.
+
+    Prints a line for each answer: the frame's time in the source, how old the frame is
+    by now, and the answer. Boxes are left, top, right and bottom, points x and y, from
+    0 to 1 of the picture. Frames that failed are told on stderr, and the next is asked
+    about.
+
+    With --json, each is an object with the keys index (of the frame), time, taken_at
+    (seconds since 1970), age, skipped (frames since the line before) and the answer's
+    own, or error.
+
+    It ends with the video, or with Ctrl-C. The exit status is 1 when nothing was answered.
+    """
+    arguments: dict[str, Any] = {"question": question, "object": object, "length": length}
+    arguments["reasoning"] = reasoning
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    arguments["settings"] = {k: v for k, v in settings.items() if v is not None} or None
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    own = {*(["length"] if skill == "caption" else []), _NEEDED.get(skill, "")}
+    own |= {"reasoning"} if skill == "query" else set()
+    for name in ("question", "object", "length", "reasoning"):
+        if name in arguments and name not in own:
+            raise UsageError(f"'--{name}' is not for '--skill {skill}'", context)
+    if (needed := _NEEDED.get(skill)) and not (arguments.get(needed) or "").strip():
+        raise UsageError(f"'--skill {skill}' needs '--{needed}'", context)
+    pictures = _open(context, source, every)
+    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
+    arguments |= {"max_age": max_age, "in_flight": in_flight}
+    run(_watch(client, pictures, skill, arguments, every, as_json=as_json))
+
+
+def _open(context: typer.Context, source: str, every: float | None) -> Source | MJPEGSource:
+    """Return what SOURCE names; nothing of it is opened yet.
+
+    Raises:
+        MissingExtraError: An extra is not installed.
+        MoondreamError: There is no such file.
+    """
+    from moondream_async import frames  # noqa: PLC0415 - --help does without
+
+    path = at_home(source)
+    if os.path.lexists(path):
+        return frames.video(path, every=every, live=True)
+    if source.lower().startswith(("http://", "https://")):
+        return frames.mjpeg(source)
+    if _STREAMED.match(source):
+        return frames.video(source, every=every)
+    if found := re.fullmatch(r"camera(?::(\d{1,4}))?", source):
+        return frames.camera(int(found[1] or 0), fps=1 / every if every else None)
+    if source == "screen":
+        return frames.screen(fps=1 / every if every else 10.0)
+    if "://" in source or source.startswith("camera:"):
+        raise UsageError(
+            f"'{source}' is no SOURCE: a video file, http://..., rtsp://..., camera:0 or screen",
+            context,
+        )
+    raise MoondreamError(f"There is no file {source}")
+
+
+async def _watch(
+    client: MoondreamClient,
+    source: Source | MJPEGSource,
+    skill: str,
+    arguments: dict[str, Any],
+    every: float | None,
+    *,
+    as_json: bool,
+) -> None:
+    answered = False
+    async with (
+        client,
+        source as pictures,
+        contextlib.aclosing(_seldom(pictures, every)) as frames,
+        client.watch(frames, skill, **arguments) as answers,
+    ):
+        async for each in answers:
+            if each.error is not None and not answered and _is_hopeless(each.error):
+                raise each.error
+            answered = answered or each.ok
+            if as_json:
+                print_json(_as_json(each))
+            elif each.ok:
+                age, text = each.age, one_line(_text(each.result))
+                print_text(f"{each.frame.time:.3f} s, {age:.2f} s old: {text}")
+            else:
+                note(f"{each.frame.time:.3f} s: {plain(each.error)}")
+    if not answered:
+        raise typer.Exit(1)
+
+
+async def _seldom(frames: AsyncIterator[Frame], every: float | None) -> AsyncGenerator[Frame, None]:
+    """Pass frames on, with some seconds between them; most sources see to that themselves."""
+    due = float("-inf")
+    async for frame in frames:
+        if every is None or frame.time >= due - 1e-6:
+            due = frame.time + (every or 0)
+            yield frame
+
+
+def _is_hopeless(error: MoondreamError) -> bool:
+    """Tell whether no frame would fare better, where none has."""
+    if isinstance(error, APIStatusError):
+        return error.status < 500 and not isinstance(error, RateLimitError)
+    return isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
+
+
+def _as_json(each: WatchResult[Frame, Any]) -> dict[str, Any]:
+    said: dict[str, Any] = {"index": each.frame.index, "time": each.frame.time}
+    said |= {"taken_at": each.taken_at, "age": round(each.age, 4), "skipped": each.skipped}
+    if each.error is not None:
+        kind, message = type(each.error).__name__, in_words(each.error)
+        return said | {"error": {"type": kind, "message": message}}
+    return said | dict(each.result or {})
+
+
+def _text(result: Any) -> str:
+    """Return an answer as a text."""
+    for name, keys in (("objects", _BOX), ("points", ("x", "y"))):
+        if name in result:
+            places = [" ".join(f"{place[key]:.4f}" for key in keys) for place in result[name]]
+            return "; ".join(places) or "nothing found"
+    found = (str(result[name]) for name in ("caption", "answer", "path") if name in result)
+    return next(found, "") or "nothing found"

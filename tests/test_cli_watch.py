@@ -1,0 +1,147 @@
+"""The command ``watch``: a line for each answer, and nothing left open when it ends."""
+
+import json
+import re
+from functools import partial
+
+import anyio.to_thread
+import pytest
+from raw_server import RawServer, head
+from test_cli import start
+
+from moondream_async.cli import main
+from moondream_async.simulator import SAMPLE_IMAGE
+
+pytest.importorskip("typer", reason="the extra cli is not installed")
+pytest.importorskip("av", reason="the extra video is not installed")
+from pictures_moving import make_clip, times
+
+LINE = re.compile(r"\d+\.\d{3} s, \d+\.\d\d s old: \S.*")
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Twelve frames, 0.4 seconds."""
+    return make_clip(tmp_path / "clip.mp4", count=12)
+
+
+@pytest.fixture
+def watch(simulator, capsys):
+    """Run the command in a thread; return its exit status, stdout and stderr."""
+
+    async def run(*args, endpoint=simulator.endpoint):
+        command = ["watch", *map(str, args), "--endpoint", endpoint]
+        status = await anyio.to_thread.run_sync(partial(main, command))
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ([], "caption"),
+        (["--skill", "query", "--question", "How wide is it?"], "answer"),
+        (["--skill", "detect", "--object", "red"], "objects"),
+        (["--skill", "point", "--object", "red"], "points"),
+        (["--skill", "segment", "--object", "red"], "path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_each_answer_is_a_line_with_its_time_and_age(watch, clip, arguments, key):
+    status, said, errors = await watch(clip, *arguments)
+    assert (status, errors) == (0, "")
+    lines = said.splitlines()
+    assert lines
+    assert all(map(LINE.fullmatch, lines))
+    status, said, errors = await watch(clip, *arguments, "--json")
+    assert (status, errors) == (0, "")
+    for each in map(json.loads, said.splitlines()):
+        assert list(each)[:5] == ["index", "time", "taken_at", "age", "skipped"]
+        assert key in each
+        assert each["time"] == times(clip)[each["index"]]
+    assert each["index"] == 11  # the last frame is always asked about
+
+
+async def test_frames_are_as_far_apart_as_is_asked_for(watch, clip):
+    _, said, _ = await watch(clip, "--every", "200ms", "--json", "--in-flight", "2")
+    assert [json.loads(line)["time"] for line in said.splitlines()] == times(clip)[::6]
+
+
+async def test_a_network_camera_is_watched(watch):
+    photo = SAMPLE_IMAGE.read_bytes()
+
+    async def play(peer):
+        await peer.request_head()
+        await peer.send(head("Content-Type: multipart/x-mixed-replace; boundary=f"))
+        await peer.send(b"--f\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(photo), photo))
+
+    async with RawServer(play) as server:
+        status, said, errors = await watch(server.origin)
+    assert (status, errors) == (0, "")
+    assert LINE.fullmatch(said.strip())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said_of_it"),
+    [
+        (["missing.mp4"], (1, "There is no file missing.mp4")),
+        (["{folder}/no.mp4"], (1, "can't be read")),
+        (["camera:97"], (1, "can't be read")),
+        (["camera:x"], (2, "'camera:x' is no SOURCE")),
+        (["ftp://127.0.0.1/clip.mp4"], (2, "is no SOURCE")),
+        (["{clip}", "--skill", "detect"], (2, "'--skill detect' needs '--object'")),
+        (["{clip}", "--skill", "query", "--question", " "], (2, "needs '--question'")),
+        (["{clip}", "--object", "red"], (2, "'--object' is not for '--skill caption'")),
+        (["{clip}", "--every", "soon"], (2, "'soon' is no time over 0")),
+        (["{clip}", "--max-age", "0"], (2, "not over 0")),
+        (["{clip}", "--in-flight", "0"], (2, "--in-flight")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+async def test_what_cannot_be_watched_is_one_line_and_nothing_is_asked(
+    watch, simulator, clip, arguments, said_of_it
+):
+    (clip.parent / "no.mp4").write_bytes(b"no video")
+    given = [each.format(folder=clip.parent, clip=clip) for each in arguments]
+    status, said, errors = await watch(*given)
+    assert (status, said) == (said_of_it[0], "")
+    assert said_of_it[1] in errors
+    assert errors.count("\n") == 1
+    assert simulator.requests == []
+
+
+async def test_a_missing_extra_is_told_before_anything_is_asked(
+    watch, simulator, clip, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    status, said, errors = await watch(clip)
+    assert (status, said) == (1, "")
+    assert "pip install 'moondream-async[video]'" in errors
+    assert simulator.requests == []
+
+
+async def test_no_server_is_told_once_and_in_the_words_of_the_command_line(watch, clip):
+    status, said, errors = await watch(clip, endpoint="http://127.0.0.1:9/v1")
+    assert (status, said) == (1, "")
+    assert "Is the server running?" in errors
+    assert errors.count("\n") == 1
+
+
+async def test_frames_that_failed_are_told_and_the_next_is_asked_about(watch, clip, simulator):
+    simulator.faults.append("status=500")
+    status, said, errors = await watch(clip, "--json")
+    assert (status, errors) == (0, "")
+    first, *_, last = map(json.loads, said.splitlines())
+    assert first["error"]["type"] == "ServerError"
+    assert last["caption"]
+
+
+async def test_ctrl_c_ends_it(tmp_path, simulator):
+    long = make_clip(tmp_path / "long.mp4", count=300, rate=5)
+    arguments = ("watch", long, "--skill", "detect", "--object", "red")
+    async with start(*arguments, MOONDREAM_ENDPOINT=simulator.endpoint) as program:
+        await program.until("s old")
+        program.interrupt()
+        status, _, errors = await program.end()
+    assert (status, errors) == (130, "")
