@@ -30,6 +30,7 @@ travel between processes. No message holds the API key.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 Phase = Literal["pool", "connect", "first_event", "idle", "total"]
@@ -109,6 +110,8 @@ class APIStatusError(MoondreamError):
         param: The request field that the server objects to.
         request_id: The server's id for the request, where it gave one.
         retry_after: Seconds that the server asks to wait, where it said so.
+        headers: Those of the response, whose names are looked up in any case; empty where the
+            error is not that of one response.
         body: The decoded JSON body, or the beginning of any other body as text.
     """
 
@@ -119,6 +122,7 @@ class APIStatusError(MoondreamError):
         "param",
         "request_id",
         "retry_after",
+        "headers",
         "body",
     )
 
@@ -132,6 +136,7 @@ class APIStatusError(MoondreamError):
         param: str | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
         body: Any = None,
     ) -> None:
         super().__init__(message)
@@ -141,6 +146,7 @@ class APIStatusError(MoondreamError):
         self.param = param
         self.request_id = request_id
         self.retry_after = retry_after
+        self.headers: Mapping[str, str] = {} if headers is None else headers
         self.body = body
 
 

@@ -12,6 +12,7 @@ from moondream_async.errors import (
     APITimeoutError,
     ClientClosedError,
     ImageError,
+    MissingExtraError,
     MoondreamError,
     RateLimitError,
     RequestError,
@@ -29,6 +30,7 @@ STATUS = {
     "param": "image_url",
     "request_id": "2026-01-15_caption_000417",
     "retry_after": 2.5,
+    "headers": {"Retry-After": "2.5"},
     "body": {"error": {"message": "too fast"}},
 }
 SERVER = {"partial": "a grey", "type": "overloaded", "code": "busy", "body": {"error": "busy"}}
@@ -38,6 +40,7 @@ EXAMPLES = [
     (MoondreamError, {}),
     (RequestError, {}),
     (ImageError, {}),
+    (MissingExtraError, {}),
     (APIConnectionError, {"permanent": True}),
     (APITimeoutError, {"phase": "first_event"}),
     *[

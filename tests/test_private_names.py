@@ -5,6 +5,7 @@ Whoever sees one of these fail has a new version that has moved it, and mends th
 
 import ast
 import asyncio
+import inspect
 from pathlib import Path
 
 import aiohttp
@@ -23,6 +24,10 @@ async def test_aiohttp_still_has_what_is_used_of_it():
     for name in ("_factory", "_conns", "_acquired", "_close", "_loop"):
         assert hasattr(connector, name), f"aiohttp has moved TCPConnector.{name}"
     await connector.close()
+    async with aiohttp.ClientSession() as session:
+        assert hasattr(session, "_middlewares"), "aiohttp has moved ClientSession._middlewares"
+    request = inspect.signature(aiohttp.ClientRequest.__init__).parameters
+    assert "proxy_headers" in request, "aiohttp has moved ClientRequest.proxy_headers"
     for name in ("set_response_params", "data_received", "feed_data", "force_close"):
         assert hasattr(ResponseHandler, name), f"aiohttp has moved ResponseHandler.{name}"
     assert hasattr(aiohttp.StreamReader, "_read_nowait"), "aiohttp has moved _read_nowait"

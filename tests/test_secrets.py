@@ -18,6 +18,7 @@ import trustme
 from raw_server import (
     ANSWER,
     CHUNKED,
+    DONE,
     EVENT_STREAM,
     EVENTS,
     STREAM_HEAD,
@@ -339,6 +340,45 @@ async def test_key_is_not_in_the_attributes_of_a_client_or_a_stream():
         assert KEY not in repr([getattr(stream, name) for name in slots])
         assert KEY not in repr(vars(client))
         assert KEY not in repr(vars(client._caller))
+
+
+SAYS = f"X-Request-Id: r-7\r\nX-Said: {KEY}"
+WITH_HEADERS = {
+    "401": whole(b"{}", SAYS, status="401 Unauthorized"),
+    "200-error": whole(b'{"error": "no"}', SAYS),
+    "200-error-as-events": whole(b'{"error": "no"}', SAYS, kind="text/event-stream"),
+    "200-no-answer": whole(b'{"x": 1}', SAYS),
+    "200-no-json": whole(b"[", SAYS),
+    "redirect": whole(b"", SAYS, "Location: http://127.0.0.1:1/", status="307 There"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("fault", WITH_HEADERS)
+async def test_error_of_a_response_has_its_headers_without_the_key(fault, stream):
+    async with RawServer(playing(WITH_HEADERS[fault])) as server, client_of(server) as client:
+        error = await assert_hidden(client, stream=stream, error=md.APIStatusError)
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert each.headers["x-request-id"] == each.headers["X-REQUEST-ID"] == "r-7"
+        assert each.headers["x-said"] == "***"
+        assert not type(each.headers).__module__.startswith("aiohttp")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        head(EVENT_STREAM, CHUNKED, "X-Said: so") + in_chunks(*EVENTS, DONE),
+        whole(ANSWER, "X-Said: so"),
+        whole(ANSWER, "X-Said: so", kind="text/event-stream"),
+    ],
+    ids=["events", "json", "json-as-events"],
+)
+async def test_stream_and_its_result_have_the_headers_of_the_response(answer):
+    async with RawServer(playing(answer)) as server, client_of(server) as client:
+        stream = await client.caption(IMAGE, stream=True)
+        assert stream.headers["x-said"] == "so"
+        result = await stream.result()
+        assert pickle.loads(pickle.dumps(result)).headers["x-SAID"] == "so"
 
 
 # -- where it goes --------------------------------------------------------------------

@@ -401,7 +401,11 @@ class Call:
             raise
         report.responded(body, pool.loop.time() - deadline.sent_at)
         if 200 <= body.status < 300:
-            return await finish(body)
+            try:
+                return await finish(body)
+            except APIStatusError as error:
+                error.headers = CIMultiDict(body.headers)
+                raise
         wait = min(_ERROR_BODY_SECONDS, max(deadline.left, 0))
         deadline.enter(None)
         data = session.redact(await body.read_error(wait))
@@ -463,15 +467,16 @@ class Call:
         skill = self._request.skill
         assert skill is not None  # noqa: S101 - only skills stream
         decoder = decoder_for(skill, secret=self._session.secret)
+        headers = CIMultiDict(body.headers)
         try:
             if await self._is_json(body):
                 events = self._decoded(decoder.body, await body.read())
-                return Opening(decoder, events=events, sent_at=self._sent_at, headers=body.headers)
+                return Opening(decoder, events=events, sent_at=self._sent_at, headers=headers)
         except BaseException:
             body.close()
             raise
         waited = asyncio.get_running_loop().time() - self._sent_at
-        return Opening(decoder, body, sent_at=self._sent_at, waited=waited, headers=body.headers)
+        return Opening(decoder, body, sent_at=self._sent_at, waited=waited, headers=headers)
 
     async def _is_json(self, body: Body) -> bool:
         """Tell JSON from events, where the server has said which, or else by the first byte.

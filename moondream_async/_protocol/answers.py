@@ -82,6 +82,7 @@ def read_result(
         raise ServerError(
             f"The server's reply to {skill} does not hold the answer: {show(raw):.{_EXCERPT}}",
             status=status,
+            headers=headers,
             body=raw,
         ) from error
 
@@ -282,6 +283,8 @@ def error_from_response(
     `now` is the time in seconds since the epoch, for a ``Retry-After`` date. Where
     `endpoint` was asked for what it doesn't have, and lacks its ``/v1``, the error says so.
     """
+    from multidict import CIMultiDict  # noqa: PLC0415 - loaded with aiohttp, not with the package
+
     try:
         raw: Any = decode(body)
     except ValueError:
@@ -295,6 +298,7 @@ def error_from_response(
         message,
         status=status,
         retry_after=parse_retry_after(headers.get("Retry-After"), now),
+        headers=CIMultiDict(headers),
         body=raw,
         **fields,
     )

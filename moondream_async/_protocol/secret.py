@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any, TypeVar
 
 _HIDDEN = "***"
@@ -100,7 +101,7 @@ class Redactor:
             data = data.replace(each.reveal().encode("utf-8", "surrogatepass"), _HIDDEN.encode())
         return data
 
-    def value(self, value: Any) -> Any:
+    def value(self, value: Any) -> Any:  # noqa: PLR0911 - one for each kind
         """Take them out of an attribute or an argument of an exception."""
         if isinstance(value, str):
             return self.text(value)
@@ -108,6 +109,9 @@ class Redactor:
             return self.data(value)
         if type(value) is dict:
             return {self.value(key): self.value(each) for key, each in value.items()}
+        if isinstance(value, MutableMapping) and hasattr(value, "getall"):  # headers
+            kind: Any = type(value)
+            return kind([(self.text(k), self.text(each)) for k, each in value.items()])
         if type(value) in (list, tuple):
             return type(value)(map(self.value, value))
         if hasattr(value, "_replace") and hasattr(value, "_fields"):  # its error looks at its parts

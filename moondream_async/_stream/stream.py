@@ -25,6 +25,7 @@ from moondream_async._protocol.plain import NOTHING, Block
 from moondream_async._protocol.secret import conceal
 from moondream_async.errors import (
     APIConnectionError,
+    APIStatusError,
     APITimeoutError,
     ClientClosedError,
     MoondreamError,
@@ -502,6 +503,8 @@ class Stream(Generic[ItemT_co]):
     def _fail(self, error: MoondreamError) -> None:
         if self._closed == _SUPERSEDED:
             raise StopAsyncIteration from None
+        if isinstance(error, APIStatusError) and not error.headers:
+            error.headers = self._headers
         self._report(conceal(error, self._decoder.secret))
 
     def _check(self) -> None:

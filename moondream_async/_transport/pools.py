@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import aiohttp
 import anyio
 from aiohttp import hdrs
+from multidict import CIMultiDict
 from yarl import URL
 
 from moondream_async._protocol.secret import Secret
@@ -286,9 +287,9 @@ class Pool:
                 return Body(self, response, on_close)
             response.close()
             if redirects == max_redirects:
-                raise APIStatusError("The server redirects in circles", status=response.status)
+                raise _status_error("The server redirects in circles", response)
             redirects += 1
-            url = _follow(method, url, response.status, location, leave_origin=leave_origin)
+            url = _follow(method, url, response, location, leave_origin=leave_origin)
 
     def _check(self, error: BaseException, url: URL, guard: Guard | None) -> None:
         """Raise what a fault of sending is, where it is no fault of the connection."""
@@ -426,7 +427,14 @@ async def _close_with_loop(pool: weakref.ref[Pool]) -> AsyncGenerator[None, None
             await asyncio.sleep(0)
 
 
-def _follow(method: str, url: URL, status: int, location: str, *, leave_origin: bool) -> URL:
+def _follow(
+    method: str,
+    url: URL,
+    response: aiohttp.ClientResponse,
+    location: str,
+    *,
+    leave_origin: bool,
+) -> URL:
     """Return where to ask again."""
     try:
         # A signed address holds only as it is written.
@@ -434,18 +442,18 @@ def _follow(method: str, url: URL, status: int, location: str, *, leave_origin: 
         origin = target.origin()
         _check_can_be_written(str(target))
     except ValueError as error:
-        raise APIStatusError("The server redirects to no valid address", status=status) from error
+        raise _status_error("The server redirects to no valid address", response) from error
     if leave_origin and url.scheme == "https" != target.scheme:
-        raise APIStatusError(f"The server redirects to {origin}, without TLS", status=status)
+        raise _status_error(f"The server redirects to {origin}, without TLS", response)
     if not leave_origin and origin != url.origin():
-        raise APIStatusError(
+        raise _status_error(
             f"The server redirects to {origin}. That is another origin than the endpoint's, so "
             "it is not followed; set endpoint= to it if it is right.",
-            status=status,
+            response,
         )
-    if status == 303 and method != hdrs.METH_GET:
-        raise APIStatusError(
-            "The server redirects a POST to a GET, which would lose the request", status=status
+    if response.status == 303 and method != hdrs.METH_GET:
+        raise _status_error(
+            "The server redirects a POST to a GET, which would lose the request", response
         )
     return target
 
@@ -453,3 +461,7 @@ def _follow(method: str, url: URL, status: int, location: str, *, leave_origin: 
 def _check_can_be_written(address: str) -> None:
     if not (address.isascii() and address.isprintable()) or " " in address:
         raise ValueError("a character that an address can't have")
+
+
+def _status_error(message: str, response: aiohttp.ClientResponse) -> APIStatusError:
+    return APIStatusError(message, status=response.status, headers=CIMultiDict(response.headers))
