@@ -25,19 +25,13 @@ from test_docs import SNIPPETS
 from moondream_async._protocol.sse import SSEParser
 from moondream_async._stream.relay import HEARTBEAT
 
+pytestmark = pytest.mark.slow  # frameworks and their servers say the same on every Python
+
 FIRST = STREAM_HEAD + in_chunks(EVENTS[0], end=False)
 BLOCK = in_chunks(event("x" * 16_000), end=False)
-SECOND = {"fastapi-hypercorn", "django-hypercorn"}
 BOUND = 16_000_000  # what the kernel holds on the way, at the most that Linux sets by itself
 
-on_each = pytest.mark.parametrize(
-    ("backend", "server"),
-    [
-        # Some have a second server, which says the same on every Python.
-        pytest.param(*pair, id=name, marks=[pytest.mark.slow] if name in SECOND else [])
-        for name, pair in BACKENDS.items()
-    ],
-)
+on_each = pytest.mark.parametrize(("backend", "server"), BACKENDS.values(), ids=BACKENDS)
 
 
 class Api:
@@ -227,7 +221,6 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/text", "/ask"])
 @on_each
 async def test_when_a_browser_goes_away_its_request_ends_at_once(
@@ -271,7 +264,6 @@ WAIT = """question => new Promise(resolve => {
 })"""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "server"), [BACKENDS["fastapi-uvicorn"]], ids=["fastapi"])
 async def test_an_event_source_reads_it_and_its_tab_ends_it_by_closing(place, disconnect_report):
     needs = "needs: python -m pip install '.[browser]'"

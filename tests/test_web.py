@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import socket
 from contextlib import asynccontextmanager, closing
 
@@ -97,7 +98,7 @@ def test_files_name_no_other_host():
         text = path.read_text("utf-8")
         for each in allowed:
             text = text.replace(each, "")
-        assert "//" not in text.replace("// ", ""), path.name
+        assert not re.search(r"//(?!\s)", text), path.name  # but for comments
 
 
 @pytest.mark.parametrize("path", ["/static/../server.py", "/static/%2e%2e/server.py", "/ask", "/x"])
