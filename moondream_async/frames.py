@@ -194,18 +194,18 @@ def video(
     for name, value in (("every", every), ("fps", fps)):
         if value is not None and not 0 < value < float("inf"):
             raise RequestError(f"{name} must be over 0, not {value!r}")
-    _load("av", "PyAV")
+    check_video()
     path = str(source)
     is_stream = path.lower().startswith(_LIVE)
     live = is_stream if live is None else live
     decode = partial(
-        _decode,
+        decode_video,
         path,
         every=1 / fps if fps else every,
         keyframes=keyframes,
         paced=live and not is_stream and format is None,
         format=format,
-        options=options or {},
+        options=options,
     )
     return Source(decode, _shown(path), live=live)
 
@@ -335,22 +335,22 @@ def bgr(array: Any) -> Any:
     return array[..., ::-1]
 
 
-def _decode(
+def decode_video(
     path: str,
     closing: threading.Event,
     *,
-    every: float | None,
-    keyframes: bool,
-    paced: bool,
-    format: str | None,  # noqa: A002 - PyAV's word
-    options: dict[str, str],
+    every: float | None = None,
+    keyframes: bool = False,
+    paced: bool = False,
+    format: str | None = None,  # noqa: A002 - PyAV's word
+    options: dict[str, str] | None = None,
 ) -> Iterator[Frame | None]:
     """Yield None once it is open, and then frames. Leaving it closes the container."""
     import av  # noqa: PLC0415 - an extra
     import numpy as np  # noqa: PLC0415 - likewise
 
     timeout = _NETWORK_TIMEOUT if "://" in path or format else None
-    with av.open(path, format=format, options=options, timeout=timeout) as container:
+    with av.open(path, format=format, options=options or {}, timeout=timeout) as container:
         if not container.streams.video:
             raise ImageError(f"{_shown(path)} has no pictures in it")
         stream = container.streams.video[0]
@@ -393,6 +393,15 @@ def _grab(monitor: int, interval: float, closing: threading.Event) -> Iterator[F
             yield Frame(image=image, time=at, index=index)
             index += 1
             closing.wait(max(0.0, began + index * interval - time.monotonic()))
+
+
+def check_video() -> None:
+    """Refuse where videos can't be read.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+    """
+    _load("av", "PyAV")
 
 
 def _load(module: str, name: str) -> None:

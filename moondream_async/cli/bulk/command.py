@@ -11,7 +11,7 @@ from moondream_async.cli import _options as options
 from moondream_async.cli._options import UsageError
 from moondream_async.cli._output import print_text
 from moondream_async.cli._session import run
-from moondream_async.errors import RequestError
+from moondream_async.errors import MissingExtraError, RequestError
 from moondream_async.types import Length
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ Skill = Literal["caption", "query", "detect", "point", "segment"]
 Via = Literal["requests", "batch-api"]
 
 
-def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
+def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and here
     context: typer.Context,
     *,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="PATHS...",
-            help="Pictures, folders with all below them, patterns, tables (.csv, .tsv, .jsonl, "
-            ".parquet) with a column of pictures, or - to read paths from stdin.",
+            help="Pictures, videos, folders with all pictures below them, patterns, tables (.csv, "
+            ".tsv, .jsonl, .parquet) with a column of pictures, or - to read paths from stdin.",
             show_default=False,
         ),
     ] = None,
@@ -40,7 +40,8 @@ def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
             "--output",
             metavar="FILE",
             help="Where the answers go: a file named .jsonl, .csv, .parquet, .jsonl.gz or "
-            ".csv.gz, .coco.json for boxes; a folder (with a / behind it) for a .txt beside each "
+            ".csv.gz, .coco.json for boxes, .vtt or .srt for "
+            "captions of one video; a folder (with a / behind it) for a .txt beside each "
             "picture's name, and YOLO's labels for detect; or - for lines of JSON on stdout.",
         ),
     ],
@@ -73,6 +74,7 @@ def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
         str | None,
         typer.Option(metavar="NAME", help="A table's column of pictures. [default: path, image]"),
     ] = None,
+    every: options.Every = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Ask about N pictures at most.")
     ] = None,
@@ -128,6 +130,9 @@ def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
     forms are made from such a file beside them, which is kept for that; lines on stdout
     can't be gone on from.
 
+    Of a video, each frame is such a picture, or one for each --every; its line has the
+    frame's "time", in seconds.
+
     In a question or an object, {column} stands for what the row of a table has there.
 
     The exit status is 1 when a picture failed. Ctrl-C finishes what is under way; a
@@ -162,9 +167,14 @@ def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
         raise UsageError("Invalid value for '--rate-limit': it must be over 0", context)
     from .outputs import Output  # noqa: PLC0415 - --help does without
     from .report import check_report  # noqa: PLC0415 - likewise
+    from .video import check_sources  # noqa: PLC0415 - likewise
 
     try:
         wanted = Output.of(output)
+        kind = "several" if asks else skill
+        check_sources(paths or [], from_file or [], wanted.form, kind, via)
+    except MissingExtraError:
+        raise
     except RequestError as error:
         raise UsageError(str(error), context) from None
     if wanted.form == "folder" and skill not in ("caption", "query", "detect"):
@@ -197,9 +207,8 @@ def bulk(  # noqa: C901, PLR0912 - each option is checked once, and here
         overwrite=overwrite,
         limit=limit,
     )
-    job.sources(
-        paths or [], from_file or [], include=include or (), exclude=exclude or (), column=column
-    )
+    which: dict[str, Any] = {"include": include or (), "exclude": exclude or (), "column": column}
+    job.sources(paths or [], from_file or [], every=every, **which)
     if dry_run:
         run(_tell(job, rate_limit, by_batch=via == "batch-api"))
         return

@@ -48,7 +48,8 @@ class Estimate:
         self.pictures += 1
         self.requests += len(pending.items(None))
         try:
-            self.size += os.stat(pending.found.path).st_size  # noqa: PTH116 - a string
+            data, path = pending.found.data, pending.found.path
+            self.size += os.stat(path).st_size if data is None else len(data)  # noqa: PTH116 - a string
         except OSError:
             self.refused += 1
 

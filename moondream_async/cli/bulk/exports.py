@@ -15,6 +15,7 @@ from moondream_async.errors import RequestError
 
 from .coco import write_coco
 from .lines import encode, whole
+from .video import write_subtitles
 
 Records = Callable[[], Iterable[dict[str, Any]]]
 """Gives the lines of a journal; it is asked more than once."""
@@ -57,7 +58,7 @@ def write_parquet(records: Records, path: str) -> None:
         "points": pa.list_(pa.struct([("x", number), ("y", number)])),
     }
     whole = {name: pa.int64() for name in ("input_tokens", "output_tokens", "tries", "size")}
-    types = {**places, **whole, "seconds": number}
+    types = {**places, **whole, "seconds": number, "time": number}
     columns = _columns(records)
     own = {name for record in records() for name in record.get("asks", ())}
     types = {name: kind for name, kind in types.items() if name not in own}
@@ -116,10 +117,12 @@ def _columns(records: Records) -> list[str]:
     """Return the columns of a table: its own, the names of questions, and those of rows."""
     named: dict[str, None] = {}
     rows: dict[str, None] = {}
+    timed: dict[str, None] = {}
     for record in records():
+        timed.update(dict.fromkeys(["time"] if "time" in record else []))
         named.update(dict.fromkeys(record.get("asks", ())))
         rows.update(dict.fromkeys(record.get("row", ())))
-    first = [*COLUMNS[:4], *named]
+    first = [*COLUMNS[:1], *timed, *COLUMNS[1:4], *named]
     own = [_own_name(name, named) for name in rows]
     return [*first, *(each for each in COLUMNS if each not in first), *own]
 
@@ -153,5 +156,7 @@ WRITERS: dict[str, Callable[[Records, str], None]] = {
     "csv.gz": write_csv,
     "jsonl.gz": write_packed,
     "coco": write_coco,
+    "vtt": write_subtitles,
+    "srt": write_subtitles,
 }
 """Who makes a file of a form, from a journal's records."""

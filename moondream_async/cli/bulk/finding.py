@@ -19,6 +19,7 @@ from .lists import PathList
 from .search import Search
 from .sources import Found
 from .tables import is_table
+from .video import is_video
 
 _CHUNK = 64  # files that are looked up in one go of a thread
 _READ_BYTES = 1 << 16
@@ -50,6 +51,11 @@ class Finder:
         self._stdin = "-" in arguments
 
     @property
+    def _has_videos(self) -> bool:
+        """Whether videos are named, whose frames nobody counts beforehand."""
+        return any(map(is_video, self._named))
+
+    @property
     def may_repeat(self) -> bool:
         """Whether a file may be found twice; one folder holds none twice."""
         return len(self._named) + len(self._lists) > 1 or any(
@@ -78,7 +84,7 @@ class Finder:
 
     async def count(self) -> int | None:
         """Return how many there are; None where that can't be known beforehand."""
-        if self._stdin or not all(map(os.path.isfile, self._lists)):
+        if self._stdin or not all(map(os.path.isfile, self._lists)) or self._has_videos:
             return None
         search, total = Search(**self._options), 0
         try:

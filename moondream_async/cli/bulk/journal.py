@@ -38,7 +38,8 @@ from .lines import (
     text_of,
     tidy,
 )
-from .sources import Contents, Found, is_same
+from .sources import Contents, Found
+from .video import is_same
 
 _READ_BYTES = 1 << 20
 
@@ -140,6 +141,8 @@ class Journal:
         """
         asked = self.asked if asked is None else asked
         record: dict[str, Any] = {"path": found.name, **asked, **fields_of(outcome)}
+        if found.time is not None:
+            record["time"] = found.time
         if found.row:
             record["row"] = found.row
         record |= {"tries": tries, "seconds": round(seconds, 3)}

@@ -16,6 +16,8 @@ ENDINGS = {
     ".csv.gz": "csv.gz",
     ".parquet": "parquet",
     ".coco.json": "coco",
+    ".vtt": "vtt",
+    ".srt": "srt",
 }
 
 

@@ -17,6 +17,7 @@ from .names import name_of, simplest
 from .remote import find_remote, is_remote
 from .sources import Found
 from .tables import find_in_table, is_table
+from .video import find_frames, is_video
 
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe"),
@@ -37,6 +38,7 @@ class Search:
         include: Patterns of which a file's name, or its path in its folder, matches one.
         exclude: Patterns of which it matches none.
         column: Which column of a table has the pictures.
+        every: Seconds between two frames of a video; None is for all of them.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class Search:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         column: str | None = None,
+        every: float | None = None,
     ) -> None:
         self.left_out: Counter[str] = Counter()
         """How many files were passed over in folders, by the end of their names."""
         self._complain = complain or (lambda _: None)
         self._include, self._exclude = include, exclude
-        self._column = column
+        self._column, self._every = column, every
 
     def find(self, arguments: Iterable[str]) -> Iterator[Found]:
         """Yield the files that arguments mean, but for those that are to be left out.
@@ -82,7 +85,11 @@ class Search:
                     self._walk(argument), "there is no picture in", argument
                 )
             elif glob.has_magic(argument) and not os.path.lexists(argument):
-                yield from self._or_complain(_matches(argument), "no file matches", argument)
+                matches = _matches(argument)
+                for each in self._or_complain(matches, "no file matches", argument):
+                    yield from self._video(each.path) if is_video(each.path) else iter([each])
+            elif is_video(argument):
+                yield from self._video(simplest(argument))
             else:
                 yield Found(simplest(argument), os.path.basename(argument))
 
@@ -93,6 +100,12 @@ class Search:
             return
         yield first
         yield from found
+
+    def _video(self, path: str) -> Iterator[Found]:
+        try:
+            yield from find_frames(path, self._every)
+        except OSError as error:
+            self._complain(f"can't read {name_of(path)}: {error.strerror or error}")
 
     def _remote(self, argument: str) -> Iterator[Found]:
         try:

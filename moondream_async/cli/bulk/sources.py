@@ -26,6 +26,14 @@ class Found(msgspec.Struct, frozen=True):
     row: dict[str, Any] | None = None
     """What else a table has in its row."""
 
+    time: float | None = None
+    """Of a video's frame: its seconds, by the file's own timestamps."""
+
+    data: bytes | None = None
+    """The same: the picture, and the `contents` are the video's."""
+
+    contents: Contents | None = None
+
     @property
     def name(self) -> str:
         """The path as JSON can say it."""
@@ -57,6 +65,9 @@ class PictureFile:
         """
         if self.contents is not None:
             return b""
+        if self.found.data is not None:
+            self.contents = self.found.contents
+            return self.found.data
         data, status = _read(self.name)
         digest = hashlib.sha256(data).hexdigest()
         mtime = 0 if status is None else status.st_mtime_ns

@@ -1,0 +1,77 @@
+"""Videos in ``bulk``: each frame once, with the time that PyAV has, whatever ends the program."""
+
+import signal
+
+import anyio
+import pytest
+from test_bulk_cli import bulk, records, started  # noqa: F401 - a fixture
+
+pytest.importorskip("typer", reason="the extra cli is not installed")
+pytest.importorskip("av", reason="the extra video is not installed")
+from pictures_moving import make_clip, times
+
+pytestmark = pytest.mark.slow  # each test runs the program several times
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Thirty frames, three seconds."""
+    return make_clip(tmp_path / "clip.mp4", count=30, rate=10)
+
+
+async def test_a_video_that_was_killed_goes_on_in_the_middle(bulk, simulator, clip, tmp_path):  # noqa: F811
+    arguments = ("clip.mp4", "-o", "out.jsonl", "--concurrency", "1")
+    simulator.faults.extend(["slow_start=0"] * 9 + ["slow_start=300"])
+    async with started(simulator, *arguments, cwd=tmp_path) as process:
+        while len(simulator.requests) < 10:
+            await anyio.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    assert len(records(tmp_path / "out.jsonl")) == 9
+    status, said = await bulk(*arguments)
+    assert status == 0, said
+    assert "21 answered, 0 failed, 9 done before" in said
+    lines = records(tmp_path / "out.jsonl")
+    assert sorted(each["time"] for each in lines) == times(clip)
+    assert len({each["path"] for each in lines}) == 30
+    assert all("caption" in each for each in lines)
+    make_clip(clip, count=20, rate=10)
+    _, said = await bulk(*arguments)
+    assert "20 answered" in said  # it is another video
+
+
+SUBTITLES = {
+    "vtt": "WEBVTT\n\n00:00:00.000 --> 00:00:01.000\nA ",
+    "srt": "1\n00:00:00,000 --> 00:00:01,000\nA ",
+}
+
+
+@pytest.mark.parametrize("ending", SUBTITLES)
+async def test_captions_of_a_video_are_subtitles(bulk, clip, tmp_path, ending):  # noqa: F811
+    status, said = await bulk("clip.mp4", "--every", "1s", "-o", f"out.{ending}")
+    assert status == 0, said
+    text = (tmp_path / f"out.{ending}").read_text("utf-8")
+    assert text.startswith(SUBTITLES[ending])
+    assert text.count(" --> ") == 3
+    assert "00:00:02" in text
+    assert [each["time"] for each in records(tmp_path / f"out.{ending}.jsonl")] == times(clip)[::10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["clip.mp4", "-o", "a.vtt", "--skill", "detect", "--object", "a"], "'-o .vtt' is for"),
+        (["clip.mp4", "photo.jpg", "-o", "a.srt"], "'-o .srt' is for"),
+        (["clip.mp4", "-o", "a.jsonl", "--via", "batch-api"], "takes no videos"),
+        (["missing.mp4", "-o", "a.jsonl"], "Can't read missing.mp4: No such file"),
+        (["broken.mp4", "-o", "a.jsonl"], "Can't read broken.mp4: "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("clip")
+async def test_what_gives_no_frames_is_told(bulk, simulator, tmp_path, arguments, words):  # noqa: F811
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    status, said = await bulk(*arguments)
+    assert status
+    assert words in said
+    assert simulator.requests == []
