@@ -362,7 +362,7 @@ async def test_station_answers(guest, image):
 async def test_station_thinks_in_plain_answers_only(guest, image):
     plain = await guest.query(image, "Why?", reasoning=True)
     assert plain.reasoning == md.Reasoning(
-        "I count bytes.", (md.Grounding(start_idx=8, end_idx=13, points=((0.5, 0.5),)),)
+        "I count bytes.", [md.Grounding(start_idx=8, end_idx=13, points=[[0.5, 0.5]])]
     )
     stream = await guest.query(image, "Why?", reasoning=True, stream=True)
     assert await stream.text() == plain.answer
@@ -371,12 +371,12 @@ async def test_station_thinks_in_plain_answers_only(guest, image):
 
 async def test_station_finds(guest, image):
     boxes = await guest.detect(image, "heron")
-    assert boxes.objects == (md.Region(0.1, 0.2, 0.5, 0.6),)
+    assert boxes.objects == [md.Region(0.1, 0.2, 0.5, 0.6)]
     points = await guest.point(image, "heron")
-    assert points.points == (md.Point(0.3, 0.4),)
+    assert points.points == [md.Point(0.3, 0.4)]
     assert points.raw["count"] == 1
-    assert (await guest.detect(image, "stork")).objects == ()
-    assert (await guest.point(image, "stork")).points == ()
+    assert (await guest.detect(image, "stork")).objects == []
+    assert (await guest.point(image, "stork")).points == []
 
 
 async def test_station_that_answers_whole_where_a_stream_was_asked_for(guest, image):

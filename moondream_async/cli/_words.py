@@ -22,7 +22,7 @@ _IN_OTHER_WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^endpoint must be", "--endpoint, or MOONDREAM_ENDPOINT, must be"),
     (r"Use https, or pass insecure_hosts=.*", "Use https, or unset MOONDREAM_API_KEY."),
     (rf"^(question|object) {_EMPTY}", lambda found: f"{found[1].upper()} must not be empty"),
-    (rf"^(model|timeout) {_EMPTY}", r"--\1 must not be empty"),
+    (r"^model must be .*, not '\s*'$", "--model must not be empty"),
     (r"\bsettings\['(\w+)'\]", lambda found: f"--{found[1].replace('_', '-')}"),
     (r"\bTimeout\.total\b", "--timeout"),
     (r"\b(rate_limit|max_retries|max_connections|max_pixels) must", r"--\1 must"),
