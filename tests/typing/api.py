@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moondream_async as md
+from moondream_async import frames
 
 if TYPE_CHECKING:
     from typing import assert_type  # noqa: TC004 - it is never run
@@ -281,6 +282,26 @@ async def events(client: md.MoondreamClient, image: bytes) -> None:
                 assert_type(name, str)
             case _:
                 assert_type(event.raw, dict[str, Any])
+
+
+# -- moving pictures -----------------------------------------------------------------------
+
+
+async def moving(client: md.MoondreamClient, pictures: list[bytes]) -> None:
+    async with frames.video("clip.mp4", every=1) as clip:
+        async with client.watch(clip, "detect", object="cat") as found:
+            async for each in found:
+                assert_type(each.frame, frames.Frame)
+                assert_type(each.result, md.DetectResult | None)
+                assert_type(each.error, md.MoondreamError | None)
+                assert_type(each.age, float)
+        async for said in client.watch(clip):
+            assert_type(said.result, md.CaptionResult | None)
+    async for answer in client.watch(pictures, "query", question="Who?", max_age=1.0):
+        assert_type(answer.frame, bytes)
+        assert_type(answer.result, md.QueryResult | None)
+    async for written in client.watch(pictures, "caption", stream=True, length="short"):
+        assert_type(written.result, md.CaptionStream | None)
 
 
 # -- errors --------------------------------------------------------------------------------
