@@ -19,6 +19,8 @@ pytest.importorskip("rich", reason="the extra cli is not installed")
 
 from moondream_async.cli import main
 
+pytestmark = pytest.mark.slow  # most tests run the program
+
 PROGRAM = [sys.executable, "-m", "moondream_async"]
 HALF = "\N{UPPER HALF BLOCK}"
 

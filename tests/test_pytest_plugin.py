@@ -58,6 +58,7 @@ async def test_coroutine_has_the_same_server(moondream_simulator):
     await moondream_simulator.until(lambda: moondream_simulator.connections.open == 0)
 
 
+@pytest.mark.slow
 def test_server_is_there_for_other_processes(moondream_simulator):
     moondream_simulator.script.caption(TEXT)
     script = f"from test_pytest_plugin import ask; assert ask() == {TEXT!r}"
@@ -172,6 +173,7 @@ def run(pytester, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_plugin_is_found_and_is_light_and_quiet_where_it_is_not_used(run):
     result = run(
         """
