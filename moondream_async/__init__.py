@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ._client import MoondreamClient, vl
+from ._client import MoondreamClient, photon, vl
 from ._ft import FinetuneClient, ft
 from ._stream.call import StreamCall
 from ._stream.interruptible import interruptible
@@ -167,6 +167,7 @@ __all__ = [
     "fetch_image",
     "ft",
     "interruptible",
+    "photon",
     "vl",
 ]
 

@@ -46,3 +46,12 @@ def check_positive(name: str, value: Any, what: str = "a number over 0") -> None
     """
     if not is_number(value) or value <= 0:
         raise RequestError(f"{name} must be {what}, not {value!r}")
+
+
+def check_ssl_context(value: Any) -> None:
+    """Raise `RequestError` unless a value is an `ssl.SSLContext`, or None."""
+    if value is not None:
+        import ssl  # noqa: PLC0415 - whoever has one has loaded it
+
+        if not isinstance(value, ssl.SSLContext):
+            raise RequestError(f"ssl_context must be an ssl.SSLContext, not {value!r:.100}")

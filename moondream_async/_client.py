@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import copy
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
-from ._checks import check_count, check_positive
+from ._checks import check_count, check_positive, check_ssl_context, is_number
 from ._protocol.headers import check_headers
 from ._protocol.secret import Secret, hidden
 from ._skills import Skills
@@ -116,6 +116,7 @@ class MoondreamClient(Skills):
         from ._transport.endpoints import read_target  # noqa: PLC0415
         from ._transport.pools import Transport  # noqa: PLC0415
 
+        check_ssl_context(ssl_context)
         target = read_target(
             key, where, through, insecure_hosts=insecure_hosts, own_session=session is None
         )
@@ -457,6 +458,8 @@ class MoondreamClient(Skills):
         that are on their way get so many seconds to finish first; new calls are
         refused at once.
         """
+        if grace is not None and not is_number(grace, least=0):
+            raise RequestError(f"grace must be a number of seconds, or None, not {grace!r}")
         await self._caller.aclose(grace)
 
 
@@ -482,6 +485,20 @@ def vl(
             "endpoint='http://127.0.0.1:2020/v1'."
         )
     return MoondreamClient(api_key, endpoint, **options)
+
+
+def photon(*arguments: object, **options: object) -> NoReturn:
+    """Raise `RequestError`: the official SDK's `photon` runs models in this process.
+
+    Raises:
+        RequestError: Always; it says what to do.
+    """
+    del arguments, options  # there may be a key among them
+    raise RequestError(
+        "photon would run the model in this process, which needs the official package "
+        "'moondream' and a GPU; this one talks to servers: start Moondream Station and pass "
+        "endpoint='http://127.0.0.1:2020/v1'."
+    )
 
 
 def check_model(model: Any) -> None:

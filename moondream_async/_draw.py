@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
 
+from ._checks import check_positive
 from ._images import decode_image
 from .errors import MoondreamError, RequestError
 from .results import (
@@ -80,8 +81,8 @@ def draw(
     picture = decode_image(image).convert("RGB")
     if line_width is None:
         line_width = max(1.5, math.sqrt(picture.width * picture.height) / 170)
-    elif not (isinstance(line_width, (int, float)) and 0 < line_width < math.inf):
-        raise RequestError(f"line_width must be a positive number of pixels, not {line_width!r}")
+    else:
+        check_positive("line_width", line_width, "a positive number of pixels")
     sheet = _Sheet(picture.size, line_width, fine=crowd <= _CROWD)
     colours = itertools.cycle(_COLOURS)
     painted = list(zip(marks, texts, colours, strict=False))

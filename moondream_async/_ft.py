@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
+from ._checks import check_count
 from ._client import MoondreamClient
 from .errors import RequestError
 from .tuning.records import Finetune, MetricsLog, Rollouts, TrainStep
@@ -115,8 +116,7 @@ class FinetuneClient:
             RequestError: An argument can't be right.
             ImageError: A picture can't be read, or is none.
         """
-        if buffer_size < 1:
-            raise RequestError(f"buffer_size must be at least 1, not {buffer_size!r}")
+        check_count("buffer_size", buffer_size)
 
         def made() -> Iterable[TuningRequest]:
             for context, arguments in requests:

@@ -490,3 +490,18 @@ async def test_a_run_tells_how_far_it_is(client, photo):
         assert (progress.total, progress.done, progress.failed) == (2, 2, 1)
         assert progress.tokens > 0
         assert "2 of 2 done, 1 failed" in repr(run)
+
+
+@pytest.mark.parametrize("call", ["bulk", "watch"])
+async def test_misspelt_arguments_are_named_with_the_right_ones(client, call):
+    with pytest.raises(md.RequestError, match=r"'lenght' .*'length'"):
+        getattr(client, call)([], "caption", lenght="short")
+
+
+async def test_misspelt_key_is_the_failure_of_its_item(simulator, client, photo):
+    items = [{"image": photo, "questoin": "?"}, {"image": photo, "question": "?"}]
+    async with client.bulk(items, "query", question="What?", ordered=True) as run:
+        wrong, right = [each async for each in run]
+    assert isinstance(wrong.error, md.RequestError)
+    assert "'questoin' (did you mean 'question'?)" in str(wrong.error)
+    assert (wrong.tries, right.ok, len(simulator.requests)) == (0, True, 1)

@@ -1,6 +1,7 @@
 """What a caller of the client sees when all goes well, and when the arguments are wrong."""
 
 import asyncio
+import inspect
 import io
 import re
 import sys
@@ -536,3 +537,40 @@ async def test_options_for_other_calls_go_over_the_same_connections(simulator, p
 def test_headers_that_cannot_be_sent_are_refused(headers):
     with pytest.raises(md.RequestError, match="headers"):
         md.MoondreamClient(None, "http://127.0.0.1:2020/v1", headers=headers)
+
+
+NO_NUMBERS = [True, "5", float("nan"), float("inf"), -1, b"1", [1]]
+NOT_TAKEN = {
+    "session": lambda client, value: md.MoondreamClient(None, client.endpoint, session=value),
+    "ssl_context": lambda client, value: md.MoondreamClient(
+        None, client.endpoint, ssl_context=value
+    ),
+    "grace": lambda client, value: client.aclose(value),
+    "timeout": lambda _, value: md.fetch_image("http://127.0.0.1:1/", timeout=value),
+    "max_bytes": lambda _, value: md.fetch_image("http://127.0.0.1:1/", max_bytes=value),
+    "max_pixels": lambda _, value: md.fetch_image("http://127.0.0.1:1/", max_pixels=value),
+    "line_width": lambda _, value: md.DetectResult(objects=[md.Region(0, 0, 1, 1)]).draw(
+        md.SAMPLE_IMAGE, line_width=value
+    ),
+    "metrics": lambda client, value: client.tuning.log_metrics("f", 1, {"x": value}),
+}
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", NOT_TAKEN)
+async def test_values_of_a_wrong_kind_are_refused(simulator, client, name, value):
+    if (name, value) == ("metrics", -1):
+        return
+
+    async def call():
+        if inspect.isawaitable(made := NOT_TAKEN[name](client, value)):
+            await made
+
+    with pytest.raises(md.RequestError, match=name):
+        await call()
+    assert simulator.requests == []
+
+
+def test_photon_says_what_it_would_need():
+    with pytest.raises(md.RequestError, match="needs the official package"):
+        md.photon("key", model="moondream3")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     SPEC is None, reason="needs: python -m pip install --no-deps -r tests/foreign.txt"
 )
 PHOTON = "runs models in this process, and this package is a client of servers"
-NOT_HERE = {"photon": PHOTON, "photon_models": PHOTON, "__version__": "each has its own"}
+NOT_HERE = {"photon_models": PHOTON, "__version__": "each has its own"}
 VL = {
     "local": "`photon` by another name, which is not here: " + PHOTON,
     "kwargs": "what Photon is configured with; ours are named",

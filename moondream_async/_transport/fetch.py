@@ -13,6 +13,7 @@ from ipaddress import ip_network
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
+from moondream_async._checks import check_count, check_positive, check_ssl_context
 from moondream_async.errors import APITimeoutError, ImageError, RequestError
 from moondream_async.types import EncodedImage
 
@@ -50,6 +51,7 @@ async def fetch_image(
         ssl_context: For servers whose certificate the system doesn't know.
 
     Raises:
+        RequestError: Another argument can't be right.
         ImageError: The address can't be or is refused, there is nothing, it is no
             picture, or too large a one.
         APIConnectionError: The connection could not be made, or was lost.
@@ -59,6 +61,11 @@ async def fetch_image(
 
     from moondream_async._images import encode_image  # noqa: PLC0415
 
+    check_positive("timeout", timeout, "a number of seconds over 0")
+    check_count("max_bytes", max_bytes)
+    if max_pixels is not None:
+        check_count("max_pixels", max_pixels)
+    check_ssl_context(ssl_context)
     networks = _networks(allow)
     reason = _objection(url)
     if reason is not None:

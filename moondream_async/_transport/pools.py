@@ -24,7 +24,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from moondream_async._protocol.secret import Secret
-from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamError
+from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamError, RequestError
 
 from .bodies import READ_BUFFER_BYTES, Body
 from .faults import FAULTS_OF_SENDING, is_disconnect, translate
@@ -63,6 +63,8 @@ class Transport:
         proxies: Proxies = NO_PROXIES,
         guard: Callable[[URL], Guard | None] | None = None,
     ) -> None:
+        if session is not None and not isinstance(session, aiohttp.ClientSession):
+            raise RequestError(f"session must be an aiohttp.ClientSession, not {session!r:.100}")
         self._session = session
         self._ssl_context = ssl_context
         self._proxies = proxies

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
@@ -34,13 +35,15 @@ _FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
     "segment": (segment_request, {"object": None, "stream": False, "spatial_refs": None}),
 }
 _OWN = ("question", "object", "length")  # what an item may say for itself
+_ASKED = ("image", *_OWN)
 _NO_PICTURE = EncodedImage(b"", "image/jpeg", 0, 0)
 
 
 class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
     """A picture with what is to be asked about it; None is what the run asks about all.
 
-    A mapping with the same keys does as well.
+    A mapping with the same keys does as well, and may have others of yours. A key that is
+    nearly one of these, as ``questoin``, is that item's own failure, a `RequestError`.
     """
 
     image: Any
@@ -103,7 +106,7 @@ class Asking:
         self._make, defaults = _FIELDS[skill]
         known = {name for name in defaults if name != "stream"} | {"settings", "model"}
         if unknown := set(arguments) - known:
-            raise RequestError(f"{skill} has no argument {', '.join(sorted(unknown))}")
+            raise RequestError(f"{skill} has no argument {_misspelt(unknown, known)}")
         given = {name: value for name, value in arguments.items() if value is not None}
         self._arguments = {**defaults, "settings": None, "model": model, **given}
         if stream:
@@ -131,6 +134,21 @@ class Asking:
 
     def _read(self, item: Mapping[str, Any]) -> BulkItem:
         known = BulkItem.__struct_fields__
+        if wrong := {key for key in set(item) - set(known) if _near(key, _ASKED)}:
+            raise RequestError(f"an item has no key {_misspelt(wrong, _ASKED)}")
         if "image" not in item:
             raise RequestError("an item that is a mapping needs the key 'image'")
         return BulkItem(**{key: value for key, value in item.items() if key in known})
+
+
+def _near(name: Any, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(str(name), known, 1, 0.8)
+
+
+def _misspelt(unknown: Iterable[Any], known: Iterable[str]) -> str:
+    """Name what is not known, each with the name that was probably meant."""
+    names = []
+    for name in sorted(map(str, unknown)):
+        near = _near(name, known)
+        names.append(f"{name!r:.100}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return ", ".join(names)

@@ -295,7 +295,7 @@ def finite_number(what: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"{what} must be a number, not {value!r:.100}") from error
-    if isinstance(value, str) or not math.isfinite(number):
+    if isinstance(value, (str, bytes, bool)) or not math.isfinite(number):
         raise RequestError(f"{what} must be a finite number, not {value!r:.100}")
     return number
 
