@@ -26,7 +26,7 @@ from moondream_async._protocol.answers import (
 )
 from moondream_async._protocol.events import decoder_for
 from moondream_async._protocol.requests import Picture
-from moondream_async._protocol.secret import Secret, conceal
+from moondream_async._protocol.secret import conceal
 from moondream_async._stream.opening import Opening
 from moondream_async._transport.uploads import size_on_wire
 from moondream_async.errors import (
@@ -149,7 +149,7 @@ class Caller:
 
     def check_open(self) -> None:
         """Raise `ClientClosedError` if there can be no more calls."""
-        if self.closed:
+        if self._closed or self.session.closed:
             raise ClientClosedError("The client is closed")
 
     def stats(self) -> ClientStats:
@@ -389,6 +389,7 @@ class Call:
                 request.method,
                 session.url(request),
                 headers=self._headers_for(accept),
+                secrets=session.secrets(request),
                 body=parts,
                 size=size,
                 on_send=partial(self._sending, deadline),
@@ -420,7 +421,7 @@ class Call:
         is_held = False
         try:
             for place, part in enumerate(parts):
-                if not isinstance(part, Picture):
+                if type(part) is not Picture:
                     continue
                 image = session.encode_at_once(part.source)
                 if image is None:
@@ -444,7 +445,7 @@ class Call:
             await session.preparing.acquire()
             deadline.enter(None)
 
-    def _headers_for(self, accept: str | None) -> dict[str, str | Secret]:
+    def _headers_for(self, accept: str | None) -> dict[str, str]:
         if accept is None:
             accept = "text/event-stream" if self._request.stream else "application/json"
         headers = self._session.headers(accept, self._request, self._headers)

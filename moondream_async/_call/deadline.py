@@ -67,7 +67,13 @@ class CallDeadline(Deadline):
         self._task = task
         self._cancelling = task.cancelling()
         self._is_expired = False
-        self.enter(None)
+        self._phase = "total"
+        self._moving = None
+        self._phase_at = NEVER
+        if self._total_at < NEVER:
+            self.move(self._total_at)
+        else:
+            self._at = NEVER
         return self
 
     def __exit__(
@@ -76,7 +82,7 @@ class CallDeadline(Deadline):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        self.move(NEVER)
+        self._at = NEVER
         if not (self._is_expired or self._closed):
             return False
         # If others have cancelled the task as well, it goes on being cancelled.
@@ -88,20 +94,33 @@ class CallDeadline(Deadline):
             self._total_at = self._loop.time() + self._timeout.total
             self.enter(None)
 
-    def enter(self, phase: Phase | None, moving: Callable[[], bool] | None = None) -> None:
+    def enter(
+        self,
+        phase: Phase | None,
+        moving: Callable[[], bool] | None = None,
+        *,
+        now: float | None = None,
+    ) -> None:
         """Start the limit of a phase; None has none but the total.
 
         Where `moving` is given, the limit starts anew as often as `moving` says that what is
         waited for has come nearer since it was asked for the last time.
         """
         limit = None if phase is None else getattr(self._timeout, phase)
-        now = self._loop.time()
+        if now is None:
+            now = self._loop.time()
         self._limit = NEVER if limit is None else limit
         self._moving = None if limit is None else moving
         self._phase = "total" if phase is None else phase
-        self._phase_at = now + self._limit
-        at = min(self._total_at, self._phase_at)
-        self.move(at if self._moving is None else self._next_look(now))
+        self._phase_at = at = now + self._limit
+        if self._moving is not None:
+            at = self._next_look(now)
+        elif self._total_at < at:
+            at = self._total_at
+        if at < self._rings_at:
+            self.move(at)
+        else:
+            self._at = at  # the timer, which goes off before, is set for the rest then
 
     def _next_look(self, now: float) -> float:
         at = min(self._phase_at, self._total_at)
@@ -109,13 +128,13 @@ class CallDeadline(Deadline):
 
     def sending(self, moved: Callable[[], bool]) -> None:
         """The request goes out; its limit starts anew as long as any of it has `moved`."""
-        self.sent_at = self._loop.time()
-        self.enter("first_event", moved)
+        self.sent_at = now = self._loop.time()
+        self.enter("first_event", moved, now=now)
 
     def sent(self) -> None:
         """The last byte is on its way: the server has its time from now on."""
-        self.sent_at = self._loop.time()
-        self.enter("first_event")
+        self.sent_at = now = self._loop.time()
+        self.enter("first_event", now=now)
 
     @property
     def left(self) -> float:

@@ -165,7 +165,8 @@ class Report:
         """Tell that a request of `size` bytes is about to be sent."""
         self.attempt += 1
         self._sent += size
-        self.tell("request")
+        if self._probes or self._hooks.request is not None:
+            self.tell("request")
 
     def responded(self, body: Body, seconds: float) -> None:
         """Take note of an answer, and log it: a line for each request."""

@@ -151,5 +151,7 @@ class Budget:
 
     def succeeded(self, *, after_retry: bool) -> None:
         """Put back what a call that succeeded is worth."""
+        if self._left == self._size:  # as nearly always
+            return
         with self._lock:
             self._left = min(self._size, self._left + (RETRY_COST if after_retry else 1))

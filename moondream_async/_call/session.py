@@ -14,7 +14,7 @@ from moondream_async._images import encode_at_once, encode_image
 from moondream_async._protocol import USER_AGENT
 from moondream_async._protocol.headers import joined
 from moondream_async._protocol.secret import Redactor, Secret, redact
-from moondream_async._transport.pools import Transport
+from moondream_async._transport.pools import NO_SECRETS, Transport
 from moondream_async._transport.workers import Workers
 from moondream_async.errors import ClientClosedError
 from moondream_async.results import ClientStats
@@ -64,6 +64,10 @@ class Session:
         self.instruments: tuple[Instrument, ...] = ()
         """What follows each call, as for tracing."""
         self.transport = transport
+        self._as_key: Mapping[str, Secret] = {} if key is None else {"X-Moondream-Auth": key}
+        self._as_bearer: Mapping[str, Secret] = (
+            {} if key is None else {"Authorization": key.prefixed("Bearer ")}
+        )
         self._max_connections = max_connections
         self._rate_limit = rate_limit
         self._begin()
@@ -116,11 +120,16 @@ class Session:
 
     # -- numbers --------------------------------------------------------------------
 
-    def count(self, **more: int) -> None:
+    def count(
+        self, *, requests: int = 0, retries: int = 0, bytes_sent: int = 0, bytes_received: int = 0
+    ) -> None:
         """Add to the numbers that `stats` gives; from any thread."""
         with self._lock:
-            for name, number in more.items():
-                self._counts[name] += number
+            counts = self._counts
+            counts["requests"] += requests
+            counts["retries"] += retries
+            counts["bytes_sent"] += bytes_sent
+            counts["bytes_received"] += bytes_received
 
     def release(self, received: int) -> None:
         """Take note of the end of an answer.
@@ -174,28 +183,21 @@ class Session:
         base = self.endpoint.removesuffix("/v1") if request.at_root else self.endpoint
         return URL(base + request.path, encoded=True)
 
-    def headers(
-        self, accept: str, request: Request, more: Mapping[str, str]
-    ) -> dict[str, str | Secret]:
-        """Return the headers of a request."""
+    def headers(self, accept: str, request: Request, more: Mapping[str, str]) -> dict[str, str]:
+        """Return the headers of a request that anybody may see."""
         own = {
             "User-Agent": USER_AGENT,
             "Accept": accept,
             # Answers are small, and a compressor on the way may hold back pieces of a stream.
             "Accept-Encoding": "identity",
         }
-        headers: dict[str, str | Secret] = {**own}
+        return joined(own, more) if more and not request.elsewhere else own
+
+    def secrets(self, request: Request) -> Mapping[str, Secret]:
+        """Return the headers of a request that only the server is to see."""
         if request.elsewhere:
-            return headers
-        if more:
-            headers = {**joined(own, more)}
-        if self.key is None:
-            return headers
-        if request.bearer:
-            headers["Authorization"] = self.key.prefixed("Bearer ")
-        else:
-            headers["X-Moondream-Auth"] = self.key
-        return headers
+            return NO_SECRETS
+        return self._as_bearer if request.bearer else self._as_key
 
     def redact(self, data: bytes) -> bytes:
         """Take the secret out of an error's body. Answers are left alone."""

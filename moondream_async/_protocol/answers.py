@@ -58,8 +58,8 @@ def decode_json(body: bytes, *, status: int = 200) -> dict[str, Any]:
         APIStatusError: It is none, or it says that it is an error.
     """
     raw = decode_object(body, status=status)
-    if (error := _error_in(raw, status)) is not None:
-        raise error
+    if raw.get("error"):  # as Station says it, with status 200
+        raise _error_in(raw, status)
     return raw
 
 
@@ -183,11 +183,14 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
 
 
 def _common(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return _said(
-        request_id=to_id(raw.get("request_id")) or to_id(raw.get("id")),
-        finish_reason=to_id(raw.get("finish_reason")),
-        metrics=find_metrics(raw),
-    )
+    said: dict[str, Any] = {}
+    if id_ := to_id(raw.get("request_id")) or to_id(raw.get("id")):
+        said["request_id"] = id_
+    if (reason := raw.get("finish_reason")) and (reason := to_id(reason)):
+        said["finish_reason"] = reason
+    if (metrics := find_metrics(raw)) is not None:
+        said["metrics"] = metrics
+    return said
 
 
 def _said(**items: Any) -> dict[str, Any]:
@@ -196,16 +199,15 @@ def _said(**items: Any) -> dict[str, Any]:
 
 def to_id(value: Any) -> str | None:
     """Read an id or a name; some servers number their requests."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return value if isinstance(value, str) and value else None
+    if isinstance(value, str):
+        return value or None
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def find_metrics(raw: Mapping[str, Any]) -> dict[str, Any] | None:
     """Find the tokens and times, under whichever name they come."""
     for key in ("metrics", "_stats", "stats"):  # the latter two are Station's
-        value = raw.get(key)
-        if isinstance(value, dict):
+        if key in raw and isinstance(value := raw[key], dict):
             return value
     return None
 
@@ -304,10 +306,8 @@ def error_from_response(
     )
 
 
-def _error_in(raw: Mapping[str, Any], status: int) -> APIStatusError | None:
-    """Find the error in a body that came with status 200, as Station sends them."""
-    if not raw.get("error"):
-        return None
+def _error_in(raw: Mapping[str, Any], status: int) -> APIStatusError:
+    """Return the error that a body with status 200 says it is."""
     message, fields = describe(raw)
     missing = isinstance(raw["error"], str) and message.endswith("not available")
     cls = NotFoundError if missing else ServerError

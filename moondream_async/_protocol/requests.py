@@ -335,7 +335,7 @@ def _part(where: str, part: Any, *, pictures: bool) -> dict[str, Any]:
 
 def _flag(name: str, value: Any) -> bool:
     # The servers take JSON booleans only; to Station, "false" is true.
-    if not isinstance(value, bool):
+    if value is not True and value is not False:
         raise RequestError(f"{name} must be True or False, not {value!r}")
     return value
 

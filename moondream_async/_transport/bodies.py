@@ -119,13 +119,15 @@ class Body:
                 try:
                     data = await content.readany()
                     self.received += len(data)
+                    is_last = content.at_eof() and content.exception() is None
                 except FAULTS as error:
                     data = self._failed(error)
-                if not data:
+                    is_last = False
+                size += len(data)
+                parts += (data,)
+                if size <= limit and (is_last or not data):
                     self._settle()
                     return decode(b"".join(parts))
-                size += len(data)
-                parts.append(data)
         finally:
             self.close()
         raise APIConnectionError(

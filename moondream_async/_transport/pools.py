@@ -23,7 +23,6 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from moondream_async._protocol.secret import Secret
 from moondream_async.errors import APIStatusError, ClientClosedError, MoondreamError, RequestError
 
 from .bodies import READ_BUFFER_BYTES, Body
@@ -31,12 +30,16 @@ from .faults import FAULTS_OF_SENDING, is_disconnect, translate
 from .private import close_connector, count_idle, disown, middlewares_of, use_protocol
 from .proxies import NO_PROXIES, Proxies
 from .resolver import Resolver
-from .sockets import Guard, guarded, open_socket
+from .sockets import Guard, begin, end, open_socket
 from .unseen import Unseen
 from .uploads import Part, Upload
 
 if TYPE_CHECKING:
     import ssl
+
+    from moondream_async._protocol.secret import Secret
+
+NO_SECRETS: Mapping[str, Secret] = {}
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -188,7 +191,7 @@ class Pool:
         # Those of a caller's session; told any, aiohttp would leave these out.
         self._middlewares = middlewares_of(self._session)
         self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
-        self._idle = asyncio.Event()
+        self._idle: asyncio.Event | None = None  # where somebody waits for it
         self._lifeline = _close_with_loop(weakref.ref(self))
         with contextlib.suppress(StopIteration):  # up to its yield; it doesn't wait on the way
             self._lifeline.__anext__().send(None)
@@ -206,7 +209,8 @@ class Pool:
         method: str,
         url: URL,
         *,
-        headers: Mapping[str, str | Secret],
+        headers: Mapping[str, str],
+        secrets: Mapping[str, Secret] = NO_SECRETS,
         body: Sequence[Part] = (),
         size: int | None = None,
         on_send: Callable[[Upload], None],
@@ -224,6 +228,7 @@ class Pool:
             method: As ``POST``.
             url: Where to.
             headers: All of them but those that describe the body.
+            secrets: Those that are seen by nobody but the server.
             body: The parts of the body.
             size: Its bytes, where they have been counted.
             on_send: Called when a connection stands and the request goes out, and again when
@@ -240,35 +245,36 @@ class Pool:
             APIConnectionError: No connection, or it was lost before the answer.
             APIStatusError: A redirect that can't be followed.
         """
-        plain = {name: each for name, each in headers.items() if isinstance(each, str)}
-        secrets = {name: each for name, each in headers.items() if isinstance(each, Secret)}
         on_new = False
         redirects = 0
         while True:
             guard = None if self._guard is None else self._guard(url)
             proxy = self._proxies.for_url(url)
-            unseen = Unseen(secrets, None if proxy is None else proxy.authorization)
+            middlewares = self._middlewares
+            if secrets or proxy is not None:
+                for_proxy = None if proxy is None else proxy.authorization
+                middlewares = (*middlewares, Unseen(secrets, for_proxy))
             # Also for nothing: when it is asked to write, a connection stands.
             upload = Upload(body, self._used, on_send, on_new=on_new, size=size)
+            guarding = None if guard is None else begin(guard)
             try:
-                with guarded(guard):
-                    response = await self._session.request(
-                        method,
-                        url,
-                        data=upload,
-                        headers=plain,
-                        middlewares=(*self._middlewares, unseen),
-                        skip_auto_headers=() if body else (hdrs.CONTENT_TYPE,),
-                        allow_redirects=False,
-                        raise_for_status=False,  # these two: a session of the caller's may differ
-                        auto_decompress=True,
-                        timeout=_NO_TIMEOUT,
-                        read_bufsize=READ_BUFFER_BYTES,
-                        max_line_size=_MAX_HEAD_BYTES,
-                        max_field_size=_MAX_HEAD_BYTES,
-                        ssl=self._ssl,
-                        proxy=None if proxy is None else proxy.url,
-                    )
+                response = await self._session.request(
+                    method,
+                    url,
+                    data=upload,
+                    headers=headers,
+                    middlewares=middlewares,
+                    skip_auto_headers=None if body else (hdrs.CONTENT_TYPE,),
+                    allow_redirects=False,
+                    raise_for_status=False,  # these two: a session of the caller's may differ
+                    auto_decompress=True,
+                    timeout=_NO_TIMEOUT,
+                    read_bufsize=READ_BUFFER_BYTES,
+                    max_line_size=_MAX_HEAD_BYTES,
+                    max_field_size=_MAX_HEAD_BYTES,
+                    ssl=self._ssl,
+                    proxy=None if proxy is None else proxy.url,
+                )
             except FAULTS_OF_SENDING as error:
                 self._check(error, url, guard)
                 if upload.refused:  # and so nothing was sent; there is one connection less
@@ -279,6 +285,9 @@ class Pool:
                 # can't have seen the request.
                 on_new = True
                 continue
+            finally:
+                if guarding is not None:
+                    end(guarding)
             if response.status == 408 and upload.reused and repeatable:
                 # Written into a connection that had been idle for too long: it means "closing".
                 response.close()
@@ -309,7 +318,8 @@ class Pool:
         """
         try:
             if grace and (self.calls or self.bodies):
-                self._idle.clear()
+                if self._idle is None or self._idle.is_set():
+                    self._idle = asyncio.Event()
                 with anyio.move_on_after(grace):
                     await self._idle.wait()
         finally:
@@ -367,16 +377,18 @@ class Pool:
     def leave(self, call: Closable) -> None:
         """Take a call, which has ended, out of `calls`."""
         self.calls.discard(call)
-        self._note_end()
+        if self._idle is not None:
+            self._note_end(self._idle)
 
     def discard(self, body: Body) -> None:
         """Forget a body that has ended."""
         self.bodies.discard(body)
-        self._note_end()
+        if self._idle is not None:
+            self._note_end(self._idle)
 
-    def _note_end(self) -> None:
+    def _note_end(self, idle: asyncio.Event) -> None:
         if not self.calls and not self.bodies and not self.loop.is_closed():
-            self._idle.set()
+            idle.set()
 
     def drop(self) -> bool:
         """Close, when the client was dropped; from any thread. Return whether that was too soon."""

@@ -42,6 +42,8 @@ class Protocol(ResponseHandler):
 
     _answer: Any = None  # the body of the answer to the latest request, once its head is there
     _is_chunked = False
+    looks: Any = None
+    """What `is_quiet` asks of the socket, kept from the first time."""
 
     def set_response_params(self, **params: Any) -> None:
         """Expect an answer: a request is about to be sent."""
@@ -104,17 +106,22 @@ def is_quiet(protocol: Any) -> bool:
     if protocol.should_close or transport is None or transport.is_closing():
         return False
     sock = transport.get_extra_info("socket")
-    return sock is None or not _is_readable(sock.fileno())
-
-
-def _is_readable(number: int) -> bool:
-    if number < 0:
+    if sock is None:
         return True
-    if hasattr(select, "poll"):
+    number = sock.fileno()
+    if number < 0:
+        return False
+    if not _HAS_POLL:
+        return not select.select([number], [], [], 0)[0]
+    kept: tuple[int, Any] | None = getattr(protocol, "looks", None)  # a caller's has none
+    if kept is None or kept[0] != number:
         poll = select.poll()
         poll.register(number, select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([number], [], [], 0)[0])
+        kept = protocol.looks = (number, poll)
+    return not kept[1].poll(0)
+
+
+_HAS_POLL = hasattr(select, "poll")  # Windows has none
 
 
 def held(response: aiohttp.ClientResponse) -> bytes:

@@ -54,6 +54,8 @@ class Proxies:
         Raises:
             RequestError: The one that was named can't be used.
         """
+        if not self._by_scheme:
+            return None
         proxy = self._by_scheme.get(url.scheme) or self._by_scheme.get("all")
         if proxy is None or self._is_direct(url):
             return None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING
 
 from .addresses import Address, parse
@@ -57,14 +57,14 @@ class Guard:
 _guard: ContextVar[Guard | None] = ContextVar("guard", default=None)
 
 
-@contextlib.contextmanager
-def guarded(guard: Guard | None) -> Iterator[None]:
-    """Have `guard` judge the connections that are made within, if there is one."""
-    token = _guard.set(guard)
-    try:
-        yield
-    finally:
-        _guard.reset(token)
+def begin(guard: Guard) -> Token[Guard | None]:
+    """Have `guard` judge the connections that are made from here on, up to `end`."""
+    return _guard.set(guard)
+
+
+def end(begun: Token[Guard | None]) -> None:
+    """Have them judged as before."""
+    _guard.reset(begun)
 
 
 def open_socket(info: AddrInfoType) -> socket.socket:

@@ -77,7 +77,7 @@ class Upload(aiohttp.payload.Payload):
         return moved
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        return b"".join(self._pieces()).decode(encoding, errors)
+        return _whole(self._parts).decode(encoding, errors)
 
     async def write(self, writer: Any) -> None:
         # A connection is known by its protocol: not every loop's transport can be referred to
@@ -86,12 +86,13 @@ class Upload(aiohttp.payload.Payload):
         if self.reused and (self._on_new or not is_quiet(writer.protocol)):
             self.refused = True
             raise ConnectionResetError("a connection that was kept is not used again")
-        self._used.add(writer.protocol)
+        if not self.reused:
+            self._used.add(writer.protocol)
         self._writer = writer
         self.is_sent = self._is_small
         self._on_send(self)
         if self._is_small:
-            await writer.write(b"".join(self._pieces()))
+            await writer.write(_whole(self._parts))
             return
         async for piece in self._slowly():
             await writer.write(piece)
@@ -139,14 +140,29 @@ def _unsent(writer: Any) -> int:
     return waiting
 
 
+_FRAME_BYTES = len('"data:;base64,"')
+
+
 def size_on_wire(parts: Sequence[Part]) -> int:
     """Return how many bytes a body is when it is sent."""
     size = 0
     for part in parts:
-        if isinstance(part, bytes):
+        if type(part) is bytes:
             size += len(part)
         elif isinstance(part, EncodedImage):
-            size += len('"data:;base64,"') + len(part.media_type) + (len(part.data) + 2) // 3 * 4
+            size += _FRAME_BYTES + len(part.media_type) + (len(part.data) + 2) // 3 * 4
         else:
-            size += part.size
+            size += part.size  # type: ignore[union-attr]
     return size
+
+
+def _whole(parts: Sequence[Any]) -> bytes:
+    """Return all of a body that is no file."""
+    pieces: list[bytes] = []
+    for part in parts:
+        if type(part) is bytes:
+            pieces += (part,)
+        else:
+            head = f'"data:{part.media_type};base64,'.encode()
+            pieces += (head, binascii.b2a_base64(part.data, newline=False), b'"')
+    return b"".join(pieces)
