@@ -202,6 +202,69 @@ class MoondreamClient(Skills):
 
         return Batches(self._caller, self._model)
 
+    @overload
+    def bulk(
+        self,
+        items: Items[ItemT],
+        skill: Literal["caption"] = "caption",
+        *,
+        ordered: bool = False,
+        concurrency: int | None = None,
+        max_retries: int | None = None,
+        **arguments: Any,
+    ) -> BulkRun[ItemT, CaptionResult]: ...
+
+    @overload
+    def bulk(
+        self,
+        items: Items[ItemT],
+        skill: Literal["query"],
+        *,
+        ordered: bool = False,
+        concurrency: int | None = None,
+        max_retries: int | None = None,
+        **arguments: Any,
+    ) -> BulkRun[ItemT, QueryResult]: ...
+
+    @overload
+    def bulk(
+        self,
+        items: Items[ItemT],
+        skill: Literal["detect"],
+        *,
+        ordered: bool = False,
+        concurrency: int | None = None,
+        max_retries: int | None = None,
+        **arguments: Any,
+    ) -> BulkRun[ItemT, DetectResult]: ...
+
+    @overload
+    def bulk(
+        self,
+        items: Items[ItemT],
+        skill: Literal["point"],
+        *,
+        ordered: bool = False,
+        concurrency: int | None = None,
+        max_retries: int | None = None,
+        **arguments: Any,
+    ) -> BulkRun[ItemT, PointResult]: ...
+
+    @overload
+    def bulk(
+        self,
+        items: Items[ItemT],
+        skill: Literal["segment"],
+        *,
+        ordered: bool = False,
+        concurrency: int | None = None,
+        max_retries: int | None = None,
+        **arguments: Any,
+    ) -> BulkRun[ItemT, SegmentResult]: ...
+
+    @overload
+    def bulk(self, items: Items[ItemT], skill: str, **arguments: Any) -> BulkRun[ItemT, Any]: ...
+
     def bulk(
         self,
         items: Items[ItemT],
@@ -211,7 +274,7 @@ class MoondreamClient(Skills):
         concurrency: int | None = None,
         max_retries: int | None = None,
         **arguments: Any,
-    ) -> BulkRun[ItemT]:
+    ) -> BulkRun[ItemT, Any]:
         """Ask the same about many pictures; iterate over what becomes of each.
 
         ::
@@ -417,7 +480,7 @@ class MoondreamClient(Skills):
         length: Length = "normal",
         ordered: bool = False,
         **options: Any,
-    ) -> BulkRun[ItemT]:
+    ) -> BulkRun[ItemT, CaptionResult]:
         """Describe many pictures; the same as `bulk` with the skill ``caption``."""
         return self.bulk(images, "caption", ordered=ordered, length=length, **options)
 

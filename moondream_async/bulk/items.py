@@ -18,10 +18,10 @@ from moondream_async._protocol.requests import (
     segment_request,
 )
 from moondream_async.errors import MoondreamError, RequestError
-from moondream_async.results import Result
 from moondream_async.types import EncodedImage
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 Make = Callable[[Any], Request]
 
 _FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
@@ -55,15 +55,15 @@ class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
     length: str | None = None
 
 
-class BulkResult(msgspec.Struct, Generic[ItemT], frozen=True, kw_only=True):
+class BulkResult(msgspec.Struct, Generic[ItemT, ResultT], frozen=True, kw_only=True):
     """What became of one item: a result or an error."""
 
     item: ItemT
     """The item, as it was handed in."""
     index: int
     """Its place among the items, from 0."""
-    result: Result | None = None
-    """The answer, typed as that of the skill."""
+    result: ResultT = None  # type: ignore[assignment] # or else `ok` would have to be asked twice
+    """The answer, typed as that of the skill; None where `ok` is false."""
     error: MoondreamError | None = None
     """Why there is none."""
     tries: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Any
 
 from .items import BulkResult
 
@@ -42,7 +43,7 @@ class BulkProgress:
             return None
         return (self.total - self.done) / self.rate
 
-    def count(self, result: BulkResult[object]) -> None:
+    def count(self, result: BulkResult[Any, Any]) -> None:
         """Count an item that is done."""
         now = time.monotonic()
         self.done += 1

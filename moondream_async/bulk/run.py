@@ -35,7 +35,7 @@ from moondream_async.errors import (
 )
 
 from .control import Control
-from .items import Asking, BulkResult, ItemT
+from .items import Asking, BulkResult, ItemT, ResultT
 from .progress import BulkProgress
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _REFUSALS_OF_A_RUN = 10
 """How many refusals in a row, at least, end a run whose items are refused as often as they may."""
 
 
-class BulkRun(Generic[ItemT]):
+class BulkRun(Generic[ItemT, ResultT]):
     """The results of a bulk run, as an asynchronous iterator; see `MoondreamClient.bulk`.
 
     Leaving ``async with``, `aclose`, and dropping it, as with ``break``, end the run:
@@ -124,7 +124,7 @@ class BulkRun(Generic[ItemT]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> BulkResult[ItemT]:
+    async def __anext__(self) -> BulkResult[ItemT, ResultT]:
         """Return the next result.
 
         Raises:
@@ -140,7 +140,7 @@ class BulkRun(Generic[ItemT]):
             # opened here would have to be closed in this very task, by whoever reads last.
             self._task = asyncio.create_task(self._work.run(), name="moondream_async bulk")
         try:
-            return cast("BulkResult[ItemT]", await self._work.next())
+            return cast("BulkResult[ItemT, ResultT]", await self._work.next())
         except asyncio.CancelledError:
             if not self._entered:
                 await self.aclose()
@@ -196,15 +196,15 @@ class _Work:
         self._is_exhausted = False  # the iterable
         self._feeding: anyio.CancelScope | None = None
         self._stopped = False
-        self._done: deque[BulkResult[Any]] = deque()
-        self._out_of_order: dict[int, BulkResult[Any]] = {}
+        self._done: deque[BulkResult[Any, Any]] = deque()
+        self._out_of_order: dict[int, BulkResult[Any, Any]] = {}
         self._next_index = 0
         self._failure: BaseException | None = None
         self._ended = False
 
     # -- the reader's side ----------------------------------------------------------
 
-    async def next(self) -> BulkResult[Any]:
+    async def next(self) -> BulkResult[Any, Any]:
         """Return the next result, or raise what ended the run, once."""
         await self._ready.until(lambda: bool(self._done) or self._ended or self.closed)
         if self.closed:
@@ -307,7 +307,7 @@ class _Work:
             )
         )
 
-    def _keep(self, result: BulkResult[Any]) -> None:
+    def _keep(self, result: BulkResult[Any, Any]) -> None:
         self.progress.count(result)
         if self.closed:
             return

@@ -118,8 +118,8 @@ async def clients() -> None:
         max_connections=8,
         rate_limit=2,
     )
-    md.MoondreamClient(timeout=5)  # type: ignore[arg-type] # a number is not which limit
-    md.MoondreamClient("key", "model")  # type: ignore[call-arg] # options go by name
+    md.MoondreamClient(timeout=5)
+    md.MoondreamClient("key", "model")
 
 
 # -- arguments -----------------------------------------------------------------------------
@@ -235,6 +235,18 @@ async def by_item(client: md.MoondreamClient, image: bytes) -> None:
     stream = await client.caption(image, stream=True)
     async for piece in stream["caption"]:
         assert_type(piece, Any)
+
+
+async def in_bulk(client: md.MoondreamClient, paths: list[Path], skill: str) -> None:
+    assert_type(client.bulk(paths), md.BulkRun[Path, md.CaptionResult])
+    assert_type(client.bulk(paths, "query", question="?"), md.BulkRun[Path, md.QueryResult])
+    assert_type(client.bulk(paths, "point", object="boat"), md.BulkRun[Path, md.PointResult])
+    assert_type(client.bulk(paths, "segment", object="boat"), md.BulkRun[Path, md.SegmentResult])
+    assert_type(client.bulk(paths, skill), md.BulkRun[Path, Any])
+    async for done in client.bulk(paths, "detect", object="boat", ordered=True):
+        assert_type(done.item, Path)
+        if done.ok:
+            assert_type(done.result.objects, list[md.Region])
 
 
 # -- streams -------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Pending:
         asks = self.asked["asks"]
         return [BulkItem(image=image, id=(self, name), question=asks[name]) for name in self._left]
 
-    def take(self, name: str | None, result: BulkResult[Any]) -> Outcome | None:
+    def take(self, name: str | None, result: BulkResult[Any, Any]) -> Outcome | None:
         """Take what became of a question; return the whole outcome when all are through."""
         outcome: Any = result.error or result.result
         self.tries += result.tries
