@@ -107,6 +107,19 @@ async def test_any_other_status_is_not_tried_again(code, stream):
         assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("code", [400, 422])
+async def test_refusal_to_reason_in_a_stream_is_asked_again_without(code):
+    answer = saying(whole({"answer": TEXT, "reasoning": {"text": "Hm.", "grounding": []}}))
+    refusal = status(code, {"error": "no streaming with reasoning"})
+    async with (
+        RawServer(play_in_turn(refusal, answer)) as server,
+        client_of(server, max_retries=0) as client,
+    ):
+        stream = await client.query(IMAGE, "Why?", reasoning=True, stream=True)
+        assert await stream.text() == TEXT
+        assert [request.json.get("stream", False) for request in server.requests] == [True, False]
+
+
 @both
 async def test_burst_of_refusals_is_outlasted(stream):
     burst = [status(429), status(503), status(429)]
