@@ -135,6 +135,30 @@ async def test_an_end_is_told_once_however_it_comes(talker, photo, told, way):
         assert (end.ttft is not None) == (way == "complete")
 
 
+@pytest.mark.parametrize("count", ["9" * 400, "-1", "1.5", "true", "[1]"], ids=lambda it: it[:4])
+async def test_a_count_of_tokens_that_makes_no_sense_is_none(photo, told, count):
+    async def answer(request):
+        await request.read()
+        metrics = f'{{"input_tokens": {count}, "output_tokens": 7}}'
+        body = f'{{"caption": "a cat", "metrics": {metrics}}}'
+        return web.Response(text=body, content_type="application/json")
+
+    hooks, events = told
+    application = web.Application(client_max_size=1 << 30)
+    application.router.add_post("/v1/caption", answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    try:
+        async with md.MoondreamClient(endpoint=endpoint, hooks=hooks) as client:
+            assert (await client.caption(photo)).caption == "a cat"
+    finally:
+        await runner.cleanup()
+    end = events[-1][1]
+    assert (end.input_tokens, end.output_tokens, end.outcome) == (None, 7, "complete")
+
+
 async def test_calls_at_once_are_told_apart(simulator, photo, told):
     hooks, events = told
     async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks, model="m") as client:

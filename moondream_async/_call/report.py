@@ -288,6 +288,10 @@ def _outcome(error: BaseException | None, *, completed: bool) -> Outcome:
     return "cancelled"
 
 
+_MAX_TOKENS = 2**63
+"""What counters and columns can hold: servers may say anything."""
+
+
 def _tokens(metrics: Any, usage: Any) -> tuple[int | None, int | None]:
     """Find how many tokens went in and came out, under whichever names."""
     found: list[int | None] = [None, None]
@@ -298,7 +302,7 @@ def _tokens(metrics: Any, usage: Any) -> tuple[int | None, int | None]:
     ):
         for place, name in enumerate(names):
             value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
-            if found[place] is None and isinstance(value, int) and not isinstance(value, bool):
+            if found[place] is None and type(value) is int and 0 <= value < _MAX_TOKENS:
                 found[place] = value
     return found[0], found[1]
 
