@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -24,7 +25,8 @@ from test_bulk_cli import (  # noqa: F401
 )
 
 from moondream_async.cli.bulk.search import Search
-from moondream_async.cli.bulk.sources import PictureFile
+from moondream_async.cli.bulk.sources import Found, PictureFile
+from moondream_async.errors import MissingExtraError
 from moondream_async.simulator import Simulator
 
 pytestmark = pytest.mark.slow  # each test runs the program several times
@@ -248,11 +250,16 @@ async def test_pictures_elsewhere_are_read_when_their_turn_comes(
         "table of http": ("in.csv", 1),
     }[way]
     write_table(tmp_path / "in.csv", [{"url": address}])
-    for said_of in (f"{count} answered, 0 failed", f"{count} done before"):
+    allowed = ("--allow-network", "127.0.0.0/8") if "http" in way else ()
+    if allowed:  # whoever wrote the table is not let into this network
         status, said = await bulk(source, "-o", "o.jsonl")
+        assert status == 1
+        assert "is not on the public internet" in said
+    for said_of in (f"{count} answered, 0 failed", f"{count} done before"):
+        status, said = await bulk(source, "-o", "o.jsonl", *allowed)
         assert status == 0, said
         assert said_of in said
-    status, said = await bulk(source, "-o", "texts/")
+    status, said = await bulk(source, "-o", "texts/", *allowed)
     assert status == 0, said
     assert len(list((tmp_path / "texts").rglob("*.txt"))) == count
 
@@ -266,4 +273,37 @@ def test_a_file_system_of_fsspec_is_listed_folder_by_folder():
     assert sorted(found) == [("memory:///set/a.jpg", "a.jpg"), ("memory:///set/b/c.png", "b/c.png")]
     assert {PictureFile(each).read() for each in Search().find(["memory://set"])} == {b"x"}
     assert len(list(Search().find(["memory://set/*.jpg"]))) == 1
+    search = Search()
+    assert len(list(search.find(["memory://set"]))) == 2
+    assert search.left_out == {".txt": 1}
     files.rm("/set", recursive=True)
+
+
+@pytest.mark.parametrize("heif", [True, False])
+def test_a_folder_gives_what_can_be_prepared_and_counts_the_rest(tmp_path, monkeypatch, heif):
+    monkeypatch.setattr("moondream_async._images.formats.has_heif", lambda: heif)
+    for name in ("a.JPG", "b.HEIC", "c.pnm", "d.psd", "e.txt", "none"):
+        (tmp_path / name).touch()
+    search = Search()
+    found = {each.below for each in search.find([str(tmp_path)])}
+    assert found == {"a.JPG", "c.pnm"} | ({"b.HEIC"} if heif else set())
+    assert search.left_out == {".psd": 1, ".txt": 1, "": 1} | ({} if heif else {".heic": 1})
+
+
+@pytest.mark.parametrize(
+    "address", ["zip://a.jpg::http://127.0.0.1/p.zip", "simplecache::HTTP://10.0.0.1/a.jpg"]
+)
+def test_no_chain_goes_around_the_guard_of_the_web(address):
+    pytest.importorskip("fsspec")
+    with pytest.raises(OSError, match="on the web is not read"):
+        PictureFile(Found(address, "a.jpg")).read()
+
+
+@pytest.mark.parametrize("source", ["s3://a/b.jpg", "in.parquet"])
+def test_an_extra_that_is_missing_is_named(tmp_path, monkeypatch, source):
+    for name in ("fsspec.core", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.parquet").touch()
+    with pytest.raises(MissingExtraError, match=r"pip install 'moondream-async\["):
+        list(Search().find([source]))

@@ -66,13 +66,15 @@ async def fetch_image(
     if max_pixels is not None:
         check_count("max_pixels", max_pixels)
     check_ssl_context(ssl_context)
-    networks = _networks(allow)
+    networks = networks_of(allow)
     reason = _objection(url)
     if reason is not None:
         url = shown(url)  # a password in it is not to be seen among the variables, either
         raise ImageError(f"{url} {reason}")
     with move_on_after(timeout):
-        data = await _fetch(url, max_bytes, networks, ssl_context)
+        data = await fetch_bytes(
+            url, max_bytes=max_bytes, networks=networks, ssl_context=ssl_context
+        )
         encode = partial(encode_image, data, max_pixels=max_pixels)
         try:
             return await to_thread.run_sync(encode, abandon_on_cancel=True)
@@ -81,11 +83,25 @@ async def fetch_image(
     raise APITimeoutError(f"{shown(url)} was not fetched within {timeout:g} seconds", phase="total")
 
 
-async def _fetch(
-    url: str, max_bytes: int, networks: Sequence[Network], ssl_context: ssl.SSLContext | None
+async def fetch_bytes(
+    url: str,
+    *,
+    max_bytes: int,
+    networks: Sequence[Network],
+    ssl_context: ssl.SSLContext | None = None,
 ) -> bytes:
+    """Return a picture of the web as it is there; there is no limit of time.
+
+    Raises:
+        ImageError: As for `fetch_image`.
+        APIConnectionError: The connection could not be made, or was lost.
+    """
     from .fetching import fetch  # noqa: PLC0415 - loads aiohttp
 
+    reason = _objection(url)
+    if reason is not None:
+        url = shown(url)  # a password in it is not to be seen among the variables, either
+        raise ImageError(f"{url} {reason}")
     allows = partial(is_public, networks=networks)
     for _ in range(_MAX_REDIRECTS + 1):
         async with fetch(url, allows=allows, ssl_context=ssl_context) as response:
@@ -106,7 +122,12 @@ async def _fetch(
     raise ImageError(f"{shown(url)} redirects more than {_MAX_REDIRECTS} times")
 
 
-def _networks(allow: Sequence[str]) -> list[Network]:
+def networks_of(allow: Sequence[str]) -> list[Network]:
+    """Return networks by their names.
+
+    Raises:
+        RequestError: One is none.
+    """
     try:
         return [ip_network(each) for each in ([allow] if isinstance(allow, str) else allow)]
     except (TypeError, ValueError) as error:

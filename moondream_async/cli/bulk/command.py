@@ -75,6 +75,14 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         typer.Option(metavar="NAME", help="A table's column of pictures. [default: path, image]"),
     ] = None,
     every: options.Every = None,
+    allow_network: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CIDR",
+            help="A network whose web servers give pictures, too, as 10.1.0.0/16. Repeatable. "
+            "[default: the public internet]",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Ask about N pictures at most.")
     ] = None,
@@ -166,10 +174,12 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     if rate_limit is not None and rate_limit <= 0:
         raise UsageError("Invalid value for '--rate-limit': it must be over 0", context)
     from .outputs import Output  # noqa: PLC0415 - --help does without
+    from .remote import allow_networks  # noqa: PLC0415 - likewise
     from .report import check_report  # noqa: PLC0415 - likewise
     from .video import check_sources  # noqa: PLC0415 - likewise
 
     try:
+        allow_networks(allow_network or ())
         wanted = Output.of(output)
         kind = "several" if asks else skill
         check_sources(paths or [], from_file or [], wanted.form, kind, via)

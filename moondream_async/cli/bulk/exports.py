@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from moondream_async.cli._files import replacing
-from moondream_async.errors import RequestError
+from moondream_async.errors import MissingExtraError
 
 from .coco import write_coco
 from .lines import encode, whole
@@ -33,12 +33,12 @@ def check_parquet() -> None:
     """Refuse where Parquet can't be written, before anything is paid for.
 
     Raises:
-        RequestError: pyarrow is not installed.
+        MissingExtraError: pyarrow is not installed.
     """
     try:
         import pyarrow.parquet  # noqa: F401, PLC0415 - only to see whether it is there
     except ImportError:
-        raise RequestError(
+        raise MissingExtraError(
             "Parquet needs pyarrow: pip install 'moondream-async[parquet]'"
         ) from None
 

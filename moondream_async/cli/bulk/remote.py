@@ -1,16 +1,37 @@
 """Pictures that are elsewhere: ``s3://``, ``gs://``, ``https://``, members of a zip file.
 
-All of it is fsspec's work. A folder is listed folder by folder, and a picture is read
-when its turn comes.
+A folder is listed folder by folder, and a picture is read when its turn comes. That is
+fsspec's work, but for the web: a table may come from somebody else, and name what is
+inside this network, so that web addresses are fetched as `fetch_image` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moondream_async._images import can_prepare
 from moondream_async._images.inputs import MAX_FILE_BYTES
-from moondream_async.errors import RequestError
+from moondream_async._transport.addresses import Network
+from moondream_async._transport.fetch import fetch_bytes, networks_of
+from moondream_async.errors import MissingExtraError, MoondreamError, RequestError
+
+_SECONDS = 60.0  # for a picture of the web
+_WEB = ("http", "https")
+
+_networks: Sequence[Network] = ()
+
+
+def allow_networks(names: Sequence[str]) -> None:
+    """Let this process fetch pictures from these networks, besides the public internet.
+
+    Raises:
+        RequestError: One is no network.
+    """
+    global _networks  # noqa: PLW0603 - a command is a process, and lines name nothing but paths
+    _networks = networks_of(names)
 
 
 def is_remote(name: str) -> bool:
@@ -22,13 +43,19 @@ def is_remote(name: str) -> bool:
     return "://" in name or name.lower().endswith(".zip")
 
 
-def find_remote(name: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def find_remote(name: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
     """Yield the address of each picture that a name means, and its path below it.
 
+    What else is in a folder is counted in `left_out`, by the end of its name.
+
     Raises:
-        RequestError: fsspec, or what it needs for this kind of address, is not installed.
+        MissingExtraError: fsspec, or what it needs for this kind of address, is not installed.
+        RequestError: It is an archive on the web.
         OSError: It can't be listed.
     """
+    if _is_web(name):
+        yield name, name.partition("?")[0].rpartition("/")[2]
+        return
     address = f"zip://::{name}" if "://" not in name else name
     files, root = _open(address)
     first, chained, rest = address.partition("::")
@@ -41,15 +68,19 @@ def find_remote(name: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str
     if any(each in root for each in "*[") and not files.exists(root):
         for path in files.glob(root):
             yield whole(path), path.rpartition("/")[2]
-    elif root.lower().endswith(suffixes) or not files.isdir(root):
+    elif can_prepare(root) or not files.isdir(root):
         yield address, root.rpartition("/")[2]
     else:
         top = len(str(root).rstrip("/"))
         for folder, _, names in files.walk(root):
             for each in names:
-                if each.lower().endswith(suffixes) and not each.startswith("."):
+                if each.startswith("."):
+                    continue
+                if can_prepare(each):
                     path = f"{folder.rstrip('/')}/{each}" if folder else each
                     yield whole(path), path[top:].lstrip("/")
+                else:
+                    left_out[f".{each.rpartition('.')[2].lower()}" if "." in each else ""] += 1
 
 
 def read_remote(address: str) -> bytes:
@@ -58,6 +89,14 @@ def read_remote(address: str) -> bytes:
     Raises:
         OSError: It can't be read, or is too large.
     """
+    if _is_web(address):
+        fetched = fetch_bytes(address, max_bytes=MAX_FILE_BYTES, networks=_networks)
+        try:
+            return asyncio.run(asyncio.wait_for(fetched, _SECONDS))
+        except TimeoutError:
+            raise OSError(f"it was not fetched within {_SECONDS:g} seconds") from None
+        except MoondreamError as error:
+            raise OSError(str(error)) from error
     try:
         files, path = _open(address)
         with files.open(path, "rb") as file:
@@ -72,13 +111,19 @@ def read_remote(address: str) -> bytes:
 
 
 def _open(address: str) -> tuple[Any, str]:
+    if any(map(_is_web, address.split("::"))):
+        raise RequestError(f"{address}: an archive on the web is not read; fetch it first")
     try:
         import fsspec.core  # noqa: PLC0415 - an extra
 
         files, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise RequestError(
+        raise MissingExtraError(
             f"{address.partition('://')[0]}:// needs fsspec, and a library for that kind: "
             f"pip install 'moondream-async[remote]' ({error})"
         ) from None
     return files, path
+
+
+def _is_web(address: str) -> bool:
+    return address.partition("://")[0].strip().lower() in _WEB

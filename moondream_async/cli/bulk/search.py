@@ -13,17 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 
+from moondream_async._images import can_prepare
+
 from .names import name_of, simplest
 from .remote import find_remote, is_remote
 from .sources import Found
 from .tables import find_in_table, is_table
 from .video import find_frames, is_video
-
-SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe"),
-    *(".jpeg", ".jpg", ".pcx", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-)
-"""What is taken for a picture in a folder; a file that is named itself may be called anything."""
 
 
 class Search:
@@ -109,7 +105,7 @@ class Search:
 
     def _remote(self, argument: str) -> Iterator[Found]:
         try:
-            for address, below in find_remote(argument, SUFFIXES):
+            for address, below in find_remote(argument, self.left_out):
                 yield Found(address, below)
         except OSError as error:
             self._complain(f"can't list {name_of(argument)}: {error.strerror or error}")
@@ -125,7 +121,7 @@ class Search:
                             continue
                         if _is_folder(entry):
                             folders.append(entry.path)
-                        elif entry.name.lower().endswith(SUFFIXES):
+                        elif can_prepare(entry.name):
                             below = os.path.relpath(entry.path, root)
                             yield Found(simplest(entry.path), below)
                         else:

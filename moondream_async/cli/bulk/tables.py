@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from moondream_async.errors import RequestError
+from moondream_async.errors import MissingExtraError, RequestError
 
 from .names import simplest
 from .sources import Found
@@ -87,7 +87,7 @@ def _parquet(name: str) -> Iterator[Row]:
         import pyarrow as pa  # noqa: PLC0415 - an extra, and slow to load
         import pyarrow.parquet as pq  # noqa: PLC0415 - likewise
     except ImportError:
-        raise RequestError(
+        raise MissingExtraError(
             "Parquet needs pyarrow: pip install 'moondream-async[parquet]'"
         ) from None
     try:
