@@ -17,10 +17,8 @@ import anyio
 import pytest
 import trustme
 from raw_server import GoneError, RawServer, head, whole
-from yarl import URL
 
 import moondream_async as md
-from moondream_async._transport.files import SharedFile
 from moondream_async.batch import wire as protocol
 from moondream_async.batch.wire import FileChecker, Tally
 from moondream_async.simulator import Simulator
@@ -555,25 +553,6 @@ async def test_file_that_becomes_shorter_meanwhile_aborts_the_upload(client, tmp
         await client.batches.create(path, part_bytes=1_000_000, on_progress=shorten)
 
 
-async def test_each_piece_of_a_part_is_progress(client, simulator, tmp_path):
-    """So the limit of silence begins anew with it, and a slow line may take its time."""
-    path = tmp_path / "part"
-    path.write_bytes(bytes(1_000_000))
-    told = []
-    with path.open("rb") as file:
-        [part] = SharedFile(file, 1_000_000).slices(1_000_000)
-        body = await client._caller.session.transport.pool().request(
-            "PUT",
-            URL(f"{simulator.endpoint}/batch/f?action=mpu-uploadpart"),
-            headers={},
-            body=[part],
-            on_send=lambda: told.append(True),
-            on_close=lambda _: None,
-        )
-        await body.read()
-    assert len(told) == 1 + 4
-
-
 # -- uploads that are broken off ------------------------------------------------------
 
 STALL = "slow_start=3600,path=/batch/"  # the first part is received, and never answered
@@ -951,8 +930,8 @@ async def test_line_of_results_has_a_limit():
 
 async def test_line_that_is_no_result_is_an_error():
     async with Storage(file(output_line(0), "not JSON", output_line(1))) as storage:
-        with pytest.raises(md.ServerError, match="not JSON"):
-            await storage.results()
+        results = await storage.results()
+        assert [each.ok for each in results] == [True, False, True]
 
 
 async def test_download_that_stalls_ends_with_the_idle_limit():
@@ -992,7 +971,7 @@ async def test_hooks_are_told_of_the_end_of_each_download(end):
         == {
             "whole": [(True, False), (True, False)],  # what the batch is, and its results
             "broken off": [(True, False), (False, False)],
-            "failed": [(True, False), (False, True)],
+            "failed": [(True, False), (True, False)],
             "expired": [(True, False), (False, True), (True, False), (True, False)],
         }[end]
     )

@@ -73,7 +73,7 @@ async def test_point_puts_a_point_in_each_object(any_client, photo):
 async def test_points_lie_in_the_boxes(any_client, photo):
     boxes = (await any_client.detect(photo, "shape")).objects
     points = (await any_client.point(photo, "shape")).points
-    assert len(boxes) == len(points) == 5
+    assert len(boxes) == len(points) == 9
     for box, point in zip(boxes, points, strict=True):
         assert box.x_min < point.x < box.x_max
         assert box.y_min < point.y < box.y_max

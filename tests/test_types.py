@@ -323,7 +323,7 @@ def test_the_limits_are_those_of_the_documentation():
 
 
 @every_phase
-@pytest.mark.parametrize("seconds", [0.001, 5, 2.5, float("inf"), None])
+@pytest.mark.parametrize("seconds", [0.001, 5, 2.5, None])
 def test_a_limit_is_a_positive_number_of_seconds_or_none(phase, seconds):
     assert getattr(Timeout(**{phase: seconds}), phase) == seconds
 
@@ -336,7 +336,7 @@ def test_any_other_limit_is_refused_by_name(phase, seconds):
     with pytest.raises(md.RequestError) as caught:
         Timeout(**{phase: seconds})
 
-    assert caught.value.message.startswith(f"Timeout.{phase} must be a positive number of seconds")
+    assert caught.value.message.startswith(f"Timeout.{phase} must be a number of seconds over 0")
 
 
 @unhurried

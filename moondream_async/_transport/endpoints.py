@@ -85,8 +85,12 @@ def _read_endpoint(address: Secret) -> URL | str:
         host, port = url.host, url.port
     except (TypeError, ValueError):  # brackets that don't close, a port that is no number, ...
         return problem
-    if url.scheme not in ("http", "https") or not host or port == 0 or not url.path.isascii():
+    if url.scheme not in ("http", "https") or port == 0 or not url.path.isascii():
         return problem
+    if not host or (
+        ":" not in host and not all(1 <= len(x) <= 63 for x in host.removesuffix(".").split("."))
+    ):
+        return problem  # a name in DNS has labels of 1 to 63 letters, and may end in a dot
     if url.user is not None or url.password is not None or "?" in text or "#" in text:
         return "endpoint must be an address without a user, a query or a fragment"
     return url if text.isprintable() and " " not in text else problem

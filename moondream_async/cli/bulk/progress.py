@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moondream_async.cli._output import note
+from moondream_async.cli._output import note, one_line
 
 if TYPE_CHECKING:
     from typing import Self
@@ -115,7 +115,10 @@ class Progress:
 
     def failures(self) -> list[str]:
         """Return the reasons of failures, a line each, the commonest first."""
-        lines = [f"{count:,} failed: {why}" for why, count in self.reasons.most_common(_REASONS)]
+        lines = [
+            f"{count:,} failed: {one_line(why)}"
+            for why, count in self.reasons.most_common(_REASONS)
+        ]
         more = len(self.reasons) - _REASONS
         return [*lines, f"... and for {more:,} other reasons"] if more > 0 else lines
 
@@ -123,7 +126,7 @@ class Progress:
         if not self.reasons:
             return ""
         ((why, count),) = self.reasons.most_common(1)
-        return f" ({count:,}: {why[:60]})"
+        return f" ({count:,}: {one_line(why)[:60]})"
 
     def _spent(self) -> str:
         """Only the cloud asks for money."""
