@@ -110,8 +110,10 @@ class Tab:
             self.complaints.append(message.text)
 
     async def leave(self):
-        """Go nowhere, which ends what is on its way, and listen no more."""
+        """Forget what was asked, go nowhere, which ends what is on its way, and listen no more."""
         if not self.tab.is_closed():
+            # The next page may get the same port, and would begin with what was asked in this one.
+            await self.tab.evaluate("location.protocol === 'http:' && sessionStorage.clear()")
             await self.tab.goto("about:blank")
         for name, listener in self._listeners.items():
             self.tab.remove_listener(name, listener)
