@@ -286,6 +286,7 @@ class Pool:
                 on_new = True
                 continue
             finally:
+                upload.end()
                 if guarding is not None:
                     end(guarding)
             if response.status == 408 and upload.reused and repeatable:

@@ -69,6 +69,11 @@ class Upload(aiohttp.payload.Payload):
         """Whether nothing was sent, since a connection that was kept must not be used."""
         self.is_sent = False
         """Whether its last byte is on its way."""
+        self._is_over = False
+
+    def end(self) -> None:
+        """Look no longer whether the last bytes have gone: the request was answered, or failed."""
+        self._is_over = True
 
     def moved(self) -> bool:
         """Tell whether any of it has gone out since this was asked for the last time."""
@@ -97,10 +102,16 @@ class Upload(aiohttp.payload.Payload):
         async for piece in self._slowly():
             await writer.write(piece)
             self._written += len(piece)
-        pause = _LOOK
-        while _unsent(writer):
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        # Not awaited: aiohttp closes a connection on which the answer ends before this does.
+        self._look_until_sent(_LOOK)
+
+    def _look_until_sent(self, pause: float) -> None:
+        if self._is_over:
+            return
+        if _unsent(self._writer):
+            longer = min(2 * pause, _LONGEST_PAUSE)
+            asyncio.get_running_loop().call_later(pause, self._look_until_sent, longer)
+            return
         self.is_sent = True
         self._on_send(self)
 
@@ -110,9 +121,10 @@ class Upload(aiohttp.payload.Payload):
                 async for piece in part:
                     yield piece
                 return
-        for piece in self._pieces():
+        for index, piece in enumerate(self._pieces()):
+            if index:
+                await asyncio.sleep(0)  # write() gives way only when the socket is full
             yield piece
-            await asyncio.sleep(0)  # write() gives way only when the socket is full
 
     def _pieces(self) -> Any:
         for part in self._parts:
