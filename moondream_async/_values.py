@@ -1,6 +1,8 @@
 """Dicts whose items are attributes too: what results and records are made of.
 
-The rules, and why they are dicts, stand at the top of `results`.
+The rules, and why they are dicts, stand at the top of `results`. To type checkers each
+class names its keys, in up to two groups, and the type of the items of each group; with
+another key, ``value[key]`` is an error to them, as it is for a TypedDict.
 """
 
 from __future__ import annotations
@@ -8,9 +10,45 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, ClassVar, NotRequired, Self, dataclass_transform, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Never,
+    NotRequired,
+    Self,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
+    overload,
+)
 
 import msgspec
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsKeysAndGetItem
+    from typing_extensions import TypeVar  # those of `typing` have defaults from Python 3.13 on
+
+    Key_contra = TypeVar("Key_contra", contravariant=True, default=Never)
+    Item_co = TypeVar("Item_co", covariant=True, default=Any)
+    OtherKey_contra = TypeVar("OtherKey_contra", contravariant=True, default=Never)
+    OtherItem_co = TypeVar("OtherItem_co", covariant=True, default=Any)
+
+    class _Keyed(
+        dict[str, Any],
+        SupportsKeysAndGetItem[str, Any],  # so that ``dict(value)`` is right all the same
+        Generic[Key_contra, Item_co, OtherKey_contra, OtherItem_co],
+    ):
+        @overload  # type: ignore[override] # a dict takes any key
+        def __getitem__(self, key: Key_contra, /) -> Item_co: ...
+        @overload
+        def __getitem__(self, key: OtherKey_contra, /) -> OtherItem_co: ...
+        def __getitem__(self, key: Any, /) -> Any: ...
+
+else:  # a dict takes any number of types in its brackets
+    _Keyed = dict
+    Key_contra = Item_co = OtherKey_contra = OtherItem_co = Any
 
 _REQUIRED: Any = msgspec.NODEFAULT
 
@@ -33,7 +71,7 @@ class _Beside(_Item):
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
-class Value(dict[str, Any]):
+class Value(_Keyed[Key_contra, Item_co, OtherKey_contra, OtherItem_co]):
     """A dict whose items are attributes too.
 
     The annotations of a subclass are its keys, with the values that they have where
@@ -109,7 +147,9 @@ class Value(dict[str, Any]):
     def __repr__(self) -> str:
         known = [name for name in self._fields if name in self]
         names = known + [name for name in self if name not in self._fields]
-        shown = ", ".join(f"{name}={self[name]!r}" for name in names if name not in self._hidden)
+        shown = ", ".join(
+            f"{name}={self.get(name)!r}" for name in names if name not in self._hidden
+        )
         return f"{type(self).__name__}({shown})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -180,7 +220,7 @@ def typed_dict(cls: type[Value]) -> Any:
     return made
 
 
-class Record(Value, kw_only=True):
+class Record(Value[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=True):
     """What the server keeps, as it was when it was asked."""
 
     __slots__ = ("_raw",)

@@ -25,28 +25,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 
-from ._values import Record, Value
+from ._values import Item_co, Key_contra, OtherItem_co, OtherKey_contra, Record, Value
 from .types import ImageInput
 
 if TYPE_CHECKING:
     import PIL.Image
 
 
-class Point(Value):
+class Point(Value[Literal["x", "y"], float]):
     """A place in the picture."""
 
     __slots__ = ()
 
     x: float
     y: float
-
-    if TYPE_CHECKING:
-
-        @overload
-        def __getitem__(self, key: Literal["x", "y"], /) -> float: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float]:
         """Return x and y in pixels, for a picture of that size.
@@ -57,7 +49,7 @@ class Point(Value):
         return self.x * width, self.y * height
 
 
-class Region(Value):
+class Region(Value[Literal["x_min", "y_min", "x_max", "y_max"], float]):
     """A box in the picture."""
 
     __slots__ = ()
@@ -66,14 +58,6 @@ class Region(Value):
     y_min: float
     x_max: float
     y_max: float
-
-    if TYPE_CHECKING:
-
-        @overload
-        def __getitem__(self, key: Literal["x_min", "y_min", "x_max", "y_max"], /) -> float: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Return left, top, right and bottom in pixels, for a picture of that size.
@@ -91,7 +75,7 @@ SpatialRefs = Sequence[Point | Region | Sequence[float]]
 calls found."""
 
 
-class Grounding(Value):
+class Grounding(Value[Literal["start_idx", "end_idx"], int, Literal["points"], list[list[float]]]):
     """A span of the reasoning's text and the places in the picture that it speaks of."""
 
     __slots__ = ()
@@ -101,18 +85,8 @@ class Grounding(Value):
     end_idx: int
     points: list[list[float]] = msgspec.field(default_factory=list)
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["start_idx", "end_idx"], /) -> int: ...
-        @overload
-        def __getitem__(self, key: Literal["points"], /) -> list[list[float]]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class Reasoning(Value):
+class Reasoning(Value[Literal["text"], str, Literal["grounding"], list[Grounding]]):
     """What the model thought before it answered."""
 
     __slots__ = ()
@@ -120,18 +94,10 @@ class Reasoning(Value):
     text: str
     grounding: list[Grounding] = msgspec.field(default_factory=list)
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["text"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["grounding"], /) -> list[Grounding]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class Usage(Value, kw_only=True):
+class Usage(
+    Value[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int], kw_only=True
+):
     """How many tokens a chat took."""
 
     __slots__ = ()
@@ -140,18 +106,8 @@ class Usage(Value, kw_only=True):
     completion_tokens: int | None = None
     total_tokens: int | None = None
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(
-            self, key: Literal["prompt_tokens", "completion_tokens", "total_tokens"], /
-        ) -> int: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class Result(Value, kw_only=True):
+class Result(Value[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=True):
     """What every answer has."""
 
     __slots__ = ("_headers", "_picture", "_raw")
@@ -169,26 +125,28 @@ class Result(Value, kw_only=True):
     """The response's, whose names may be written in upper or lower case. No key; None where the
     result came another way, as in a file of results."""
 
+    if TYPE_CHECKING:
 
-class CaptionResult(Result, kw_only=True):
+        @overload  # type: ignore[override] # to a checker, a dict takes any key
+        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
+        @overload
+        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
+        @overload
+        def __getitem__(self, key: Key_contra, /) -> Item_co: ...
+        @overload
+        def __getitem__(self, key: OtherKey_contra, /) -> OtherItem_co: ...
+        def __getitem__(self, key: Any, /) -> Any: ...
+
+
+class CaptionResult(Result[Literal["caption"], str], kw_only=True):
     """A description of a picture."""
 
     __slots__ = ()
 
     caption: str
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["caption", "request_id", "finish_reason"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class _Drawable(Result, kw_only=True):
+class _Drawable(Result[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=True):
     """A result that knows places in its picture."""
 
     __slots__ = ()
@@ -245,7 +203,7 @@ class _Drawable(Result, kw_only=True):
         return draw(self, image, labels=labels, line_width=line_width)
 
 
-class QueryResult(_Drawable, kw_only=True):
+class QueryResult(_Drawable[Literal["answer"], str, Literal["reasoning"], Reasoning], kw_only=True):
     """An answer about a picture. What is drawn are the places that its reasoning speaks of."""
 
     __slots__ = ()
@@ -254,20 +212,8 @@ class QueryResult(_Drawable, kw_only=True):
     reasoning: Reasoning | None = None
     """Present when the call asked for it and the server gave it."""
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["answer", "request_id", "finish_reason"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["reasoning"], /) -> Reasoning: ...
-        @overload
-        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class DetectResult(_Drawable, kw_only=True):
+class DetectResult(_Drawable[Literal["objects"], list[Region]], kw_only=True):
     """Where in the picture the objects are."""
 
     __slots__ = ()
@@ -275,20 +221,8 @@ class DetectResult(_Drawable, kw_only=True):
     objects: list[Region]
     """A box each."""
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["objects"], /) -> list[Region]: ...
-        @overload
-        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class PointResult(_Drawable, kw_only=True):
+class PointResult(_Drawable[Literal["points"], list[Point]], kw_only=True):
     """Where in the picture the objects are."""
 
     __slots__ = ()
@@ -296,20 +230,10 @@ class PointResult(_Drawable, kw_only=True):
     points: list[Point]
     """A place in each."""
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["points"], /) -> list[Point]: ...
-        @overload
-        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class SegmentResult(_Drawable, kw_only=True):
+class SegmentResult(
+    _Drawable[Literal["path", "parse_error"], str, Literal["bbox"], Region], kw_only=True
+):
     """The outline of an object."""
 
     __slots__ = ()
@@ -320,20 +244,6 @@ class SegmentResult(_Drawable, kw_only=True):
     """Where the object is; some servers leave it out."""
     parse_error: str | None = None
     """What was wrong with the outline that the model wrote, in the server's words."""
-
-    if TYPE_CHECKING:
-
-        @overload
-        def __getitem__(
-            self, key: Literal["path", "parse_error", "request_id", "finish_reason"], /
-        ) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["bbox"], /) -> Region: ...
-        @overload
-        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
 
     @property
     def transform(self) -> str | None:
@@ -391,7 +301,10 @@ def remember_picture(result: Result, image: Any) -> None:
         setattr(result, "_picture", weakref.ref(image))  # noqa: B010 - likewise
 
 
-class ChatMessage(Value, kw_only=True):
+class ChatMessage(
+    Value[Literal["role", "content", "reasoning"], str, Literal["reasoning_details"], Reasoning],
+    kw_only=True,
+):
     """One turn of a conversation."""
 
     __slots__ = ()
@@ -403,18 +316,8 @@ class ChatMessage(Value, kw_only=True):
     reasoning_details: Reasoning | None = None
     """The same with the places in the pictures that it speaks of, where the server says them."""
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["role", "content", "reasoning"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["reasoning_details"], /) -> Reasoning: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class ChatResult(Result, kw_only=True):
+class ChatResult(Result[Literal["message"], ChatMessage, Literal["usage"], Usage], kw_only=True):
     """The next turn of a conversation."""
 
     __slots__ = ()
@@ -428,22 +331,8 @@ class ChatResult(Result, kw_only=True):
         said = self.message
         return said.reasoning_details or (Reasoning(said.reasoning) if said.reasoning else None)
 
-    if TYPE_CHECKING:
 
-        @overload
-        def __getitem__(self, key: Literal["message"], /) -> ChatMessage: ...
-        @overload
-        def __getitem__(self, key: Literal["usage"], /) -> Usage: ...
-        @overload
-        def __getitem__(self, key: Literal["request_id", "finish_reason"], /) -> str: ...
-        @overload
-        def __getitem__(self, key: Literal["metrics"], /) -> dict[str, Any]: ...
-        @overload
-        def __getitem__(self, key: str, /) -> Any: ...
-        def __getitem__(self, key: str, /) -> Any: ...
-
-
-class Model(Record, kw_only=True):
+class Model(Record[Literal["id", "name", "description", "version"], str], kw_only=True):
     """A model that a server offers."""
 
     __slots__ = ()
@@ -454,7 +343,7 @@ class Model(Record, kw_only=True):
     version: str | None = None
 
 
-class Health(Record, kw_only=True):
+class Health(Record[Literal["ok"], bool, Literal["status"], str], kw_only=True):
     """How a server says that it is."""
 
     __slots__ = ()
@@ -465,7 +354,13 @@ class Health(Record, kw_only=True):
     """In its own words, as ``ok`` or ``starting``."""
 
 
-class ServerStats(Record, kw_only=True):
+_Requests = Literal["queue_size", "max_queue_size", "processing", "requests_processed"]
+_Numbers = Literal["workers", "timeouts", "default_timeout"]
+
+
+class ServerStats(
+    Record[Literal["status", "model"], str, _Requests | _Numbers, float], kw_only=True
+):
     """How busy a Moondream Station is."""
 
     __slots__ = ()
@@ -482,7 +377,11 @@ class ServerStats(Record, kw_only=True):
     requests_processed: int | None = None
 
 
-class ClientStats(Value, kw_only=True):
+_Now = Literal["open_streams", "waiting_calls", "pooled_connections"]
+_SoFar = Literal["requests", "retries", "bytes_sent", "bytes_received"]
+
+
+class ClientStats(Value[_Now | _SoFar, int], kw_only=True):
     """What a client is doing and has done, over all its event loops."""
 
     __slots__ = ()

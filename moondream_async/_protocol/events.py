@@ -236,7 +236,7 @@ class AnswerDecoder:
         return Block.of([FinalEvent(chunk=self._text_of(result), raw=result.raw)])
 
     def _text_of(self, result: Result) -> str:
-        text: str = result[ANSWER_KEY[self._skill]]
+        text: str = result.get(ANSWER_KEY[self._skill], "")
         return text
 
     # -- the short way ------------------------------------------------------------

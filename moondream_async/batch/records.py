@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,7 +11,7 @@ from moondream_async._values import Record, Value
 from moondream_async.results import Result
 
 
-class BatchProgress(Value, kw_only=True):
+class BatchProgress(Value[Literal["total", "completed", "failed"], int], kw_only=True):
     """How many lines of a batch are done."""
 
     __slots__ = ()
@@ -22,7 +22,7 @@ class BatchProgress(Value, kw_only=True):
     failed: int = 0
 
 
-class BatchUsage(Value, kw_only=True):
+class BatchUsage(Value[Literal["input_tokens", "output_tokens"], int], kw_only=True):
     """How many tokens a batch, or a line of one, took."""
 
     __slots__ = ()
@@ -31,7 +31,7 @@ class BatchUsage(Value, kw_only=True):
     output_tokens: int = 0
 
 
-class BatchFailure(Value, kw_only=True):
+class BatchFailure(Value[Literal["code", "message"], str], kw_only=True):
     """Why a batch, or a line of one, came to nothing."""
 
     __slots__ = ()
@@ -42,7 +42,7 @@ class BatchFailure(Value, kw_only=True):
     """In the server's words."""
 
 
-class BatchOutput(Value, kw_only=True):
+class BatchOutput(Value[Literal["index"], int, Literal["url"], str], kw_only=True):
     """A file of results."""
 
     __slots__ = ()
@@ -54,7 +54,11 @@ class BatchOutput(Value, kw_only=True):
     _hidden = frozenset({"url"})  # whoever knows it can read the file
 
 
-class Batch(Record, kw_only=True):
+_Told = Literal["progress", "usage", "outputs", "error", "size"]
+_Times = Literal["created_at", "completed_at", "expires_at"]
+
+
+class Batch(Record[Literal["id", "status", "model"], str, _Told | _Times, Any], kw_only=True):
     """A batch, as it was when the server was asked."""
 
     __slots__ = ()
@@ -85,7 +89,10 @@ class Batch(Record, kw_only=True):
         return ended or self.completed_at is not None or self.error is not None
 
 
-class BatchResult(Record, kw_only=True):
+class BatchResult(
+    Record[Literal["result"], Result, Literal["id", "line_index", "error", "usage"], Any],
+    kw_only=True,
+):
     """What became of one line of a batch."""
 
     __slots__ = ()

@@ -123,7 +123,7 @@ async def _show(
                 await (print_events(answer) if as_json else print_pieces(answer))
             text = answer.text_so_far
         else:
-            text = answer[keys[0]]
+            text = str(answer.get(keys[0]))
             if not as_json:
                 print_text(text)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,7 +11,12 @@ from moondream_async._values import Record
 from moondream_async.results import BASE_MODEL, Point, Reasoning, Region
 
 
-class Finetune(Record, kw_only=True):
+class Finetune(
+    Record[
+        Literal["finetune_id", "name"], str, Literal["rank", "created_at_ms", "updated_at_ms"], int
+    ],
+    kw_only=True,
+):
     """A model that is being trained."""
 
     __slots__ = ()
@@ -33,7 +38,15 @@ class Finetune(Record, kw_only=True):
         return _name_model(base_model, self.finetune_id, step)
 
 
-class Checkpoint(Record, kw_only=True):
+class Checkpoint(
+    Record[
+        Literal["finetune_id", "checkpoint_id"],
+        str,
+        Literal["step", "created_at_ms", "updated_at_ms", "expires_at_ms"],
+        int,
+    ],
+    kw_only=True,
+):
     """A state of a finetune that was saved."""
 
     __slots__ = ()
@@ -59,7 +72,7 @@ def _name_model(base_model: str, finetune_id: str, step: int) -> str:
     return f"{base_model}/{finetune_id}@{step}"
 
 
-class CheckpointDownload(Record, kw_only=True):
+class CheckpointDownload(Record[Literal["url"], str, Literal["expires_in"], float], kw_only=True):
     """Where a checkpoint can be fetched from for a while."""
 
     __slots__ = ()
@@ -72,7 +85,9 @@ class CheckpointDownload(Record, kw_only=True):
     _hidden = frozenset({"url"})  # whoever knows it can fetch the file
 
 
-class RolloutOutput(Record, kw_only=True):
+class RolloutOutput(
+    Record[Literal["answer"], str, Literal["reasoning", "points", "objects"], Any], kw_only=True
+):
     """The answer of a rollout; which fields it has depends on the skill."""
 
     __slots__ = ()
@@ -83,7 +98,11 @@ class RolloutOutput(Record, kw_only=True):
     objects: list[Region] | None = None
 
 
-class Rollout(Record, kw_only=True):
+_Words = Literal["skill", "finish_reason", "has_answer_separator"]
+_Lists = Literal["answer_tokens", "thinking_tokens", "coords", "sizes"]
+
+
+class Rollout(Record[Literal["output"], RolloutOutput, _Words | _Lists, Any], kw_only=True):
     """One try of a model that is being trained, and what training wants to know of it."""
 
     __slots__ = ()
@@ -98,7 +117,9 @@ class Rollout(Record, kw_only=True):
     sizes: list[Any] = msgspec.field(default_factory=list)
 
 
-class Rollouts(Record, kw_only=True):
+class Rollouts(
+    Record[Literal["rollouts"], list[Rollout], Literal["request", "rewards"], Any], kw_only=True
+):
     """All tries at one request."""
 
     __slots__ = ()
@@ -112,7 +133,15 @@ class Rollouts(Record, kw_only=True):
     _hidden = frozenset({"request"})  # has the pictures
 
 
-class TrainStep(Record, kw_only=True):
+class TrainStep(
+    Record[
+        Literal["step"],
+        int,
+        Literal["applied", "kl", "router_kl", "grad_norm", "sft_loss", "reward_mean", "reward_std"],
+        float,
+    ],
+    kw_only=True,
+):
     """What a step of training did."""
 
     __slots__ = ()
@@ -129,7 +158,7 @@ class TrainStep(Record, kw_only=True):
     reward_std: float | None = None
 
 
-class MetricsLog(Record, kw_only=True):
+class MetricsLog(Record[Literal["ok"], bool, Literal["step", "logged_count"], int], kw_only=True):
     """What became of metrics that were logged."""
 
     __slots__ = ()
