@@ -12,7 +12,7 @@ from ._protocol.secret import Secret, hidden
 from ._skills import Skills
 from .errors import RequestError
 from .results import ClientStats
-from .types import Hooks, Length, Timeout, to_timeout
+from .types import Hooks, Timeout, to_timeout
 
 if TYPE_CHECKING:
     import ssl
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ._stream.kinds import CaptionStream, QueryStream, SegmentStream
     from .batch.batches import Batches
-    from .bulk.items import ItemT
+    from .bulk.items import BulkOptions, ItemT
     from .bulk.run import BulkRun, Items
     from .results import (
         CaptionResult,
@@ -34,14 +34,7 @@ if TYPE_CHECKING:
         SegmentResult,
     )
     from .tuning.finetunes import Tuning
-    from .watch.items import (
-        CaptionOptions,
-        DetectOptions,
-        Frames,
-        FrameT,
-        PlaceOptions,
-        QueryOptions,
-    )
+    from .watch.items import Frames, FrameT, WatchOptions
     from .watch.run import Watch
 
 _DEFAULT_TIMEOUT = Timeout()
@@ -207,63 +200,33 @@ class MoondreamClient(Skills):
         self,
         items: Items[ItemT],
         skill: Literal["caption"] = "caption",
-        *,
-        ordered: bool = False,
-        concurrency: int | None = None,
-        max_retries: int | None = None,
-        **arguments: Any,
+        **options: Unpack[BulkOptions],
     ) -> BulkRun[ItemT, CaptionResult]: ...
 
     @overload
     def bulk(
-        self,
-        items: Items[ItemT],
-        skill: Literal["query"],
-        *,
-        ordered: bool = False,
-        concurrency: int | None = None,
-        max_retries: int | None = None,
-        **arguments: Any,
+        self, items: Items[ItemT], skill: Literal["query"], **options: Unpack[BulkOptions]
     ) -> BulkRun[ItemT, QueryResult]: ...
 
     @overload
     def bulk(
-        self,
-        items: Items[ItemT],
-        skill: Literal["detect"],
-        *,
-        ordered: bool = False,
-        concurrency: int | None = None,
-        max_retries: int | None = None,
-        **arguments: Any,
+        self, items: Items[ItemT], skill: Literal["detect"], **options: Unpack[BulkOptions]
     ) -> BulkRun[ItemT, DetectResult]: ...
 
     @overload
     def bulk(
-        self,
-        items: Items[ItemT],
-        skill: Literal["point"],
-        *,
-        ordered: bool = False,
-        concurrency: int | None = None,
-        max_retries: int | None = None,
-        **arguments: Any,
+        self, items: Items[ItemT], skill: Literal["point"], **options: Unpack[BulkOptions]
     ) -> BulkRun[ItemT, PointResult]: ...
 
     @overload
     def bulk(
-        self,
-        items: Items[ItemT],
-        skill: Literal["segment"],
-        *,
-        ordered: bool = False,
-        concurrency: int | None = None,
-        max_retries: int | None = None,
-        **arguments: Any,
+        self, items: Items[ItemT], skill: Literal["segment"], **options: Unpack[BulkOptions]
     ) -> BulkRun[ItemT, SegmentResult]: ...
 
     @overload
-    def bulk(self, items: Items[ItemT], skill: str, **arguments: Any) -> BulkRun[ItemT, Any]: ...
+    def bulk(
+        self, items: Items[ItemT], skill: str, **options: Unpack[BulkOptions]
+    ) -> BulkRun[ItemT, Any]: ...
 
     def bulk(
         self,
@@ -333,7 +296,7 @@ class MoondreamClient(Skills):
         skill: Literal["caption"] = "caption",
         *,
         stream: Literal[False] = False,
-        **arguments: Unpack[CaptionOptions],
+        **options: Unpack[WatchOptions],
     ) -> Watch[FrameT, CaptionResult]: ...
 
     @overload
@@ -343,7 +306,7 @@ class MoondreamClient(Skills):
         skill: Literal["caption"] = "caption",
         *,
         stream: Literal[True],
-        **arguments: Unpack[CaptionOptions],
+        **options: Unpack[WatchOptions],
     ) -> Watch[FrameT, CaptionStream]: ...
 
     @overload
@@ -353,7 +316,7 @@ class MoondreamClient(Skills):
         skill: Literal["query"],
         *,
         stream: Literal[False] = False,
-        **arguments: Unpack[QueryOptions],
+        **options: Unpack[WatchOptions],
     ) -> Watch[FrameT, QueryResult]: ...
 
     @overload
@@ -363,23 +326,17 @@ class MoondreamClient(Skills):
         skill: Literal["query"],
         *,
         stream: Literal[True],
-        **arguments: Unpack[QueryOptions],
+        **options: Unpack[WatchOptions],
     ) -> Watch[FrameT, QueryStream]: ...
 
     @overload
     def watch(
-        self,
-        frames: Frames[FrameT],
-        skill: Literal["detect"],
-        **arguments: Unpack[DetectOptions],
+        self, frames: Frames[FrameT], skill: Literal["detect"], **options: Unpack[WatchOptions]
     ) -> Watch[FrameT, DetectResult]: ...
 
     @overload
     def watch(
-        self,
-        frames: Frames[FrameT],
-        skill: Literal["point"],
-        **arguments: Unpack[PlaceOptions],
+        self, frames: Frames[FrameT], skill: Literal["point"], **options: Unpack[WatchOptions]
     ) -> Watch[FrameT, PointResult]: ...
 
     @overload
@@ -389,7 +346,7 @@ class MoondreamClient(Skills):
         skill: Literal["segment"],
         *,
         stream: Literal[False] = False,
-        **arguments: Unpack[PlaceOptions],
+        **options: Unpack[WatchOptions],
     ) -> Watch[FrameT, SegmentResult]: ...
 
     @overload
@@ -399,11 +356,18 @@ class MoondreamClient(Skills):
         skill: Literal["segment"],
         *,
         stream: Literal[True],
-        **arguments: Unpack[PlaceOptions],
+        **options: Unpack[WatchOptions],
     ) -> Watch[FrameT, SegmentStream]: ...
 
     @overload
-    def watch(self, frames: Frames[FrameT], skill: str, **arguments: Any) -> Watch[FrameT, Any]: ...
+    def watch(
+        self,
+        frames: Frames[FrameT],
+        skill: str,
+        *,
+        stream: bool = False,
+        **options: Unpack[WatchOptions],
+    ) -> Watch[FrameT, Any]: ...
 
     def watch(
         self,
@@ -474,15 +438,10 @@ class MoondreamClient(Skills):
         )
 
     def caption_many(
-        self,
-        images: Items[ItemT],
-        *,
-        length: Length = "normal",
-        ordered: bool = False,
-        **options: Any,
+        self, images: Items[ItemT], **options: Unpack[BulkOptions]
     ) -> BulkRun[ItemT, CaptionResult]:
         """Describe many pictures; the same as `bulk` with the skill ``caption``."""
-        return self.bulk(images, "caption", ordered=ordered, length=length, **options)
+        return self.bulk(images, "caption", **options)
 
     @property
     def tuning(self) -> Tuning:

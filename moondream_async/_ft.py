@@ -16,6 +16,7 @@ from ._client import MoondreamClient
 from .errors import RequestError
 from .tuning.records import Finetune, MetricsLog, Rollouts, TrainStep
 from .tuning.wire import LEARNING_RATE, TuningRequest
+from .types import Settings
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,7 +71,7 @@ class FinetuneClient:
         question: str | None = None,
         object: str | None = None,
         num_rollouts: int = 1,
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
         reasoning: bool = False,
         spatial_refs: Sequence[Any] | None = None,
         ground_truth: Mapping[str, Any] | None = None,

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 _MethodT = TypeVar("_MethodT", bound=Callable[..., Any])
 
-AnySettings = Settings | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any] | ChatMessage]
 
 
@@ -70,7 +69,7 @@ class Skills:
         image: ImageInput,
         length: Length = "normal",
         stream: Literal[False] = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, CaptionResult]: ...
@@ -82,7 +81,7 @@ class Skills:
         length: Length = "normal",
         *,
         stream: Literal[True],
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         model: str | None = None,
     ) -> StreamCall[CaptionStream]: ...
 
@@ -92,7 +91,7 @@ class Skills:
         image: ImageInput,
         length: Length,
         stream: Literal[True],
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         *,
         model: str | None = None,
     ) -> StreamCall[CaptionStream]: ...
@@ -104,7 +103,7 @@ class Skills:
         length: Length = "normal",
         *,
         stream: bool,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         model: str | None = None,
     ) -> Coroutine[Any, Any, CaptionResult | CaptionStream]: ...
 
@@ -114,7 +113,7 @@ class Skills:
         image: ImageInput,
         length: Length = "normal",
         stream: bool = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, CaptionResult] | StreamCall[CaptionStream]:
@@ -158,7 +157,7 @@ class Skills:
         image: ImageInput | None = None,
         question: str | None = None,
         stream: Literal[False] = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
         *,
@@ -172,7 +171,7 @@ class Skills:
         question: str | None = None,
         *,
         stream: Literal[True],
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
         model: str | None = None,
@@ -184,7 +183,7 @@ class Skills:
         image: ImageInput | None,
         question: str | None,
         stream: Literal[True],
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
         *,
@@ -198,7 +197,7 @@ class Skills:
         question: str | None = None,
         *,
         stream: bool,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
         model: str | None = None,
@@ -210,7 +209,7 @@ class Skills:
         image: ImageInput | None = None,
         question: str | None = None,
         stream: bool = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
         *,
@@ -262,7 +261,7 @@ class Skills:
         self,
         image: ImageInput,
         object: str,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, DetectResult]:
@@ -294,7 +293,7 @@ class Skills:
         self,
         image: ImageInput,
         object: str,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         spatial_refs: SpatialRefs | None = None,
         *,
         model: str | None = None,
@@ -336,7 +335,7 @@ class Skills:
         object: str,
         spatial_refs: SpatialRefs | None = None,
         stream: Literal[False] = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, SegmentResult]: ...
@@ -349,7 +348,7 @@ class Skills:
         spatial_refs: SpatialRefs | None = None,
         *,
         stream: Literal[True],
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         model: str | None = None,
     ) -> StreamCall[SegmentStream]: ...
 
@@ -360,7 +359,7 @@ class Skills:
         object: str,
         spatial_refs: SpatialRefs | None,
         stream: Literal[True],
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         *,
         model: str | None = None,
     ) -> StreamCall[SegmentStream]: ...
@@ -373,7 +372,7 @@ class Skills:
         spatial_refs: SpatialRefs | None = None,
         *,
         stream: bool,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         model: str | None = None,
     ) -> Coroutine[Any, Any, SegmentResult | SegmentStream]: ...
 
@@ -384,7 +383,7 @@ class Skills:
         object: str,
         spatial_refs: SpatialRefs | None = None,
         stream: bool = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, SegmentResult] | StreamCall[SegmentStream]:
@@ -429,7 +428,7 @@ class Skills:
         self,
         messages: Messages,
         stream: Literal[False] = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         *,
         model: str | None = None,
@@ -440,7 +439,7 @@ class Skills:
         self,
         messages: Messages,
         stream: Literal[True],
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         *,
         model: str | None = None,
@@ -451,7 +450,7 @@ class Skills:
         self,
         messages: Messages,
         stream: bool,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         *,
         model: str | None = None,
@@ -462,7 +461,7 @@ class Skills:
         self,
         messages: Messages,
         stream: bool = False,
-        settings: AnySettings | None = None,
+        settings: Settings | None = None,
         reasoning: bool | None = None,
         *,
         model: str | None = None,

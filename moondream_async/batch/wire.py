@@ -25,7 +25,7 @@ from moondream_async._protocol.requests import (
 from moondream_async._protocol.values import read_failure, read_value
 from moondream_async.errors import RequestError, ServerError
 from moondream_async.results import Result
-from moondream_async.types import EncodedImage, Length
+from moondream_async.types import EncodedImage, Length, Settings
 
 from .records import (
     Batch,
@@ -81,7 +81,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         image: Any,
         *,
         length: Length = "normal",
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
         id: str | int | None = None,  # noqa: A002 - the API's word
     ) -> BatchRequest:
         """Describe a picture.
@@ -100,7 +100,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         *,
         images: Sequence[Any] | None = None,
         reasoning: bool | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
         id: str | int | None = None,  # noqa: A002 - the API's word
     ) -> BatchRequest:
         """Answer a question about a picture, or about several.

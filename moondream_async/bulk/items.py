@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import msgspec
 
@@ -18,7 +18,8 @@ from moondream_async._protocol.requests import (
     segment_request,
 )
 from moondream_async.errors import MoondreamError, RequestError
-from moondream_async.types import EncodedImage
+from moondream_async.results import SpatialRefs
+from moondream_async.types import EncodedImage, Length, Settings
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -63,7 +64,7 @@ class BulkResult(msgspec.Struct, Generic[ItemT, ResultT], frozen=True, kw_only=T
     index: int
     """Its place among the items, from 0."""
     result: ResultT = None  # type: ignore[assignment] # or else `ok` would have to be asked twice
-    """The answer, typed as that of the skill; None where `ok` is false."""
+    """The skill's answer; None where `ok` is false."""
     error: MoondreamError | None = None
     """Why there is none."""
     tries: int = 0
@@ -82,6 +83,26 @@ class BulkResult(msgspec.Struct, Generic[ItemT, ResultT], frozen=True, kw_only=T
         if isinstance(self.item, Mapping):
             return self.item.get("id")
         return self.item.id if isinstance(self.item, BulkItem) else None
+
+
+class Arguments(TypedDict, total=False):
+    """The arguments of all skills, for type checkers; each skill takes some of them."""
+
+    length: Length
+    question: str | None
+    object: str | None
+    reasoning: bool | None
+    spatial_refs: SpatialRefs | None
+    settings: Settings | None
+    model: str | None
+
+
+class BulkOptions(Arguments, total=False):
+    """What `MoondreamClient.bulk` takes by name."""
+
+    ordered: bool
+    concurrency: int | None
+    max_retries: int | None
 
 
 class Asking:

@@ -12,6 +12,7 @@ import typer
 from moondream_async import ImageInput, MoondreamClient, MoondreamError
 from moondream_async._stream.kinds import SegmentStream
 from moondream_async.results import DetectResult, PointResult, SegmentResult
+from moondream_async.types import Settings
 
 from . import _options as options
 from ._files import replacing
@@ -211,7 +212,7 @@ def _remark(found: Found) -> None:
         note("Nothing found.")
 
 
-def _limit(max_objects: int | None) -> dict[str, int] | None:
+def _limit(max_objects: int | None) -> Settings | None:
     return None if max_objects is None else {"max_objects": max_objects}
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from moondream_async import MoondreamClient
 from moondream_async._stream.stream import Stream
 from moondream_async.results import Result
-from moondream_async.types import Length
+from moondream_async.types import Length, Settings
 
 from . import _options as options
 from ._options import UsageError
@@ -142,6 +142,7 @@ def _is_streamed(*, stream: bool | None, as_json: bool) -> bool:
 
 def _settings(
     max_tokens: int | None, temperature: float | None, top_p: float | None
-) -> dict[str, Any] | None:
+) -> Settings | None:
     settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    return {name: value for name, value in settings.items() if value is not None} or None
+    given = {name: value for name, value in settings.items() if value is not None}
+    return cast("Settings | None", given or None)

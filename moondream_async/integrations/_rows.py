@@ -60,7 +60,7 @@ class Options(TypedDict, total=False):
     question: str
     reasoning: bool
     object: str
-    settings: Settings | Mapping[str, Any]
+    settings: Settings
 
     endpoint: str
     model: str

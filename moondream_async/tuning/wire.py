@@ -23,6 +23,7 @@ from moondream_async._protocol.requests import (
 )
 from moondream_async._protocol.values import read_value
 from moondream_async.errors import RequestError
+from moondream_async.types import Settings
 
 from .records import Finetune, Rollout, RolloutOutput, Rollouts
 
@@ -63,7 +64,7 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
         *,
         reasoning: bool | None = None,
         spatial_refs: SpatialRefs | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
         context: Any = None,
     ) -> TuningRequest:
         """Ask a question about a picture, or about none. The server computes no rewards for it.
@@ -89,7 +90,7 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
         object: str,
         *,
         ground_truth: Mapping[str, Any] | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
         context: Any = None,
     ) -> TuningRequest:
         """Ask for boxes round objects.
@@ -116,7 +117,7 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
         *,
         ground_truth: Mapping[str, Any] | None = None,
         spatial_refs: SpatialRefs | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
         context: Any = None,
     ) -> TuningRequest:
         """Ask for points in objects.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from moondream_async.bulk.items import Arguments
 from moondream_async.errors import MoondreamError
-from moondream_async.results import SpatialRefs
-from moondream_async.types import Length
 
 FrameT = TypeVar("FrameT")
 AnswerT = TypeVar("AnswerT")
@@ -38,8 +37,8 @@ class WatchResult(msgspec.Struct, Generic[FrameT, AnswerT], frozen=True, kw_only
     """The frame, as it was handed in."""
     index: int
     """The place of the frame among all that the iterable gave, from 0."""
-    result: AnswerT | None = None
-    """The answer, typed as that of the skill; with ``stream=True``, the stream."""
+    result: AnswerT = None  # type: ignore[assignment] # or else `ok` would have to be asked twice
+    """The skill's answer, or its stream with ``stream=True``; None where `ok` is false."""
     error: MoondreamError | None = None
     """Why there is no answer."""
     taken_at: float
@@ -55,38 +54,10 @@ class WatchResult(msgspec.Struct, Generic[FrameT, AnswerT], frozen=True, kw_only
         return self.error is None
 
 
-class Options(TypedDict, total=False):
-    """What all skills take; for type checkers."""
+class WatchOptions(Arguments, total=False):
+    """What `MoondreamClient.watch` takes by name, beside `stream`."""
 
     in_flight: int
     max_age: float | None
     on_error: OnError
     supersede: bool
-    settings: Any
-    model: str | None
-
-
-class CaptionOptions(Options, total=False):
-    """What ``caption`` takes."""
-
-    length: Length
-
-
-class QueryOptions(Options, total=False):
-    """What ``query`` takes."""
-
-    question: str
-    reasoning: bool | None
-    spatial_refs: SpatialRefs | None
-
-
-class DetectOptions(Options, total=False):
-    """What ``detect`` takes."""
-
-    object: str
-
-
-class PlaceOptions(DetectOptions, total=False):
-    """What ``point`` and ``segment`` take."""
-
-    spatial_refs: SpatialRefs | None

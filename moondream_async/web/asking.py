@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
 from moondream_async import MoondreamClient, RequestError
 from moondream_async._stream.stream import Stream
 from moondream_async.results import Result
-from moondream_async.types import Length
+from moondream_async.types import Length, Settings
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -59,7 +59,7 @@ async def ask(client: MoondreamClient, question: Question, picture: bytes) -> St
     Raises:
         MoondreamError: Whatever the call raises.
     """
-    settings = question.settings or None
+    settings = cast("Settings | None", question.settings or None)
     if question.skill == "caption":
         return await client.caption(picture, length=question.length, settings=settings, stream=True)
     if question.skill == "query":

@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import moondream_async as md
 from moondream_async import frames
@@ -155,11 +155,16 @@ async def pictures(
 
 async def settings(client: md.MoondreamClient, image: bytes) -> None:
     await client.caption(image, settings={"temperature": 0.5, "max_tokens": 99})
-    await client.caption(image, settings={"unknown": [1, 2]})
+    await client.caption(image, settings={"temprature": 0.5})  # type: ignore[call-overload]
+    await client.query(image, "?", settings={"top_k": 9})  # type: ignore[call-overload]
+    await client.detect(image, "boat", settings={"max_object": 5})  # type: ignore[arg-type]
+    await client.chat([], settings={"max_tokens": "many"})  # type: ignore[call-overload]
+    client.bulk([image], settings={"temprature": 0.5})  # type: ignore[call-overload]
+    client.watch([image], settings={"temprature": 0.5})  # type: ignore[call-overload]
+    await client.caption(image, settings=cast("md.Settings", {"unknown": [1, 2]}))
     typed: md.Settings = {"temperature": 0.5, "top_p": 1}
     await client.query(image, "How many?", settings=typed, stream=True)
-    untyped: dict[str, Any] = {"temperature": 0.5}
-    await client.detect(image, "boat", settings=untyped)
+    await client.detect(image, "boat", settings=typed)
     wrong: md.Settings = {"temprature": 0.5}  # type: ignore[typeddict-unknown-key]
     await client.caption(image, settings=wrong)
     await client.caption(image, settings="hot")  # type: ignore[call-overload]
@@ -218,20 +223,45 @@ async def by_item(client: md.MoondreamClient, image: bytes) -> None:
     caption = await client.caption(image)
     assert_type(caption["caption"], str)
     assert_type(caption["metrics"], dict[str, Any])
-    assert_type(caption["mine"], Any)
+    assert_type(caption["finish_reason"], str)
+    caption["captoin"]  # type: ignore[call-overload]
+    caption["objects"]  # type: ignore[call-overload]
+    caption["mine"]  # type: ignore[call-overload]
+    assert_type(caption.get("mine"), Any | None)
     text: str = caption["caption"]
-    as_dict: dict[str, Any] = dict(caption)
     detected = await client.detect(image, "boat")
     assert_type(detected["objects"], list[md.Region])
+    detected["objects"][0]["x_mim"]  # type: ignore[call-overload]
+    answer = await client.query(image, "How many?")
+    assert_type(answer["answer"], str)
+    assert_type(answer["reasoning"], md.Reasoning)
+    assert_type(answer["reasoning"]["grounding"][0]["points"], list[list[float]])
+    outline = await client.segment(image, "boat")
+    assert_type(outline["path"], str)
+    assert_type(outline["bbox"]["x_min"], float)
+    pointed = await client.point(image, "boat")
+    assert_type(pointed["points"][0]["x"], float)
+    turn = await client.chat([])
+    assert_type(turn["message"]["content"], str)
+    assert_type(turn["usage"]["total_tokens"], int)
+    assert_type((await client.models())[0]["id"], str)
+    assert_type((await client.batches.get("id"))["status"], str)
+    (await client.batches.get("id"))["stauts"]  # type: ignore[call-overload]
     x_max = detected["objects"][0]["x_max"]
     assert_type(x_max, float)
-    assert_type(caption | {"mine": 1}, dict[str, Any])
     assert_type(md.Region(0, 0, 1, 1)["x_min"], float)
     md.Region(0, 0, 1)  # type: ignore[call-arg]
     md.CaptionResult(captoin="a boat")  # type: ignore[call-arg]
     assert_type("caption" in caption, bool)
     assert_type(caption.get("finish_reason", "stop"), Any)
-    await client.query(image, text, settings=as_dict, spatial_refs=[(x_max, x_max)])
+    assert_type(dict(caption), dict[str, Any])
+    assert_type({**caption, **answer}, dict[str, Any])
+    row: dict[str, Any] = caption | {"mine": 1}
+    row.update(detected)
+    every: list[md.Result] = [caption, answer, detected, outline, turn]
+    assert_type(every[0]["request_id"], str)
+    assert_type(every[0].request_id, str | None)
+    await client.query(image, text, spatial_refs=[(x_max, x_max)])
     stream = await client.caption(image, stream=True)
     async for piece in stream["caption"]:
         assert_type(piece, Any)
@@ -243,10 +273,16 @@ async def in_bulk(client: md.MoondreamClient, paths: list[Path], skill: str) -> 
     assert_type(client.bulk(paths, "point", object="boat"), md.BulkRun[Path, md.PointResult])
     assert_type(client.bulk(paths, "segment", object="boat"), md.BulkRun[Path, md.SegmentResult])
     assert_type(client.bulk(paths, skill), md.BulkRun[Path, Any])
+    assert_type(client.caption_many(paths, length="short"), md.BulkRun[Path, md.CaptionResult])
+    client.bulk(paths, "detect", objct="boat")  # type: ignore[call-overload]
     async for done in client.bulk(paths, "detect", object="boat", ordered=True):
         assert_type(done.item, Path)
         if done.ok:
             assert_type(done.result.objects, list[md.Region])
+            assert_type(done.result["objects"], list[md.Region])
+            done.result.caption  # type: ignore[attr-defined] # noqa: B018
+        else:
+            assert_type(done.error, md.MoondreamError | None)
 
 
 # -- streams -------------------------------------------------------------------------------
@@ -299,21 +335,25 @@ async def events(client: md.MoondreamClient, image: bytes) -> None:
 # -- moving pictures -----------------------------------------------------------------------
 
 
-async def moving(client: md.MoondreamClient, pictures: list[bytes]) -> None:
+async def moving(client: md.MoondreamClient, pictures: list[bytes], skill: str) -> None:
     async with frames.video("clip.mp4", every=1) as clip:
         async with client.watch(clip, "detect", object="cat") as found:
             async for each in found:
                 assert_type(each.frame, frames.Frame)
-                assert_type(each.result, md.DetectResult | None)
                 assert_type(each.error, md.MoondreamError | None)
                 assert_type(each.age, float)
+                if each.ok:
+                    assert_type(each.result.objects, list[md.Region])
         async for said in client.watch(clip):
-            assert_type(said.result, md.CaptionResult | None)
+            assert_type(said.result, md.CaptionResult)
     async for answer in client.watch(pictures, "query", question="Who?", max_age=1.0):
         assert_type(answer.frame, bytes)
-        assert_type(answer.result, md.QueryResult | None)
+        assert_type(answer.result, md.QueryResult)
     async for written in client.watch(pictures, "caption", stream=True, length="short"):
-        assert_type(written.result, md.CaptionStream | None)
+        assert_type(written.result, md.CaptionStream)
+    assert_type(client.watch(pictures, "point", object="cat"), md.Watch[bytes, md.PointResult])
+    assert_type(client.watch(pictures, skill), md.Watch[bytes, Any])
+    client.watch(pictures, "point", objct="cat")  # type: ignore[call-overload]
 
 
 # -- errors --------------------------------------------------------------------------------
