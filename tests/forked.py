@@ -273,6 +273,8 @@ def import_everything():
             with contextlib.suppress(ImportError):  # of an extra that is not installed
                 importlib.import_module(module.name)
     importlib.import_module("rich.live")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("webdataset")
     PIL.Image.init()
     anyio.run(anyio.sleep, 0)
     with contextlib.redirect_stderr(io.StringIO()):

@@ -24,6 +24,9 @@ from test_bulk_cli import (  # noqa: F401
     until,
 )
 
+from moondream_async.cli.bulk.estimate import Estimate
+from moondream_async.cli.bulk.pending import Pending
+from moondream_async.cli.bulk.questions import Questions
 from moondream_async.cli.bulk.search import Search
 from moondream_async.cli.bulk.sources import Found, PictureFile
 from moondream_async.errors import MissingExtraError
@@ -273,6 +276,10 @@ def test_a_file_system_of_fsspec_is_listed_folder_by_folder():
     assert sorted(found) == [("memory:///set/a.jpg", "a.jpg"), ("memory:///set/b/c.png", "b/c.png")]
     assert {PictureFile(each).read() for each in Search().find(["memory://set"])} == {b"x"}
     assert len(list(Search().find(["memory://set/*.jpg"]))) == 1
+    estimate = Estimate(Questions("caption", {}, {}, None))
+    for each in Search().find(["memory://set"]):
+        estimate.add(Pending(each, {}, {}))
+    assert (estimate.pictures, estimate.size, estimate.refused) == (2, 2, 0)
     search = Search()
     assert len(list(search.find(["memory://set"]))) == 2
     assert search.left_out == {".txt": 1}

@@ -29,7 +29,8 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         typer.Argument(
             metavar="PATHS...",
             help="Pictures, videos, folders with all pictures below them, patterns, tables (.csv, "
-            ".tsv, .jsonl, .parquet) with a column of pictures, or - to read paths from stdin.",
+            ".tsv, .jsonl, .parquet) with a column of pictures, WebDataset's shards (.tar), "
+            "addresses (s3://, gs://, https://), or - to read paths from stdin.",
             show_default=False,
         ),
     ] = None,
@@ -40,9 +41,10 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
             "--output",
             metavar="FILE",
             help="Where the answers go: a file named .jsonl, .csv, .parquet, .jsonl.gz or "
-            ".csv.gz, .coco.json for boxes, .vtt or .srt for "
-            "captions of one video; a folder (with a / behind it) for a .txt beside each "
-            "picture's name, and YOLO's labels for detect; or - for lines of JSON on stdout.",
+            ".csv.gz, .coco.json for boxes, .vtt or .srt for captions of one video, .tar or "
+            "set/%06d.tar for WebDataset's shards; a folder (with a / behind it) for a .txt "
+            "beside each picture's name, and YOLO's labels for detect; or - for lines of JSON on "
+            "stdout.",
         ),
     ],
     skill: Annotated[Skill, typer.Option(help="What to ask.")] = "caption",
@@ -72,7 +74,11 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     ] = None,
     column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A table's column of pictures. [default: path, image]"),
+        typer.Option(
+            metavar="NAME",
+            help="A table's column of pictures, or the end of their names in shards. "
+            "[default: path, image; any]",
+        ),
     ] = None,
     every: options.Every = None,
     allow_network: Annotated[
@@ -141,7 +147,8 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     Of a video, each frame is such a picture, or one for each --every; its line has the
     frame's "time", in seconds.
 
-    In a question or an object, {column} stands for what the row of a table has there.
+    In a question or an object, {column} stands for what the row of a table has there; a
+    shard's sample has its .txt as {txt}, what is in its .json by its names, and {__key__}.
 
     The exit status is 1 when a picture failed. Ctrl-C finishes what is under way; a
     second one stops at once.

@@ -12,6 +12,7 @@ from moondream_async.errors import MoondreamError
 from .pending import Pending
 from .progress import clock, cost
 from .questions import Questions
+from .remote import is_remote, size_of_remote
 from .sources import Found
 
 _PICTURE = 740
@@ -47,9 +48,14 @@ class Estimate:
         """Count a picture. Looks at its file, and so blocks."""
         self.pictures += 1
         self.requests += len(pending.items(None))
+        data, path = pending.found.data, pending.found.path
         try:
-            data, path = pending.found.data, pending.found.path
-            self.size += os.stat(path).st_size if data is None else len(data)  # noqa: PTH116 - a string
+            if data is not None:
+                self.size += len(data)
+            elif is_remote(path):
+                self.size += size_of_remote(path)
+            else:
+                self.size += os.stat(path).st_size  # noqa: PTH116 - a string
         except OSError:
             self.refused += 1
 

@@ -15,6 +15,7 @@ from moondream_async.errors import MissingExtraError
 
 from .coco import write_coco
 from .lines import encode, whole
+from .shards import write_shards
 from .video import write_subtitles
 
 Records = Callable[[], Iterable[dict[str, Any]]]
@@ -158,5 +159,6 @@ WRITERS: dict[str, Callable[[Records, str], None]] = {
     "coco": write_coco,
     "vtt": write_subtitles,
     "srt": write_subtitles,
+    "shards": write_shards,
 }
 """Who makes a file of a form, from a journal's records."""

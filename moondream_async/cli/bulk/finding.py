@@ -17,11 +17,12 @@ from moondream_async.errors import MoondreamError
 
 from .lists import PathList
 from .search import Search
+from .shards import is_shard
 from .sources import Found
 from .tables import is_table
-from .video import is_video
 
 _CHUNK = 64  # files that are looked up in one go of a thread
+_CHUNK_BYTES = 1 << 24  # of pictures that were read when they were found
 _READ_BYTES = 1 << 16
 _STDIN = 0  # by its number, since sys.stdin is None where it is closed
 
@@ -51,15 +52,10 @@ class Finder:
         self._stdin = "-" in arguments
 
     @property
-    def _has_videos(self) -> bool:
-        """Whether videos are named, whose frames nobody counts beforehand."""
-        return any(map(is_video, self._named))
-
-    @property
     def may_repeat(self) -> bool:
         """Whether a file may be found twice; one folder holds none twice."""
         return len(self._named) + len(self._lists) > 1 or any(
-            (self._lists, self._stdin, *map(is_table, self._named))
+            (self._lists, self._stdin, *map(is_table, self._named), *map(is_shard, self._named))
         )
 
     async def chunks(self) -> AsyncGenerator[list[Found], None]:
@@ -84,9 +80,9 @@ class Finder:
 
     async def count(self) -> int | None:
         """Return how many there are; None where that can't be known beforehand."""
-        if self._stdin or not all(map(os.path.isfile, self._lists)) or self._has_videos:
+        if self._stdin or not all(map(os.path.isfile, self._lists)):
             return None
-        search, total = Search(**self._options), 0
+        search, total = Search(**self._options, at_once=True), 0
         try:
             total = await _length(search.find(self._named))
             for name in self._lists:
@@ -128,9 +124,17 @@ def told(act: str, path: str) -> Iterator[None]:
 async def _in_chunks(
     found: Iterator[Found], size: int = _CHUNK
 ) -> AsyncGenerator[list[Found], None]:
-    while chunk := await anyio.to_thread.run_sync(
-        lambda: list(islice(found, size)), abandon_on_cancel=True
-    ):
+    def some() -> list[Found]:
+        chunk: list[Found] = []
+        weight = 0
+        for each in islice(found, size):
+            chunk.append(each)
+            weight += len(each.data or b"")
+            if weight > _CHUNK_BYTES:
+                break
+        return chunk
+
+    while chunk := await anyio.to_thread.run_sync(some, abandon_on_cancel=True):
         yield chunk
 
 

@@ -38,8 +38,7 @@ from .lines import (
     text_of,
     tidy,
 )
-from .sources import Contents, Found
-from .video import is_same
+from .sources import Contents, Found, is_same
 
 _READ_BYTES = 1 << 20
 
@@ -103,7 +102,7 @@ class Journal:
     def has(self, found: Found, asked: Mapping[str, Any] | None = None) -> bool:
         """Tell whether a picture is done. Looks at its file, and so blocks."""
         contents = self._known.get(key_of(found.name, asked or self.asked))
-        return contents is not None and is_same(found.path, contents)
+        return contents is not None and is_same(found, contents)
 
     def answers(self, found: Found, asked: Mapping[str, Any]) -> dict[str, str]:
         """Return the answers there are to some of several questions, where others failed."""
@@ -113,7 +112,7 @@ class Journal:
         data = next(self._lines(start), (0, b"{}"))[1]
         record = tidy(decode(data))
         file = record.get("file")
-        if file is None or not is_same(found.path, Contents(**file)):
+        if file is None or not is_same(found, Contents(**file)):
             return {}
         return {name: record[name] for name in asked.get("asks", ()) if name in record}
 

@@ -18,6 +18,7 @@ ENDINGS = {
     ".coco.json": "coco",
     ".vtt": "vtt",
     ".srt": "srt",
+    ".tar": "shards",
 }
 
 
@@ -68,14 +69,20 @@ class Output(NamedTuple):
         Raises:
             RequestError: An extra is missing, or the file is somebody else's.
         """
+        name = self.path
         if self.form == "parquet":
             from .exports import check_parquet  # noqa: PLC0415 - --help does without
 
             check_parquet()
+        elif self.form == "shards":
+            from .shards import check_shards, shard_name  # noqa: PLC0415 - likewise
+
+            check_shards()
+            name = shard_name(self.path, 0)
         if overwrite or not self.is_export:
             return
-        if Path(self.path).exists() and not Path(self.journal).exists():
+        if Path(name).exists() and not Path(self.journal).exists():
             raise RequestError(
-                f"{self.path} is there already, and no run has made it: name another file, "
+                f"{name} is there already, and no run has made it: name another file, "
                 "or say '--overwrite'"
             )

@@ -1,4 +1,4 @@
-"""Pictures that are elsewhere: ``s3://``, ``gs://``, ``https://``, members of a zip file.
+"""Pictures that are elsewhere: ``s3://``, ``gs://``, ``https://``, members of a zip or tar file.
 
 A folder is listed folder by folder, and a picture is read when its turn comes. That is
 fsspec's work, but for the web: a table may come from somebody else, and name what is
@@ -8,9 +8,20 @@ inside this network, so that web addresses are fetched as `fetch_image` does.
 from __future__ import annotations
 
 import asyncio
+import bz2
+import contextlib
+import gzip
+import lzma
+import shutil
+import tarfile
+import tempfile
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from moondream_async._images import can_prepare
 from moondream_async._images.inputs import MAX_FILE_BYTES
@@ -20,6 +31,8 @@ from moondream_async.errors import MissingExtraError, MoondreamError, RequestErr
 
 _SECONDS = 60.0  # for a picture of the web
 _WEB = ("http", "https")
+
+_UNPACK: dict[str, Any] = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 
 _networks: Sequence[Network] = ()
 
@@ -97,10 +110,13 @@ def read_remote(address: str) -> bytes:
             raise OSError(f"it was not fetched within {_SECONDS:g} seconds") from None
         except MoondreamError as error:
             raise OSError(str(error)) from error
+    member, of_tar, archive = address.removeprefix("tar://").partition("::")
     try:
-        files, path = _open(address)
-        with files.open(path, "rb") as file:
-            data: bytes = file.read(MAX_FILE_BYTES + 1)
+        if of_tar and address.startswith("tar://"):
+            with _one_at_a_time:
+                return _tar(archive, _version(archive)).read(member)
+        with open_remote(address) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError:
         raise
     except Exception as error:  # each file system has errors of its own
@@ -108,6 +124,79 @@ def read_remote(address: str) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise OSError(f"it has more than {MAX_FILE_BYTES:,} bytes")
     return data
+
+
+def size_of_remote(address: str) -> int:
+    """Return the size of a picture where its listing says it; else 0. Raises nothing."""
+    try:
+        files, path = _open(address)
+        return int(files.size(path) or 0)
+    except Exception:  # noqa: BLE001 - each file system has errors of its own
+        return 0
+
+
+@contextlib.contextmanager
+def open_remote(address: str) -> Iterator[BinaryIO]:
+    """Open what an address leads to, for reading.
+
+    Raises:
+        MissingExtraError: fsspec, or what it needs for this kind of address, is not installed.
+        RequestError: It is an archive on the web.
+        Exception: What the file system says.
+    """
+    files, path = _open(address)  # which closes its files when it is let go of
+    with files.open(path, "rb") as file:
+        yield file
+
+
+class _Tar:
+    """A tar file's members, in any order: fsspec would look through all of it for each.
+
+    What is packed, or elsewhere, is first copied to a file that has no name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._file: Any
+        unpack = _UNPACK.get(name.lower().rpartition(".")[2])
+        if unpack is None and "://" not in name:
+            self._file = open(name, "rb")  # noqa: PTH123, SIM115 - the next line closes it
+            weakref.finalize(self, self._file.close)
+        else:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - likewise
+            weakref.finalize(self, self._file.close)
+            with (
+                open_remote(name) if "://" in name else open(name, "rb") as packed,  # noqa: PTH123
+                unpack(packed) if unpack else packed as source,
+            ):
+                shutil.copyfileobj(source, self._file)
+            self._file.seek(0)
+        self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - the file is closed
+        self._members = {each.name: each for each in self._tar}
+
+    def read(self, name: str) -> bytes:
+        """Return a member's bytes.
+
+        Raises:
+            OSError: There is no such file in it, or it is too large.
+        """
+        member = self._members.get(name)
+        if member is None or not member.isreg():
+            raise FileNotFoundError("there is no such file in the archive")
+        if member.size > MAX_FILE_BYTES:
+            raise OSError(f"it has more than {MAX_FILE_BYTES:,} bytes")
+        return cast("BinaryIO", self._tar.extractfile(member)).read()
+
+
+_one_at_a_time = threading.Lock()  # a file has one place where it is read
+
+
+@lru_cache(maxsize=2)
+def _tar(name: str, _version: int) -> _Tar:
+    return _Tar(name)
+
+
+def _version(name: str) -> int:
+    return 0 if "://" in name else Path(name).stat().st_mtime_ns
 
 
 def _open(address: str) -> tuple[Any, str]:

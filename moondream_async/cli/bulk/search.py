@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 
 from moondream_async._images import can_prepare
+from moondream_async.errors import RequestError
 
 from .names import name_of, simplest
 from .remote import find_remote, is_remote
+from .shards import expand, find_samples, is_shard
 from .sources import Found
 from .tables import find_in_table, is_table
 from .video import find_frames, is_video
@@ -33,8 +35,11 @@ class Search:
             gives nothing. The search goes on.
         include: Patterns of which a file's name, or its path in its folder, matches one.
         exclude: Patterns of which it matches none.
-        column: Which column of a table has the pictures.
+        column: Which column of a table has the pictures, or what a shard's pictures' names
+            end in.
         every: Seconds between two frames of a video; None is for all of them.
+        at_once: Refuse videos and shards, of which nobody knows what is in them but who reads
+            all of it.
     """
 
     def __init__(
@@ -45,12 +50,13 @@ class Search:
         exclude: Sequence[str] = (),
         column: str | None = None,
         every: float | None = None,
+        at_once: bool = False,
     ) -> None:
         self.left_out: Counter[str] = Counter()
         """How many files were passed over in folders, by the end of their names."""
         self._complain = complain or (lambda _: None)
         self._include, self._exclude = include, exclude
-        self._column, self._every = column, every
+        self._column, self._every, self._at_once = column, every, at_once
 
     def find(self, arguments: Iterable[str]) -> Iterator[Found]:
         """Yield the files that arguments mean, but for those that are to be left out.
@@ -68,26 +74,34 @@ class Search:
         return included and not any(map(matches, self._exclude))
 
     def _find(self, arguments: Iterable[str]) -> Iterator[Found]:
-        for argument in arguments:
-            if is_table(argument) and os.path.isfile(argument):
-                found = find_in_table(argument, self._column)
-                yield from self._or_complain(found, "there is no row in", argument)
-            elif is_remote(argument):
-                yield from self._or_complain(
-                    self._remote(argument), "there is no picture in", argument
-                )
-            elif os.path.isdir(argument):
-                yield from self._or_complain(
-                    self._walk(argument), "there is no picture in", argument
-                )
-            elif glob.has_magic(argument) and not os.path.lexists(argument):
-                matches = _matches(argument)
-                for each in self._or_complain(matches, "no file matches", argument):
-                    yield from self._video(each.path) if is_video(each.path) else iter([each])
-            elif is_video(argument):
-                yield from self._video(simplest(argument))
+        for given in arguments:
+            for argument in expand(given) if is_shard(given) else [given]:
+                yield from self._opened(self._files(argument))
+
+    def _files(self, argument: str) -> Iterator[Found]:
+        below = os.path.basename(argument)
+        if is_table(argument) and os.path.isfile(argument):
+            found = find_in_table(argument, self._column)
+            return self._or_complain(found, "there is no row in", argument)
+        if is_remote(argument) and (glob.has_magic(argument) or not is_shard(argument)):
+            return self._or_complain(self._remote(argument), "there is no picture in", argument)
+        if os.path.isdir(argument):
+            return self._or_complain(self._walk(argument), "there is no picture in", argument)
+        if glob.has_magic(argument) and not os.path.lexists(argument):
+            return self._or_complain(_matches(argument), "no file matches", argument)
+        return iter([Found(argument if is_remote(argument) else simplest(argument), below)])
+
+    def _opened(self, files: Iterator[Found]) -> Iterator[Found]:
+        """Yield files, and in place of videos and shards what is in them."""
+        for file in files:
+            path = file.path
+            streamed = self._video if is_video(path) else self._shard if is_shard(path) else None
+            if streamed is None or file.row is not None:
+                yield file
+            elif self._at_once:
+                raise RequestError(f"{file.name}: what is in it is known when it was read")
             else:
-                yield Found(simplest(argument), os.path.basename(argument))
+                yield from streamed(path)
 
     def _or_complain(self, found: Iterator[Found], what: str, argument: str) -> Iterator[Found]:
         first = next(found, None)
@@ -100,6 +114,13 @@ class Search:
     def _video(self, path: str) -> Iterator[Found]:
         try:
             yield from find_frames(path, self._every)
+        except OSError as error:
+            self._complain(f"can't read {name_of(path)}: {error.strerror or error}")
+
+    def _shard(self, path: str) -> Iterator[Found]:
+        samples = find_samples(path, self._column, self.left_out, self._complain)
+        try:
+            yield from self._or_complain(samples, "there is no picture in", path)
         except OSError as error:
             self._complain(f"can't read {name_of(path)}: {error.strerror or error}")
 

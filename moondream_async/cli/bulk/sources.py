@@ -30,9 +30,10 @@ class Found(msgspec.Struct, frozen=True):
     """Of a video's frame: its seconds, by the file's own timestamps."""
 
     data: bytes | None = None
-    """The same: the picture, and the `contents` are the video's."""
+    """The picture, where it was read when it was found: a video's frame, a shard's sample."""
 
     contents: Contents | None = None
+    """With `data`: the sample's own, or those of the whole video."""
 
     @property
     def name(self) -> str:
@@ -84,20 +85,22 @@ def read_same(path: str, contents: Contents) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == contents.sha256 else None
 
 
-def is_same(path: str, contents: Contents) -> bool:
+def is_same(found: Found, contents: Contents) -> bool:
     """Tell whether a file is what it was. It is read only where its time has changed.
 
     What is elsewhere is taken for the same: to ask would cost a request each.
     """
-    if is_remote(path):
+    if found.contents is not None:
+        return found.contents.sha256 == contents.sha256
+    if is_remote(found.path):
         return True
     try:
-        status = os.stat(path)
+        status = os.stat(found.path)
         if status.st_size != contents.size:
             return False
         if status.st_mtime_ns == contents.mtime_ns:
             return True
-        return hashlib.sha256(_read(path)[0]).hexdigest() == contents.sha256
+        return hashlib.sha256(_read(found.path)[0]).hexdigest() == contents.sha256
     except OSError:
         return True  # it is gone: what is known of it stays
 

@@ -14,8 +14,8 @@ from moondream_async.cli._files import replacing
 from moondream_async.errors import RequestError
 from moondream_async.frames import check_video, decode_video
 
-from . import sources
 from .lines import text_of
+from .shards import check_shards, is_shard
 from .sources import Contents, Found
 
 SUFFIXES = (
@@ -53,6 +53,8 @@ def check_sources(
         raise RequestError("'--via batch-api' takes no videos")
     if videos:
         check_video()
+    if any(map(is_shard, paths)):
+        check_shards()
 
 
 def find_frames(path: str, every: float | None) -> Iterator[Found]:
@@ -81,21 +83,6 @@ def find_frames(path: str, every: float | None) -> Iterator[Found]:
         raise
     except Exception as error:  # PyAV's have many kinds
         raise OSError(str(error)) from error
-
-
-def is_same(path: str, contents: Contents) -> bool:
-    """Tell whether a file is what it was, or the video whose frame is meant."""
-    video, mark, _ = path.rpartition("#t=")
-    if not mark or not is_video(video):
-        return sources.is_same(path, contents)
-    try:
-        status = os.stat(video)  # noqa: PTH116 - a string, as it stands in lines
-        if status.st_size != contents.size:
-            return False
-        now = status.st_mtime_ns
-        return now == contents.mtime_ns or _digest(video, now) == contents.sha256
-    except OSError:
-        return True  # it is gone: what is known of it stays
 
 
 def write_subtitles(records: Callable[[], Iterable[dict[str, Any]]], path: str) -> None:

@@ -1,0 +1,270 @@
+"""WebDataset's shards: tar files whose members are samples, as ``cat/1.jpg`` beside ``cat/1.txt``.
+
+They are read from their beginning to their end, a sample at a time, and so may be packed, or
+elsewhere. What a shard holds is the library's to say: it groups members, and writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from pathlib import Path
+from tarfile import EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
+from typing import Any, BinaryIO, Self, cast
+
+import msgspec
+
+from moondream_async._images import can_prepare
+from moondream_async._images.inputs import MAX_FILE_BYTES
+from moondream_async.cli._files import replacing
+from moondream_async.errors import MissingExtraError
+
+from .lines import encode
+from .names import path_of
+from .remote import open_remote
+from .sources import Contents, Found, read_same
+
+_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+_TEXTS = ("txt", "text", "transcript", "caption", "cls", "cls2", "class", "count", "index", "id")
+"""Members that become columns, besides ``json``: those that the library decodes as texts."""
+_LONGEST = 1 << 20  # bytes of such a member
+_SAMPLES, _BYTES = 10_000, 1_000_000_000  # in a shard of ours
+_NUMBER = re.compile(r"%0?\d*d")
+
+
+def is_shard(name: str) -> bool:
+    """Tell whether a name is that of a shard, here or elsewhere.
+
+    >>> is_shard("s3://set/{000..009}.tar"), is_shard("tar://a.jpg::a.tar"), is_shard("a.jpg")
+    (True, False, False)
+    """
+    return name.lower().endswith(_ENDINGS) and "::" not in name
+
+
+def check_shards() -> None:
+    """Refuse where shards can't be read or written, before anything is asked.
+
+    Raises:
+        MissingExtraError: The library is not installed.
+    """
+    try:
+        import webdataset  # noqa: F401, PLC0415 - an extra
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Shards need webdataset: pip install 'moondream-async[webdataset]' ({error})"
+        ) from None
+
+
+def expand(name: str) -> list[str]:
+    """Return the shards that a name with braces means; where a file has that name, itself.
+
+    >>> expand("{08..10}.tar")
+    ['08.tar', '09.tar', '10.tar']
+    """
+    if "{" not in name or os.path.lexists(name):
+        return [name]
+    check_shards()
+    from braceexpand import braceexpand  # noqa: PLC0415 - an extra
+
+    try:
+        return list(braceexpand(name))
+    except ValueError:  # a brace without another
+        return [name]
+
+
+def find_samples(
+    shard: str,
+    picture: str | None,
+    left_out: Counter[str],
+    complain: Callable[[str], object],
+) -> Iterator[Found]:
+    """Yield the samples of a shard, each with its picture read and its texts as its row.
+
+    The row has ``__key__``, what ``.json`` has in it, and each text by the end of its name.
+    Of several pictures of a sample it is the first, or that with the end `picture`. What has
+    none is counted in `left_out`.
+
+    Raises:
+        MissingExtraError: The library is not installed.
+        OSError: It can't be read, or no further.
+    """
+    check_shards()
+    from webdataset.tariterators import group_by_keys  # noqa: PLC0415 - an extra
+
+    def skipped(error: Exception) -> bool:
+        complain(f"{shard}: {error.args[0]}" if error.args else repr(error))
+        return True
+
+    stem = re.split(r"[/\\]", shard)[-1].partition(".")[0]
+    try:
+        for sample in group_by_keys(_members(shard, picture), handler=skipped):
+            key = sample.pop("__key__")
+            del sample["__url__"]
+            ends = [each for each in sample if can_prepare(f"a.{each}")]
+            end = picture if picture in sample else None if picture else next(iter(ends), None)
+            if end is None:
+                left_out[f".{next(iter(sample))}"] += 1
+                continue
+            name, data = sample.pop(end)
+            yield Found(
+                f"tar://{name}::{shard}",
+                f"{stem}/{key}.{end}",
+                {"__key__": key, **_columns(sample)},
+                data=data,
+                # What was too large to be read is refused when its turn comes.
+                contents=data and Contents(len(data), 0, hashlib.sha256(data).hexdigest()),
+            )
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise OSError(str(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # each file system, and each packing, has errors of its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _members(shard: str, picture: str | None) -> Iterator[dict[str, Any]]:
+    with (
+        open_remote(shard) if "://" in shard else Path(shard).open("rb") as file,
+        tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive,
+    ):
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined] # which it would gather
+            if not member.isreg() or member.name.startswith("__"):
+                continue
+            end = member.name.rpartition("/")[2].partition(".")[2].lower()
+            is_text = end in (*_TEXTS, "json")
+            wanted = can_prepare(member.name) or end == picture or is_text
+            data = None
+            if wanted and member.size <= (_LONGEST if is_text else MAX_FILE_BYTES):
+                data = cast("Any", archive.extractfile(member)).read()
+            yield {"fname": member.name, "data": (member.name, data), "__url__": shard}
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive that has to have an end: to tarfile one that was cut off is whole."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except EOFHeaderError:
+            raise
+        except HeaderError as error:
+            raise ReadError(f"it is damaged, or not all of it is there ({error})") from error
+
+
+def _columns(sample: dict[str, tuple[str, bytes | None]]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for end, (_, data) in sample.items():
+        if data is None:
+            continue
+        if end == "json":
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                columns |= msgspec.json.decode(data, type=dict[str, Any])
+        elif end in _TEXTS:
+            columns[end] = data.decode("utf-8", "replace").strip()
+    return columns
+
+
+# -- writing -----------------------------------------------------------------------------
+
+
+def shard_name(pattern: str, number: int) -> str:
+    """Return the name of a shard; a pattern without a number means one only.
+
+    >>> shard_name("out/%06d.tar", 7), shard_name("out.tar", 0)
+    ('out/000007.tar', 'out.tar')
+    """
+    return _NUMBER.sub(lambda found: found[0] % number, pattern, count=1)
+
+
+def write_shards(records: Callable[[], Iterable[dict[str, Any]]], pattern: str) -> None:
+    """Write a journal's records as shards: the picture as it is, its text, and its line as JSON.
+
+    It reads each picture again; those that failed, or have changed since, are left out.
+
+    Raises:
+        OSError: One can't be written; what was there stays.
+    """
+    check_shards()
+    samples = _samples(records)
+    first, several = next(samples, None), _NUMBER.search(pattern) is not None
+    for number in count():
+        name = shard_name(pattern, number)
+        if number and (first is None or not several):
+            break
+        with replacing(name) as file:
+            first = _write(file, first, samples, limited=several)
+    while several and os.path.exists(name):  # noqa: PTH110 - of a run that had more
+        os.unlink(name)  # noqa: PTH108 - likewise
+        number += 1
+        name = shard_name(pattern, number)
+
+
+def _write(
+    file: BinaryIO,
+    first: dict[str, Any] | None,
+    samples: Iterator[dict[str, Any]],
+    *,
+    limited: bool,
+) -> dict[str, Any] | None:
+    """Fill a shard; return the sample that is the first of the next one."""
+    from webdataset.writer import TarWriter  # noqa: PLC0415 - an extra
+
+    written = size = 0
+    # Without a time in it: the same records are the same file.
+    with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
+        while first is not None:
+            if limited and (written >= _SAMPLES or size >= _BYTES):
+                break
+            size += writer.write(first)
+            written += 1
+            first = next(samples, None)
+    return first
+
+
+def _samples(records: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    seen: Counter[int] = Counter()  # of hashes, which are smaller than keys
+    for record in records():
+        file = None if record.get("error") else record.get("file")
+        data = file and read_same(path_of(record["path"]), Contents(**file))
+        if data is None:
+            continue
+        key, end = _key_and_end(record)
+        seen[hash(key)] += 1
+        number = seen[hash(key)]
+        if number > 1:  # as a picture of another folder, or another shard
+            while hash(f"{key}-{number}") in seen:
+                number += 1
+            key = f"{key}-{number}"
+            seen[hash(key)] += 1
+        own = {name: record[name] for name in record if name not in ("file", "metrics")}
+        sample = {"__key__": key, end: data, "json": encode(own)}
+        text = record.get("caption") if record.get("answer") is None else record["answer"]
+        yield sample if text is None else {**sample, "txt": text.encode()}
+
+
+def _key_and_end(record: dict[str, Any]) -> tuple[str, str]:
+    """Return the key of a picture's sample, and the end of the picture's name.
+
+    >>> _key_and_end({"path": "/photos/cats/1.v2.JPG"})
+    ('photos/cats/1_v2', 'jpg')
+    >>> _key_and_end({"path": "tar://cats/1.png::a.tar", "row": {"__key__": "cats/1"}})
+    ('cats/1', 'png')
+    """
+    path = record["path"]
+    if "://" in path:
+        path = path.partition("://")[2].partition("::")[0].partition("?")[0]
+    stem, end = os.path.splitext(path)  # noqa: PTH122 - a string, as it stands in lines
+    own = record.get("row", {}).get("__key__")
+    parts = re.split(r"[/\\]", own if isinstance(own, str) else stem)
+    parts = [each for each in parts if each not in ("", ".", "..")] or ["-"]
+    # A dot would end the key, and what begins with two lines is passed over by readers.
+    key = "/".join([*parts[:-1], parts[-1].replace(".", "_")])
+    return key.removeprefix("_") if key.startswith("__") else key, end[1:].lower() or "jpg"
