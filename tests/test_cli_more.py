@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import subprocess
+from pathlib import Path
 
 import anyio
 import pytest
@@ -114,6 +115,12 @@ async def test_chat_from_a_pipe_ends_at_the_first_error(program, simulator):
     assert len(simulator.requests) == 1
 
 
+def sleeps(pid):
+    """Whether a process waits for something; True where the system doesn't tell."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "S"
+
+
 class Terminal:
     """A program in a terminal: what it prints, and keys to press."""
 
@@ -135,6 +142,17 @@ class Terminal:
             while self.screen.endswith(text):
                 await anyio.wait_readable(self._master)
                 self.screen += os.read(self._master, 65536).decode(errors="replace")
+
+    async def interrupt(self):
+        """Press Ctrl-C once the prompt waits for keys.
+
+        Python's `input` misses one that comes between the prompt and the wait, and hears of
+        it with the next key. No person is so fast, and a busy machine is.
+        """
+        with anyio.fail_after(60):
+            while not sleeps(self.process.pid):
+                await anyio.sleep(0.01)
+        self.press("\x03")
 
     def press(self, keys):
         os.write(self._master, keys.encode())
@@ -189,21 +207,22 @@ async def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(simulator):
             assert await shell.process.wait() == 0
 
 
-@pytest.mark.xfail(reason="timed out on a loaded machine; not looked into yet", strict=False)
 async def test_ctrl_c_at_the_prompt_clears_it_and_only_a_second_one_leaves(simulator, photo):
     async with terminal("chat", endpoint=simulator.endpoint) as shell:
         await shell.until("> ")
-        shell.press("half a line\x03")
+        shell.press("half a line")
+        await shell.until("half a line")
+        await shell.interrupt()
         await shell.until("Ctrl-C once more")
         seen = len(shell.screen)
         await shell.until("> ", after=shell.screen.index("leaves"))
         shell.press(f"/image {photo}\n")  # and the first is forgotten
         await shell.until("goes with the next message", after=seen)
         seen = len(shell.screen)
-        shell.press("\x03")
+        await shell.interrupt()
         await shell.until("Ctrl-C once more", after=seen)
         await shell.until("> ", after=shell.screen.rindex("leaves"))
-        shell.press("\x03")
+        await shell.interrupt()
         with anyio.fail_after(60):
             assert await shell.process.wait() == 130
     assert "Traceback" not in shell.screen
