@@ -83,7 +83,7 @@ class MoondreamClient(Skills):
     def __init__(
         self,
         api_key: str | Secret | None = None,
-        endpoint: str | URL | None = None,
+        endpoint: str | URL | Secret | None = None,
         *,
         model: str | None = None,
         timeout: Timeout | float = _DEFAULT_TIMEOUT,
@@ -487,7 +487,7 @@ class MoondreamClient(Skills):
 
 def vl(
     api_key: str | Secret | None = None,
-    endpoint: str | URL | None = None,
+    endpoint: str | URL | Secret | None = None,
     *,
     local: bool = False,
     **options: Any,

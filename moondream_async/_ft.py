@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from ._checks import check_count
-from ._client import MoondreamClient
+from ._client import MoondreamClient, hidden_address
+from ._protocol.secret import Secret, hidden
 from .errors import RequestError
 from .tuning.records import Finetune, MetricsLog, Rollouts, TrainStep
 from .tuning.wire import LEARNING_RATE, TuningRequest
@@ -20,6 +21,8 @@ from .types import Settings
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from yarl import URL
 
 
 class FinetuneClient:
@@ -190,12 +193,12 @@ class FinetuneClient:
 
 
 async def ft(
-    api_key: str | None = None,
+    api_key: str | Secret | None = None,
     *,
     name: str | None = None,
     rank: int | None = None,
     finetune_id: str | None = None,
-    endpoint: str | None = None,
+    endpoint: str | URL | None = None,
     **options: Any,
 ) -> FinetuneClient:
     """Return a finetune, made if there is none of that name; as the official SDK's ``ft``.
@@ -212,11 +215,14 @@ async def ft(
         RequestError: Neither an id nor a name and a rank were given, or both.
         APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
     """
+    # First of all, since tracebacks may show the values of variables.
+    key, where = hidden(api_key), _without_tuning(hidden_address(endpoint))
+    del api_key, endpoint
+    if "proxy" in options:
+        options["proxy"] = hidden_address(options["proxy"])
     if (finetune_id is None) == (name is None) or (name is None) != (rank is None):
         raise RequestError("ft needs either finetune_id, or both name and rank")
-    if endpoint is not None:
-        endpoint = endpoint.rstrip("/").removesuffix("/tuning")
-    client = MoondreamClient(api_key, endpoint=endpoint, **options)
+    client = MoondreamClient(key, where, **options)
     try:
         if finetune_id is not None:
             return FinetuneClient(client, await client.tuning.get(finetune_id))
@@ -225,6 +231,10 @@ async def ft(
     except BaseException:
         await client.aclose()
         raise
+
+
+def _without_tuning(endpoint: Secret | None) -> Secret | None:
+    return endpoint and Secret(endpoint.reveal().rstrip("/").removesuffix("/tuning"))
 
 
 def _request(arguments: Mapping[str, Any]) -> TuningRequest:

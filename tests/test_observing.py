@@ -224,7 +224,7 @@ async def test_pictures_that_are_prepared_slowly_take_no_connection(simulator, p
             return super().read(*size)
 
     async with md.MoondreamClient(
-        endpoint=simulator.endpoint, max_connections=2, timeout=md.Timeout(pool=0.05)
+        endpoint=simulator.endpoint, max_connections=10, timeout=md.Timeout(pool=0.05)
     ) as client:
         image = await client.encode_image(photo)
         slow = [asyncio.create_task(client.caption(Slow(photo.read_bytes()))) for _ in range(10)]

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from conftest import open_sockets
+from reachable import where_in
 
 import moondream_async as md
 from moondream_async.integrations.ray import Secret, SkillStage, ask
@@ -181,8 +182,10 @@ async def test_after_a_refused_key_nothing_more_is_sent(pa, photo):
     async with md.simulator.Simulator(api_key="another") as simulator:
         stage = SkillStage(api_key=Secret(KEY), endpoint=simulator.endpoint, max_connections=1)
         for _ in range(2):
-            with pytest.raises(md.AuthenticationError, match="Invalid API key"):
+            with pytest.raises(md.AuthenticationError, match="Invalid API key") as caught:
                 await stage(pa.table({"image": [str(photo)] * 5}))
+            assert where_in(caught.value, KEY) == []
+            del caught  # it would keep the stage
         assert len(simulator.requests) == 1
 
 

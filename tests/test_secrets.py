@@ -1,11 +1,14 @@
 """The API key is seen by the endpoint, and by nobody else.
 
-Whatever a server says or does, the key is in no message, repr, argument, traceback
-(with the values of local variables), log record or warning.
+Whatever a server says or does, the key is in no message, repr, argument, traceback, log
+record or warning, and in nothing that can be reached from an exception: no local variable
+of a frame, no attribute and no item, at any depth.
 """
 
 import asyncio
+import functools
 import gzip
+import inspect
 import io
 import logging
 import pickle
@@ -29,8 +32,15 @@ from raw_server import (
     in_chunks,
     whole,
 )
+from reachable import is_of_tests, where_in
+from rich.console import Console
+from rich.traceback import Traceback
 
 import moondream_async as md
+from moondream_async.integrations import datasets
+from moondream_async.integrations.ray import Secret as RaySecret
+from moondream_async.integrations.ray import SkillStage
+from moondream_async.integrations.ray import ask as ray_ask
 
 # Tests see the key by this name only: a local variable would be found in their own frames.
 KEY = "sk-shown-to-nobody-0123456789"
@@ -92,6 +102,7 @@ async def assert_hidden(
     with pytest.raises(error) as caught:
         await call(client, skill, stream=stream, image=image)
     assert not [line for line in everything_about(caught.value).splitlines() if KEY in line]
+    assert where_in(caught.value, KEY) == []
     assert KEY not in repr(client)
     return caught.value
 
@@ -307,6 +318,81 @@ async def test_key_is_in_nothing_of_a_refused_option(source, make, options, monk
     with pytest.raises(md.RequestError) as caught:
         make(*[KEY] * (source == "argument"), **options)
     assert KEY not in everything_about(caught.value)
+
+
+def tables(skill, **options):
+    """Return a way to begin work on a table: its own arguments, and the client's."""
+    return lambda key, **more: skill(None, **{"api_key": key, **options, **more})
+
+
+def stage(key, **options):
+    return SkillStage(api_key=key and RaySecret(key), **options)
+
+
+async def finetune(key, **options):
+    await md.ft(key, **({"finetune_id": "x"} | options))
+
+
+SECRET_ADDRESSES = [f"{way}://u:{KEY}@{host}" for way in ("http", "x") for host in ("h:a", "[h")]
+REFUSED_OPTIONS = [
+    {"no_such": 1},
+    {},
+    *({"endpoint": each} for each in (*SECRET_ADDRESSES, f"http://u:{KEY}@127.0.0.1:1")),
+    *({"proxy": each} for each in SECRET_ADDRESSES),
+    {"timeout": "7"},
+]
+MAKERS = {
+    "client": md.MoondreamClient,
+    "vl": md.vl,
+    "ft": finetune,
+    "ft-bare": functools.partial(finetune, finetune_id=None),
+    "datasets": tables(datasets.ask),
+    "datasets-processes": tables(datasets.ask, num_proc="x"),
+    "ray": tables(ray_ask),
+    "ray-actors": tables(ray_ask, actors=-1),
+    "stage": stage,
+    "stage-skill": functools.partial(stage, skill="x"),
+}
+
+
+async def ended(made):
+    return await made if inspect.isawaitable(made) else made
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+async def test_secret_is_nowhere_below_what_refuses_an_argument(maker):
+    for options in REFUSED_OPTIONS:
+        key = None if KEY in repr(options) else KEY
+        with pytest.raises((md.RequestError, TypeError)) as caught:
+            await ended(MAKERS[maker](key, **({"endpoint": "no"} | options)))
+        assert where_in(caught.value, KEY) == []
+    assert KEY not in as_rich_shows(caught)
+
+
+def as_rich_shows(caught):
+    """Return a traceback with the values of local variables, without the tests' own frames."""
+    frames = caught.tb
+    while frames is not None and is_of_tests(frames.tb_frame):
+        frames = frames.tb_next
+    shown = io.StringIO()
+    Console(file=shown, width=300).print(
+        Traceback.from_exception(caught.type, caught.value, frames, show_locals=True)
+    )
+    return shown.getvalue()
+
+
+async def ask_row(key, photo, **options):
+    with datasets.asking(api_key=key, **options) as ask:
+        return await ask({"image": str(photo)})
+
+
+@pytest.mark.parametrize("act", [ask_row, lambda key, _, **options: finetune(key, **options)])
+async def test_key_that_is_refused_is_nowhere_below_the_error(act, photo):
+    refusal = whole(b'{"error": "Bad %b"}' % KEY.encode(), status="401 Unauthorized")
+    async with RawServer(playing(refusal)) as server:
+        with pytest.raises(md.AuthenticationError) as caught:
+            await act(KEY, photo, endpoint=server.endpoint, max_retries=0)
+    assert where_in(caught.value, KEY) == []
 
 
 @pytest.mark.parametrize("make", [md.MoondreamClient, md.vl])

@@ -221,8 +221,11 @@ class Report:
         if self._is_over:
             return
         self._is_over = True
+        body, self._body = self._body, None  # whose headers may quote the key
         if not self.is_heard:
             return
+        if body is not None:
+            self._received += body.received
         for probe in self._probes:
             if probe.wants_answer and answer:
                 _guarded("end", probe.answer, answer)
@@ -236,7 +239,7 @@ class Report:
             "input_tokens": input_tokens,
             "output_tokens": output_tokens,
             "bytes_sent": self._sent,
-            "bytes_received": self._received + (0 if self._body is None else self._body.received),
+            "bytes_received": self._received,
             "ttft": ttft,
         }
         if self._loop.is_running() and self._loop is not _loop_here():

@@ -197,6 +197,11 @@ class AnswerDecoder:
             )
         return block
 
+    def forget(self) -> None:
+        """Let go of bytes that wait for more, which will not come: they may quote the key."""
+        self._parser = self._json = None
+        self._tail.clear()
+
     def _feed_json(self, data: bytes) -> Block:
         """Gather what begins as JSON, and not as an event: some servers answer so all the same."""
         assert self._json is not None  # noqa: S101 - for the type checker
@@ -318,7 +323,7 @@ class AnswerDecoder:
             return self._finish({}, "")
         raw = _json_or_text(event.data)
         if event.event == "error" or (isinstance(raw, dict) and raw.get("error")):
-            return self._fail_with(_json_or_text(self._redact(event.data)))
+            return self._fail_with(self.secret.value(raw))
         if not isinstance(raw, dict):
             return self._refuse("an event that is no JSON object", event.data)
         return self._decode_object(raw, event)

@@ -503,6 +503,9 @@ class Stream(Generic[ItemT_co]):
     def _fail(self, error: MoondreamError) -> None:
         if self._closed == _SUPERSEDED:
             raise StopAsyncIteration from None
+        self._reopen = None  # and with it the call, with all that the server said
+        self._decoder.forget()
+        self._headers = self._decoder.secret.value(self._headers)  # which may quote the key, too
         if isinstance(error, APIStatusError) and not error.headers:
             error.headers = self._headers
         self._report(conceal(error, self._decoder.secret))

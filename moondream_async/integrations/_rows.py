@@ -46,11 +46,13 @@ CONNECTIONS = 32
 """Requests that a worker has open at once, unless told. The cloud's 10 requests a second at
 three seconds an answer keep 30 of them busy."""
 
+_ADDRESSES = frozenset({"endpoint", "proxy"})
+
 
 def kept(api_key: object, options: Mapping[str, Any]) -> tuple[Secret | None, dict[str, Any]]:
     """Return a key and options that show no secret, before anything can go wrong."""
-    proxy = hidden_address(options.get("proxy"))
-    return hidden(api_key), {**options, **({"proxy": proxy} if "proxy" in options else {})}
+    addresses = {name: hidden_address(options[name]) for name in options.keys() & _ADDRESSES}
+    return hidden(api_key), {**options, **addresses}
 
 
 class Options(TypedDict, total=False):
