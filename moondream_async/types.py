@@ -128,8 +128,9 @@ array, or what ``encode_image`` returned."""
 
 
 Outcome = Literal["complete", "interrupted", "abandoned", "cancelled", "failed"]
-"""How a call ended: its answer came whole; a stream stopped before its end; it was closed or
-dropped before its end; whoever waited for it was cancelled; it failed otherwise."""
+"""How a call ended: its answer came whole; a stream stopped before its end; the stream or the
+client was closed, the stream dropped, or the browser that it was passed on to left; whoever
+waited for it was cancelled; it failed otherwise."""
 
 
 class CallEvent(msgspec.Struct, frozen=True, kw_only=True):

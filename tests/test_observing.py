@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import io
 import logging
 import threading
@@ -22,43 +23,81 @@ KEY = "md-0123456789-secret"  # no local: these are shown below
 def told():
     """Hooks, and the list that they write to."""
     events = []
-    hooks = {
-        kind: lambda event, kind=kind: events.append((kind, event))
-        for kind in ("request", "first_chunk", "retry", "end")
-    }
-    return md.Hooks(**hooks), events
+
+    def tell(kind, event):
+        assert asyncio.get_running_loop()
+        events.append((kind, event))
+
+    kinds = ("request", "first_chunk", "retry", "end")
+    return md.Hooks(**{kind: functools.partial(tell, kind) for kind in kinds}), events
 
 
-async def test_hooks_tell_the_life_of_a_stream(simulator, photo, told):
+async def in_bulk(client, photo):
+    assert [done.ok async for done in client.bulk([photo], "caption")] == [True]
+
+
+async def watched(client, photo):
+    assert [each.ok async for each in client.watch([photo], "caption", stream=True)] == [True]
+
+
+async def in_batch(client, photo):
+    batch = await client.batches.create([md.BatchRequest.caption(photo)])
+    done = await client.batches.wait(batch, interval=0.001)
+    assert [each.ok async for each in client.batches.results(done)] == [True]
+
+
+HI = [{"role": "user", "content": "Hi"}]
+CALLS = {  # and how many calls they are, or None where the server's pace decides
+    "caption": (lambda it, photo: it.caption(photo), 1),
+    "query": (lambda it, photo: it.query(photo, "Why?"), 1),
+    "detect": (lambda it, photo: it.detect(photo, "red"), 1),
+    "point": (lambda it, photo: it.point(photo, "red"), 1),
+    "segment": (lambda it, photo: it.segment(photo, "red"), 1),
+    "chat": (lambda it, photo: it.chat(HI), 1),
+    "models": (lambda it, photo: it.models(), 1),
+    "caption, streamed": (lambda it, photo: it.caption(photo, stream=True), 1),
+    "query, streamed": (lambda it, photo: it.query(photo, "Why?", stream=True), 1),
+    "segment, streamed": (lambda it, photo: it.segment(photo, "red", stream=True), 1),
+    "chat, streamed": (lambda it, photo: it.chat(HI, stream=True), 1),
+    "bulk": (in_bulk, 1),
+    "batch": (in_batch, None),
+}
+
+
+@pytest.mark.parametrize(("call", "count"), CALLS.values(), ids=CALLS)
+async def test_hooks_are_told_in_order_of_whatever_is_asked(photo, told, call, count):
+    hooks, events = told
+    async with (
+        Simulator(rate=0) as simulator,
+        md.MoondreamClient("key", endpoint=simulator.endpoint, hooks=hooks) as client,
+    ):
+        simulator.faults.append("status=503,times=2,retry_after=0")
+        answer = await call(client, photo)
+        if isinstance(answer, md.Stream):
+            await answer.text()
+    calls = {}
+    for kind, event in events:
+        calls.setdefault(event.call_id, []).append((kind, event))
+    assert count is None or len(calls) == count
+    told_first, *rest = [[kind for kind, _ in each] for each in calls.values()]
+    first_chunk = ["first_chunk"] * isinstance(answer, md.Stream)
+    assert told_first == ["request", "retry"] * 2 + ["request", *first_chunk, "end"]
+    assert all(each == ["request", "end"] for each in rest)
+    for each in calls.values():
+        seconds = [event.seconds for _, event in each]
+        assert seconds == sorted(seconds)
+        assert each[-1][1].outcome == "complete"
+    attempts = [(event.attempt, event.delay, type(event.error)) for _, event in events[:5]]
+    again = (0, md.ServerError)
+    no = (None, type(None))
+    assert attempts == [(1, *no), (1, *again), (2, *no), (2, *again), (3, *no)]
+
+
+async def test_hooks_are_told_of_each_frame_that_is_watched(simulator, photo, told):
     hooks, events = told
     async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client:
-        stream = await client.caption(photo, stream=True)
-        await stream.text()
-    assert [kind for kind, _ in events] == ["request", "first_chunk", "end"]
-    end = events[-1][1]
-    assert end.completed
-    assert end.error is None
-    assert end.request_id == stream.request_id
-    assert (end.skill, end.stream, end.attempt) == ("caption", True, 1)
-    assert [event.seconds for _, event in events] == sorted(event.seconds for _, event in events)
-
-
-async def test_hooks_tell_of_retries_with_their_reason(simulator, photo, told):
-    hooks, events = told
-    simulator.faults.append(Fault.parse("status=503,times=2,retry_after=0"))
-    async with md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client:
-        await client.caption(photo)
-    assert [kind for kind, _ in events] == [
-        "request",
-        "retry",
-        "request",
-        "retry",
-        "request",
-        "end",
-    ]
-    assert isinstance(events[1][1].error, md.ServerError)
-    assert events[1][1].delay == 0
-    assert [event.attempt for _, event in events] == [1, 1, 2, 2, 3, 3]
+        await watched(client, photo)
+    assert [kind for kind, _ in events] == ["request", "end"]
 
 
 @pytest.fixture

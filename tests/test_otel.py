@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 
 import aiohttp
 import pytest
@@ -150,31 +149,6 @@ async def test_attempts_are_events_and_carry_the_trace(client, simulator, teleme
     assert sent == f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        ("cut=2", ("StreamInterruptedError", "interrupted")),
-        ("status=401", ("401", "failed")),
-        ("status=429,times=9,retry_after=0", ("429", "failed")),
-        ("error_event=2", ("StreamServerError", "failed")),
-    ],
-    ids=["cut", "refused", "429", "server error"],
-)
-async def test_stream_that_fails_is_a_failed_span(client, simulator, telemetry, fault, expected):
-    error_type, outcome = expected
-    simulator.faults.append(fault)
-    with pytest.raises(md.MoondreamError):
-        await (await client.caption(SAMPLE_IMAGE, stream=True)).text()
-
-    span = telemetry.span
-    assert span.status.status_code is StatusCode.ERROR
-    assert span.attributes["error.type"] == error_type
-    assert span.attributes["moondream.outcome"] == outcome
-    assert span.attributes["gen_ai.response.finish_reasons"] == ("error",)
-    [point] = telemetry.metrics()["gen_ai.client.inference.duration"]
-    assert point.attributes["error.type"] == error_type
-
-
 async def dropped(client, photo):
     stream = await client.caption(photo, stream=True)
     await anext(stream)
@@ -202,28 +176,21 @@ async def cancelled(client, photo):
         await task
 
 
-@pytest.mark.parametrize("leave", [dropped, closed, cancelled])
+@pytest.mark.parametrize(
+    ("leave", "outcome"),
+    [(dropped, "abandoned"), (closed, "abandoned"), (cancelled, "cancelled")],
+    ids=["dropped", "closed", "cancelled"],
+)
 async def test_stream_that_nobody_reads_on_is_no_failed_span(
-    client, simulator, telemetry, photo, leave
+    client, simulator, telemetry, leave, outcome
 ):
     simulator.faults.append("stall=2")
-    await leave(client, photo)
+    await leave(client, SAMPLE_IMAGE)
 
     span = telemetry.span
     assert span.status.status_code is StatusCode.UNSET
-    assert span.attributes["moondream.outcome"] in ("abandoned", "cancelled")
+    assert span.attributes["moondream.outcome"] == outcome
     assert "error.type" not in span.attributes
-
-
-async def test_client_that_is_closed_ends_the_spans_of_its_streams(simulator, telemetry, photo):
-    simulator.faults.append("stall=2")
-    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
-        instrument(client, **telemetry.providers)
-        stream = await client.caption(photo, stream=True)
-    with pytest.raises(md.ClientClosedError):
-        await stream.text()
-
-    assert telemetry.span.name == "caption"
 
 
 async def test_calls_that_are_no_skill_have_spans_without_ids(telemetry):
@@ -245,41 +212,6 @@ async def test_content_is_captured_only_when_asked_for(simulator, telemetry, pho
     assert asked == {"role": "user", "parts": [text, {"type": "image"}]}
     assert plain.answer in span.attributes["gen_ai.output.messages"]
     assert "base64" not in span.to_json()
-
-
-async def test_bulk_of_fifty_with_faults_has_a_span_for_each_picture(
-    client, simulator, telemetry, photo
-):
-    simulator.faults.append("status=503,times=10,retry_after=0")
-    simulator.faults.append("status=400,times=3")
-    async with client.bulk([photo] * 50, "caption") as run:
-        ok = [done.ok async for done in run]
-
-    outcomes = [span.attributes["moondream.outcome"] for span in telemetry.spans]
-    assert outcomes.count("complete") == ok.count(True) == 47
-
-
-def test_four_loops_at_once_share_the_metrics(telemetry, photo, moondream_simulator):
-    client = md.MoondreamClient(endpoint=moondream_simulator.endpoint)
-    instrument(client, **telemetry.providers)
-
-    async def ask():
-        stream = await client.caption(photo, stream=True)
-        await stream.text()
-
-    threads = [threading.Thread(target=asyncio.run, args=[ask()]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    asyncio.run(client.aclose())
-
-    assert len({span.context.span_id for span in telemetry.spans}) == 4
-    metrics = telemetry.metrics()
-    [point] = metrics["gen_ai.client.inference.duration"]
-    assert point.count == 4
-    [first] = metrics["gen_ai.client.inference.time_to_first_chunk"]
-    assert first.count == 4
 
 
 async def test_time_between_chunks_is_measured(client, simulator, telemetry, photo):
@@ -357,50 +289,159 @@ def test_programs_that_are_instrumented_from_outside_find_the_entry_point():
 # -- through a backend ---------------------------------------------------------------------
 
 
-def backend(client):
+@pytest.fixture
+def ended():
+    """What the hook for ends was told."""
+    return []
+
+
+@pytest.fixture
+async def backend(simulator, telemetry, ended):
+    """A client in a FastAPI program under uvicorn, and a browser that asks it."""
     fastapi = needs("fastapi", reason=NEEDS)
+    instrumentation = needs("opentelemetry.instrumentation.fastapi", reason=NEEDS)
+    hooks = md.Hooks(end=ended.append)
+    client = md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks)
+    instrument(client, **telemetry.providers)
     app = fastapi.FastAPI()
+
+    async def say():
+        return await (await client.caption(SAMPLE_IMAGE, stream=True)).text()
 
     @app.get("/ask")
     async def ask():
         stream = await client.caption(SAMPLE_IMAGE, stream=True)
         return fastapi.responses.StreamingResponse(stream.sse(), media_type="text/event-stream")
 
-    return app
+    @app.get("/plain")
+    async def plain():
+        return await client.caption(SAMPLE_IMAGE)
+
+    @app.get("/drop")
+    async def drop():
+        stream = await client.caption(SAMPLE_IMAGE, stream=True)
+        await anext(stream)
+        with pytest.warns(ResourceWarning):
+            del stream
+
+    @app.get("/bulk")
+    async def bulk():
+        run = client.bulk([SAMPLE_IMAGE] * 50, "caption", max_retries=30)
+        return [done.ok async for done in run]
+
+    @app.get("/loops")
+    async def loops():
+        # Each thread is in the context of the request, and has an event loop of its own.
+        await asyncio.gather(*[asyncio.to_thread(asyncio.run, say()) for _ in range(4)])
+
+    instrumentation.FastAPIInstrumentor.instrument_app(
+        app, tracer_provider=telemetry.tracer_provider
+    )
+    async with client, uvicorn(app) as address, aiohttp.ClientSession(address) as browser:
+        yield browser, client
 
 
-@pytest.fixture
-async def instrumented_backend(client, telemetry):
-    fastapi = needs("opentelemetry.instrumentation.fastapi", reason=NEEDS)
-    app = backend(client)
-    fastapi.FastAPIInstrumentor.instrument_app(app, tracer_provider=telemetry.tracer_provider)
-    async with uvicorn(app) as address, aiohttp.ClientSession(address) as browser:
-        yield browser
-
-
-def ours_and_the_servers(telemetry):
-    ours = [span for span in telemetry.spans if span.name == "caption"]
-    servers = [span for span in telemetry.spans if span.kind is SpanKind.SERVER]
-    return ours, servers
-
-
-async def test_span_of_the_request_is_the_parent_of_ours(instrumented_backend, telemetry):
-    async with instrumented_backend.get("/ask") as response:
+async def read(browser, client, path):
+    async with browser.get(path) as response:
         await response.read()
 
-    [ours], [server] = ours_and_the_servers(telemetry)
-    assert ours.parent.span_id == server.context.span_id
-    assert ours.attributes["moondream.outcome"] == "complete"
 
-
-async def test_browser_that_leaves_abandons_the_span(instrumented_backend, simulator, telemetry):
-    simulator.faults.append("stall=2")
-    async with instrumented_backend.get("/ask") as response:
+async def leave(browser, client, path):
+    async with browser.get(path) as response:
         await response.content.readany()
-    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
-    while not ours_and_the_servers(telemetry)[0]:
-        await asyncio.sleep(0)
 
-    [ours], _ = ours_and_the_servers(telemetry)
-    assert ours.attributes["moondream.outcome"] in ("abandoned", "cancelled")
-    assert ours.status.status_code is StatusCode.UNSET
+
+async def close_client(browser, client, path):
+    async with browser.get(path) as response:
+        await response.content.readany()
+        await client.aclose()
+        await response.read()
+
+
+WAYS = {  # path, fault, browser, and of the span: outcome, error.type, attempts
+    "complete": ("/ask", None, read, "complete", None, 1),
+    "cut": ("/ask", "cut=2", read, "interrupted", "StreamInterruptedError", 1),
+    "server error": ("/ask", "error_event=2", read, "failed", "StreamServerError", 1),
+    "refused": ("/plain", "status=400", read, "failed", "400", 1),
+    "retried": ("/ask", "status=503,times=2,retry_after=0", read, "complete", None, 3),
+    "429, retried": ("/plain", "status=429,retry_after=0", read, "complete", None, 2),
+    "429": ("/plain", "status=429,times=9,retry_after=0", read, "failed", "429", 4),
+    "browser gone": ("/ask", "stall=2", leave, "abandoned", None, 1),
+    "client closed": ("/ask", "stall=2", close_client, "abandoned", None, 1),
+    "dropped": ("/drop", "stall=2", read, "abandoned", None, 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+async def test_a_call_in_a_request_is_one_span_under_that_of_the_request(
+    backend, simulator, telemetry, ended, way
+):
+    path, fault, act, outcome, error_type, attempts = way
+    simulator.faults.extend([fault] * (fault is not None))
+    await act(*backend, path)
+    server, ours = await spans_of(telemetry, 1)
+
+    [span], [end] = ours, ended
+    assert span.parent.span_id == server.context.span_id
+    assert {request.headers["traceparent"].split("-")[2] for request in simulator.requests} == {
+        f"{span.context.span_id:016x}"
+    }
+    assert (span.attributes["moondream.outcome"], end.outcome) == (outcome, outcome)
+    assert span.attributes["moondream.call_id"] == end.call_id
+    assert events_of(span).count("attempt") == events_of(span).count("retry") + 1 == attempts
+    assert span.attributes.get("error.type") == error_type
+    began = error_type not in ("400", "429")
+    reasons = {True: ("stop",), False: ("error",) if began else None}[outcome == "complete"]
+    assert span.attributes.get("gen_ai.response.finish_reasons") == reasons
+    is_error = span.status.status_code is StatusCode.ERROR
+    assert is_error == (error_type is not None)
+    [point] = telemetry.metrics()["gen_ai.client.inference.duration"]
+    assert point.attributes.get("error.type") == error_type
+
+
+async def test_bulk_of_fifty_with_faults_is_a_span_for_each_picture(
+    backend, simulator, telemetry, ended
+):
+    simulator.faults.extend(["status=503,times=10,retry_after=0", "status=400,times=3"])
+    await read(*backend, "/bulk")
+    server, spans = await spans_of(telemetry, 50)
+
+    assert {span.parent.span_id for span in spans} == {server.context.span_id}
+    assert len({span.attributes["moondream.call_id"] for span in spans}) == 50
+    outcomes = [span.attributes["moondream.outcome"] for span in spans]
+    assert (outcomes.count("complete"), outcomes.count("failed")) == (47, 3)
+    failed = [span for span in spans if span.status.status_code is StatusCode.ERROR]
+    assert [span.attributes["error.type"] for span in failed] == ["400"] * 3
+    assert len([span for span in spans if "error.type" in span.attributes]) == 3
+    events = [event for span in spans for event in span.events]
+    retries = [event.attributes["error.type"] for event in events if event.name == "retry"]
+    assert retries == ["503"] * 10
+    assert [event.name for event in events].count("attempt") == len(simulator.requests) == 60
+    assert len(ended) == len({end.call_id for end in ended}) == 50
+
+
+async def test_four_loops_at_once_share_the_parent_and_the_metrics(backend, telemetry, ended):
+    await read(*backend, "/loops")
+    server, spans = await spans_of(telemetry, 4)
+
+    assert {span.parent.span_id for span in spans} == {server.context.span_id}
+    assert len({span.context.span_id for span in spans}) == 4 == len(ended)
+    metrics = telemetry.metrics()
+    for name in ("duration", "time_to_first_chunk"):
+        [point] = metrics[f"gen_ai.client.inference.{name}"]
+        assert point.count == 4
+
+
+async def spans_of(telemetry, count):
+    """Return the span of the request, and ours once there are so many."""
+
+    def ours():
+        return [span for span in telemetry.spans if span.name == "caption"]
+
+    def servers():
+        return [span for span in telemetry.spans if span.kind is SpanKind.SERVER]
+
+    while len(ours()) < count or not servers():
+        await asyncio.sleep(0)
+    [server] = servers()
+    return server, ours()

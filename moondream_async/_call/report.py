@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from moondream_async._protocol.answers import find_metrics, to_id
-from moondream_async.errors import MoondreamError, StreamInterruptedError, StreamStalledError
+from moondream_async.errors import (
+    ClientClosedError,
+    MoondreamError,
+    StreamInterruptedError,
+    StreamStalledError,
+)
 from moondream_async.types import CallEvent, Outcome
 
 if TYPE_CHECKING:
@@ -282,7 +287,7 @@ def _guarded(kind: str, listener: Callable[..., object], *arguments: Any) -> Non
 def _outcome(error: BaseException | None, *, completed: bool) -> Outcome:
     if completed:
         return "complete"
-    if error is None or isinstance(error, GeneratorExit):
+    if error is None or isinstance(error, (GeneratorExit, ClientClosedError)):
         return "abandoned"
     if isinstance(error, (StreamInterruptedError, StreamStalledError)):
         return "interrupted"

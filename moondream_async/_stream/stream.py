@@ -98,6 +98,7 @@ class Stream(Generic[ItemT_co]):
         "_owner",
         "_reading",
         "_ready",
+        "_relayed",
         "_reopen",
         "_reopening",
         "_said",
@@ -137,6 +138,7 @@ class Stream(Generic[ItemT_co]):
         self._closed = ""  # why, once it is
         self._unread = False  # text, when it was closed
         self._owner: Owner | None = None
+        self._relayed = False  # whoever cancels its reader then is a browser that has gone
         self._attach(opening)
         if opening.events:
             self._take(opening.events)
@@ -235,7 +237,9 @@ class Stream(Generic[ItemT_co]):
         Raises:
             RequestError: `heartbeat` is no positive number.
         """
-        return EventStream(self, heartbeat)
+        relay = EventStream(self, heartbeat)
+        self._relayed = True
+        return relay
 
     def chunk_bytes(self) -> ByteStream:
         """Pass the rest of the text on as plain text, in bytes: UTF-8.
@@ -244,6 +248,7 @@ class Stream(Generic[ItemT_co]):
         so that the answer breaks off instead of passing for a whole one. Closing it, dropping it,
         and cancelling the task that reads it close the stream at once.
         """
+        self._relayed = True
         return ByteStream(self)
 
     # -- what is known ------------------------------------------------------------
@@ -342,7 +347,8 @@ class Stream(Generic[ItemT_co]):
             self._block = NOTHING
             self._ready = iter(())
         self._drop_source()
-        self._report(cancelled_error() if why == _CANCELLED else None)
+        is_cancelled = why == _CANCELLED and not self._relayed
+        self._report(cancelled_error() if is_cancelled else None)
         if self._reopening is not None:
             self._reopening.cancel()
 

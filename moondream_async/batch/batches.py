@@ -262,7 +262,7 @@ class Batches:
                 else:
                     break
         except BaseException as error:
-            call.report.ended(error=error if isinstance(error, Exception) else None)
+            call.report.ended(error=None if isinstance(error, GeneratorExit) else error)
             raise
         call.report.ended(completed=True)
 

@@ -288,8 +288,10 @@ class _Call:
             ):
                 if value is not None:
                     span.set_attribute(name, value)
-            # The conventions put "error" where a reason was to be expected and did not come.
-            reason = event.finish_reason or (None if event.outcome == "complete" else "error")
+            # The conventions put "error" where an answer had begun, and its reason did not come.
+            had_begun = event.ttft is not None or event.outcome == "interrupted"
+            is_cut = had_begun and event.outcome != "complete"
+            reason = event.finish_reason or ("error" if is_cut else None)
             if reason is not None and self._is_skill:
                 span.set_attribute("gen_ai.response.finish_reasons", [reason])
             if has_failed:
