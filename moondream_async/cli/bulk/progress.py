@@ -34,7 +34,7 @@ class Progress:
         """How many pictures there are, done before or not; None until that is known."""
         self.answered = self.failed = self.skipped = 0
         self.reasons: Counter[str] = Counter()
-        """How many failed for which reason."""
+        """How many failed for which reason, as a terminal may show it."""
         self.tokens = 0
         self.cost = 0.0
         self._price = price
@@ -73,7 +73,7 @@ class Progress:
             self.answered += 1
         else:
             self.failed += 1
-            words = f"{error.get('type') or 'Error'}: {error.get('message') or ''}"
+            words = one_line(f"{error.get('type') or 'Error'}: {error.get('message') or ''}")
             self.reasons[_VARYING.sub("...", words)[:200]] += 1
         tokens = [(metrics or {}).get(name) for name in ("input_tokens", "output_tokens")]
         spent, written = (each if isinstance(each, int) else 0 for each in tokens)
@@ -115,10 +115,8 @@ class Progress:
 
     def failures(self) -> list[str]:
         """Return the reasons of failures, a line each, the commonest first."""
-        lines = [
-            f"{count:,} failed: {one_line(why)}"
-            for why, count in self.reasons.most_common(_REASONS)
-        ]
+        commonest = self.reasons.most_common(_REASONS)
+        lines = [f"{count:,} failed: {why}" for why, count in commonest]
         more = len(self.reasons) - _REASONS
         return [*lines, f"... and for {more:,} other reasons"] if more > 0 else lines
 
@@ -126,7 +124,7 @@ class Progress:
         if not self.reasons:
             return ""
         ((why, count),) = self.reasons.most_common(1)
-        return f" ({count:,}: {one_line(why)[:60]})"
+        return f" ({count:,}: {why[:60]})"
 
     def _spent(self) -> str:
         """Only the cloud asks for money."""
