@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from raw_server import (
     EVENTS,
     STREAM_HEAD,
     TEXT,
+    WORDS,
     RawServer,
     answer_all,
     in_chunks,
@@ -27,15 +29,19 @@ pytestmark = [
 ]
 
 
-async def in_a_child(act):
-    """Run `act` in a forked child, in a loop of its own; return what it returned, as text."""
+async def in_a_child(act, when_stopped=None, new_loop=asyncio.new_event_loop):
+    """Run `act` in a forked child, in a loop of its own; return what it returned, as text.
+
+    Where the child stops itself, `when_stopped` is run before it goes on.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         said = "nothing"
         try:
             asyncio.events._set_running_loop(None)
-            said = str(asyncio.run(act()))
+            with asyncio.Runner(loop_factory=new_loop) as runner:
+                said = str(runner.run(act()))
         except BaseException as error:  # noqa: BLE001 - the parent is told
             said = repr(error)
         finally:
@@ -43,7 +49,11 @@ async def in_a_child(act):
             os._exit(0)
     os.close(writing)
     loop = asyncio.get_running_loop()
-    await loop.run_in_executor(None, os.waitpid, child, 0)
+    _, status = await loop.run_in_executor(None, os.waitpid, child, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        await when_stopped()
+        os.kill(child, signal.SIGCONT)
+        await loop.run_in_executor(None, os.waitpid, child, 0)
     try:
         return os.read(reading, 10_000).decode()
     finally:
@@ -130,3 +140,48 @@ async def test_child_prepares_pictures_in_threads_of_its_own(photo):
             return (await client.encode_image(photo)).width
 
         assert await in_a_child(act) == "640"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_answer_that_arrived_while_the_process_was_frozen_is_in_time(loop):
+    """It is read before anybody looks at the clock, streamed or not."""
+    new_loop = pytest.importorskip("uvloop").new_event_loop if loop == "uvloop" else None
+    limit, stopped, arrived = 0.5, asyncio.Event(), asyncio.Semaphore(0)
+    is_asked, tell = os.pipe()
+
+    async def play(peer):
+        request = await peer.request()
+        if request.wants_stream:
+            await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+        os.write(tell, b"x")
+        await stopped.wait()
+        rest = in_chunks(*EVENTS[1:], DONE) if request.wants_stream else whole(ANSWER)
+        await peer.send(rest)
+        arrived.release()
+        await peer.until_gone()
+
+    async def act():
+        timeout = md.Timeout(first_event=limit, idle=limit)
+        async with md.MoondreamClient(
+            endpoint=server.endpoint, timeout=timeout, max_retries=0
+        ) as client:
+            stream = await client.caption(IMAGE, stream=True)
+            first = await anext(stream)
+            reading = asyncio.create_task(stream.text())
+            asking = asyncio.create_task(client.caption(IMAGE))
+            for _ in range(2):
+                await asyncio.get_running_loop().run_in_executor(None, os.read, is_asked, 1)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return first, await reading, (await asking).caption
+
+    async def thaw():
+        stopped.set()
+        for _ in range(2):
+            await arrived.acquire()
+        await asyncio.sleep(limit * 1.2)  # of the clock that the child goes by
+
+    async with RawServer(play) as server:
+        said = await in_a_child(act, thaw, new_loop)
+    os.close(is_asked)
+    os.close(tell)
+    assert said == str((WORDS[0], TEXT, TEXT))

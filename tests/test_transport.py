@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import trustme
@@ -345,6 +347,41 @@ def test_no_call_gets_what_it_did_not_ask_for(any_loop, stray, when):
                     await rounds()
             await client.aclose()
             await server.until_idle()
+
+    with asyncio.Runner(loop_factory=any_loop) as runner:
+        runner.run(ask())
+
+
+def sockets_of_client(server):
+    """Return copies of this process's sockets that lead to a server."""
+    found = []
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):  # no socket, or none that leads anywhere
+            peer = socket.socket(fileno=int(entry.name))
+            try:
+                if peer.getpeername()[:2] == ("127.0.0.1", server.port):
+                    found.append(peer.dup())
+            finally:
+                peer.detach()
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system doesn't tell")
+def test_routers_are_shown_that_an_idle_connection_is_in_use(any_loop):
+    """A model may think for minutes; routers forget connections after five, or less."""
+
+    async def ask():
+        async with RawServer(answer_all) as server, client_of(server) as client:
+            await client.caption(IMAGE)
+            (sock,) = sockets_of_client(server)
+            with sock:
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                first, again, probes = (
+                    sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"))
+                    for name in ("IDLE", "INTVL", "CNT")
+                )
+            assert first <= 120
+            assert again * probes <= 120
 
     with asyncio.Runner(loop_factory=any_loop) as runner:
         runner.run(ask())
