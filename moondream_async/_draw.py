@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
 
-from ._checks import check_positive
+from ._checks import check_count, check_positive
 from ._images import decode_image
+from ._images.header import MAX_PIXELS
 from .errors import MoondreamError, RequestError
 from .results import (
     DetectResult,
@@ -47,6 +48,7 @@ _SHEET_PIXELS = 16_000_000  # of four bytes: 64 MB at most, unless the picture i
 _FINEST = 4  # how many times as large as the picture the sheet is at most
 _CROWD = 300  # of more marks and outlines than that, none gets soft edges
 _CURVE_STEPS = 32  # straight lines in place of a curve; a path has many curves, each short
+_MASK_PIXELS = 100_000_000  # filled at most for the sake of a mask's exact rim: under a second
 _MOST_MARKS = 10_000
 _MOST_LETTERS = 100  # of a label
 _MOST_PATH = 500_000  # characters
@@ -108,13 +110,22 @@ def preview(result: Result, image: Any) -> bytes | None:
 
 def mask(path: str, bbox: Region | None, size: tuple[int, int]) -> Image.Image:
     """Return what lies inside an outline; see `SegmentResult.to_mask`."""
+    for name, side in zip(("width", "height"), size, strict=True):
+        check_count(name, side)
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise RequestError(f"A mask has at most {MAX_PIXELS:,} pixels, not {width:,} x {height:,}")
     if not path.strip():
         return Image.new("1", size)  # nothing was found
     if bbox is None:
         raise RequestError("The outline has no place: the server gave no bbox with it")
-    width, height = size
     outlines = _outlines(_placed(path, bbox))
-    return _inside([[(x * width, y * height) for x, y in line] for line in outlines], size)
+    # Pillow fills what an outline touches, so it is asked about the middle of each pixel: one of
+    # three by three, where there is room for so many.
+    fine = 3 if 9 * width * height * max(1, len(outlines)) <= _MASK_PIXELS else 1
+    width, height = width * fine, height * fine
+    places = [[(x * width, y * height) for x, y in outline] for outline in outlines]
+    return _inside(places, (width, height)).resize(size, Image.Resampling.NEAREST)
 
 
 def whole_path(path: str, bbox: Region) -> str:

@@ -254,15 +254,22 @@ class SegmentResult(
         return None if self.bbox is None else _transform(self.bbox)
 
     def to_mask(self, width: int, height: int) -> PIL.Image.Image:
-        """Return what lies inside the outline, in a picture of that size: white on black.
+        """Return what lies inside the outline as a mask: white on black, `width` x `height` pixels.
 
-        It is a Pillow image of mode ``1``; ``numpy.asarray(mask)`` is an array of bools, of
-        the shape (height, width). Where nothing was found, it is black.
+        The mask is a Pillow image of mode ``1``; ``numpy.asarray(mask)`` is an array of bools,
+        of the shape (height, width). A mask of several megapixels takes up to a second. Where
+        nothing was found, it is black.
 
         Raises:
             RequestError: The server sent an outline that is no SVG path, or without its
-                `bbox`; the size is no size.
+                `bbox`; a side is no whole number over 0, or the mask would be larger than
+                any picture that is read.
             ImportError: The extra ``draw`` isn't there.
+
+        >>> outline = SegmentResult(path="M 0 0 H 1 V 1 H 0 Z", bbox=Region(0.5, 0, 1, 1))
+        >>> mask = outline.to_mask(4, 2)
+        >>> [mask.getpixel((x, 0)) for x in range(4)]
+        [0, 0, 255, 255]
         """
         from ._draw import mask  # noqa: PLC0415 - as for `draw`
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -434,13 +435,65 @@ def test_arcs_of_a_whole_path_are_stretched_with_it():
         assert (2 * x - 1) ** 2 + (4 * y - 1) ** 2 == pytest.approx(1, abs=1e-4)
 
 
+# -- masks ----------------------------------------------------------------------------
+
+WHOLE = md.Region(0, 0, 1, 1)
+CIRCLE = "M 0.5 0 A 0.5 0.5 0 1 1 0.5 1 A 0.5 0.5 0 1 1 0.5 0 Z"
+ROUND = "M 0.5 0 C 0.776 0 1 0.224 1 0.5 S 0.776 1 0.5 1 S 0 0.776 0 0.5 S 0.224 0 0.5 0 Z"
+LEFT, RIGHT = "M 0 0 H 0.25 V 1 H 0 Z", "M 0.75 0 H 1 V 1 H 0.75 Z"
+CORNERS, MIDDLE = [(0, 0), (199, 0), (0, 99), (199, 99)], [(100, 50)]
+
+
+@pytest.mark.parametrize(
+    ("path", "bbox", "white", "black", "pixels"),
+    [
+        (SQUARE, WHOLE, [*CORNERS, *MIDDLE], [], 200 * 100),
+        (SQUARE, BOX, [(50, 20), (149, 79)], [(49, 50), (150, 50), (100, 19), (100, 80)], 6000),
+        ("M 0 0 L 1 0 L 0 1 Z", WHOLE, [(0, 0), (95, 48)], [(105, 52), (199, 99)], 10_000),
+        (CIRCLE, WHOLE, [*MIDDLE, (1, 50), (100, 1), (30, 15)], [*CORNERS, (27, 13)], 15_708),
+        (ROUND, BOX, [*MIDDLE, (51, 50), (66, 30)], [(50, 20), (149, 79), (62, 26)], 4_712),
+        (f"{SQUARE} {BACKWARD}", WHOLE, [*CORNERS, (49, 50)], [*MIDDLE, (52, 26)], 15_000),
+        (f"{SQUARE} {FORWARD}", WHOLE, [*CORNERS, *MIDDLE], [], 20_000),
+        (f"{LEFT} {RIGHT}", WHOLE, [*CORNERS, (49, 5), (150, 5)], [(51, 5), *MIDDLE], 10_000),
+        ("", None, [], [*CORNERS, *MIDDLE], 0),
+    ],
+    ids=["all", "box", "triangle", "arcs", "curves", "hole", "no hole", "two parts", "nothing"],
+)
+def test_mask_is_true_inside_the_outline(path, bbox, white, black, pixels):
+    mask = outlined(path, bbox).to_mask(200, 100)
+    array = np.asarray(mask)
+
+    assert (mask.mode, mask.size) == ("1", (200, 100))
+    assert (array.dtype, array.shape) == (bool, (100, 200))
+    assert [place for place in white if not array[place[1], place[0]]] == []
+    assert [place for place in black if array[place[1], place[0]]] == []
+    assert array.sum() == pytest.approx(pixels, abs=pixels / 100)
+
+
+@pytest.mark.parametrize(
+    "size", [(0, 5), (5, -1), (1.5, 2), ("5", 5), (True, 5), (10**6, 10**6)], ids=str
+)
+@pytest.mark.parametrize("path", ["", SQUARE], ids=["nothing", "square"])
+def test_mask_of_no_size_is_refused(path, size):
+    with pytest.raises(md.RequestError, match=r"width|height|pixels"):
+        outlined(path).to_mask(*size)
+
+
+def test_mask_of_a_large_picture_is_made_within_its_own_memory():
+    array = np.asarray(outlined(SQUARE).to_mask(8000, 4000))
+
+    assert array[800:3200, 2000:6000].all()
+    assert array.sum() == pytest.approx(4000 * 2400, rel=0.001)
+
+
 # -- what it needs --------------------------------------------------------------------
 
 
 def test_missing_extra_is_named_where_it_is_needed(sheet, monkeypatch):
     for name in ("svg", "svg.path"):
         monkeypatch.setitem(sys.modules, name, None)
-    for call in (outlined(SQUARE).draw, lambda _: outlined(SQUARE).whole_path()):
+    square = outlined(SQUARE)
+    for call in (square.draw, lambda _: square.whole_path(), lambda _: square.to_mask(9, 9)):
         with pytest.raises(ImportError, match=re.escape("pip install 'moondream-async[draw]'")):
             call(sheet)
     assert detected(BOX).draw(sheet) != sheet
