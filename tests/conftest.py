@@ -10,8 +10,12 @@ from hypothesis import settings
 import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE, Simulator
 
-# For the runs on the other Python versions, which come after the thorough one.
-settings.register_profile("fast", max_examples=20, deadline=None)
+# How many inputs are tried; a busy machine is no failure. "fast" is for the runs on the other
+# Python versions, "thorough" for a search by hand: pytest --hypothesis-profile=thorough.
+settings.register_profile("gate", max_examples=50, deadline=None)
+settings.register_profile("fast", max_examples=15, deadline=None)
+settings.register_profile("thorough", max_examples=1000, deadline=None)
+settings.load_profile("gate")
 
 # Programs that are run, and not imported in search of doctests: each needs what it shows. (Not
 # in a file of their folder's: it would stand in the way of whoever imports this one.)

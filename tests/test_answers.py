@@ -9,7 +9,7 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import moondream_async as md
@@ -24,8 +24,6 @@ from moondream_async._protocol.answers import (
 )
 from moondream_async.errors import APIStatusError, MoondreamError, NotFoundError, ServerError
 from moondream_async.results import Grounding, Point, Reasoning, Region, Usage
-
-unhurried = settings(deadline=None)  # a busy machine is no failure
 
 SKILLS = ["caption", "query", "detect", "point", "segment", "chat"]
 
@@ -524,7 +522,6 @@ answers = st.recursive(
 )
 
 
-@unhurried
 @given(skill=st.sampled_from(SKILLS), body=answers | st.binary())
 @example(skill="caption", body=b"1" * 5000)
 @example(skill="caption", body=b'{"caption": "\\ud800"}')
@@ -538,7 +535,6 @@ def test_any_body_is_a_result_or_one_of_our_errors(skill, body):
         assert isinstance(result, md.Result)
 
 
-@unhurried
 @given(
     status=st.integers(400, 599),
     headers=st.dictionaries(st.just("Retry-After"), st.text()),
@@ -555,7 +551,6 @@ def test_any_response_is_an_error_with_a_message(status, headers, body):
     repr(error)
 
 
-@unhurried
 @given(answers)
 def test_anything_can_be_described(raw):
     message, fields = describe(raw)
@@ -565,7 +560,6 @@ def test_anything_can_be_described(raw):
     assert all(value is None or isinstance(value, str) for value in fields.values())
 
 
-@unhurried
 @given(answers)
 def test_any_models_and_numbers_can_be_read(raw):
     if isinstance(raw, dict):

@@ -187,7 +187,8 @@ def test_no_control_sequence_reaches_a_terminal(command, refuses, server, photo,
 
 @given(said=st.text(st.characters(exclude_categories=()), min_size=1), json_too=st.booleans())
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=settings.default.max_examples // 2,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @pytest.mark.parametrize("command", ["caption", "query-whole", "caption-events", "batch-list"])
 def test_any_text_is_shown_as_text(command, said, json_too, server, photo):

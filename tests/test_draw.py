@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageColor
 
@@ -323,7 +323,6 @@ def test_outline_that_is_no_path_is_refused(sheet, path):
         outlined(path).whole_path()
 
 
-@settings(deadline=None)
 @given(
     path=st.text("MmLlHhVvCcSsQqTtAaZz 0123456789.,-+eE\n#"),
     bbox=st.builds(md.Region, *[st.floats()] * 4),
@@ -334,7 +333,6 @@ def test_any_path_and_any_box_are_drawn_or_refused(path, bbox):
         assert outlined(path, bbox).draw(sheet, labels="x").size == (20, 10)
 
 
-@settings(deadline=None)
 @given(x=st.floats(), y=st.floats())
 def test_any_place_is_drawn(x, y):
     sheet = Image.new("RGB", (20, 10), "white")

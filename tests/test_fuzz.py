@@ -42,8 +42,7 @@ CLASSES = {
 }
 
 fuzzing = settings(
-    max_examples=200,
-    deadline=None,  # a busy machine is no failure
+    max_examples=2 * settings.default.max_examples,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the clock only goes on
 )
 

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pictures import (
     CLEAN,
@@ -330,13 +330,12 @@ def check(data, **limits):
 
 @given(st.sampled_from(MAGIC), st.binary(max_size=300))
 @example(b"", b"")
-@settings(deadline=None)
 def test_random_bytes_give_a_picture_or_an_image_error(magic, rest):
     check(magic + rest)
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3 * settings.default.max_examples)
 def test_mutated_header_gives_a_picture_or_an_image_error(data):
     name = data.draw(st.sampled_from(sorted(ALL)))
     mutated = bytearray(ALL[name])
@@ -349,13 +348,11 @@ def test_mutated_header_gives_a_picture_or_an_image_error(data):
 
 
 @given(st.sampled_from(sorted(ALL)), st.floats(0, 1))
-@settings(deadline=None)
 def test_truncated_file_gives_a_picture_or_an_image_error(name, share):
     check(ALL[name][: int(len(ALL[name]) * share)])
 
 
 @given(st.sampled_from(sorted(ALL)), st.integers(1, 10_000), st.integers(700, 10_000))
-@settings(deadline=None)
 def test_any_picture_fits_any_limits(name, max_pixels, max_bytes):
     result = encode_image(ALL[name], max_pixels=max_pixels, max_bytes=max_bytes)
     assert result.width * result.height <= max_pixels

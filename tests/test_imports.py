@@ -8,10 +8,9 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
-
-import pytest
 
 import moondream_async
 
@@ -65,6 +64,8 @@ class Import(NamedTuple):
     """What is taken from it, or "" where that is the whole."""
     for_types: bool
     """Whether it stands in an ``if TYPE_CHECKING:``."""
+    at_once: bool = True
+    """Whether it is done as the module is loaded, and not in a function's time."""
 
     @property
     def importer(self):
@@ -93,24 +94,26 @@ def imports_of(path):
     file = path.relative_to(PACKAGE)
     package = (PACKAGE.name, *file.parts[:-1])  # of this module, or that it is
 
-    def walk(node, *, for_types):
+    def walk(node, *, for_types, at_once=True):
+        at_once = at_once and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 for statement in child.body:
-                    yield from walk(ast.Module([statement], []), for_types=True)
+                    yield from walk(ast.Module([statement], []), for_types=True, at_once=at_once)
                 for statement in child.orelse:
-                    yield from walk(ast.Module([statement], []), for_types=for_types)
+                    rest = ast.Module([statement], [])
+                    yield from walk(rest, for_types=for_types, at_once=at_once)
             elif isinstance(child, ast.Import):
                 for alias in child.names:
-                    yield Import(str(file), child.lineno, alias.name, "", for_types)
+                    yield Import(str(file), child.lineno, alias.name, "", for_types, at_once)
             elif isinstance(child, ast.ImportFrom):
                 base = package[: len(package) + 1 - child.level] if child.level else ()
                 for alias in child.names:
                     names = [*base, *(child.module or "").split("."), alias.name]
                     target = ".".join(filter(None, names))
-                    yield Import(str(file), child.lineno, target, alias.name, for_types)
+                    yield Import(str(file), child.lineno, target, alias.name, for_types, at_once)
             else:
-                yield from walk(child, for_types=for_types)
+                yield from walk(child, for_types=for_types, at_once=at_once)
 
     yield from walk(ast.parse(path.read_text(encoding="utf-8")), for_types=False)
 
@@ -136,6 +139,7 @@ def test_the_tests_see_imports_of_every_kind():
     assert ("cli", "__init__") in seen  # import moondream_async
     assert ("_client", "_call") in seen  # inside a function
     assert any(each.for_types and each.target == "asyncio" for each in IMPORTS)
+    assert any(not each.at_once and each.room == "_draw" for each in IMPORTS)
     assert any(each.target == "aiohttp.web" for each in IMPORTS)
 
 
@@ -150,6 +154,31 @@ def test_imports_run_one_way():
     ]
 
     assert against == []
+
+
+def module_name(path):
+    parts = (PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def loaded_first(each, names):
+    """The modules that must be loaded before the one that this import stands in goes on."""
+    importer = module_name(PACKAGE / each.file)
+    target = each.target if each.target in names else each.target.rpartition(".")[0]
+    parts = target.split(".")
+    packages = {".".join(parts[:end]) for end in range(1, len(parts))}
+    return {target} | {name for name in packages if not f"{importer}.".startswith(f"{name}.")}
+
+
+def test_no_module_waits_for_itself_so_that_each_can_be_the_first():
+    names = {module_name(path) for path in sources()}
+    graph = {name: set() for name in names}
+    for each in IMPORTS:
+        if each.room and each.at_once and not each.for_types:
+            importer = module_name(PACKAGE / each.file)
+            graph[importer] |= loaded_first(each, names) - {importer}
+
+    assert set(TopologicalSorter(graph).static_order()) == names  # or a CycleError, with its circle
 
 
 def test_every_exception_is_needed():
@@ -248,25 +277,3 @@ def test_making_a_client_loads_what_its_first_call_would_wait_for():
 
 def test_the_version_is_known_without_loading_anything():
     assert loaded_by("from moondream_async import __version__; assert __version__") == []
-
-
-@pytest.mark.slow
-def test_every_module_can_be_the_first_to_be_imported():
-    pytest.importorskip("typer", reason="the command line is an extra")
-    names = [
-        ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts))
-        for path in sources()
-    ]
-    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
-    code = f"""
-import importlib, sys
-import {PACKAGE.name}  # which comes before any of its modules, and with it what it imports
-always = {{*sys.modules}}
-for name in {names}:
-    for loaded in sys.modules.keys() - always:
-        if loaded.partition(".")[0] == "{PACKAGE.name}":
-            del sys.modules[loaded]
-    importlib.import_module(name)
-"""
-
-    loaded_by(code)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moondream_async._call.limits import Semaphore
@@ -97,7 +97,6 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)  # a busy machine is no failure
 @given(total=st.integers(1, 3), steps=steps)
 def test_whatever_happens_places_go_to_those_who_wait_in_their_order(total, steps):
     async def run():

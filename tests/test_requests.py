@@ -9,7 +9,7 @@ import enum
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moondream_async._protocol.requests import (
@@ -25,8 +25,6 @@ from moondream_async._protocol.requests import (
 from moondream_async.errors import RequestError
 from moondream_async.results import Point, Region
 from moondream_async.types import EncodedImage
-
-unhurried = settings(deadline=None)  # a busy machine is no failure
 
 
 class Odd:
@@ -367,7 +365,6 @@ def test_pictures_of_a_chat_come_out_each_in_its_place():
     ]
 
 
-@unhurried
 @given(
     st.recursive(st.text() | st.just(PHOTO), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
 )
@@ -602,7 +599,6 @@ def test_conversations_that_break_the_rules_of_the_engine_are_refused(messages, 
     assert says in caught.value.message
 
 
-@unhurried
 @given(
     length=st.text() | st.integers(),
     stream=st.booleans() | st.integers(),

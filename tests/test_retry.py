@@ -5,7 +5,7 @@ import math
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moondream_async._call.retry import (
@@ -33,17 +33,16 @@ from moondream_async.errors import (
     StreamStalledError,
 )
 
-unhurried = settings(deadline=None)  # a busy machine is no failure
-
 # -- what ----------------------------------------------------------------------------------
 
 # What the official SDK (moondream 2.6.1) tries again, where it does at all.
 RETRIED = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
 
 
-@pytest.mark.parametrize("status", range(100, 600))
-def test_the_statuses_that_pass_by_themselves_are_tried_again_and_no_others(status):
-    assert is_worth_retrying(APIStatusError("no", status=status)) is (status in RETRIED)
+def test_the_statuses_that_pass_by_themselves_are_tried_again_and_no_others():
+    errors = [APIStatusError("no", status=status) for status in range(100, 600)]
+
+    assert {error.status for error in errors if is_worth_retrying(error)} == RETRIED
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,6 @@ def test_the_longest_wait_doubles_up_to_its_cap():
     assert [backoff(attempt, 1.0) for attempt in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
-@unhurried
 @given(
     attempt=st.integers(0, 10**9),
     jitter=st.floats(0, 1),
@@ -123,13 +121,11 @@ def test_a_wait_is_never_negative_and_never_over_its_cap(attempt, jitter, retry_
     assert 0 <= delay <= (LONGEST_DELAY if retry_after is None else LONGEST_RETRY_AFTER)
 
 
-@unhurried
 @given(attempt=st.integers(0, 50), jitter=st.floats(0, 1))
 def test_jitter_is_full_it_spreads_the_wait_from_nothing_to_the_whole(attempt, jitter):
     assert backoff(attempt, jitter) == jitter * backoff(attempt, 1.0)
 
 
-@unhurried
 @given(attempt=st.integers(0, 50), jitter=st.floats(0, 1), asked=st.floats(0, LONGEST_RETRY_AFTER))
 def test_what_the_server_asks_for_wins(attempt, jitter, asked):
     assert backoff(attempt, jitter, asked) == asked
@@ -210,7 +206,6 @@ def test_retry_after_that_makes_no_sense_is_none(value):
     assert parse_retry_after(value, NOW) is None
 
 
-@unhurried
 @given(value=st.text(), now=st.floats(0, 1e11))
 @example(value="Mon, 01 Jan 0001 00:00:00 +2359", now=0)
 @example(value="Fri, 31 Dec 9999 23:59:59 -2359", now=0)
@@ -226,7 +221,6 @@ WORDS = st.sampled_from(
 )
 
 
-@unhurried
 @given(st.lists(WORDS, max_size=10).map(" ".join) | st.lists(WORDS, max_size=10).map("".join))
 def test_almost_a_date_is_a_number_of_seconds_or_none(value):
     seconds = parse_retry_after(value, NOW)
@@ -234,7 +228,6 @@ def test_almost_a_date_is_a_number_of_seconds_or_none(value):
     assert seconds is None or (seconds >= 0 and math.isfinite(seconds))
 
 
-@unhurried
 @given(st.integers(0, 999_999_999))
 def test_whole_seconds_come_back_as_they_are(seconds):
     assert parse_retry_after(str(seconds), NOW) == seconds
@@ -243,7 +236,6 @@ def test_whole_seconds_come_back_as_they_are(seconds):
 seconds_of_a_century = st.integers(631152000, 3786912000)  # 1990 to 2090, since the epoch
 
 
-@unhurried
 @given(date=seconds_of_a_century, now=seconds_of_a_century)
 def test_a_date_is_the_time_up_to_it(date, now):
     header = f"{dt.datetime.fromtimestamp(date, dt.UTC):%a, %d %b %Y %H:%M:%S} GMT"

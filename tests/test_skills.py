@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from canned import canned
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from raw_server import STREAM_HEAD, in_chunks, whole
 
@@ -531,7 +531,6 @@ json_values = st.recursive(
 extras = st.dictionaries(st.text().map("x-{}".format), json_values, max_size=4)
 
 
-@settings(deadline=None)
 @given(extra=extras, skill=st.sampled_from(sorted(BODIES)))
 def test_fields_that_nobody_knows_are_kept_and_never_in_the_way(extra, skill):
     plain = read_result(skill, BODIES[skill])
@@ -543,7 +542,6 @@ def test_fields_that_nobody_knows_are_kept_and_never_in_the_way(extra, skill):
     }
 
 
-@settings(deadline=None)
 @given(extra=extras, kind=st.text(), skill=st.sampled_from(["caption", "query", "segment", "chat"]))
 def test_events_that_nobody_knows_are_handed_on_and_never_in_the_way(extra, kind, skill):
     if skill == "chat":
