@@ -1,7 +1,10 @@
 """How old are the answers about a camera, and does anything grow?
 
 A camera of 30 frames a second, and a server in a process of its own that takes so long, with
-jitter of a half either way; it may fail, and be gone for a while. Run it as::
+jitter of a half either way; it may fail, and be gone for a while. An answer's age is to be one
+frame (33 ms) and one call at most. What a machine adds that is busy with other things is told
+apart: how late a timer of the same loop was at worst since the answer before, and how many newer
+frames there were when the request was sent. Run it as::
 
     python -m benchmarks.bench_watch --seconds 600 --delay 0.4 [--errors 0.2] [--gone 60]
 
@@ -99,7 +102,7 @@ async def measure(*, seconds: float, delay: float, errors: float, gone: float) -
     server = Server(port, delay, errors)
     await server.start()
     calls, ages, beyond, failures, early, outage = [], [], [], 0, None, [0.0, 0.0]
-    hooks = md.Hooks(end=lambda event: calls.append(event.seconds))
+    newest, newer, late, unexplained = 0, [], [0.0], []
     began = time.monotonic()
 
     async def go_away() -> None:
@@ -110,6 +113,18 @@ async def measure(*, seconds: float, delay: float, errors: float, gone: float) -
         await server.start()
         outage[1] = time.monotonic()
 
+    def sent(_) -> None:
+        nonlocal newest
+        newest = watch.frames - 1
+
+    async def tick() -> None:
+        while True:
+            due = time.monotonic() + 0.005
+            await asyncio.sleep(0.005)
+            late[0] = max(late[0], time.monotonic() - due)
+
+    hooks = md.Hooks(request=sent, end=lambda event: calls.append(event.seconds))
+    ticking = asyncio.create_task(tick())
     away = asyncio.create_task(go_away()) if gone else None
     back = None
     async with (
@@ -117,14 +132,20 @@ async def measure(*, seconds: float, delay: float, errors: float, gone: float) -
         client.watch(camera(began + seconds)) as watch,
     ):
         async for each in watch:
+            if time.monotonic() - began > seconds:
+                break  # the last frame of all waits for the call before it, without a successor
             failures += not each.ok
             ages.append(each.age)
             beyond.append(each.age - calls[-1])
+            newer.append(newest - each.index if each.ok else 0)
+            unexplained.append(beyond[-1] - late[0])
+            late[0] = 0.0
             if each.ok and outage[1] and back is None:
                 back = time.monotonic() - outage[1]
             if early is None and time.monotonic() - began > seconds / 5:
                 early = held()
-        late = held()
+        at_end = held()
+    ticking.cancel()
     if away is not None:
         await away
     server.stop()
@@ -134,8 +155,10 @@ async def measure(*, seconds: float, delay: float, errors: float, gone: float) -
         f" | {len(ages)}"
         f" | {failures} | {statistics.median(ages):.3f} | {ages[len(ages) * 95 // 100]:.3f}"
         f" | {ages[-1]:.3f} | {statistics.median(beyond) * 1000:.1f} | {max(beyond) * 1000:.0f}"
-        f" | {early[0]:.0f} -> {late[0]:.0f} | {early[1]} -> {late[1]} | {early[2]} -> {late[2]}"
-        f" | {early[3]} -> {late[3]} | {'' if back is None else f'{back:.1f} s'} |",
+        f" | {max(unexplained) * 1000:.0f} | {max(newer)}"
+        f" | {early[0]:.0f} -> {at_end[0]:.0f} | {early[1]} -> {at_end[1]}"
+        f" | {early[2]} -> {at_end[2]} | {early[3]} -> {at_end[3]}"
+        f" | {'' if back is None else f'{back:.1f} s'} |",
         flush=True,
     )
 
@@ -148,6 +171,12 @@ def main() -> None:
     parser.add_argument("--errors", type=float, default=0)
     parser.add_argument("--gone", type=float, default=0)
     options = parser.parse_args()
+    if not options.serve:
+        print(
+            "| server | errors | gone | seconds | frames | answers | failed | age: median, s | 95%"
+            " | max | beyond the call: median, ms | max | less the loop's lateness: max"
+            " | newer frames when sent: max | memory, MB | tasks | threads | descriptors | back |"
+        )
     if options.serve:
         serve(options.serve, options.delay, options.errors)
         return

@@ -390,9 +390,10 @@ class MoondreamClient(Skills):
                     print(f"{each.age:.1f} s ago:", each.result.objects if each.ok else each.error)
 
         Frames are read as they come, and a new one takes the place of the one that waits;
-        what was superseded is never prepared nor sent. So an answer is as old as one call
-        and one frame, however slow the server and however fast the camera. Nothing is
-        asked while nobody reads. The last frame of all is always asked about.
+        what was superseded is never prepared nor sent. Which frame a call is about is decided
+        when it has its connection slot, and `rate_limit` lets it send. So an answer is as old
+        as one call and one frame, however slow the server and however fast the camera.
+        Nothing is asked while nobody reads. The last frame of all is always asked about.
 
         Results come in the order of the frames. One that is older than one already given,
         or than `max_age`, is dropped and counted. A frame that failed is not tried again: the

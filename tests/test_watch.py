@@ -166,19 +166,8 @@ async def test_the_last_frame_is_always_asked_about(client, kind):
 
 async def test_frames_that_are_superseded_are_never_encoded(simulator, client, camera, held):
     looked_at = []
-
-    class Picture(io.BytesIO):
-        """A file that tells when it is read."""
-
-        def __init__(self, number):
-            super().__init__(SAMPLE_IMAGE.read_bytes())
-            self.number = number
-
-        def read(self, *size):
-            looked_at.append(self.number)
-            return super().read(*size)
-
-    async with client.watch(Picture(number) async for number in counted(camera, 6)) as watch:
+    frames = (Picture(each.index, looked_at) async for each in camera)
+    async with client.watch(frames) as watch:
         reader = Reader(watch)
         await camera.show(0)
         await asked(simulator, 1)
@@ -190,9 +179,52 @@ async def test_frames_that_are_superseded_are_never_encoded(simulator, client, c
     assert set(looked_at) == {0, 5}
 
 
-async def counted(camera, count):
-    async for each in camera:
-        yield each.index
+async def test_a_frame_is_chosen_only_when_its_call_has_a_connection_slot(simulator, camera):
+    looked_at = []
+    frames = (Picture(each.index, looked_at) async for each in camera)
+    async with md.MoondreamClient(endpoint=simulator.endpoint, max_connections=1) as client:
+        stream = await client.caption(SAMPLE_IMAGE, stream=True)
+        async with client.watch(frames, in_flight=3) as watch:
+            reader = Reader(watch)
+            for number in range(6):
+                await camera.show(number)
+                assert client.stats().waiting_calls == 1
+            assert looked_at == []
+            await stream.text()
+            assert await reader.until(1) == [5]
+            camera.end()
+            await reader.end()
+    assert set(looked_at) == {5}
+    assert (watch.frames, watch.skipped, reader.results[0].skipped) == (6, 5, 5)
+    assert len(simulator.requests) == 2
+
+
+async def test_no_connection_slot_in_time_is_the_error_of_the_newest_frame(simulator, camera):
+    async with (
+        md.MoondreamClient(
+            endpoint=simulator.endpoint, max_connections=1, timeout=md.Timeout(pool=0.05)
+        ) as client,
+        client.caption(SAMPLE_IMAGE, stream=True),
+        client.watch(camera) as watch,
+    ):
+        reading = asyncio.create_task(anext(watch))
+        await camera.show(0, 1)
+        each = await reading
+    assert each.index == watch.frames - 1
+    assert (each.error.phase, each.ok) == ("pool", False)
+
+
+class Picture(io.BytesIO):
+    """A file that tells when it is read."""
+
+    def __init__(self, number, looked_at):
+        super().__init__(SAMPLE_IMAGE.read_bytes())
+        self._number = number
+        self._looked_at = looked_at
+
+    def read(self, *size):
+        self._looked_at.append(self._number)
+        return super().read(*size)
 
 
 async def test_nothing_is_asked_while_nobody_reads(simulator, client, camera):

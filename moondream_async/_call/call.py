@@ -1,9 +1,9 @@
 """One call, from its request to its answer, over all its attempts.
 
 `Call.run` is the loop of attempts. An attempt has its pictures prepared, waits for a
-connection slot and for the rate limiter, is sent, and its answer is read by what `run` was
-given; where it fails and another can help, the next one follows. One timer carries all
-deadlines, from one phase to the next.
+connection slot and for the rate limiter (a frame of moving pictures is chosen and prepared
+after that), is sent, and its answer is read by what `run` was given; where it fails and another
+can help, the next one follows. One timer carries all deadlines, from one phase to the next.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -122,8 +122,14 @@ class Caller:
         timeout: Timeout | None = None,
         retries: Retries | None = None,
         admission: Admission | None = None,
+        choose: Callable[[], Request] | None = None,
     ) -> Call:
-        """Begin a call; None is what the client was told."""
+        """Begin a call; None is what the client was told.
+
+        `choose` is for who knows only at the last moment which picture is the right one: it is
+        called when the call may send, holds its connection slot for that, and returns what takes
+        the place of `request`.
+        """
         self.check_open()
         if retries is None:
             most = self.max_retries if max_retries is None else max_retries
@@ -135,6 +141,7 @@ class Caller:
             headers=self.headers,
             retries=retries,
             admission=admission,
+            choose=choose,
         )
 
     def instrument(self, start: Instrument) -> Callable[[], None]:
@@ -192,6 +199,7 @@ class Call:
         headers: Mapping[str, str],
         retries: Retries,
         admission: Admission | None,
+        choose: Callable[[], Request] | None,
     ) -> None:
         loop = asyncio.get_running_loop()
         total = timeout.total
@@ -204,6 +212,7 @@ class Call:
         self._headers = headers
         self._retries = retries
         self._admission = admission
+        self._choose = choose
         self._is_admitted = False
         self._pool: Pool | None = None
         self._parts: list[Any] | None = None  # of the body, with its pictures prepared
@@ -364,7 +373,7 @@ class Call:
         try:
             if rated:
                 await session.admission.wait()  # type: ignore[union-attr]
-            if self._parts is None:
+            if self._parts is None and self._choose is None:
                 is_prepared = await self._prepare(deadline)
             if self._admission is not None:
                 await self._admission.enter()
@@ -377,10 +386,10 @@ class Call:
         finally:
             if is_prepared:
                 session.preparing.release()
-        parts = self._parts or ()
         try:
             if rated:
                 await session.rate_limiter.wait()  # type: ignore[union-attr]
+            parts = self._parts or await self._prepare_late(deadline)
             deadline.enter("connect")
             size = size_on_wire(parts)
             report.began(size)
@@ -436,6 +445,15 @@ class Call:
             raise
         self._parts = parts
         return is_held
+
+    async def _prepare_late(self, deadline: CallDeadline) -> Sequence[Any]:
+        """Make the body of a request that is known only now."""
+        if self._choose is None:
+            return ()
+        self._request, self._choose = self._choose(), None
+        if await self._prepare(deadline):
+            self._session.preparing.release()
+        return self._parts or ()
 
     async def _acquire_preparing(self, deadline: CallDeadline) -> None:
         session = self._session

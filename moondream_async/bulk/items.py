@@ -37,7 +37,7 @@ _FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
 }
 _OWN = ("question", "object", "length")  # what an item may say for itself
 _ASKED = ("image", *_OWN)
-_NO_PICTURE = EncodedImage(b"", "image/jpeg", 0, 0)
+NO_PICTURE = EncodedImage(b"", "image/jpeg", 0, 0)
 
 
 class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +135,7 @@ class Asking:
         # A mistake that holds for every item is told before the first of them.
         needed = {"query": "question"}.get(skill, "object")
         may_come = {} if self._arguments.get(needed, "") is not None else {needed: "?"}
-        self._make(_NO_PICTURE, **{**self._arguments, **may_come}).parts()
+        self._make(NO_PICTURE, **{**self._arguments, **may_come}).parts()
 
     def about(self, item: Any) -> tuple[Any, Make]:
         """Return an item's picture, and what makes its request of that, prepared or not.

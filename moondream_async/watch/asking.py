@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moondream_async._stream.kinds import CaptionStream, QueryStream, SegmentStream
 from moondream_async._stream.stream import Stream
-from moondream_async.bulk.items import Asking
+from moondream_async.bulk.items import NO_PICTURE, Asking
 from moondream_async.errors import RequestError
 
 from .items import Frame
 
 if TYPE_CHECKING:
     from moondream_async._call.call import Caller
+    from moondream_async._protocol.requests import Request
 
 _STREAMS: dict[str, type[Stream]] = {
     "caption": CaptionStream,
@@ -48,14 +49,18 @@ class Question:
         self._caller = caller
         self._asking = Asking(skill, arguments, model=model, stream=stream)
 
-    async def ask(self, frame: Any) -> Any:
+    async def ask(self, choose: Callable[[], Any]) -> Any:
         """Ask about a frame, once: the next try is better spent on a newer one.
+
+        `choose` returns the frame. It is called when the call has its connection slot, so that
+        none is prepared that gets old while others have the slots.
 
         Returns:
             The result, or the stream once the server has accepted the request.
         """
-        image, make = self._asking.about(frame.image if isinstance(frame, Frame) else frame)
-        call = self._caller.call(make(image), max_retries=0)
+        call = self._caller.call(
+            self._about(NO_PICTURE), max_retries=0, choose=lambda: self._about(choose())
+        )
         if self._stream is None:
             return await call.result()
         return self._stream(
@@ -64,3 +69,7 @@ class Question:
             total_at=call.total_at,
             observer=call.observer,
         )
+
+    def _about(self, frame: Any) -> Request:
+        image, make = self._asking.about(frame.image if isinstance(frame, Frame) else frame)
+        return make(image)

@@ -2,9 +2,11 @@
 
 One task reads the frames, always, so that the newest is known; each takes the place of the
 one that waits. A task for each question runs in a task group of its. What may start is decided
-in `_Work.advance`, without an await, after every change. As in a bulk run, all that
-the reader and the tasks share is in `_Work`, which does not know the reader's object: so a
-reader who drops that, as with a plain ``break``, ends the watch.
+in `_Work.advance`, without an await, after every change; which frame it is about, only when it
+has its connection slot: what waits for that, or for the rate limiter, would get old meanwhile.
+
+As in a bulk run, all that the reader and the tasks share is in `_Work`, which does not know the
+reader's object: so a reader who drops that, as with a plain ``break``, ends the watch.
 
 A frame that failed is not tried again, since there is a newer one. But after a failure nothing
 is asked for a moment, longer with each more in a row.
@@ -15,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
-import importlib
 import random
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any, Generic, Self, cast
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, cast
 
 import anyio
 
@@ -150,20 +153,32 @@ class Watch(Generic[FrameT, AnswerT]):
             loop.call_soon_threadsafe(task.cancel)
 
 
+class _Taken(NamedTuple):
+    """A frame as the iterable gave it."""
+
+    frame: Any
+    place: int  # among the frames, from 0
+    taken_at: float  # seconds since 1970
+    at: float  # on the clock that only goes forward
+
+
 class _Shot:
-    """A frame on its way to its result."""
+    """A question about a frame, from before that is chosen to its result."""
 
-    __slots__ = ("answer", "at", "error", "frame", "index", "scope", "superseded", "taken_at")
+    __slots__ = ("answer", "error", "scope", "superseded", "taken")
 
-    def __init__(self, frame: Any, index: int) -> None:
-        self.frame = frame
-        self.index = index
-        self.taken_at = time.time()
-        self.at = time.monotonic()
-        self.scope: anyio.CancelScope | None = None  # while it is asked about
+    def __init__(self) -> None:
+        self.taken: _Taken | None = None  # until there is a connection slot
+        self.scope: anyio.CancelScope | None = None  # while it is under way
         self.superseded = False
         self.answer: Any = None
         self.error: MoondreamError | None = None
+
+    @property
+    def chosen(self) -> _Taken:
+        """The frame; of those that have a result, there is one."""
+        assert self.taken is not None  # noqa: S101 - for the type checker
+        return self.taken
 
     def supersede(self) -> None:
         """Ask no more about it."""
@@ -194,7 +209,7 @@ class _Work:
         self._in_flight = in_flight
         self._max_age = max_age
         self._supersede = supersede
-        self._latest: _Shot | None = None
+        self._latest: _Taken | None = None
         self._done: list[_Shot] = []
         self._given = -1  # the frame of the last result
         self._stream: Stream | None = None  # which was given last, and may be being read
@@ -227,21 +242,22 @@ class _Work:
             self._readers -= 1
         if isinstance(shot.answer, Stream):
             self._stream = shot.answer
-        skipped, self._given = shot.index - self._given - 1, shot.index
+        frame, index, taken_at, at = shot.chosen
+        skipped, self._given = index - self._given - 1, index
         return WatchResult(
-            frame=shot.frame,
-            index=shot.index,
+            frame=frame,
+            index=index,
             result=shot.answer,
             error=shot.error,
-            taken_at=shot.taken_at,
-            age=time.monotonic() - shot.at,
+            taken_at=taken_at,
+            age=time.monotonic() - at,
             skipped=skipped,
         )
 
     def _take(self) -> _Shot | None:
         """Take the first that is done; None if it is too old."""
         shot = self._done.pop(0)
-        if self._max_age is not None and time.monotonic() - shot.at > self._max_age:
+        if self._max_age is not None and time.monotonic() - shot.chosen.at > self._max_age:
             self._drop(shot)
             self.advance()
             return None
@@ -262,9 +278,9 @@ class _Work:
     async def run(self) -> None:
         """Read all frames, and ask about the newest, again and again."""
         try:
-            # Here, and not by the first of many threads that meets a picture which needs it:
-            # the others would find it half loaded.
-            await asyncio.to_thread(importlib.import_module, "PIL.Image")
+            # Now, since a frame gets old meanwhile; and not by the first of many threads that
+            # needs it: the others would find it half loaded.
+            await asyncio.to_thread(_load_encoder)
             async with anyio.create_task_group() as self._group:
                 try:
                     await self._read()
@@ -281,39 +297,50 @@ class _Work:
     async def _read(self) -> None:
         async with _reading(self._source) as following:
             async for frame in following:
-                self._offer(_Shot(frame, self.frames))
+                self._offer(_Taken(frame, self.frames, time.time(), time.monotonic()))
                 del frame  # it is not to be kept while the next is waited for
                 await anyio.sleep(0 if self._latest is None else _LEAST_INTERVAL)
 
-    def _offer(self, shot: _Shot) -> None:
+    def _offer(self, taken: _Taken) -> None:
         """Let a frame wait in the place of the one before it."""
         self.frames += 1
         self.skipped += self._latest is not None
-        self._latest = shot
+        self._latest = taken
         if self._supersede:
             self._dismiss_stream()
         self.advance()
 
     def advance(self) -> None:
-        """Ask about the newest frame, if a reader waits for it and it may be asked about now."""
+        """Ask about the newest frame, if a reader waits for it and it may be asked about now.
+
+        Which one that is is decided when there is a connection slot for it, so no second one
+        waits for a slot meanwhile.
+        """
         if self._latest is None or self._group is None or not self._readers or self._paused:
+            return
+        if self.under_way and self.under_way[-1].taken is None:
             return
         if len(self.under_way) + len(self._done) >= self._in_flight:
             if not (self._supersede and self.under_way):
                 return
             self.under_way.pop(0).supersede()
             self.skipped += 1
-        shot, self._latest = self._latest, None
+        shot = _Shot()
         self.under_way.append(shot)
         self._group.start_soon(self._ask, shot)
+
+    def _choose(self, shot: _Shot) -> Any:
+        """Take the newest frame, for a question that may be asked now."""
+        if self._latest is None:
+            raise ClientClosedError("The watch has ended")
+        shot.taken, self._latest = self._latest, None
         self.changed()
+        return shot.taken.frame
 
     async def _ask(self, shot: _Shot) -> None:
-        if shot.superseded:
-            return
         try:
             with anyio.CancelScope() as shot.scope:
-                shot.answer = await self._question.ask(shot.frame)
+                shot.answer = await self._question.ask(partial(self._choose, shot))
         except (AuthenticationError, ClientClosedError) as fatal:
             self._fail(fatal)  # no other frame would fare better
         except MoondreamError as failure:
@@ -334,10 +361,12 @@ class _Work:
             _close_answer(shot)
         elif shot.answer is not None or shot.error is not None:
             self._take_note(shot.error)
-            if shot.index < self._given:
+            if shot.taken is None:  # there was no connection slot for any
+                self._choose(shot)
+            if shot.chosen.place < self._given:
                 self._drop(shot)
             else:
-                bisect.insort(self._done, shot, key=lambda each: each.index)
+                bisect.insort(self._done, shot, key=lambda each: each.chosen.place)
 
     def _take_note(self, error: MoondreamError | None) -> None:
         """Ask nothing for a while after a failure that is the server's, or the way's to it."""
@@ -391,6 +420,13 @@ class _Work:
             if self._changed is None:
                 self._changed = anyio.Event()
             await self._changed.wait()
+
+
+def _load_encoder() -> None:
+    from PIL import Image  # noqa: PLC0415 - most programs need it not
+
+    import_module("moondream_async._images.convert")
+    Image.preinit()
 
 
 @contextlib.asynccontextmanager
