@@ -86,6 +86,12 @@ def photo():
     return SAMPLE_IMAGE
 
 
+def pytest_collection_finish(session):
+    """Spare the collector, which many tests call, a look at all that pytest has loaded."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_addoption(parser):
     parser.addoption("--fault-report", action="store_true", help="print the fault table")
     parser.addoption(

@@ -96,8 +96,12 @@ EXPECTED = re.compile(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["-W", "always"], ["-X", "dev"]], ids=["", "-W", "-X dev"])
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("end", "flags"),
+    # What is said as users run it is said with warnings on, too.
+    [*[(end, ["-X", "dev"]) for end in ENDS], ("stream in a loop that rests", [])],
+    ids=lambda each: each if isinstance(each, str) else " ".join(each),
+)
 def test_interpreter_ends_in_silence(stalling, end, flags):
     script = textwrap.dedent(START) + textwrap.dedent(ENDS[end])
     done = subprocess.run(

@@ -119,7 +119,7 @@ async def test_client_is_closed_while_the_loop_of_another_thread_ends(grace):
 
     choose = random.Random(5)
     async with RawServer(stall) as server:
-        for _ in range(100):
+        for _ in range(30):
             kept = []
             client = client_of(server)
             thread = in_thread(read(client, kept, choose.randrange(12)))
@@ -303,9 +303,14 @@ async def closing_done(closing):
         await closing
 
 
-@pytest.mark.parametrize("close", [close_here, close_with_grace, close_in_a_thread])
-@pytest.mark.parametrize("luck", ["good", "bad"])
-@pytest.mark.parametrize("kind", KINDS)
+# Every kind of call with either luck, and of the ways to close one after the other.
+CLOSINGS = itertools.cycle([close_here, close_with_grace, close_in_a_thread])
+
+
+@pytest.mark.parametrize(
+    ("kind", "luck", "close"),
+    [(kind, luck, next(CLOSINGS)) for luck in ("good", "bad") for kind in KINDS],
+)
 @pytest.mark.slow
 async def test_client_closed_at_any_await_of_any_call_ends_it(kind, luck, close):
     play = answer_slowly if luck == "good" else fail_before(answer_slowly)
@@ -351,12 +356,10 @@ def collector():
     """It comes when it is told to."""
     threshold = gc.get_threshold()
     gc.collect()
-    gc.freeze()  # what is there already need not be looked through every time
     gc.disable()
     yield
     gc.set_threshold(*threshold)
     gc.enable()
-    gc.unfreeze()
 
 
 def in_a_loop_of_its_own(client):
@@ -374,7 +377,7 @@ def in_a_loop_of_its_own(client):
     [
         (lambda client: client.stats(), 40),
         (lambda client: client._caller.session.count(requests=1, bytes_sent=2), 40),
-        (in_a_loop_of_its_own, 400),
+        (in_a_loop_of_its_own, 100),
     ],
     ids=["stats", "count", "pool"],
 )
@@ -466,7 +469,7 @@ async def test_interrupt_in_the_middle_of_a_stream_leaves_nothing_and_says_no_mo
 
 # -- all at once ----------------------------------------------------------------------
 
-HAMMERING = 10  # seconds
+HAMMERING = 3  # seconds
 SEEDS = itertools.count()  # one for each connection
 
 
@@ -537,7 +540,7 @@ async def hammer(client, seed, until, tally):
 
     while time.monotonic() < until:  # a loop for some seconds each, cancelled in full swing
         tasks = [asyncio.ensure_future(work(choose.random())) for _ in range(8)]
-        await asyncio.wait(tasks, timeout=choose.uniform(0.2, 1))
+        await asyncio.wait(tasks, timeout=choose.uniform(0.1, 0.4))
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -548,7 +551,7 @@ async def hammer(client, seed, until, tally):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:CaptionStream was dropped:ResourceWarning")
-async def test_four_threads_with_their_own_loops_share_one_client_for_ten_seconds():
+async def test_four_threads_with_their_own_loops_share_one_client():
     tally = collections.Counter()
     failures = []
     timeout = md.Timeout(idle=0.1)
@@ -560,7 +563,7 @@ async def test_four_threads_with_their_own_loops_share_one_client_for_ten_second
             choose = random.Random(seed)
             try:
                 while (now := time.monotonic()) < until:
-                    end = min(until, now + choose.uniform(0.5, 3))
+                    end = min(until, now + choose.uniform(0.3, 1))
                     asyncio.run(hammer(client, choose.random(), end, tally))
             except BaseException as error:  # noqa: BLE001 - raised again in the test's own task
                 failures.append(error)
@@ -579,4 +582,4 @@ async def test_four_threads_with_their_own_loops_share_one_client_for_ten_second
         await client.aclose()
         await server.until_idle()
     print(dict(tally), stats)  # noqa: T201 - a figure, with -s
-    assert min(tally[way] for way in ("plain", "read", "break", "drop", "events", "cancel")) > 10
+    assert all(tally[way] for way in ("plain", "read", "break", "drop", "events", "cancel"))
