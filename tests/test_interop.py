@@ -1,20 +1,18 @@
 """Results go wherever the official SDK's plain dicts go: each library here is the real one."""
 
-import asyncio
 import gc
 import inspect
 import io
 import json
 import pickle
-import socket
 import threading
-from contextlib import asynccontextmanager
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from backends import uvicorn
 from PIL import Image
 
 import moondream_async as md
@@ -107,22 +105,6 @@ def test_boxes_are_detections_to_supervision():
 # -- the web, under real servers ---------------------------------------------------------
 
 
-@asynccontextmanager
-async def listening(app):
-    """Serve an ASGI application by uvicorn; give its address."""
-    uvicorn = pytest.importorskip("uvicorn")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-        serving = asyncio.create_task(server.serve([listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await serving
-
-
 async def fetched(address, **options):
     async with aiohttp.ClientSession() as session, session.get(address, **options) as response:
         assert response.status == 200, await response.text()
@@ -154,7 +136,7 @@ async def test_a_result_is_an_answer_of_starlette():
     async def answer(request):
         return JSONResponse(RESULTS)
 
-    async with listening(starlette.Starlette(routes=[Route("/", answer)])) as address:
+    async with uvicorn(starlette.Starlette(routes=[Route("/", answer)])) as address:
         assert await fetched(address) == list(PLAIN.values())
 
 
@@ -192,13 +174,13 @@ def fastapi_app():
 
 @pytest.mark.parametrize("way", ["plain", "typed"])
 async def test_a_result_is_an_answer_of_fastapi_with_or_without_its_annotation(fastapi_app, way):
-    async with listening(fastapi_app) as address:
+    async with uvicorn(fastapi_app) as address:
         for kind, plain in PLAIN.items():
             assert await fetched(f"{address}/{way}/{kind.__name__}") == plain
 
 
 async def test_our_types_stand_in_pydantic_models_and_in_requests(fastapi_app):
-    async with listening(fastapi_app) as address:
+    async with uvicorn(fastapi_app) as address:
         assert await fetched(f"{address}/report") == {
             "caption": PLAIN[md.CaptionResult],
             "boxes": BOXES,

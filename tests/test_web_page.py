@@ -9,10 +9,12 @@ import base64
 import io
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
+from backends import uvicorn
 from PIL import Image
 from raw_server import DONE, EVENTS, STREAM_HEAD, TEXT, WORDS, RawServer, event, in_chunks
 
@@ -1133,3 +1135,35 @@ async def test_other_pages_of_this_machine_cannot_ask(bare_tab, page, simulator)
     }"""
     assert not await bare_tab.tab.evaluate(post, f"{page.url}ask")
     assert {request.method for request in simulator.requests} == {"GET"}
+
+
+# -- other people's pages -----------------------------------------------------------------
+
+
+async def test_docs_of_a_fastapi_backend_show_what_an_answer_consists_of(
+    window, screenshots, simulator, monkeypatch
+):
+    offline = pytest.importorskip("fastapi_offline", reason="needs: pip install '.[browser]'")
+    monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
+    app = runpy.run_path(str(Path(__file__).parent / "recipes" / "fastapi_answers.py"))["app"]
+
+    async def instead_of_the_network(route):
+        file = Path(offline.__file__).parent / "static" / route.request.url.rpartition("/")[2]
+        await (route.fulfill(path=file) if file.exists() else route.abort())
+
+    async with uvicorn(app) as address, await window.new_page() as tab:
+        await tab.route(re.compile("^https:"), instead_of_the_network)
+        await tab.goto(f"{address}/docs")
+        await tab.get_by_role("button", name="GET /detect Detect").click()
+        await tab.get_by_role("button", name="Try it out").click()
+        await tab.get_by_role("textbox", name="object").fill("shape")
+        await tab.get_by_role("button", name="Execute").click()
+        answer = tab.locator(".live-responses-table .response-col_description").last
+        await expect(answer).to_contain_text('"x_min": 0.')
+        schema = tab.locator(".models article", has_text="DetectResult")
+        await schema.get_by_role("button", name="Expand all").click()
+        for key in ("objects", "x_min", "y_max", "request_id", "finish_reason", "metrics"):
+            await expect(schema.get_by_text(key, exact=True)).to_be_visible()
+        await expect(schema).to_contain_text("Where in the picture the objects are.")
+        await expect(schema).not_to_contain_text("headers")
+        await tab.screenshot(path=screenshots / "fastapi_docs.png", full_page=True)
