@@ -9,6 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from PIL import Image
+from tqdm.asyncio import tqdm
 
 import moondream_async as md
 from moondream_async.bulk import BulkItem, BulkResult, Control
@@ -484,8 +485,9 @@ def test_the_rate_settles_at_what_the_server_allows(allowed, seconds):
 
 async def test_a_run_tells_how_far_it_is(client, photo):
     async with client.bulk([photo, b"no picture"], "caption") as run:
-        results = [each async for each in run]
-        assert len(results) == 2
+        bar = tqdm(run, total=run.progress.total, file=io.StringIO())
+        results = [each async for each in bar]
+        assert len(results) == bar.n == bar.total == 2
         progress = run.progress
         assert (progress.total, progress.done, progress.failed) == (2, 2, 1)
         assert progress.tokens > 0

@@ -18,6 +18,7 @@ pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("rich", reason="the extra cli is not installed")
 
 from moondream_async.cli import main
+from moondream_async.cli._words import own_name
 
 pytestmark = pytest.mark.slow  # most tests run the program
 
@@ -80,6 +81,24 @@ async def test_demo_opens_the_page_in_the_browser(opens, tmp_path, interruptible
     assert (status, "Traceback" in str(errors)) == (130, False)
     assert note.exists() == opens
     assert not opens or note.read_text() == said
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "typed"),
+    [
+        (".venv/bin/moondream-async", False, ".venv/bin/moondream-async"),
+        (".venv/bin/moondream-async", True, "moondream-async"),
+        ("moondream_async/__main__.py", False, "moondream-async"),
+    ],
+)
+def test_the_next_step_can_be_typed_as_it_stands(called, on_path, typed, tmp_path, monkeypatch):
+    program = tmp_path / ".venv/bin/moondream-async"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setenv("PATH", str(program.parent) if on_path else "")
+    assert own_name() == typed
 
 
 # -- in the command line's own words ------------------------------------------------------

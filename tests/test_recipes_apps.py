@@ -1,4 +1,4 @@
-"""The recipes for Streamlit and NiceGUI, in their own servers and a real browser."""
+"""The recipes for Gradio, Streamlit and NiceGUI, in their own servers and a real browser."""
 
 import contextlib
 import shutil
@@ -19,6 +19,7 @@ expect = playwright.expect
 pytestmark = pytest.mark.slow
 
 STREAMLIT = ("streamlit", ["run", "streamlit_app.py", "--server.headless=true"], "--server.port={}")
+GRADIO = ("gradio", ["gradio_app.py"], "{}")
 NICEGUI = ("nicegui", ["nicegui_app.py"], "{}")
 
 on_each = pytest.mark.parametrize(
@@ -43,14 +44,14 @@ async def opened(recipe, simulator, folder):
         pytest.skip("needs a browser: apt-get install chromium")
     package, [*command], option = recipe
     port = free_port()
-    for name in ("streamlit_app.py", "nicegui_app.py"):
-        shutil.copy(RECIPES / name, folder)
+    shutil.copy(RECIPES / f"{package}_app.py", folder)
     start = ["env", "-u", "PYTEST_CURRENT_TEST", sys.executable]  # NiceGUI looks at that
     if package == "streamlit":
         start += ["-m", package]
     environment = {
         "MOONDREAM_ENDPOINT": simulator.endpoint,
         "HOME": str(folder),
+        "GRADIO_ANALYTICS_ENABLED": "False",
         "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
     }
     paths = [str(folder / each) if each.endswith(".py") else each for each in command]
@@ -98,4 +99,15 @@ async def test_stop_button_of_streamlit_ends_the_request(simulator, tmp_path):
     async with opened(STREAMLIT, simulator, tmp_path) as page:
         await expect(page.get_by_text("word word").first).to_be_visible(timeout=30_000)
         await page.get_by_text("Stop", exact=True).click()
+        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+
+
+@needs("gradio")
+async def test_gradio_shows_the_answer_while_it_is_written_and_its_stop_button_ends_it(
+    simulator, tmp_path
+):
+    simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with opened(GRADIO, simulator, tmp_path) as page:
+        await expect(page.get_by_text("A red")).to_be_visible(timeout=30_000)
+        await page.get_by_role("button", name="Stop").click()
         await simulator.wait_until(lambda: simulator.requests[0].disconnected)

@@ -22,10 +22,8 @@ from moondream_async.errors import MoondreamError
 from . import batch, chat, demo, places, serve, server, skills, watch
 from ._options import UsageError
 from ._output import one_line
-from ._words import in_words
+from ._words import NAME, in_words, own_name
 from .bulk import command as bulk
-
-NAME = "moondream-async"
 
 _COMPLETE = "_MOONDREAM_ASYNC_COMPLETE"
 _OF_ONE_PICTURE = ("caption", "query", "detect", "point", "segment", "demo")
@@ -120,7 +118,7 @@ def _hint(error: typer.BadParameter) -> str:
     """Return what to do instead, where several pictures are given to a command for one."""
     extra = "unexpected extra argument" in error.format_message()
     if extra and error.ctx is not None and error.ctx.command.name in _OF_ONE_PICTURE:
-        return f"; for several pictures there is: {NAME} bulk PATHS... -o FILE"
+        return f"; for several pictures there is: {own_name()} bulk PATHS... -o FILE"
     return ""
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from moondream_async.errors import APIConnectionError, ImageError, MoondreamError, RequestError
 
+NAME = "moondream-async"
+
 _NO_KEY = (
     "Moondream Cloud needs an API key: set MOONDREAM_API_KEY. Or name another server with "
-    "--endpoint or MOONDREAM_ENDPOINT ('moondream-async serve' starts one for trials). Or try: "
-    "moondream-async demo"
+    "--endpoint or MOONDREAM_ENDPOINT ('{0} serve' starts one for trials). Or try: {0} demo"
 )
 _EMPTY = r"must be a string that is not empty, not '\s*'"
 
 _IN_OTHER_WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"^Moondream Cloud needs an API key\..*", _NO_KEY),
+    (r"^Moondream Cloud needs an API key\..*", lambda _: _NO_KEY.format(own_name())),
     (r"^api_key must be", "MOONDREAM_API_KEY must be"),
     (r"^endpoint must be", "--endpoint, or MOONDREAM_ENDPOINT, must be"),
     (r"Use https, or pass insecure_hosts=.*", "Use https, or unset MOONDREAM_API_KEY."),
@@ -47,6 +50,16 @@ def in_words(error: MoondreamError) -> str:
     return message
 
 
+def own_name() -> str:
+    """Return what starts this program when it is typed: a path, where no shell would find it."""
+    called = sys.argv[0]
+    if os.path.basename(called) == NAME and os.path.dirname(called):  # noqa: PTH119, PTH120 - as typed
+        found = shutil.which(NAME)
+        if found is None or not os.path.samefile(found, called):  # noqa: PTH121 - likewise
+            return called
+    return NAME
+
+
 def plain(error: BaseException | None) -> str:
     """Return what an error says, less what only Python has a use for."""
     refused = r"\[Errno (\d+)\] Connect call failed \([^)]*\)"
@@ -62,4 +75,4 @@ def _what_starts_one(message: str) -> str:
     if address.hostname not in _LOCAL:
         return ""
     port = "" if address.port in (None, _STATION_PORT) else f" --port {address.port}"
-    return f". Is the server running? One for trials: moondream-async serve{port}"
+    return f". Is the server running? One for trials: {own_name()} serve{port}"

@@ -19,6 +19,7 @@ from ._options import UsageError
 from ._output import note, print_pieces, print_text
 from ._picture import print_wrapped, show_picture
 from ._session import make_client, read_image, run
+from ._words import own_name
 
 if TYPE_CHECKING:
     from moondream_async import MoondreamClient
@@ -113,7 +114,7 @@ async def _demo(
     async with server as client:
         _name_server(client, simulated=simulated)
         if image is None:
-            note(f"Picture: {SAMPLE_IMAGE} (comes with moondream-async)")
+            note("Picture: the sample that comes along, md.SAMPLE_IMAGE in Python")
         else:
             note(f"Picture: {image if isinstance(image, str) else 'from stdin'}")
         note("")
@@ -125,11 +126,13 @@ async def _demo(
     note("")
     first = "" if stream.ttft is None else f", the first after {stream.ttft:.2f} seconds"
     note(f"Request {stream.request_id or 'without an id'}: {pieces} pieces{first}")
-    note("Next: a page to ask from, moondream-async demo --web; or a picture of your own,")
+    note("")
+    note("Next, in the browser, or with a picture of your own:")
+    own = "demo PICTURE" if simulated else "query PICTURE 'What is there to see?'"
+    for command in ("demo --web", own):
+        note(f"  {own_name()} {command}")
     if simulated:
-        note("moondream-async demo PICTURE. For a model's answers, set MOONDREAM_API_KEY.")
-    else:
-        note("moondream-async query PICTURE 'What is there to see?'")
+        note("For a model's answers, set MOONDREAM_API_KEY.")
 
 
 async def _serve_page(
