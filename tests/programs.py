@@ -16,6 +16,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from forked import open_program
 
 RECIPES = Path(__file__).parent / "recipes"
 STRICT = [sys.executable, "-X", "dev", "-W", "error"]
@@ -87,9 +88,7 @@ class Program:
 async def running(*command, **environment):
     """Start a program; what is still running at the end is killed."""
     with tempfile.TemporaryFile() as errors:
-        process = await anyio.open_process(
-            [*map(str, command)], stderr=errors, env=os.environ | environment
-        )
+        process = await _open(command, stderr=errors, env=os.environ | environment)
         try:
             yield Program(process, errors)
         finally:
@@ -116,20 +115,22 @@ async def running_in_terminal(*command, **environment):
     """Start a program in a terminal of 24 lines of 80 characters."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = await anyio.open_process(
-        [*map(str, command)],
-        stdin=its,
-        stdout=its,
-        stderr=its,
-        env=os.environ | {"TERM": "xterm-256color"} | environment,
-        start_new_session=True,
-    )
+    ends = {"stdin": its, "stdout": its, "stderr": its}
+    environment = os.environ | {"TERM": "xterm-256color"} | environment
+    process = await _open(command, env=environment, in_control=True, **ends)
     os.close(its)
     try:
         yield TerminalProgram(process, ours)
     finally:
         await _kill(process)
         os.close(ours)
+
+
+async def _open(command, *, in_control=False, **options):
+    """Open a process; the command line itself is forked from one that has imported it."""
+    if command[0] == "moondream-async":
+        return await open_program(command[1:], in_control=in_control, **options)
+    return await anyio.open_process([*map(str, command)], start_new_session=in_control, **options)
 
 
 async def _kill(process):

@@ -22,7 +22,7 @@ from moondream_async.cli._words import own_name
 
 pytestmark = pytest.mark.slow  # most tests run the program
 
-PROGRAM = [sys.executable, "-m", "moondream_async"]
+PROGRAM = ["moondream-async"]
 HALF = "\N{UPPER HALF BLOCK}"
 
 
@@ -213,13 +213,16 @@ async def test_serve_writes_a_line_for_each_request(photo, interruptible):
         assert (await program.end())[::2] == (130, [])
 
 
+AFRESH = [sys.executable, "-m", "moondream_async"]
+
+
 def test_a_shell_can_complete_what_is_typed():
     typed = {"COMP_WORDS": "moondream-async det", "COMP_CWORD": "1"}
     environment = os.environ | typed | {"_MOONDREAM_ASYNC_COMPLETE": "complete_bash"}
-    done = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(AFRESH, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["detect"]
     shown = subprocess.run(
-        [*PROGRAM, "--show-completion"],
+        [*AFRESH, "--show-completion"],
         env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ to the end of the request at the API.
 import asyncio
 import contextlib
 import inspect
+import itertools
 import json
 import shutil
 import textwrap
@@ -124,7 +125,8 @@ def parse(data):
 
 
 @on_each
-async def test_text_and_events_arrive(place):
+async def test_text_events_errors_and_heartbeats_arrive_over_one_client(place):
+    """Whose end is for the end of the fixture to see."""
     async with place.get("/text", "answer") as response:
         assert response.content_type == "text/plain"
         assert await response.text() == TEXT
@@ -134,41 +136,22 @@ async def test_text_and_events_arrive(place):
         assert response.headers["Cache-Control"] == "no-cache"
         assert response.headers["X-Accel-Buffering"] == "no"
         *chunks, (name, done) = parse(await response.read())
-
     assert chunks == [("chunk", {"chunk": word}) for word in WORDS]
     assert (name, done["request_id"]) == ("done", "r-1")
 
-
-@on_each
-async def test_an_error_after_the_first_byte_arrives_as_an_event(place):
-    async with place.get("/ask", "break_off") as response:
-        first, (name, data) = parse(await response.read())
-
-    assert first == ("chunk", {"chunk": WORDS[0]})
-    assert name == "error"
-    assert data["error"]["type"] == "StreamInterruptedError"
-
-
-@on_each
-async def test_heartbeats_arrive_while_the_model_thinks(place):
     async with place.get("/restless", "think") as response:
         silence = await response.content.readexactly(3 * len(HEARTBEAT))
         place.api.go_on.set()
         events = parse(await response.read())
-
     assert silence == 3 * HEARTBEAT
     assert [name for name, _ in events] == ["chunk", "chunk", "chunk", "done"]
-
-
-@on_each
-async def test_the_client_is_opened_and_closed_with_the_backend(place):
-    """The second half is for the end of the fixture to see."""
-    async with place.get("/ask", "answer") as response:
-        await response.read()
-    async with place.get("/ask", "answer") as response:
-        await response.read()
-
     assert place.upstream.open == len(place.upstream.peers) == 1
+
+    async with place.get("/ask", "break_off") as response:  # after the first byte
+        first, (name, data) = parse(await response.read())
+    assert first == ("chunk", {"chunk": WORDS[0]})
+    assert name == "error"
+    assert data["error"]["type"] == "StreamInterruptedError"
 
 
 # -- who goes away -----------------------------------------------------------------------
@@ -221,19 +204,16 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("path", ["/text", "/ask"])
 @on_each
-async def test_when_a_browser_goes_away_its_request_ends_at_once(
-    place, path, request, disconnect_report
-):
+async def test_when_a_browser_goes_away_its_request_ends_at_once(place, request, disconnect_report):
     """And before that, a slow one slows the API."""
-    for ask in MOMENTS:
+    for path, ask in itertools.product(["/text", "/ask"], MOMENTS):
         with no_cycles():  # no framework's exception may keep the stream until it is collected
             response = await ask(place, path)
             began = time.perf_counter()
             response.close()
             seconds = await place.api.gone.get() - began
-        name = f"{request.node.callspec.id} {ask.__name__}"
+        name = f"{request.node.callspec.id} {path} {ask.__name__}"
         disconnect_report.append(f"{name.replace('_', ' '):60} {seconds * 1000:6.1f} ms")
 
 

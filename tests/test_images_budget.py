@@ -20,16 +20,19 @@ from moondream_async.simulator.pixels import UnreadablePictureError, measure
 SIDE = 9_400  # squared, it is just within what is opened at all
 
 
+def png_head(width, height, colour, body=b""):
+    head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", body), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
 def png(width, height, colour):
     """A PNG of zeros; colour type 2 has three samples a pixel, 6 has four."""
     row = bytes(1 + width * (3 if colour == 2 else 4))
     rows = max(1, (1 << 20) // len(row))
     packer = zlib.compressobj(1)
     data = [packer.compress(row * min(rows, height - at)) for at in range(0, height, rows)]
-    head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    body = b"".join([*data, packer.flush()])
-    chunks = [(b"IHDR", head), (b"IDAT", body), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+    return png_head(width, height, colour, b"".join([*data, packer.flush()]))
 
 
 def lossless_webp():
@@ -83,17 +86,17 @@ def tags_over_and_over():
     return b"II*\0" + struct.pack("<I", 4_000_008) + bytes(4_000_000) + ifd + bytes(4)
 
 
-REFUSED = {
-    "tall": lambda: png(1, 89_000_000, 2),
-    "wide": lambda: png(89_000_000, 1, 6),
+REFUSED = {  # by what is said at the beginning: whoever reads on finds no pixels at all
+    "tall": lambda: png_head(1, 89_000_000, 2),
+    "wide": lambda: png_head(89_000_000, 1, 6),
     "webp": lossless_webp,
     "bmp": lambda: run_lengths(SIDE),
     "ppm": lambda: b"P3 3000 3000 255\n" + b"0 " * 27_000_000,
     "ppm-comments": lambda: b"P3 300 300 255\n" + b"#\n0 " * 270_000,
     "pgm-odd-white": lambda: b"P5 3000 3000 254\n" + bytes(9_000_000),
-    "ico": lambda: icon(png(13_300, 13_300, 6)),
+    "ico": lambda: icon(png_head(13_300, 13_300, 6)),
     "ico-bitmap": lambda: icon(struct.pack("<IiiHHIIiiII", 40, SIDE, 2 * SIDE, 1, 32, *(0,) * 6)),
-    "icns": lambda: icns(png(13_300, 13_300, 6)),
+    "icns": lambda: icns(png_head(13_300, 13_300, 6)),
     "icns-jpeg-2000": lambda: icns(save(Image.new("RGBA", (4_000, 4_000)), "JPEG2000")),
     "jpeg-2000": lambda: save(Image.new("L", (SIDE, SIDE)), "JPEG2000"),
     "scans": many_scans,
@@ -124,10 +127,10 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
 def test_largest_pictures_keep_to_a_gigabyte(tmp_path):
     files = {
-        "opaque.png": png(SIDE, SIDE, 2),
         "transparent.png": png(SIDE, SIDE, 6),
         "turned.jpg": save(
             Image.new("RGB", (SIDE, SIDE)), "JPEG", progressive=True, subsampling=0, exif=exif(6)
@@ -141,7 +144,7 @@ def test_largest_pictures_keep_to_a_gigabyte(tmp_path):
     done = subprocess.run(child, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     half = f"{SIDE // 2} {SIDE // 2}"  # of what was decoded
-    assert done.stdout.split("\n")[:-1] == [f"{SIDE} {SIDE}", half, half, "3000 3000", half]
+    assert done.stdout.split("\n")[:-1] == [half, half, "3000 3000", half]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_small_pictures_of_dear_kinds_are_sent(data):
 
 @pytest.mark.parametrize(
     "make",
-    [REFUSED["tall"], REFUSED["webp"], REFUSED["scans"], lambda: png(SIDE, SIDE, 6)],
+    [REFUSED["tall"], REFUSED["webp"], REFUSED["scans"], lambda: png_head(SIDE, SIDE, 6)],
     ids=["tall", "webp", "scans", "large"],
 )
 def test_simulator_refuses_what_costs_too_much(make):

@@ -85,27 +85,18 @@ async def browser(backend):
         yield browser
 
 
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        (None, (415, None)),
-        ("status=400", (502, None)),
-        ("status=429,times=9,retry_after=0.2", (429, "1")),
-        ("status=401", (502, None)),
-    ],
-    ids=["no picture", "refused by the server", "rate limit", "wrong key"],
-)
-async def test_each_failure_has_a_status_of_the_backends_own(
-    browser, simulator, photo, fault, expected
-):
-    if fault is not None:
-        simulator.faults.append(fault)
-    body = b"no picture" if fault is None else photo.read_bytes()
-    async with browser.post("/describe", data=body) as response:
-        said = await response.json()
+async def test_each_failure_has_a_status_of_the_backends_own(browser, simulator, photo):
+    async def answer_to(body, *faults):
+        simulator.faults.extend(faults)
+        async with browser.post("/describe", data=body) as response:
+            assert (await response.json())["error"]
+            return response.status, response.headers.get("Retry-After")
 
-    assert (response.status, response.headers.get("Retry-After")) == expected
-    assert said["error"]
+    picture = photo.read_bytes()
+    assert await answer_to(b"no picture") == (415, None)
+    assert await answer_to(picture, "status=400") == (502, None)
+    assert await answer_to(picture, "status=401") == (502, None)
+    assert await answer_to(picture, "status=429,times=always,retry_after=0.2") == (429, "1")
 
 
 async def ends_of(browser, photo, reading):
@@ -120,10 +111,8 @@ async def ends_of(browser, photo, reading):
     return names[-1]
 
 
-@pytest.mark.parametrize("completed", [0, BROWSERS_AT_ONCE // 2, BROWSERS_AT_ONCE])
-async def test_browsers_are_told_the_end_when_the_backend_is_stopped(
-    backend, simulator, photo, completed
-):
+async def test_browsers_are_told_the_end_when_the_backend_is_stopped(backend, simulator, photo):
+    completed = BROWSERS_AT_ONCE // 2
     held = [
         simulator.script.caption(["A red", " circle."], hold_after=1)
         for _ in range(BROWSERS_AT_ONCE)
@@ -148,25 +137,23 @@ async def test_browsers_are_told_the_end_when_the_backend_is_stopped(
     assert [line for line in backend.log if not line.startswith("INFO")] == []
 
 
-async def test_socket_gives_the_answer_in_pieces(browser, simulator, photo):
+async def test_socket_gives_the_answer_in_pieces_and_its_end_ends_the_request(
+    browser, simulator, photo
+):
     simulator.script.caption(["A red", " circle."])
     async with browser.ws_connect("/ws") as socket:
         await socket.send_bytes(photo.read_bytes())
+        simulator.faults.extend(["slow_start=0", "status=401"])
+        await socket.send_bytes(photo.read_bytes())  # which waits for its turn
         said = [await socket.receive_json() for _ in range(3)]
-        simulator.faults.append("status=401")
-        await socket.send_bytes(photo.read_bytes())
         failed = await socket.receive_json()
+        simulator.script.caption(["A red", " circle."], hold_after=1)
+        await socket.send_bytes(photo.read_bytes())
+        assert await socket.receive_json() == {"chunk": "A red"}
+    await simulator.wait_until(lambda: simulator.requests[-1].disconnected)
 
     assert said == [{"chunk": "A red"}, {"chunk": " circle."}, {"done": True}]
     assert "error" in failed
-
-
-async def test_socket_that_is_closed_ends_the_request(browser, simulator, photo):
-    simulator.script.caption(["A red", " circle."], hold_after=1)
-    async with browser.ws_connect("/ws") as socket:
-        await socket.send_bytes(photo.read_bytes())
-        assert await socket.receive_json() == {"chunk": "A red"}
-    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
 
 
 # -- nginx ---------------------------------------------------------------------------------
@@ -197,36 +184,32 @@ async def front(simulator, tmp_path, monkeypatch):
         yield browser
 
 
-@pytest.mark.parametrize("path", ["/describe", "/text"])
-async def test_pieces_come_through_nginx_one_by_one_and_compressed(front, simulator, photo, path):
-    held = simulator.script.caption(["A red", " circle."], hold_after=1)
-    said = b""
-    async with front.post(path, data=photo.read_bytes()) as response:
-        assert response.status == 200
-        while b"A red" not in said:
-            part = await response.content.readany()
-            assert part, said
-            said += part
-        assert b"circle" not in said
-        held.release()
-        said += await response.read()
+async def test_pieces_and_leaving_and_sockets_go_through_nginx(front, simulator, photo):
+    picture = photo.read_bytes()
+    for path in ("/describe", "/text"):
+        held = simulator.script.caption(["A red", " circle."], hold_after=1)
+        said = b""
+        async with front.post(path, data=picture) as response:
+            assert response.status == 200
+            while b"A red" not in said:
+                part = await response.content.readany()
+                assert part, said
+                said += part
+            assert b"circle" not in said
+            held.release()
+            said += await response.read()
+        assert response.headers["Content-Encoding"] == "gzip"
+        assert b"circle." in said
 
-    assert response.headers["Content-Encoding"] == "gzip"
-    assert b"circle." in said
-
-
-async def test_browser_that_leaves_nginx_ends_the_request(front, simulator, photo):
     simulator.script.caption(["A red", " circle."], hold_after=1)
-    async with front.post("/text", data=photo.read_bytes()) as response:
+    async with front.post("/text", data=picture) as response:
         await response.content.readany()
         response.close()
-    await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+    await simulator.wait_until(lambda: simulator.requests[-1].disconnected)
 
-
-async def test_socket_goes_through_nginx(front, simulator, photo):
     simulator.script.caption(["A red", " circle."])
     async with front.ws_connect("/ws") as socket:
-        await socket.send_bytes(photo.read_bytes())
+        await socket.send_bytes(picture)
         assert await socket.receive_json() == {"chunk": "A red"}
 
 

@@ -315,22 +315,23 @@ async def test_closing_the_tab_closes_the_connection(window, page, screenshots, 
     assert simulator.requests[0].disconnected
 
 
-@pytest.mark.parametrize(
-    ("width", "height"),
-    [(320, 568), (360, 740), (640, 700), (740, 360), (800, 600), (1280, 800)],
-    ids=str,
-)
-@pytest.mark.parametrize("skill", ["caption", "detect", "segment", "chat"])
-async def test_what_is_answered_is_in_view_on_every_screen(width, height, skill, tab):
-    await tab.tab.set_viewport_size({"width": width, "height": height})
-    await tab.ask(skill)
-    await tab.until_done()
-    place = "#conversation li.assistant" if skill == "chat" else "#answer"
-    await expect(tab.tab.locator(place)).to_be_in_viewport(ratio=0.9)
-    if skill in ("detect", "segment"):
-        await expect(tab.tab.locator("#labels span")).to_be_in_viewport(ratio=1)
-        await expect(tab.tab.locator("#frame")).to_be_in_viewport(ratio=0.9)
-    await tab.photograph(f"view-{width}-{skill}", full=False)
+SCREENS = [(320, 568), (360, 740), (640, 700), (740, 360), (800, 600), (1280, 800)]
+
+
+@pytest.mark.parametrize("skill", ["caption", "detect", "chat"])
+async def test_what_is_answered_is_in_view_on_every_screen(skill, tab, page):
+    for width, height in SCREENS:
+        await tab.tab.set_viewport_size({"width": width, "height": height})
+        await tab.tab.evaluate("sessionStorage.clear()")
+        await tab.open(page.url)
+        await tab.ask(skill)
+        await tab.until_done()
+        place = "#conversation li.assistant" if skill == "chat" else "#answer"
+        await expect(tab.tab.locator(place)).to_be_in_viewport(ratio=0.9)
+        if skill == "detect":
+            await expect(tab.tab.locator("#labels span")).to_be_in_viewport(ratio=1)
+            await expect(tab.tab.locator("#frame")).to_be_in_viewport(ratio=0.9)
+        await tab.photograph(f"view-{width}-{skill}", full=False)
 
 
 async def test_a_long_answer_is_followed_until_the_reader_scrolls_away(bare_tab, photo):
@@ -395,7 +396,7 @@ SHOWN = (
 )
 
 
-@pytest.mark.parametrize("cut", [1, 2, 7, 1000])
+@pytest.mark.parametrize("cut", [1, 1000])
 async def test_markdown_is_shown_as_it_is_meant_however_it_is_cut(cut, bare_tab, photo):
     tab = bare_tab
     pieces = [MARKDOWN[at : at + cut] for at in range(0, len(MARKDOWN), cut)]
@@ -425,24 +426,16 @@ async def test_markdown_is_shown_as_it_is_meant_however_it_is_cut(cut, bare_tab,
 # -- what goes wrong ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fault", "said", "kept"),
-    [
-        ("error_event=2", "Inference failed", "A bright"),
-        ("cut=2", "ended before", "A bright"),
-        ("bad_json=2", "", "A bright"),
-    ],
-)
-async def test_an_error_in_the_answer_is_shown_below_what_had_arrived(
-    fault, said, kept, tab, simulator
-):
-    simulator.faults.append(fault)
-    await tab.ask()
-    await expect(tab.error).to_contain_text(said)
-    await expect(tab.error).not_to_be_empty()
-    await expect(tab.answer).to_have_text(kept)
-    await expect(tab.state).to_contain_text("Failed")
-    await tab.photograph(f"error-{fault.partition('=')[0]}")
+async def test_an_error_in_the_answer_is_shown_below_what_had_arrived(tab, simulator):
+    faults = {"error_event=2": "Inference failed", "cut=2": "ended before", "bad_json=2": ""}
+    for fault, said in faults.items():
+        simulator.faults.append(fault)
+        await tab.ask()
+        await expect(tab.error).to_contain_text(said)
+        await expect(tab.error).not_to_be_empty()
+        await expect(tab.answer).to_have_text("A bright")
+        await expect(tab.state).to_contain_text("Failed")
+        await tab.photograph(f"error-{fault.partition('=')[0]}")
     await tab.ask()
     await expect(tab.state).to_have_text("Done")
     await expect(tab.error).to_be_empty()
@@ -471,27 +464,28 @@ async def test_a_page_whose_own_server_is_gone_says_so(bare_tab, client, photo):
     await expect(tab.error).to_contain_text("moondream-async demo --web")
 
 
-@pytest.mark.parametrize(
-    ("fault", "said", "remedy"),
-    [
-        pytest.param("status=401", "401", "MOONDREAM_API_KEY", id="key"),
-        pytest.param("status=404", "404", "/v1", id="address"),
-        pytest.param("status=413", "413", "smaller picture", id="size"),
-        pytest.param("status=429,times=9", "429", "Wait a few seconds", id="rate"),
-        pytest.param("status=500,times=9", "500", "Wait a few seconds", id="server"),
-        pytest.param("cut=2", "ended before", "Ask again", id="cut"),
-    ],
-)
-async def test_an_error_says_what_can_be_done(fault, said, remedy, bare_tab, simulator):
-    simulator.faults.append(fault)
+REMEDIES = [
+    ("status=401", "401", "MOONDREAM_API_KEY"),
+    ("status=404", "404", "/v1"),
+    ("status=413", "413", "smaller picture"),
+    ("status=429", "429", "Wait a few seconds"),
+    ("status=500", "500", "Wait a few seconds"),
+    ("cut=2", "ended before", "Ask again"),
+]
+
+
+async def test_an_error_says_what_can_be_done(bare_tab, simulator):
     async with (
         md.MoondreamClient(endpoint=simulator.endpoint, max_retries=0) as client,
         DemoPage(client, SAMPLE_IMAGE, port=0) as page,
     ):
         await bare_tab.open(page.url)
-        await bare_tab.ask()
-        await expect(bare_tab.error.locator("p").first).to_contain_text(said)
-        await expect(bare_tab.error.locator("p").last).to_contain_text(remedy)
+        for fault, said, remedy in REMEDIES:
+            simulator.faults.append(fault)
+            await bare_tab.ask()
+            await expect(bare_tab.error.locator("p").first).to_contain_text(said)
+            await expect(bare_tab.error.locator("p").last).to_contain_text(remedy)
+            await bare_tab.until_done()
 
 
 async def test_a_server_that_is_gone_is_named_with_what_starts_one(bare_tab, photo):
@@ -563,20 +557,18 @@ async def test_detect_numbers_what_it_finds(tab, client, photo):
     await tab.photograph("detect-many")
 
 
-@pytest.mark.parametrize("skill", ["detect", "point"])
-async def test_a_crowd_has_no_labels_but_for_the_one_that_is_picked_out(skill, tab, simulator):
+async def test_a_crowd_has_no_labels_but_for_the_one_that_is_picked_out(tab, simulator):
     boxes = [
         {"x_min": x / 20, "y_min": y / 10, "x_max": x / 20 + 0.04, "y_max": y / 10 + 0.08}
         for x in range(20)
         for y in range(10)
     ]
-    points = [{"x": box["x_min"] + 0.02, "y": box["y_min"] + 0.04} for box in boxes]
-    getattr(simulator.script, skill)(boxes if skill == "detect" else points)
-    await tab.ask(skill, object="leaf")
+    simulator.script.detect(boxes)
+    await tab.ask("detect", object="leaf")
     await expect(tab.answer).to_have_text("Found “leaf” 200 times.")
     labels = tab.tab.locator("#labels span")
     await expect(labels).to_have_count(0)
-    await tab.photograph(f"{skill}-crowd", full=False)
+    await tab.photograph("detect-crowd", full=False)
     await tab.places.nth(41).hover()
     await expect(labels).to_have_text("42")
     await tab.places.first.focus()
@@ -584,7 +576,7 @@ async def test_a_crowd_has_no_labels_but_for_the_one_that_is_picked_out(skill, t
     await tab.tab.keyboard.press("ArrowDown")  # the list is one stop of the keyboard's
     await expect(tab.places.nth(1)).to_be_focused()
     await expect(labels).to_have_text("2")
-    await tab.photograph(f"{skill}-crowd-picked", full=False)
+    await tab.photograph("detect-crowd-picked", full=False)
     await tab.tab.keyboard.press("Tab")
     await expect(labels).to_have_count(0)
     height = (await tab.tab.locator("#places").bounding_box())["height"]
@@ -1068,8 +1060,8 @@ FIELDS = {
 
 @pytest.mark.parametrize(
     ("skill", "own"),
-    [*[(skill, False) for skill in SKILLS], ("caption", True), ("chat", True)],
-    ids=[*SKILLS, "caption-own-picture", "chat-own-picture"],
+    [(skill, skill in ("caption", "chat")) for skill in SKILLS],
+    ids=SKILLS,
 )
 async def test_the_python_lines_get_the_same_answer(skill, own, tab, picture, run_python):
     if own:

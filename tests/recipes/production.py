@@ -8,7 +8,7 @@ import contextlib
 import math
 import signal
 
-from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 import moondream_async as md
@@ -96,31 +96,28 @@ async def text(request: Request):
 async def socket(browser: WebSocket):
     """A picture comes in, pieces of text go out, as often as the browser likes."""
     await browser.accept()
-    with contextlib.suppress(WebSocketDisconnect):
-        while True:
-            await answer(browser, await browser.receive_bytes())
+    coming = asyncio.create_task(browser.receive())
+    while picture := (await coming).get("bytes"):
+        sending = asyncio.create_task(answer(browser, picture))
+        # Only who receives is told that a browser has gone; it may send its next picture, too.
+        coming = asyncio.create_task(browser.receive())
+        try:
+            await asyncio.wait([sending, coming], return_when=asyncio.FIRST_COMPLETED)
+            if coming.done() and not coming.result().get("bytes"):
+                sending.cancel()
+            await asyncio.wait([sending])
+        finally:
+            sending.cancel()
 
 
 async def answer(browser, picture):
-    async def send():
-        try:
-            async with app.state.client.caption(picture, stream=True) as stream:
-                async for piece in stream.chunk:
-                    await browser.send_json({"chunk": piece})
-            await browser.send_json({"done": True})
-        except md.MoondreamError as error:
-            await browser.send_json({"error": str(error)})
-
-    # Only who receives is told that a browser has gone; until then it has nothing to say.
-    sending = asyncio.create_task(send())
-    leaving = asyncio.create_task(browser.receive())
-    await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
-    is_left = leaving.done()
-    for task in (sending, leaving):
-        task.cancel()
-    await asyncio.gather(sending, leaving, return_exceptions=True)
-    if is_left:
-        raise WebSocketDisconnect
+    try:
+        async with app.state.client.caption(picture, stream=True) as stream:
+            async for piece in stream.chunk:
+                await browser.send_json({"chunk": piece})
+        await browser.send_json({"done": True})
+    except md.MoondreamError as error:
+        await browser.send_json({"error": str(error)})
 
 
 @app.get("/")
