@@ -437,6 +437,16 @@ def test_the_limit_falls_when_answers_take_longer_and_recovers():
     assert control.limit > slow
 
 
+def test_a_good_minute_is_forgotten():
+    """A server that will never again be as fast as it was is not held to that for ever."""
+    control = Control(64)
+    for _ in range(60):
+        control.succeeded(0, 0.1, full=True)
+    for _ in range(40 * 64):
+        control.succeeded(1, 0.35, full=True)
+    assert control.limit == 64
+
+
 def test_retry_after_is_kept():
     control = Control(10)
     control.refused(5.0, sent_at=4.5, retry_after=7.0)

@@ -567,3 +567,23 @@ async def test_limits_are_what_is_documented_unless_said_otherwise(clock, phase,
     ):
         with running_out(clock, phase, seconds):
             await streaming(client)
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.2, True), (0.3, False)])
+async def test_a_complete_answer_waits_a_quarter_of_a_second_for_the_end_of_its_body(
+    clock, seconds, kept
+):
+    async def play(peer):
+        while True:
+            await peer.request()
+            await peer.send(STREAM_HEAD + in_chunks(*EVENTS, DONE, end=False))
+            await asyncio.sleep(seconds)
+            await peer.send(in_chunks())
+
+    async with RawServer(play) as server, client_of(server, timeout=only()) as client:
+        started = clock.now
+        for _ in range(2):
+            async with client.caption(IMAGE, stream=True) as stream:
+                assert await stream.text() == TEXT
+        assert clock.now - started == pytest.approx(2 * min(seconds, 0.25), abs=0.01)
+        assert len(server.peers) == (1 if kept else 2)

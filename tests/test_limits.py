@@ -5,12 +5,18 @@ What becomes of them across threads and closed loops, and the pace, is in `test_
 
 import asyncio
 import contextlib
+import io
+import threading
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from raw_server import RawServer
 
+import moondream_async as md
 from moondream_async._call.limits import Semaphore
+from moondream_async.simulator import SAMPLE_IMAGE
 
 
 async def rounds(count=10):
@@ -140,3 +146,49 @@ def test_whatever_happens_places_go_to_those_who_wait_in_their_order(total, step
         assert len(served) == sum(not task.cancelled() for task in line)
 
     asyncio.run(run())
+
+
+async def test_no_more_than_four_pictures_are_prepared_at_once():
+    """Each may hold a decoded copy, whatever is asked for at once."""
+    at_work, go_on = [], threading.Event()
+
+    class Photo(io.BytesIO):
+        def read(self, size=-1):
+            at_work.append(threading.current_thread())
+            go_on.wait()
+            return super().read(size)
+
+    async with md.MoondreamClient(endpoint="http://127.0.0.1:9/v1") as client:
+        photos = [Photo(SAMPLE_IMAGE.read_bytes()) for _ in range(9)]
+        calls = [asyncio.ensure_future(client.encode_image(each)) for each in photos]
+        while len(at_work) < 4:
+            await asyncio.sleep(0)
+        await rounds()
+        threads = {each for each in threading.enumerate() if each.name == at_work[0].name}
+        assert threads == {*at_work}
+        assert len(threads) == 4
+        go_on.set()
+        assert {image.width for image in await asyncio.gather(*calls)} == {640}
+
+
+async def test_no_more_than_eight_pictures_are_ready_before_their_turn():
+    """Of calls that wait for one connection, most wait without a picture in memory."""
+    read = []
+
+    class Photo(io.BytesIO):
+        def read(self, size=-1):
+            read.append(self)
+            return super().read(size)
+
+    async with (
+        RawServer(lambda peer: peer.until_gone()) as server,
+        md.MoondreamClient(endpoint=server.endpoint, max_connections=1) as client,
+        anyio.create_task_group() as calls,
+    ):
+        for _ in range(20):
+            calls.start_soon(client.caption, Photo(SAMPLE_IMAGE.read_bytes()))
+        while len({*read}) < 9:  # one that is being asked about, and those
+            await asyncio.sleep(0)
+        await rounds(1000)
+        assert len({*read}) == 9
+        calls.cancel_scope.cancel()

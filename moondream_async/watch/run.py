@@ -218,7 +218,6 @@ class _Work:
         self._paused = False
         self._paused_until = 0.0
         self._group: anyio.abc.TaskGroup | None = None
-        self._exhausted = False
         self._failure: BaseException | None = None
         self._ended = False
         self._changed: anyio.Event | None = None
@@ -286,7 +285,6 @@ class _Work:
                     await self._read()
                 except Exception as error:  # noqa: BLE001 - the reader is told
                     self._failure = error
-                self._exhausted = True
                 await self._until(lambda: self._latest is None and not self.under_way)
                 self._group.cancel_scope.cancel()  # a pause that nobody waits for
         finally:
