@@ -13,6 +13,8 @@ from moondream_async._protocol.mjpeg import MJPEGParser
 from moondream_async.simulator import SAMPLE_IMAGE
 
 pytest.importorskip("av", reason="the extra video is not installed")
+pytest.importorskip("mss", reason="the extra video is not installed")
+from mss.screenshot import ScreenShot
 from pictures_moving import make_clip, times
 
 
@@ -70,6 +72,13 @@ async def test_what_cannot_be_opened_is_an_error_of_ours(tmp_path, source):
     with pytest.raises(md.ImageError):
         await opened.__aenter__()
     assert threads() == []
+
+
+def test_what_is_taken_of_the_screen_is_an_rgb_array():
+    shot = ScreenShot(bytearray([3, 2, 1, 255] * 6), {"left": 0, "top": 0, "width": 3, "height": 2})
+    array = frames.rgb(shot)
+    assert array.tolist() == [[[1, 2, 3]] * 3] * 2
+    assert array.flags.c_contiguous
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"fps": -1}, {"every": 1, "keyframes": True}])
