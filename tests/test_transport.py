@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -407,6 +408,27 @@ async def test_answer_with_a_long_header_is_an_answer():
 
     async with RawServer(play) as server, client_of(server) as client:
         assert (await client.caption(IMAGE)).caption == TEXT
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+async def test_large_answer_is_not_decoded_while_the_loop_waits(stream):
+    async def play(peer):
+        await peer.request()
+        await peer.send(whole({"caption": "x" * 1_000_000}))
+
+    def note(_frame, kind, function):
+        if kind == "c_call" and "decode" in repr(function) and "json" in repr(function).lower():
+            decoded.append(function)
+
+    decoded = []
+    async with RawServer(play) as server, client_of(server) as client:
+        sys.setprofile(note)  # of this thread alone
+        try:
+            answer = await client.caption(IMAGE, stream=stream)
+        finally:
+            sys.setprofile(None)
+        assert len(await answer.text() if stream else answer.caption) == 1_000_000
+    assert decoded == []
 
 
 @pytest.mark.parametrize("coding", ["br", "zstd"])

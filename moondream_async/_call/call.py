@@ -489,7 +489,7 @@ class Call:
         headers = CIMultiDict(body.headers)
         try:
             if await self._is_json(body):
-                events = self._decoded(decoder.body, await body.read())
+                events = await body.whole(partial(self._decoded, decoder.body))
                 return Opening(decoder, events=events, sent_at=self._sent_at, headers=headers)
         except BaseException:
             body.close()

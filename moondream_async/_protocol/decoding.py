@@ -1,8 +1,8 @@
 """JSON as servers send it, decoded within limits: a value that is safe to use, or an error.
 
 Whatever decodes here can be shown, encoded and walked through again: it is not nested deeper
-than `MAX_DEPTH`, beside its text it is small enough to be decoded while an event loop waits,
-and half of a surrogate pair, which UTF-8 can't say, is U+FFFD.
+than `MAX_DEPTH`, what it has beside its text is little enough to be decoded while an event loop
+waits (well under 50 ms), and half of a surrogate pair, which UTF-8 can't say, is U+FFFD.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ MAX_DEPTH = 64
 """Arrays and objects in one another. Answers have six at most."""
 
 MAX_DATA_BYTES = 1024 * 1024
-"""What is no text: millions of small values would hold up the event loop for seconds."""
+"""What is no text, in a large object."""
 
+MAX_STRINGS = 100_000
+"""Keys and texts in a large object: a box has four."""
+
+MAX_CONTAINERS = 50_000
+"""Arrays and objects beside the text of a large object: a box is one, an answer has 150."""
+
+_SMALL = 64 * 1024  # too few bytes to pass one of these limits, or to take long
 _ESCAPE = re.compile(
     rb"""
     \\ (?: u [dD][89abAB][0-9a-fA-F]{2} \\u [dD][c-fC-F][0-9a-fA-F]{2}  # a pair
@@ -27,7 +34,7 @@ _ESCAPE = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _decode_shallow = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_FAULTS = (msgspec.DecodeError, UnicodeError, RecursionError)
+FAULTS = (msgspec.DecodeError, UnicodeError, RecursionError)
 
 
 def decode(data: bytes) -> Any:
@@ -39,25 +46,18 @@ def decode(data: bytes) -> Any:
     >>> decode(b'{"chunk": "a \\ud83d"}')
     {'chunk': 'a �'}
     """
-    if len(data) > MAX_DATA_BYTES:
-        _check_size(data)
     try:
-        value = _decode(data)
-    except _FAULTS as error:
-        raise ValueError(str(error)) from None
+        if len(data) > _SMALL:
+            _check_size(data)
+        value = msgspec.json.decode(data)
+    except FAULTS as error:
+        mended = _ESCAPE.sub(_mend, data) if b"\\u" in data else data
+        if mended == data:
+            raise ValueError(str(error)) from None
+        return decode(mended)
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH:  # or else it can't be nested so deeply
         _check_depth(value)
     return value
-
-
-def _decode(data: bytes) -> Any:
-    try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeError):
-        mended = _ESCAPE.sub(_mend, data) if b"\\u" in data else data
-        if mended == data:
-            raise
-    return msgspec.json.decode(mended)
 
 
 def _mend(escape: re.Match[bytes]) -> bytes:
@@ -65,14 +65,20 @@ def _mend(escape: re.Match[bytes]) -> bytes:
 
 
 def _check_size(data: bytes) -> None:
-    """Raise if too much of a large object is no text. What is no object is refused elsewhere."""
-    try:
-        values = _decode_shallow(data)
-    except _FAULTS as error:
-        raise ValueError(str(error)) from None
-    beside = sum(len(raw) for value in values.values() if (raw := bytes(value))[:1] != b'"')
-    if beside > MAX_DATA_BYTES:
+    """Raise if a large object is made of too much that is no text, before it is decoded.
+
+    Millions of small values would hold up the event loop for seconds. What is no object is
+    data, all of it.
+    """
+    if data.count(b'"') - data.count(b'\\"') > 2 * MAX_STRINGS:
+        raise ValueError(f"it has more than {MAX_STRINGS} strings")
+    is_object = data.lstrip()[:1] == b"{"
+    values = map(bytes, _decode_shallow(data).values()) if is_object else (data,)
+    beside = [each for each in values if each[:1] != b'"']
+    if sum(map(len, beside)) > MAX_DATA_BYTES:
         raise ValueError(f"its data is over the limit of {MAX_DATA_BYTES} bytes")
+    if sum(each.count(b"[") + each.count(b"{") for each in beside) > MAX_CONTAINERS:
+        raise ValueError(f"it has more than {MAX_CONTAINERS} arrays and objects")
 
 
 def _check_depth(value: Any) -> None:

@@ -68,7 +68,8 @@ from .requests import Skill
 from .secret import NOTHING_SECRET, Redactor
 from .sse import ServerSentEvent, SSEParser
 
-MAX_EVENT_BYTES = 16 * 1024 * 1024
+MAX_EVENT_BYTES = 4 * 1024 * 1024
+"""Far above any event: the largest hold a mask in base64. More would hold up the event loop."""
 
 MAX_ANSWER_CHARACTERS = 64 * 1024 * 1024
 """The text of one answer, and its reasoning, each: far above any, as that of a plain body is."""

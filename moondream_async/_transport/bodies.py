@@ -14,6 +14,7 @@ from moondream_async.errors import APIConnectionError, ClientClosedError
 
 from .faults import FAULTS, say
 from .private import close_response, held
+from .workers import Workers
 
 if TYPE_CHECKING:
     from typing import Self
@@ -24,6 +25,14 @@ _T = TypeVar("_T")
 
 READ_BUFFER_BYTES = 64 * 1024
 """aiohttp stops reading from the socket at twice this much, until a reader has taken it."""
+
+_PIECE_BYTES = 8 * 1024
+"""Of a stream: hundreds of events, which are decoded before others have their turn."""
+
+_LARGE_BYTES = 256 * 1024
+"""A whole body of more is decoded in a thread, and not while the event loop waits."""
+
+_decoding = Workers("decoding", 2)
 
 _LINGER = 0.25  # seconds that a complete answer may wait for the end of its body
 _ERROR_BODY_BYTES = 64 * 1024
@@ -48,6 +57,7 @@ class Body:
         """Bytes, so far."""
         self._closed_by_client = False
         self._unread = b""
+        self._is_cut = False
         self._finishing = asyncio.Lock()
         pool.bodies.add(self)
 
@@ -65,8 +75,11 @@ class Body:
         Cancelling it loses nothing. What arrived before a fault comes before it.
         """
         if self._unread:
+            if self._is_cut:  # and it may take long to decode: others first
+                await asyncio.sleep(0)
             data, self._unread = self._unread, b""
-            return data
+            if data and not self._closed_by_client:
+                return self._cut(data)
         try:
             data = await self._response.content.readany()
         except FAULTS as error:
@@ -75,7 +88,13 @@ class Body:
             self._settle()
             raise StopAsyncIteration
         self.received += len(data)
-        return data
+        return data if len(data) <= _PIECE_BYTES else self._cut(data)
+
+    def _cut(self, data: bytes) -> bytes:
+        """Return the first piece of it, and keep the rest."""
+        self._unread = data[_PIECE_BYTES:]
+        self._is_cut = bool(self._unread)
+        return data[:_PIECE_BYTES]
 
     def _failed(self, error: BaseException) -> bytes:
         """Return what had arrived before a fault, or raise the error for it."""
@@ -96,17 +115,12 @@ class Body:
     def unread(self, data: bytes) -> None:
         """Put bytes back, to be read next."""
         self._unread = data + self._unread
-
-    async def read(self, limit: int = MAX_BODY_BYTES) -> bytes:
-        """Return the whole body.
-
-        Raises:
-            APIConnectionError: The connection was lost, or the body passed `limit` bytes.
-        """
-        return await self.whole(_as_they_are, limit)
+        self._is_cut = False
 
     async def whole(self, decode: Callable[[bytes], _T], limit: int = MAX_BODY_BYTES) -> _T:
         """Read the whole body, and close it; return what `decode` makes of it.
+
+        A large one is decoded in a thread.
 
         Raises:
             APIConnectionError: The connection was lost, or the body passed `limit` bytes.
@@ -127,7 +141,9 @@ class Body:
                 parts += (data,)
                 if size <= limit and (is_last or not data):
                     self._settle()
-                    return decode(b"".join(parts))
+                    if size <= _LARGE_BYTES:
+                        return decode(b"".join(parts))
+                    return await _decoding.submit(_decode_parts, decode, parts)
         finally:
             self.close()
         raise APIConnectionError(
@@ -208,8 +224,8 @@ class Body:
             self._on_close(self.received)
 
 
-def _as_they_are(data: bytes) -> bytes:
-    return data
+def _decode_parts(decode: Callable[[bytes], _T], parts: list[bytes]) -> _T:
+    return decode(b"".join(parts))
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
