@@ -75,9 +75,13 @@ from .tuning.wire import TrainGroup, TuningRequest
 from .types import SAMPLE_IMAGE, CallEvent, EncodedImage, Hooks, ImageInput, Settings, Timeout
 
 if TYPE_CHECKING:
+    from .batch.batches import Batches
     from .bulk import BulkItem, BulkResult, BulkRun
+    from .tuning.finetunes import Tuning
     from .watch.items import Frame, WatchResult
     from .watch.run import Watch
+
+__docformat__ = "google"  # of docstrings, for pdoc
 
 __all__ = [
     "SAMPLE_IMAGE",
@@ -93,6 +97,7 @@ __all__ = [
     "BatchRequest",
     "BatchResult",
     "BatchUsage",
+    "Batches",
     "BboxEvent",
     "BulkItem",
     "BulkResult",
@@ -158,6 +163,7 @@ __all__ = [
     "Timeout",
     "TrainGroup",
     "TrainStep",
+    "Tuning",
     "TuningRequest",
     "UnknownEvent",
     "Usage",
@@ -177,9 +183,20 @@ def __getattr__(name: str) -> Any:
     if name in ("BulkItem", "BulkResult", "BulkRun"):
         from . import bulk  # noqa: PLC0415
 
-        return getattr(bulk, name)
-    if name in ("Frame", "Watch", "WatchResult"):
+        value = getattr(bulk, name)
+    elif name == "Batches":
+        from .batch import batches  # noqa: PLC0415
+
+        value = batches.Batches
+    elif name == "Tuning":
+        from .tuning import finetunes  # noqa: PLC0415
+
+        value = finetunes.Tuning
+    elif name in ("Frame", "Watch", "WatchResult"):
         from . import watch  # noqa: PLC0415
 
-        return getattr(watch, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(watch, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # for next time, and for tools that look at the module's names
+    return value

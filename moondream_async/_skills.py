@@ -63,6 +63,12 @@ class Skills:
     _caller: Caller
     _model: str | None
 
+    def __init_subclass__(cls) -> None:
+        if Skills in cls.__bases__:  # so that a reference shows the client's calls at the client
+            for name, call in vars(Skills).items():
+                if not name.startswith("_"):
+                    setattr(cls, name, call)
+
     @overload
     def caption(
         self,
@@ -136,6 +142,14 @@ class Skills:
             ImageError: The picture can't be; nothing was sent.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         result = await client.caption(md.SAMPLE_IMAGE, length="short")
+        ...         async with client.caption(md.SAMPLE_IMAGE, "short", stream=True) as stream:
+        ...             return result.caption == await stream.text()
+        >>> asyncio.run(main())
+        True
         """
 
         def request() -> Request:
@@ -239,6 +253,12 @@ class Skills:
             ImageError: The picture can't be; nothing was sent.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         result = await client.query(md.SAMPLE_IMAGE, "How many?", reasoning=True)
+        ...         return result.answer, result.reasoning.text
+        >>> answer, thoughts = asyncio.run(main())
         """
 
         def request() -> Request:
@@ -281,6 +301,13 @@ class Skills:
             ImageError: The picture can't be; nothing was sent.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         result = await client.detect(md.SAMPLE_IMAGE, "red circle")
+        ...         return result.objects
+        >>> asyncio.run(main())
+        [Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)]
         """
 
         def request() -> Request:
@@ -315,6 +342,13 @@ class Skills:
             ImageError: The picture can't be; nothing was sent.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         result = await client.point(md.SAMPLE_IMAGE, "red circle")
+        ...         return result.points
+        >>> asyncio.run(main())
+        [Point(x=0.2184, y=0.5412)]
         """
 
         def request() -> Request:
@@ -407,6 +441,13 @@ class Skills:
             ImageError: The picture can't be; nothing was sent.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         result = await client.segment(md.SAMPLE_IMAGE, "red circle")
+        ...         return result.bbox
+        >>> asyncio.run(main())
+        Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)
         """
 
         def request() -> Request:
@@ -489,6 +530,14 @@ class Skills:
             ImageError: The picture can't be; nothing was sent.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         messages = [{"role": "user", "content": ["What is this?", md.SAMPLE_IMAGE]}]
+        ...         result = await client.chat(messages)
+        ...         return result.message.role
+        >>> asyncio.run(main())
+        'assistant'
         """
 
         def request() -> Request:
@@ -512,6 +561,12 @@ class Skills:
         Raises:
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         return await client.models()
+        >>> "moondream3-preview" in [model.id for model in asyncio.run(main())]
+        True
         """
         request = Request(None, "/models", method="GET", bearer=True)
         return read_models(await self._caller.call(request).json())
@@ -526,6 +581,12 @@ class Skills:
             APIConnectionError, APITimeoutError: It can't be reached.
             APIStatusError: It refuses.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         return await client.health()
+        >>> asyncio.run(main())
+        Health(ok=True, status='ok')
         """
         for path in ("/health", "/healthz"):
             request = Request(None, path, method="GET", at_root=True)
@@ -549,6 +610,15 @@ class Skills:
             NotFoundError: The server is none.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
             ClientClosedError: The client was closed before or meanwhile.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         try:
+        ...             return (await client.server_stats()).queue_size
+        ...         except md.NotFoundError:
+        ...             return "not a Moondream Station"
+        >>> asyncio.run(main())
+        'not a Moondream Station'
         """
         return read_stats(await self._caller.call(Request(None, "/stats", method="GET")).json())
 
@@ -566,6 +636,15 @@ class Skills:
 
         Raises:
             ImageError: It can't be read, or is no picture.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         image = await client.encode_image(md.SAMPLE_IMAGE, max_pixels=100_000)
+        ...         await client.detect(image, "circle")
+        ...         await client.detect(image, "square")
+        ...         return image.width, image.height
+        >>> asyncio.run(main())
+        (365, 273)
         """
         self._caller.check_open()
         return await self._caller.encode(image, max_pixels=max_pixels)

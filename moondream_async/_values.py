@@ -53,19 +53,18 @@ else:  # a dict takes any number of types in its brackets
 _REQUIRED: Any = msgspec.NODEFAULT
 
 
-class _Item:
-    """An attribute that is an item, or None where there is none. It can't be set."""
-
+class _Item:  # an attribute that is an item, or None where there is none
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __get__(self, value: Value | None, cls: type[Value]) -> Any:
         return self if value is None else value.get(self._name)
 
+    def __set__(self, value: Value, item: Any) -> None:
+        raise AttributeError(f"attributes can't be set; items can: [{self._name!r}] = ...")
 
-class _Beside(_Item):
-    """An attribute that is no item."""
 
+class _Beside(_Item):  # an attribute that is no item
     def __get__(self, value: Value | None, cls: type[Value]) -> Any:
         return self if value is None else getattr(value, f"_{self._name}")
 

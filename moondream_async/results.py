@@ -151,6 +151,10 @@ class _Drawable(Result[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_o
 
     __slots__ = ()
 
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
+        super().__init_subclass__(kw_only=kw_only)
+        type.__setattr__(cls, "draw", _Drawable.draw)  # so that a reference shows it at each
+
     def _repr_html_(self) -> str | None:
         """Show the picture with what was found, and the answer below it, in a notebook."""
         picture = self._repr_png_()

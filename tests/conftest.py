@@ -17,6 +17,8 @@ settings.register_profile("fast", max_examples=15, deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("gate")
 
+pytest_plugins = ["examples"]  # docstrings stand outside of this folder
+
 # Programs that are run, and not imported in search of doctests: each needs what it shows. (Not
 # in a file of their folder's: it would stand in the way of whoever imports this one.)
 collect_ignore = [

@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import types
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import moondream_async as md
 from moondream_async import errors, results
 from moondream_async import types as values
+from moondream_async._values import Record, Value
 
 INIT = Path(md.__file__)
 
@@ -161,12 +164,16 @@ def test_every_name_is_explained():
     assert values.keys() - with_docstrings <= aliases
 
 
-def methods():
+def methods(*, inherited=True):
     """The public methods and properties of the surface's classes, by whichever class has them."""
     for name in md.__all__:
         cls = getattr(md, name)
         for base in getattr(cls, "__mro__", ()):
             if not base.__module__.startswith("moondream_async"):
+                continue
+            if not inherited and (
+                base in (Value, Record) or base.__name__ in {*md.__all__} - {name}
+            ):
                 continue
             for attribute, value in vars(base).items():
                 known = isinstance(value, (types.FunctionType, property, classmethod))
@@ -206,3 +213,17 @@ def test_the_tree_at_the_top_of_the_errors_is_the_one_that_grows_there():
     picture = re.findall(r"^    ( *)(\w+Error(?:\(\w+\))?)(?:  |$)", errors.__doc__, re.MULTILINE)
 
     assert [indent + name for indent, name in picture] == TREE.strip().splitlines()
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_name_and_every_call(tmp_path):
+    """`python -m pdoc moondream_async`, as the README says, without a warning."""
+    pytest.importorskip("pdoc", reason="needs: python -m pip install '.[docs]'")
+    command = [sys.executable, "-W", "error", "-m", "pdoc", "moondream_async", "-o", str(tmp_path)]
+
+    run = subprocess.run(command, capture_output=True, check=False, text=True, timeout=100)
+
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    page = (tmp_path / "moondream_async.html").read_text("utf-8")
+    names = {*md.__all__, *(name for name, _ in methods(inherited=False))}
+    assert [name for name in sorted(names) if f'id="{name}"' not in page] == []

@@ -154,6 +154,7 @@ class EventStream(Relay):
 
     __slots__ = ("_busy", "_heartbeat", "_opening", "_over", "_reading")
     content_type = "text/event-stream"
+    headers = Relay.headers  # so that a reference shows it here
 
     def __init__(self, stream: Answer, heartbeat: float | None) -> None:
         if heartbeat is not None:
