@@ -498,6 +498,8 @@ async def test_a_server_that_is_gone_is_named_with_what_starts_one(bare_tab, pho
         await bare_tab.open(page.url)
         await bare_tab.ask()
         await expect(bare_tab.error).to_contain_text(endpoint)
+        await expect(bare_tab.error).to_contain_text("Connection refused")
+        await expect(bare_tab.error).not_to_contain_text("Errno")
         await expect(bare_tab.error).to_contain_text("moondream-async serve")
         await bare_tab.photograph("error-nobody")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import re
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -18,6 +20,8 @@ FAULTS = (aiohttp.ClientError, OSError, RuntimeError, asyncio.IncompleteReadErro
 
 # Some addresses are found to be none only when they are looked up or written.
 FAULTS_OF_SENDING = (*FAULTS, ValueError)
+
+_REFUSED = re.compile(r"\[Errno (\d+)\] Connect call failed \([^)]*\)")
 
 
 def is_disconnect(error: BaseException) -> bool:
@@ -70,7 +74,9 @@ def say(error: BaseException) -> str:
     """Return what happened in a line."""
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return "the server closed it"  # aiohttp may have what had arrived for its message
-    return one_line(str(error)) or type(error).__name__
+    # asyncio says the address once more, and the number in place of its meaning.
+    said = _REFUSED.sub(lambda found: os.strerror(int(found[1])), one_line(str(error)))
+    return said or type(error).__name__
 
 
 def one_line(text: str) -> str:

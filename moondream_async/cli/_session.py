@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from moondream_async import CallEvent, Hooks, MoondreamClient, Timeout, fetch_image
 
 from ._output import note
-from ._words import plain
 
 if TYPE_CHECKING:
     from moondream_async import EncodedImage
@@ -35,7 +34,7 @@ def make_client(
 
 def _tell_retry(event: CallEvent) -> None:
     """Say to who waits at a terminal what they wait for."""
-    note(f"Trying again in {event.delay or 0:.1f} s: {plain(event.error)}")
+    note(f"Trying again in {event.delay or 0:.1f} s: {event.error}")
 
 
 def at_home(path: str) -> str:

@@ -41,7 +41,7 @@ def in_words(error: MoondreamError) -> str:
     >>> in_words(RequestError("endpoint must be an http or https address, not 'x'"))
     "--endpoint, or MOONDREAM_ENDPOINT, must be an http or https address, not 'x'"
     """
-    message = plain(error)
+    message = str(error)
     if isinstance(error, RequestError) and not isinstance(error, ImageError):
         for pattern, words in _IN_OTHER_WORDS:
             message = re.sub(pattern, words, message, flags=re.DOTALL)
@@ -58,12 +58,6 @@ def own_name() -> str:
         if found is None or not os.path.samefile(found, called):  # noqa: PTH121 - likewise
             return called
     return NAME
-
-
-def plain(error: BaseException | None) -> str:
-    """Return what an error says, less what only Python has a use for."""
-    refused = r"\[Errno (\d+)\] Connect call failed \([^)]*\)"
-    return re.sub(refused, lambda found: os.strerror(int(found[1])), str(error))
 
 
 def _what_starts_one(message: str) -> str:

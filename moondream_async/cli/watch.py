@@ -23,7 +23,7 @@ from . import _options as options
 from ._options import UsageError
 from ._output import note, one_line, print_json, print_text
 from ._session import at_home, make_client, run
-from ._words import in_words, plain
+from ._words import in_words
 
 if TYPE_CHECKING:
     from moondream_async import MoondreamClient
@@ -169,7 +169,7 @@ async def _watch(
                 age, text = each.age, one_line(_text(each.result))
                 print_text(f"{each.frame.time:.3f} s, {age:.2f} s old: {text}")
             else:
-                note(f"{each.frame.time:.3f} s: {plain(each.error)}")
+                note(f"{each.frame.time:.3f} s: {each.error}")
     if not answered:
         raise typer.Exit(1)
 
