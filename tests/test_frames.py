@@ -1,21 +1,22 @@
 """Where moving pictures come from: each frame once or the newest, and devices let go of."""
 
+import contextlib
 import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_server import RawServer, head, in_chunks
+from raw_server import GoneError, RawServer, head, in_chunks, whole
 
 import moondream_async as md
 from moondream_async import frames
 from moondream_async._protocol.mjpeg import MJPEGParser
 from moondream_async.simulator import SAMPLE_IMAGE
 
-pytest.importorskip("av", reason="the extra video is not installed")
+av = pytest.importorskip("av", reason="the extra video is not installed")
 pytest.importorskip("mss", reason="the extra video is not installed")
-from mss.screenshot import ScreenShot
-from pictures_moving import make_clip, times
+from mss.screenshot import ScreenShot  # noqa: E402 - needs it
+from pictures_moving import make_clip, times  # noqa: E402 - likewise
 
 
 @pytest.fixture
@@ -39,6 +40,27 @@ async def test_a_file_gives_each_frame_once_with_its_own_time(clip, arguments, s
     assert {each.image.shape for each in found} == {(48, 64, 3)}
     assert abs(int(found[-1].image[0, 0, 0]) - 2 * (len(found) - 1) * step) < 12  # red comes first
     assert threads() == []
+
+
+async def test_only_key_frames_are_given_where_that_is_asked_for(clip):
+    with av.open(str(clip)) as container:
+        expected = [each.time for each in container.decode(video=0) if each.key_frame]
+    async with frames.video(clip, keyframes=True) as source:
+        assert [each.time async for each in source] == expected
+    assert 1 < len(expected) < 90
+
+
+async def test_a_video_may_come_from_the_web(clip):
+    async def play(peer):
+        with contextlib.suppress(GoneError):
+            while True:  # FFmpeg looks at the end of the file, too
+                await peer.request_head()
+                await peer.send(whole(clip.read_bytes(), kind="video/mp4"))
+
+    async with RawServer(play) as server:
+        async with frames.video(f"{server.origin}/clip.mp4") as source:
+            assert [each.time async for each in source] == times(clip)
+        await server.until_idle()
 
 
 async def test_leaving_in_the_middle_ends_the_thread(clip):

@@ -237,8 +237,11 @@ async def test_text_of_a_stream_is_captured_when_asked_for(simulator, telemetry,
 async def test_gauges_say_what_is_open(client, simulator, telemetry, photo):
     simulator.faults.append("stall=2")
     async with client.caption(photo, stream=True):
-        [open_streams] = telemetry.metrics()["moondream.client.open_streams"]
-        assert open_streams.value == 1
+        gauges = telemetry.metrics()
+        assert [
+            gauges[f"moondream.client.{name}"][0].value
+            for name in ("open_streams", "waiting_calls", "pooled_connections")
+        ] == [1, 0, 0]
     await client.caption(photo)
     [pooled] = telemetry.metrics()["moondream.client.pooled_connections"]
     assert pooled.value == 1
