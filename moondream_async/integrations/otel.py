@@ -28,6 +28,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -212,7 +213,7 @@ class _Call:
         self._instrumentation = instrumentation
         self._is_skill = request.skill is not None
         self._last_chunk: float | None = None
-        self._attributes: dict[str, Any] = _server(call.endpoint)
+        self._attributes: dict[str, Any] = dict(_server(call.endpoint))
         if request.skill is None:
             name = f"{request.method} /{request.path.strip('/').split('/')[0].partition('?')[0]}"
             if request.elsewhere:
@@ -311,7 +312,8 @@ class _Call:
                 it.tokens[kind].add(count, attributes, context)
 
 
-def _server(endpoint: str) -> dict[str, Any]:
+@lru_cache(maxsize=64)
+def _server(endpoint: str) -> Mapping[str, Any]:
     parts = urlsplit(endpoint)
     attributes: dict[str, Any] = {"server.address": parts.hostname or ""}
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
