@@ -13,7 +13,18 @@ from . import report
 from .bench import Bench
 
 SCENARIOS = (
-    *("coalesced", "many", "first", "calls", "pictures", "photos", "large", "imports", "growth"),
+    *(
+        "coalesced",
+        "many",
+        "first",
+        "calls",
+        "bulk",
+        "pictures",
+        "photos",
+        "large",
+        "imports",
+        "growth",
+    ),
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -236,6 +236,33 @@ def calls_blocking(
     return {"cpu": cpu / made, "per_second": made / wall}
 
 
+async def bulk(
+    module: ModuleType, origin: str, *, paths: list[str], at_once: int, way: str = "bulk"
+) -> dict[str, float]:
+    """Caption files, so many at once."""
+    async with module.open(f"{origin}/kind=call/v1", at_once) as session:
+        await getattr(session, way)(paths[:at_once], at_once)
+        gc.collect()
+        wall, cpu = time.perf_counter(), time.process_time()
+        answers = await getattr(session, way)(paths, at_once)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    assert len(answers) == len(paths)
+    return {"cpu": cpu / len(paths), "per_second": len(paths) / wall}
+
+
+def bulk_blocking(
+    module: ModuleType, origin: str, *, paths: list[str], at_once: int, way: str = "bulk"
+) -> dict[str, float]:
+    """Do the same as `bulk` with threads."""
+    session = module.open(f"{origin}/kind=call/v1", at_once)
+    getattr(session, way)(paths[:at_once], at_once)
+    wall, cpu = time.perf_counter(), time.process_time()
+    answers = getattr(session, way)(paths, at_once)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    assert len(answers) == len(paths)
+    return {"cpu": cpu / len(paths), "per_second": len(paths) / wall}
+
+
 async def decode(
     module: ModuleType,  # noqa: ARG001 - as the others
     origin: str,  # noqa: ARG001 - as the others
@@ -269,11 +296,13 @@ TASKS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
     "many": many,
     "first": first,
     "calls": calls,
+    "bulk": bulk,
     "decode": decode,
 }
 BLOCKING_TASKS: dict[str, Callable[..., Any]] = {
     "stream": stream_blocking,
     "calls": calls_blocking,
+    "bulk": bulk_blocking,
 }
 
 

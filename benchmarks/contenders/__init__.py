@@ -6,7 +6,8 @@ session, whose methods are the loops that a user of that client would write:
 
 - ``caption(pieces)``, ``chat(pieces)``: read one stream to its end and append each piece
   of text to the list;
-- ``call()``: one plain call with a small picture; returns the caption.
+- ``call()``: one plain call with a small picture; returns the caption;
+- ``bulk(paths, at_once)``: caption the files, and return the captions.
 
 A client that blocks has ``BLOCKS = True``, and plain functions for all of it.
 """

@@ -1,6 +1,7 @@
 """This project."""
 # ruff: noqa: D101, D102 - the package's docstring says what each has
 
+import asyncio
 import contextlib
 
 import moondream_async as md
@@ -39,3 +40,16 @@ class Session:
 
     async def call(self):
         return (await self._client.caption(PICTURE)).caption
+
+    async def bulk(self, paths, at_once):
+        async with self._client.bulk(paths, "caption", concurrency=at_once) as run:
+            return [done.result.caption async for done in run]
+
+    async def bulk_by_calls(self, paths, at_once):
+        left = iter(paths)
+
+        async def work():
+            return [(await self._client.caption(path)).caption for path in left]
+
+        found = await asyncio.gather(*(work() for _ in range(at_once)))
+        return [caption for each in found for caption in each]

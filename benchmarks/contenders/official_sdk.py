@@ -1,8 +1,11 @@
 """Moondream's own client. It blocks: a thread for each stream, where there are several."""
 # ruff: noqa: D101, D102 - the package's docstring says what each has
 
+from concurrent.futures import ThreadPoolExecutor
+
 import moondream
 from moondream.types import Base64EncodedImage
+from PIL import Image
 
 from . import _same
 
@@ -31,3 +34,11 @@ class Session:
 
     def call(self):
         return self._model.caption(PICTURE)["caption"]
+
+    def bulk(self, paths, at_once):
+        def one(path):
+            with Image.open(path) as picture:
+                return self._model.caption(picture)["caption"]
+
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(one, paths))

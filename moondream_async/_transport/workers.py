@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
+_KEPT = 2.0  # seconds that a thread waits for its next job; to start one costs more than a job
+
 
 class Workers:
-    """A few threads that do one job each at a time, and end when there is none.
+    """A few threads that do one job each at a time, and end when there has been none for long.
 
     Who waits for a job may be cancelled. A job that nobody waits for is not begun; one that
     has begun keeps its thread until it is done, so that never more than `most` are at work.
@@ -34,32 +36,41 @@ class Workers:
 
     def _reset(self) -> None:
         self._jobs: deque[Any] = deque()
-        self._lock = threading.Lock()
+        self._ready = threading.Condition(threading.Lock())
         self._threads = 0
+        self._idle = 0  # of these, those that wait for a job, or are about to take one
 
     def submit(
         self, function: Callable[..., _T], /, *args: Any, **kwargs: Any
     ) -> asyncio.Future[_T]:
         """Begin a job; await what is returned for its outcome, in the loop that runs now."""
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
-        with self._lock:
+        with self._ready:
             self._jobs.append((future, function, args, kwargs))
-            is_short = self._threads < self._most
+            is_short = len(self._jobs) > self._idle and self._threads < self._most
             self._threads += is_short
+            self._ready.notify()
         if is_short:
             # A daemon: a picture that takes long is not waited for when the program ends.
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
         return future
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._jobs:
-                    self._threads -= 1
-                    return
-                job = self._jobs.popleft()
+        while (job := self._next()) is not None:
             _do(*job)
             del job  # whose picture may be large
+
+    def _next(self) -> Any:
+        """Return a job; None, once the thread has to end."""
+        with self._ready:
+            if not self._jobs:
+                self._idle += 1
+                self._ready.wait(_KEPT)
+                self._idle -= 1
+            if self._jobs:
+                return self._jobs.popleft()
+            self._threads -= 1
+            return None
 
 
 def _do(future: asyncio.Future[_T], function: Callable[..., _T], args: Any, kwargs: Any) -> None:

@@ -12,11 +12,11 @@ import importlib
 import itertools
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sized
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 import anyio
 import anyio.to_thread
-from anyio import current_time
 
 from moondream_async._call.retry import (
     LONGEST_RETRY_AFTER,
@@ -103,7 +103,7 @@ class BulkRun(Generic[ItemT, ResultT]):
     @property
     def paused_for(self) -> float:
         """Seconds until more requests start, where the server asked for a pause; else 0."""
-        return max(0.0, self._work.control.paused_until - current_time())
+        return max(0.0, self._work.control.paused_until - monotonic())
 
     def stop(self) -> None:
         """Take no more items. The iterator ends when those under way are done."""
@@ -189,8 +189,7 @@ class _Work:
         self._most = most
         self._max_retries = max_retries
         self._asked = 0  # requests that are on their way, and pictures that are prepared for one
-        # Of anyio, and so made in the loop: a run may be made before there is one.
-        self._door: anyio.Lock  # one at a time looks whether it may start, in line
+        self._door = asyncio.Lock()  # one at a time looks whether it may start, in line
         self._ready, self._room, self._free = _Bell(), _Bell(), _Bell()
         self._hopeless: MoondreamError | None = None
         self._is_exhausted = False  # the iterable
@@ -238,7 +237,6 @@ class _Work:
             # Here, and not by the first of many threads that meets a picture which needs it:
             # the others would find it half loaded.
             await anyio.to_thread.run_sync(importlib.import_module, "PIL.Image")
-            self._door = anyio.Lock()
             self._feeding = anyio.CancelScope()
             async with anyio.create_task_group() as group:
                 try:
@@ -276,7 +274,7 @@ class _Work:
         return self.open + waiting < room
 
     async def _do(self, index: int, item: Any) -> None:
-        began = current_time()
+        began = monotonic()
         call = result = error = None
         try:
             image, make = self._asking.about(item)
@@ -303,7 +301,7 @@ class _Work:
                 result=result,
                 error=error,
                 tries=0 if call is None else call.report.attempt,
-                seconds=current_time() - began,
+                seconds=monotonic() - began,
             )
         )
 
@@ -341,16 +339,16 @@ class _Work:
         async with self._door:
             while True:
                 await self._free.until(lambda: self._asked < self.control.limit)
-                delay = self.control.delay(current_time())
+                delay = self.control.delay(monotonic())
                 if delay <= 0:
                     break
                 await anyio.sleep(delay)
-            self.control.started(current_time())
+            self.control.started(monotonic())
             self._asked += 1
 
     def leave(self, error: MoondreamError | None, sent_at: float, *, answered: bool) -> None:
         """Let the control know what became of a request, and others have its place."""
-        now = current_time()
+        now = monotonic()
         if answered:
             full = self._asked >= self.control.limit
             self.control.succeeded(now, now - sent_at, full=full)
@@ -377,7 +375,7 @@ class _Bell:
     """Wakes those who wait for one kind of change, and nobody else."""
 
     def __init__(self) -> None:
-        self._event: anyio.Event | None = None
+        self._event: asyncio.Event | None = None
 
     def ring(self) -> None:
         """Wake whoever waits."""
@@ -389,7 +387,7 @@ class _Bell:
         """Wait until it holds; looked at whenever this rings."""
         while not condition():
             if self._event is None:
-                self._event = anyio.Event()
+                self._event = asyncio.Event()
             await self._event.wait()
 
 
@@ -408,7 +406,7 @@ class _Turns:
     async def enter(self) -> None:
         """Wait until the next attempt may start."""
         await self._work.enter()
-        self._sent_at = current_time()
+        self._sent_at = monotonic()
 
     def leave(self, error: MoondreamError | None, *, answered: bool) -> None:
         """Take note of the end of an attempt."""
@@ -433,7 +431,7 @@ class _Turns:
         return seconds
 
     def _delay_after_refusal(self, error: MoondreamError, jitter: float) -> float | None:
-        now = current_time()
+        now = monotonic()
         if self._work.control.accepted_at >= self._refused_at:
             self._refusals = 0
             self._refused_since = now
