@@ -5,6 +5,7 @@ import gc
 import pickle
 import threading
 
+import numpy as np
 import pytest
 from conftest import open_sockets
 from reachable import where_in
@@ -116,6 +117,17 @@ async def test_pictures_are_read_from_columns_of_any_form(pa, simulator, client,
     assert row["finish_reason"] == expected.finish_reason
     assert row["request_id"]
     assert row["error_type"] is row["error_message"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # what Ray warns of is its own
+@pytest.mark.parametrize("sizes", [[20, 20, 20], [20, 21, 22]], ids=["of one size", "of several"])
+async def test_arrays_are_read_from_columns_as_ray_makes_them(pa, simulator, sizes):
+    tensors = pytest.importorskip("ray.data.extensions", reason="needs: pip install '.[ray]'")
+    pictures = [np.full((height, 30, 3), 200, np.uint8) for height in sizes]
+    rows = await captions_of(pa, simulator, tensors.TensorArray(pictures).__arrow_array__())
+    for row, height in zip(rows, sizes, strict=True):
+        assert f"30\N{MULTIPLICATION SIGN}{height} PNG picture" in row["caption"]
 
 
 async def test_bad_pictures_are_errors_in_their_rows(pa, simulator, photo, tmp_path):

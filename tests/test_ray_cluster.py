@@ -11,7 +11,6 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 from simulate import simulator_process
 
@@ -113,16 +112,6 @@ def test_workers_ask_with_the_key_of_their_environment(server, photo):
     assert all("JPEG picture" in row["caption"] for row in rows[::2])
     assert {row["error_type"] for row in rows[1::2]} == {"ImageError"}
     assert server.tell()["requests"] == 10
-
-
-@pytest.mark.parametrize("sizes", [[20, 20, 20], [20, 21, 22]], ids=["of one size", "of several"])
-def test_arrays_are_read_from_image_columns(server, sizes):
-    pictures = [np.full((height, 30, 3), 200, np.uint8) for height in sizes]
-    answered = ask(rows_of(pictures, 1), actors=1, endpoint=server.endpoint)
-    rows = sorted(answered.take_all(), key=lambda row: row["number"])
-    for row, height in zip(rows, sizes, strict=True):
-        assert f"30×{height} PNG picture" in row["caption"]  # noqa: RUF001 - the simulator's sign
-        assert row["image"].shape == (height, 30, 3)
 
 
 def test_an_actor_has_many_requests_open_and_two_share_the_rate(held_server, photo):
