@@ -1,10 +1,24 @@
-"""Servers that send what a test hands them, and what our client makes of it."""
+"""A picture and a client for servers of bare sockets, and one that sends what a test hands it."""
 
+import asyncio
 from contextlib import asynccontextmanager
 
 from raw_server import RawServer
 
 import moondream_async as md
+
+IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
+
+
+def client_of(server, **options):
+    """A client of a server, that tries once."""
+    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
+
+
+async def rounds(count=50):
+    """Let everything run that can run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import anyio
 import pytest
 import trustme
+from canned import IMAGE
 from raw_server import GoneError, RawServer, head, whole
 
 import moondream_async as md
@@ -24,7 +25,6 @@ from moondream_async.batch.wire import FileChecker, Tally
 from moondream_async.simulator import Simulator
 
 KEY = "a-key-of-some-length"
-IMAGE = md.EncodedImage(b"\xff\xd8 as nobody will look", "image/jpeg", 8, 8)
 FULL_DISK = Path("/dev/full")  # which refuses all that is written to it
 LINE = {"skill": "caption", "image": "QUJD"}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from canned import IMAGE
 from raw_server import (
     DONE,
     EVENT_STREAM,
@@ -27,7 +28,6 @@ from raw_server import (
 
 import moondream_async as md
 
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 SOON = 0.05  # seconds, of limits that are meant to run out
 
 

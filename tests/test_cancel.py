@@ -11,6 +11,7 @@ import types
 
 import anyio
 import pytest
+from canned import IMAGE, client_of, rounds
 from raw_server import (
     DONE,
     EVENTS,
@@ -26,7 +27,6 @@ from raw_server import (
 
 import moondream_async as md
 
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(1_000_000), "image/jpeg", 8, 8)
 
 # A server that goes on for ever, and one that says a word and then nothing.
@@ -65,16 +65,6 @@ async def server(request):
         yield server
 
 
-def client_of(server, **options):
-    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
-
-
-async def rounds(count=50):
-    """Let everything run that can run."""
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
 def tasks_besides(server):
     """All tasks but this one, the server's, and those of anyio's test runner."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()} - server.tasks
@@ -101,7 +91,7 @@ async def assert_gone(server):
         await server.until_idle()
 
 
-# -- ways of leaving an open stream ---------------------------------------------------
+# -- ways of leaving an open stream; `test_leaving.py` has more, in memory --------------
 
 
 async def read_for_ever(stream):
@@ -128,38 +118,6 @@ async def cancel_task(client):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
-
-async def cancel_scope(client):
-    with anyio.CancelScope() as scope:
-        async with client.caption(IMAGE, stream=True) as stream:
-            await anext(stream)
-            scope.cancel()
-            await read_for_ever(stream)
-    assert scope.cancelled_caught
-
-
-async def run_out_of_time(client):
-    async with client.caption(IMAGE, stream=True) as stream:
-        await anext(stream)
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(read_for_ever(stream), 0.01)
-
-
-async def break_out(client):
-    async with client.caption(IMAGE, stream=True) as stream:
-        async for _ in stream:
-            break
-
-
-async def raise_out(client):
-    async def read():
-        async with client.caption(IMAGE, stream=True) as stream:
-            async for piece in stream:
-                len(piece) / 0
-
-    with pytest.raises(ZeroDivisionError):
-        await read()
 
 
 async def close(client):
@@ -210,20 +168,6 @@ async def drop(client):
         del stream
 
 
-async def drop_unread(client):
-    with pytest.warns(ResourceWarning, match="dropped"):
-        await client.caption(IMAGE, stream=True)
-
-
-async def drop_while_iterating(client):
-    async def read():
-        async for _ in await client.caption(IMAGE, stream=True):
-            break
-
-    with pytest.warns(ResourceWarning, match="dropped"):
-        await read()
-
-
 async def drop_the_iterator(client):
     chunks = (await client.caption(IMAGE, stream=True)).chunk
     await anext(chunks)  # the iterator alone keeps its stream alive
@@ -231,40 +175,15 @@ async def drop_the_iterator(client):
         del chunks
 
 
-async def drop_the_events(client):
-    events = (await client.caption(IMAGE, stream=True)).events
-    await anext(events)
-    with pytest.warns(ResourceWarning, match="dropped"):
-        del events
-
-
-async def cancel_a_reader_and_hold_the_stream(client):
-    stream = await client.caption(IMAGE, stream=True)
-    reader = asyncio.ensure_future(read_for_ever(stream))
-    await rounds()
-    reader.cancel()
-    await asyncio.wait([reader])
-    with pytest.raises(md.ClientClosedError, match="cancelled"):
-        await anext(stream)
-
-
 LEAVING = [
     cancel_task,
-    cancel_scope,
-    run_out_of_time,
-    break_out,
-    raise_out,
     close,
     close_from_another_task,
     close_the_client,
     close_the_client_from_another_task,
     leave_the_client,
     drop,
-    drop_unread,
-    drop_while_iterating,
     drop_the_iterator,
-    drop_the_events,
-    cancel_a_reader_and_hold_the_stream,
 ]
 
 
@@ -551,32 +470,6 @@ async def test_call_cancelled_by_a_scope_at_any_await_leaves_everything_whole(ca
         assert reached or not scopes[-1].cancelled_caught
         await assert_whole(client, server)
         await read(client)
-
-
-@pytest.mark.parametrize("name", CALLS)
-async def test_client_closed_at_any_await_of_a_call_is_closed(name):
-    read, play, options = CALLS[name]
-    clients = []
-
-    async def read_alone():
-        clients.append(client_of(server, **options))
-        await read(clients[-1])
-
-    closing = []
-
-    def close(_waited_for, _task):
-        closing.append(asyncio.ensure_future(clients[-1].aclose()))
-
-    async with RawServer(play()) as server:
-        async for task, reached in interrupted_everywhere(read_alone, close):
-            if not reached:
-                await clients[-1].aclose()
-            await asyncio.gather(*closing)
-            closing.clear()
-            # A call in its last step may still come through; else it says what happened.
-            assert isinstance(task.exception(), md.ClientClosedError | None)
-            await assert_gone(server)
-            await assert_whole(clients[-1], server)
 
 
 @pytest.mark.parametrize("cancel", [cancel_while_it_waits, cancel_as_it_goes_on])

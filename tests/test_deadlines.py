@@ -9,6 +9,7 @@ import contextlib
 import socket
 
 import pytest
+from canned import IMAGE
 from own_clock import OwnClock
 from raw_server import (
     ANSWER,
@@ -26,7 +27,6 @@ from raw_server import (
 
 import moondream_async as md
 
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 DAY = 86_400.0
 FOR_EVER = {"pool": None, "connect": None, "first_event": None, "idle": None, "total": None}
 

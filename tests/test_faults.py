@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import trustme
+from canned import IMAGE
 from raw_server import (
     ANSWER,
     CHUNKED,
@@ -38,7 +39,6 @@ from raw_server import (
 
 import moondream_async as md
 
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(9_000_000), "image/jpeg", 8, 8)
 TIMEOUT = md.Timeout(pool=2, connect=5, first_event=0.4, idle=0.4)
 BODY = json.dumps(ANSWER).encode()

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from canned import IMAGE
 from raw_server import (
     ANSWER,
     DONE,
@@ -20,8 +21,6 @@ from raw_server import (
 )
 
 import moondream_async as md
-
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),

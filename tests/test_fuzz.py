@@ -10,6 +10,7 @@ import gzip
 import zlib
 
 import pytest
+from canned import IMAGE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from own_clock import OwnClock
@@ -33,7 +34,6 @@ from test_two_ways import SKILLS, randomly_cut, streams
 import moondream_async as md
 from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
 
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 CLASSES = {
     "caption": CaptionStream,
     "query": QueryStream,

@@ -10,6 +10,7 @@ import threading
 
 import anyio
 import pytest
+from canned import rounds
 from hypothesis import given
 from hypothesis import strategies as st
 from raw_server import RawServer
@@ -17,12 +18,6 @@ from raw_server import RawServer
 import moondream_async as md
 from moondream_async._call.limits import Semaphore
 from moondream_async.simulator import SAMPLE_IMAGE
-
-
-async def rounds(count=10):
-    """Let everything run that can run."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def test_a_free_place_is_taken_without_waiting():

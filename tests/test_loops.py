@@ -16,12 +16,11 @@ from importlib.util import find_spec
 import anyio
 import pytest
 import trustme
+from canned import IMAGE, client_of
 from raw_server import TEXT, answer_all
 from remote_server import answer_then_stall, serving
 
 import moondream_async as md
-
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 
 
 @pytest.fixture
@@ -77,10 +76,6 @@ def _kind_of_loop(request):
 
 # Not where a loop is closed by hand with connections in it: of that uvloop itself complains.
 in_each_kind_of_loop = pytest.mark.usefixtures("_kind_of_loop")
-
-
-def client_of(server, **options):
-    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
 
 
 async def call_both_ways(client, times=3):

@@ -14,6 +14,7 @@ from email.utils import formatdate
 from itertools import pairwise
 
 import pytest
+from canned import IMAGE, client_of, rounds
 from own_clock import OwnClock
 from raw_server import (
     ANSWER,
@@ -34,7 +35,6 @@ import moondream_async as md
 from moondream_async._call.limits import RateLimiter, Semaphore
 from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget
 
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 TINY = 1e-6  # seconds: what is lost in adding up floats
 
 
@@ -46,16 +46,6 @@ def clock(monkeypatch):
 @pytest.fixture
 def anyio_backend(clock):
     return "asyncio", {"loop_factory": clock.new_loop}
-
-
-def client_of(server, **options):
-    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
-
-
-async def rounds(count=20):
-    """Let everything run that can run."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def timers():

@@ -11,12 +11,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp.client_proto import ResponseHandler
+from canned import IMAGE
 from raw_server import RawServer, answer_all
 
 import moondream_async as md
 from moondream_async._transport import private
-
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 
 
 async def test_aiohttp_still_has_what_is_used_of_it():

@@ -7,13 +7,13 @@ import ssl
 
 import pytest
 import trustme
+from canned import IMAGE
 from raw_server import RawServer, answer_all
 
 import moondream_async as md
 from moondream_async._transport.proxies import proxies_of_environment
 
 PASSWORD = "pw-shown-to-nobody"
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 HOST = "moondream.example"
 
 

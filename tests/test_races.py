@@ -17,6 +17,7 @@ import time
 
 import anyio
 import pytest
+from canned import IMAGE, client_of, rounds
 from raw_server import (
     ANSWER,
     DONE,
@@ -34,18 +35,6 @@ from test_cancel import stepping
 
 import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE
-
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
-
-
-def client_of(server, **options):
-    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
-
-
-async def rounds(count=20):
-    """Let everything run that can run."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def stall(peer):

@@ -18,6 +18,7 @@ import traceback
 import aiohttp
 import pytest
 import trustme
+from canned import IMAGE
 from raw_server import (
     ANSWER,
     CHUNKED,
@@ -45,7 +46,6 @@ from moondream_async.integrations.ray import ask as ray_ask
 # Tests see the key by this name only: a local variable would be found in their own frames.
 KEY = "sk-shown-to-nobody-0123456789"
 ESCAPED = KEY.replace("s", "\\u0073").encode()
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(20_000_000), "image/jpeg", 8, 8)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import functools
 import io
 import json
 import re
@@ -28,16 +27,6 @@ from moondream_async.simulator import (
     serve,
 )
 from moondream_async.simulator.faults import EFFECTS
-
-
-def in_loop(test):
-    """Run an async test to its end, in a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        asyncio.run(test(*args, **kwargs))
-
-    return run
 
 
 def data_url(image, kind="PNG"):
@@ -103,7 +92,6 @@ def text_of(events):
 # The wire
 
 
-@in_loop
 async def test_cloud_streams_words_and_an_empty_final_event():
     async with Simulator("cloud") as simulator:
         stream, whole = await read_stream(simulator, "/query", STREAM)
@@ -125,7 +113,6 @@ async def test_cloud_streams_words_and_an_empty_final_event():
     assert "\N{MULTIPLICATION SIGN}".encode() in stream, "not escaped: a client must decode UTF-8"
 
 
-@in_loop
 async def test_kestrel_streams_three_tokens_an_event_and_ends_with_text_and_the_whole_answer():
     async with Simulator("kestrel") as simulator:
         stream, whole = await read_stream(simulator, "/query", STREAM)
@@ -150,7 +137,6 @@ async def test_kestrel_streams_three_tokens_an_event_and_ends_with_text_and_the_
     }
 
 
-@in_loop
 async def test_station_streams_bare_chunks_then_stats_then_the_marker():
     async with Simulator("station") as simulator:
         stream, whole = await read_stream(simulator, "/query", STREAM)
@@ -161,7 +147,6 @@ async def test_station_streams_bare_chunks_then_stats_then_the_marker():
     assert final == {"completed": True}
 
 
-@in_loop
 async def test_old_server_streams_without_ids_and_closes_the_connection():
     async with Simulator("old") as simulator, aiohttp.ClientSession() as session:
         assert simulator.endpoint == simulator.origin
@@ -176,7 +161,6 @@ async def test_old_server_streams_without_ids_and_closes_the_connection():
     ]
 
 
-@in_loop
 async def test_blank_lines_between_events_can_be_left_out():
     async with Simulator(blank_lines=False) as simulator:
         stream, _ = await read_stream(simulator, "/query", STREAM)
@@ -187,7 +171,6 @@ async def test_blank_lines_between_events_can_be_left_out():
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("path", ["/caption", "/query"])
-@in_loop
 async def test_streamed_and_plain_answers_are_the_same(dialect, path):
     async with Simulator(dialect) as simulator:
         stream, _ = await read_stream(simulator, path, {**QUERY, "stream": True})
@@ -206,7 +189,6 @@ async def test_streamed_and_plain_answers_are_the_same(dialect, path):
         ("old", {"answer"}),
     ],
 )
-@in_loop
 async def test_plain_answer_has_the_keys_of_its_server(dialect, keys):
     async with Simulator(dialect) as simulator:
         status, body = await post(simulator, "/query", QUERY)
@@ -214,7 +196,6 @@ async def test_plain_answer_has_the_keys_of_its_server(dialect, keys):
     assert body.keys() == keys
 
 
-@in_loop
 async def test_stream_headers_are_those_of_the_real_servers():
     async with Simulator() as simulator, aiohttp.ClientSession() as session:
         async with session.post(simulator.endpoint + "/query", json=STREAM) as response:
@@ -225,7 +206,6 @@ async def test_stream_headers_are_those_of_the_real_servers():
             assert response.headers["Content-Type"] == "application/json"
 
 
-@in_loop
 async def test_max_tokens_cuts_the_answer_and_says_so():
     async with Simulator() as simulator:
         _, cut = await post(simulator, "/query", {**QUERY, "settings": {"max_tokens": 5}})
@@ -236,7 +216,6 @@ async def test_max_tokens_cuts_the_answer_and_says_so():
     assert whole["finish_reason"] == "stop"
 
 
-@in_loop
 async def test_reasoning_is_grounded_in_places_of_the_picture():
     async with Simulator() as simulator:
         _, body = await post(simulator, "/query", {**QUERY, "reasoning": True})
@@ -253,7 +232,6 @@ async def test_reasoning_is_grounded_in_places_of_the_picture():
     assert decode(stream)[-1]["reasoning"] == reasoning
 
 
-@in_loop
 async def test_kestrel_refuses_reasoning_in_a_stream():
     async with Simulator("kestrel") as simulator:
         status, body = await post(simulator, "/query", {**QUERY, "reasoning": True, "stream": True})
@@ -269,7 +247,6 @@ async def test_kestrel_refuses_reasoning_in_a_stream():
         ("station", {"status": "ok", "server": "moondream-station"}),
     ],
 )
-@in_loop
 async def test_health(dialect, body):
     async with Simulator(dialect) as simulator, aiohttp.ClientSession() as session:
         for path in ("/health", "/healthz"):
@@ -277,7 +254,6 @@ async def test_health(dialect, body):
                 assert await response.json() == body
 
 
-@in_loop
 async def test_models_have_the_shape_of_their_server():
     async with (
         Simulator() as cloud,
@@ -319,13 +295,11 @@ TWO_BLUE = draw(("blue", (20, 20, 80, 80)), ("blue", (200, 120, 300, 220)), grou
         (TWO_BLUE, "Who painted this?", r"mostly black, with blue.*no model has looked"),
     ],
 )
-@in_loop
 async def test_answers_are_measured_in_the_picture(image, question, answer):
     async with Simulator() as simulator:
         assert re.search(answer, await ask(simulator, question, image_url=image))
 
 
-@in_loop
 async def test_spatial_refs_are_looked_at():
     async with Simulator() as simulator:
         answer = await ask(
@@ -337,7 +311,6 @@ async def test_spatial_refs_are_looked_at():
     assert answer.startswith("At (0.20, 0.50) it is red. At (0.70, 0.50) it is white.")
 
 
-@in_loop
 async def test_captions_grow_with_their_length():
     async with Simulator() as simulator:
         captions = [
@@ -351,7 +324,6 @@ async def test_captions_grow_with_their_length():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 700), (2000, 1500)], ids=str)
-@in_loop
 async def test_any_format_and_size_is_measured(kind, size):
     image = data_url(Image.new("RGB", size, (0, 0, 255)), kind)
     async with Simulator() as simulator:
@@ -360,7 +332,6 @@ async def test_any_format_and_size_is_measured(kind, size):
     assert body["caption"] == f"A dark {size_and_kind} picture, blue all over."
 
 
-@in_loop
 async def test_bare_base64_is_a_picture_too():
     async with Simulator() as simulator:
         bare = {"image_url": SAMPLE.partition(",")[2]}
@@ -371,7 +342,6 @@ async def test_bare_base64_is_a_picture_too():
 
 
 @pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
-@in_loop
 async def test_question_without_a_picture_is_answered(dialect):
     async with Simulator(dialect) as simulator:
         _, body = await post(simulator, "/query", {"question": "Why?"})
@@ -412,7 +382,6 @@ def near(box):
     ],
     ids=str,
 )
-@in_loop
 async def test_detect_boxes_the_areas_of_the_named_colour(object, more, boxes):
     body = {"image_url": SQUARES, "object": object, **more}
     async with Simulator() as simulator:
@@ -421,7 +390,6 @@ async def test_detect_boxes_the_areas_of_the_named_colour(object, more, boxes):
     assert answer.keys() == {"objects", "request_id", "finish_reason", "metrics"}
 
 
-@in_loop
 async def test_detect_finds_everything_when_asked_for_shapes():
     async with Simulator() as simulator:
         _, answer = await post(simulator, "/detect", {"image_url": SQUARES, "object": "shapes"})
@@ -429,7 +397,6 @@ async def test_detect_finds_everything_when_asked_for_shapes():
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@in_loop
 async def test_point_is_the_centre(dialect):
     body = {"image_url": SQUARES, "object": "red square"}
     async with Simulator(dialect) as simulator:
@@ -438,7 +405,6 @@ async def test_point_is_the_centre(dialect):
     assert answer.get("count") == (2 if dialect == "station" else None)
 
 
-@in_loop
 async def test_segment_outlines_the_largest_area_relative_to_its_box():
     body = {"image_url": SQUARES, "object": "red square"}
     async with Simulator() as simulator:
@@ -453,7 +419,6 @@ async def test_segment_outlines_the_largest_area_relative_to_its_box():
 
 
 @pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
-@in_loop
 async def test_segment_streams_a_box_then_a_coarse_path_then_the_refined_one(dialect):
     body = {"image_url": SAMPLE, "object": "red circle"}
     async with Simulator(dialect) as simulator:
@@ -476,7 +441,6 @@ async def test_segment_streams_a_box_then_a_coarse_path_then_the_refined_one(dia
 
 
 @pytest.mark.parametrize("path", ["/detect", "/point", "/segment"])
-@in_loop
 async def test_object_is_required(path):
     async with Simulator() as simulator:
         for body in (CAPTION, {**CAPTION, "object": " "}):
@@ -503,7 +467,6 @@ def say(text, role="user"):
     return {"role": role, "content": text}
 
 
-@in_loop
 async def test_chat_answers_the_last_question_about_the_last_picture():
     messages = [
         say("Be brief.", "system"),
@@ -528,7 +491,6 @@ async def test_chat_answers_the_last_question_about_the_last_picture():
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + 5
 
 
-@in_loop
 async def test_chat_answers_about_each_of_several_pictures():
     message = show(TWO_BLUE, "How many blue squares?")
     message["content"].append({"type": "image_url", "image_url": {"url": RED_LEFT}})
@@ -539,7 +501,6 @@ async def test_chat_answers_about_each_of_several_pictures():
     )
 
 
-@in_loop
 async def test_chat_streams_reasoning_then_the_answer_then_usage_then_done():
     body = {"messages": [show(RED_LEFT, "How many red squares?")], "reasoning": True}
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -561,7 +522,6 @@ async def test_chat_streams_reasoning_then_the_answer_then_usage_then_done():
     assert len({chunk["id"] for chunk in (*chunks, end, usage)}) == 1
 
 
-@in_loop
 async def test_chat_sends_usage_in_a_stream_only_when_asked():
     body = {"messages": [say("Hello")], "stream": True, "max_completion_tokens": 2}
     async with Simulator() as simulator:
@@ -596,7 +556,6 @@ async def test_chat_sends_usage_in_a_stream_only_when_asked():
         ({"messages": [say("x")], "max_completion_tokens": 5000}, 400, "max_completion_tokens"),
     ],
 )
-@in_loop
 async def test_chat_keeps_to_the_rules_of_the_engine(body, status, message):
     async with Simulator() as simulator:
         got, answer = await post(simulator, CHAT, body)
@@ -613,7 +572,6 @@ async def test_chat_keeps_to_the_rules_of_the_engine(body, status, message):
         ({}, 401),
     ],
 )
-@in_loop
 async def test_chat_takes_the_key_as_a_bearer(headers, status):
     async with Simulator(api_key="right") as simulator:
         got, _ = await post(simulator, CHAT, {"messages": [say("Hello")]}, headers=headers)
@@ -621,7 +579,6 @@ async def test_chat_takes_the_key_as_a_bearer(headers, status):
 
 
 @pytest.mark.parametrize("dialect", ["kestrel", "old"])
-@in_loop
 async def test_only_the_cloud_chats(dialect):
     async with (
         Simulator(dialect) as simulator,
@@ -700,7 +657,6 @@ async def run_lines(simulator, *lines):
     return sorted(results, key=lambda result: result["line_index"])
 
 
-@in_loop
 async def test_batch_comes_up_in_parts_and_goes_through_its_stages():
     data = as_lines(*({"skill": "caption", "image": BARE["red"], "id": n} for n in range(25)))
     async with Simulator() as simulator:
@@ -729,7 +685,6 @@ async def test_batch_comes_up_in_parts_and_goes_through_its_stages():
     assert sorted(ids) == list(range(25))
 
 
-@in_loop
 async def test_batch_lines_are_answered_like_single_requests():
     async with Simulator() as simulator:
         caption, query, several, detect, point = await run_lines(
@@ -764,7 +719,6 @@ async def test_batch_lines_are_answered_like_single_requests():
     assert len(point["result"]["points"]) == 2
 
 
-@in_loop
 async def test_batch_part_over_the_limit_is_refused():
     async def endless():
         while True:
@@ -806,7 +760,6 @@ async def create(simulator, name="mine", rank=8):
     ],
     ids=["detect", "point", "point-in-box"],
 )
-@in_loop
 async def test_rollouts_are_rewarded_by_the_ground_truth(request_body, truth):
     request_body = {**request_body, "image_url": SQUARES}
     async with Simulator() as simulator:
@@ -830,7 +783,6 @@ async def test_rollouts_are_rewarded_by_the_ground_truth(request_body, truth):
 
 
 @pytest.mark.parametrize(("temperature", "kinds"), [(1.0, 3), (0, 1)])
-@in_loop
 async def test_query_rollouts_differ_unless_the_temperature_is_zero(temperature, kinds):
     request = {**QUERY, "skill": "query", "settings": {"temperature": temperature}}
     async with Simulator() as simulator:
@@ -894,7 +846,6 @@ CUT_SAMPLE = SAMPLE.partition(",")[2][:8000]
         ("/query", {**QUERY, "spatial_refs": [[0, 2]]}, "is invalid", "spatial_refs[0][1]"),
     ],
 )
-@in_loop
 async def test_wrong_requests_are_refused_in_the_words_of_the_server(path, body, message, param):
     async with Simulator("cloud") as cloud, Simulator("kestrel") as kestrel:
         status, answer = await post(cloud, path, body)
@@ -907,7 +858,6 @@ async def test_wrong_requests_are_refused_in_the_words_of_the_server(path, body,
         assert message in answer["error"]
 
 
-@in_loop
 async def test_broken_json_is_refused():
     async with (
         Simulator() as simulator,
@@ -919,7 +869,6 @@ async def test_broken_json_is_refused():
 
 
 @pytest.mark.parametrize("megabytes", [11, 20], ids=["picture", "body"])
-@in_loop
 async def test_too_large_is_refused_with_413(megabytes):
     image = base64.b64encode(bytes(megabytes * 1024 * 1024)).decode()
     body = io.BytesIO(json.dumps({"image_url": image}).encode())
@@ -939,7 +888,6 @@ async def test_too_large_is_refused_with_413(megabytes):
         ("GET", "/v1/caption", 405, "Method Not Allowed"),
     ],
 )
-@in_loop
 async def test_unknown_routes_are_plain_text_and_remembered(method, path, status, text):
     async with Simulator() as simulator, aiohttp.ClientSession() as session:
         async with session.request(method, simulator.origin + path) as response:
@@ -950,7 +898,6 @@ async def test_unknown_routes_are_plain_text_and_remembered(method, path, status
         assert (received.path, received.status) == (path, status)
 
 
-@in_loop
 async def test_station_answers_errors_with_status_200():
     async with Simulator("station") as simulator:
         assert await post(simulator, "/query", {"question": "x"}) == (
@@ -963,7 +910,6 @@ async def test_station_answers_errors_with_status_200():
         )
 
 
-@in_loop
 async def test_station_takes_what_it_can_from_a_request():
     async with Simulator("station") as simulator, aiohttp.ClientSession() as session:
         url = simulator.origin + "/query"  # without /v1
@@ -977,7 +923,6 @@ async def test_station_takes_what_it_can_from_a_request():
             assert (response.status, await response.text()) == (500, "Internal Server Error")
 
 
-@in_loop
 async def test_old_server_wants_exactly_json():
     async with Simulator("old") as simulator:
         status, body = await post(
@@ -1001,7 +946,6 @@ async def test_old_server_wants_exactly_json():
         ("GET", "/models", {"Authorization": "Bearer wrong"}, 401),
     ],
 )
-@in_loop
 async def test_key_is_checked_where_the_cloud_looks_for_it(method, path, headers, status):
     async with Simulator(api_key="right") as simulator, aiohttp.ClientSession() as session:
         url = simulator.endpoint + path
@@ -1014,7 +958,6 @@ async def test_key_is_checked_where_the_cloud_looks_for_it(method, path, headers
         assert error["type"] == "authentication_error"
 
 
-@in_loop
 async def test_any_key_or_none_is_right_by_default():
     async with Simulator() as simulator:
         for headers in ({}, {"X-Moondream-Auth": "anything"}):
@@ -1022,7 +965,6 @@ async def test_any_key_or_none_is_right_by_default():
             assert status == 200
 
 
-@in_loop
 async def test_gateway_turns_urllib_away():
     async with Simulator() as simulator, aiohttp.ClientSession() as session:
         headers = {"User-Agent": "Python-urllib/3.12"}
@@ -1033,7 +975,6 @@ async def test_gateway_turns_urllib_away():
 # What is remembered
 
 
-@in_loop
 async def test_requests_and_connections_are_remembered():
     async with Simulator() as simulator:
         async with aiohttp.ClientSession() as session:
@@ -1057,7 +998,6 @@ async def test_requests_and_connections_are_remembered():
         assert third.bytes_sent > 100
 
 
-@in_loop
 async def test_only_the_latest_requests_are_kept():
     async with Simulator(keep=2) as simulator:
         for question in ("a", "b", "c"):
@@ -1066,7 +1006,6 @@ async def test_only_the_latest_requests_are_kept():
 
 
 @pytest.mark.parametrize("rate", [0, 500])
-@in_loop
 async def test_client_that_goes_away_ends_its_answer(rate):
     async with Simulator(rate=rate, faults=["endless"]) as simulator:
         async with aiohttp.ClientSession() as session:
@@ -1082,7 +1021,6 @@ async def test_client_that_goes_away_ends_its_answer(rate):
         assert received.events_sent >= 10
 
 
-@in_loop
 async def test_client_that_goes_away_while_the_server_is_silent_is_noticed():
     async with Simulator(faults=["stall=1"]) as simulator, aiohttp.ClientSession() as session:
         response = await session.post(simulator.endpoint + "/query", json=STREAM)
@@ -1092,7 +1030,6 @@ async def test_client_that_goes_away_while_the_server_is_silent_is_noticed():
         assert simulator.requests[0].disconnected
 
 
-@in_loop
 async def test_endless_stream_leaves_room_for_others():
     async with (
         Simulator(rate=0, faults=["endless"]) as simulator,
@@ -1113,7 +1050,6 @@ async def test_endless_stream_leaves_room_for_others():
         response.close()
 
 
-@in_loop
 async def test_rate_sets_how_long_an_answer_takes_at_least():
     async with Simulator("kestrel", rate=100) as simulator:
         stream, _ = await read_stream(
@@ -1122,7 +1058,6 @@ async def test_rate_sets_how_long_an_answer_takes_at_least():
     assert decode(stream)[-1]["metrics"]["decode_time_ms"] >= 85
 
 
-@in_loop
 async def test_leaving_the_simulator_ends_open_answers():
     async with aiohttp.ClientSession() as session:
         async with Simulator(faults=["stall=1"]) as simulator:
@@ -1140,7 +1075,6 @@ async def test_leaving_the_simulator_ends_open_answers():
 # Other ways to run it
 
 
-@in_loop
 async def test_app_runs_in_a_runner_of_the_users_own():
     simulator = Simulator(faults=["endless"])
     runner = web.AppRunner(simulator.app)
@@ -1159,7 +1093,6 @@ async def test_app_runs_in_a_runner_of_the_users_own():
         await runner.cleanup()
 
 
-@in_loop
 async def test_serve_tells_its_port_and_runs_until_cancelled():
     listening = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(serve(port=0, rate=0, on_listening=listening.set_result))
@@ -1174,7 +1107,6 @@ async def test_serve_tells_its_port_and_runs_until_cancelled():
             await session.get(simulator.origin)
 
 
-@in_loop
 async def test_https():
     trustme = pytest.importorskip("trustme", reason="trustme makes the certificate")
     authority = trustme.CA()
@@ -1200,7 +1132,6 @@ def test_unknown_dialect_is_refused_with_the_known_ones():
     ("fault", "whole", "events"),
     [("cut=3", True, 3), ("drop=3", False, 3), ("cut=0", True, 0), ("drop=0", False, 0)],
 )
-@in_loop
 async def test_stream_that_is_cut_lacks_its_end(fault, whole, events):
     async with Simulator(faults=[fault]) as simulator:
         stream, ended_well = await read_stream(simulator, "/query", STREAM)
@@ -1208,7 +1139,6 @@ async def test_stream_that_is_cut_lacks_its_end(fault, whole, events):
     assert text_of(decode(stream)) == "".join(WORDS[:events])
 
 
-@in_loop
 async def test_reset_is_a_tcp_reset():
     async with Simulator(faults=["reset=2"]) as simulator:
         _, _, address = simulator.origin.rpartition("/")
@@ -1224,7 +1154,6 @@ async def test_reset_is_a_tcp_reset():
         assert simulator.requests[0].events_sent == 2
 
 
-@in_loop
 async def test_stream_cut_inside_an_event_ends_with_half_of_it():
     async with Simulator(faults=["cut_inside=2"]) as simulator:
         stream, ended_well = await read_stream(simulator, "/query", STREAM)
@@ -1238,7 +1167,6 @@ async def test_stream_cut_inside_an_event_ends_with_half_of_it():
 @pytest.mark.parametrize(
     ("fault", "events"), [("stall=3", 3), ("stall_inside=3", 2), ("stall=2,heartbeats=0.01", 2)]
 )
-@in_loop
 async def test_stalled_stream_stays_open_and_says_nothing_new(fault, events):
     async with Simulator(faults=[fault]) as simulator, aiohttp.ClientSession() as session:
         response = await session.post(simulator.endpoint + "/query", json=STREAM)
@@ -1253,7 +1181,6 @@ async def test_stalled_stream_stays_open_and_says_nothing_new(fault, events):
         assert received.disconnected
 
 
-@in_loop
 async def test_error_event_ends_a_stream():
     async with Simulator(faults=["error_event=2", "named_error=2"]) as simulator:
         stream, _ = await read_stream(simulator, "/query", STREAM)
@@ -1264,7 +1191,6 @@ async def test_error_event_ends_a_stream():
     assert named.endswith(b'\n\nevent: error\ndata: {"message": "Inference failed"}\n\n')
 
 
-@in_loop
 async def test_bad_json_and_big_events_are_sent():
     async with Simulator(faults=["bad_json=1", "big_event=100000"]) as simulator:
         bad, _ = await read_stream(simulator, "/query", STREAM)
@@ -1273,7 +1199,6 @@ async def test_bad_json_and_big_events_are_sent():
     assert decode(big)[0]["chunk"] == "x" * 100_000
 
 
-@in_loop
 async def test_heartbeats_and_pieces_change_nothing_else():
     async with Simulator(faults=["heartbeats", "split=3"]) as simulator:
         beating, _ = await read_stream(simulator, "/query", STREAM)
@@ -1283,7 +1208,6 @@ async def test_heartbeats_and_pieces_change_nothing_else():
     assert text_of(decode(split)) == "".join(WORDS)
 
 
-@in_loop
 async def test_json_comes_where_a_stream_was_asked():
     async with Simulator(faults=["json"]) as simulator:
         status, body = await post(simulator, "/query", STREAM)
@@ -1304,7 +1228,6 @@ async def test_json_comes_where_a_stream_was_asked():
     ],
 )
 @pytest.mark.parametrize("request_body", [QUERY, STREAM], ids=["plain", "stream"])
-@in_loop
 async def test_other_answers_take_the_place_of_the_right_one(
     fault, status, headers, body, request_body
 ):
@@ -1319,7 +1242,6 @@ async def test_other_answers_take_the_place_of_the_right_one(
 
 
 @pytest.mark.parametrize("fault", ["hang_up", "hang_up=reset"])
-@in_loop
 async def test_connection_is_closed_in_place_of_an_answer(fault):
     async with Simulator(faults=[fault]) as simulator:
         with pytest.raises((aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
@@ -1337,13 +1259,11 @@ async def test_connection_is_closed_in_place_of_an_answer(fault):
         ("old", 400, {"error": "Simulated error 400"}),
     ],
 )
-@in_loop
 async def test_error_status_comes_with_the_body_of_its_server(dialect, status, body):
     async with Simulator(dialect, faults=[f"status={status}"]) as simulator:
         assert await post(simulator, "/query", QUERY) == (status, body)
 
 
-@in_loop
 async def test_faults_strike_the_next_matching_requests_in_order():
     async with Simulator(faults=["status=500,times=2"]) as simulator:
         simulator.faults.append("status=418,path=caption")
@@ -1414,7 +1334,6 @@ async def start_curl(url, body):
 
 
 @needs_curl
-@in_loop
 async def test_curl_prints_a_whole_stream():
     async with Simulator() as simulator:
         curl = await start_curl(simulator.endpoint + "/query", STREAM)
@@ -1424,7 +1343,6 @@ async def test_curl_prints_a_whole_stream():
 
 
 @needs_curl
-@in_loop
 async def test_curl_prints_events_as_they_are_made():
     async with Simulator(faults=["stall=2"]) as simulator:
         curl = await start_curl(simulator.endpoint + "/query", STREAM)

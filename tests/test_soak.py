@@ -13,14 +13,13 @@ from pathlib import Path
 
 import anyio
 import pytest
+from canned import IMAGE
 
 import moondream_async as md
 
 AT_ONCE = 50
 STREAMS = 800  # between two looks; by the first look all caches are filled
 SEED = 20
-
-IMAGE = md.EncodedImage(b"\xff\xd8", "image/jpeg", 8, 8)
 
 
 def footprint():

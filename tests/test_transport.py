@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from canned import IMAGE, client_of
 from raw_server import (
     ANSWER,
     DONE,
@@ -29,12 +30,7 @@ from raw_server import (
 
 import moondream_async as md
 
-IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8, 8)
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
-
-
-def client_of(server, **options):
-    return md.MoondreamClient(endpoint=server.endpoint, **({"max_retries": 0} | options))
 
 
 async def collect(stream, pieces):

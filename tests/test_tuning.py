@@ -10,13 +10,13 @@ import shutil
 import sys
 
 import pytest
+from canned import IMAGE
 from raw_server import RawServer, whole
 
 import moondream_async as md
 from moondream_async.simulator import Simulator
 
 KEY = "a-key-of-some-length"
-IMAGE = md.EncodedImage(b"\xff\xd8 as nobody will look", "image/jpeg", 8, 8)
 STEP = {"step": 7, "applied": True, "kl": 0.1, "grad_norm": None}
 
 
