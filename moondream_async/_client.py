@@ -78,6 +78,13 @@ class MoondreamClient(Skills):
 
     Raises:
         RequestError: The cloud without a key, or an argument that can't be right.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient(timeout=90, max_retries=5) as client:
+    ...         await client.caption(md.SAMPLE_IMAGE)
+    ...         return client.stats().requests
+    >>> asyncio.run(main())
+    1
     """
 
     def __init__(
@@ -240,11 +247,14 @@ class MoondreamClient(Skills):
     ) -> BulkRun[ItemT, Any]:
         """Ask the same about many pictures; iterate over what becomes of each.
 
-        ::
-
-            async with client.bulk(Path("photos").rglob("*.jpg"), "detect", object="dog") as run:
-                async for each in run:
-                    print(each.item, each.result.objects if each.ok else each.error)
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         pictures = [md.SAMPLE_IMAGE]  # or Path("photos").rglob("*.jpg"), or any others
+        ...         async with client.bulk(pictures, "detect", object="red circle") as run:
+        ...             async for each in run:
+        ...                 print(each.item.name, each.result.objects if each.ok else each.error)
+        >>> asyncio.run(main())
+        sample.jpg [Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)]
 
         As many requests are open as the server keeps up with: few at first, more while
         that goes well, fewer when it fails or grows slow; after a 429 they are also
@@ -383,11 +393,14 @@ class MoondreamClient(Skills):
     ) -> Watch[FrameT, Any]:
         """Ask the same about moving pictures, again and again: the newest frame wins.
 
-        ::
-
-            async with client.watch(camera_frames(), "detect", object="person") as answers:
-                async for each in answers:
-                    print(f"{each.age:.1f} s ago:", each.result.objects if each.ok else each.error)
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         pictures = [md.SAMPLE_IMAGE]  # or what a camera gives, as `frames.camera(0)`
+        ...         async with client.watch(pictures, "detect", object="red circle") as answers:
+        ...             async for each in answers:
+        ...                 print(each.age > 0, each.result.objects if each.ok else each.error)
+        >>> asyncio.run(main())
+        True [Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)]
 
         Frames are read as they come, and a new one takes the place of the one that waits;
         what was superseded is never prepared nor sent. Which frame a call is about is decided
@@ -441,7 +454,15 @@ class MoondreamClient(Skills):
     def caption_many(
         self, images: Items[ItemT], **options: Unpack[BulkOptions]
     ) -> BulkRun[ItemT, CaptionResult]:
-        """Describe many pictures; the same as `bulk` with the skill ``caption``."""
+        """Describe many pictures; the same as `bulk` with the skill ``caption``.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         async for each in client.caption_many([md.SAMPLE_IMAGE], length="short"):
+        ...             print(each.ok, each.seconds < 60)
+        >>> asyncio.run(main())
+        True True
+        """
         return self.bulk(images, "caption", **options)
 
     @property
@@ -452,7 +473,11 @@ class MoondreamClient(Skills):
         return Tuning(self._caller)
 
     def stats(self) -> ClientStats:
-        """Return what the client is doing and has done, in all its event loops."""
+        """Return what the client is doing and has done, in all its event loops.
+
+        >>> md.MoondreamClient(endpoint="http://127.0.0.1:2020/v1").stats().open_streams
+        0
+        """
         return self._caller.stats()
 
     def __repr__(self) -> str:
@@ -480,6 +505,15 @@ class MoondreamClient(Skills):
         What still waits or reads gets a `ClientClosedError`. With `grace`, answers
         that are on their way get so many seconds to finish first; new calls are
         refused at once.
+
+        >>> async def main():
+        ...     client = md.MoondreamClient()
+        ...     try:
+        ...         return await client.health()
+        ...     finally:
+        ...         await client.aclose(grace=1)
+        >>> asyncio.run(main())
+        Health(ok=True, status='ok')
         """
         if grace is not None and not is_number(grace, least=0):
             raise RequestError(f"grace must be a number of seconds, or None, not {grace!r}")
@@ -497,6 +531,9 @@ def vl(
 
     Raises:
         RequestError: ``local=True``, or as for `MoondreamClient`.
+
+    >>> md.vl(endpoint="http://127.0.0.1:2020/v1")
+    <MoondreamClient http://127.0.0.1:2020/v1, 0 open>
     """
     api_key, endpoint = hidden(api_key), hidden_address(endpoint)
     if "proxy" in options:
@@ -515,6 +552,11 @@ def photon(*arguments: object, **options: object) -> NoReturn:
 
     Raises:
         RequestError: Always; it says what to do.
+
+    >>> md.photon()
+    Traceback (most recent call last):
+        ...
+    moondream_async.errors.RequestError: photon would run the model in this process, which needs ...
     """
     del arguments, options  # there may be a key among them
     raise RequestError(

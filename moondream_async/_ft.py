@@ -30,6 +30,27 @@ class FinetuneClient:
 
     Leave its ``async with``, or `aclose` it, at the end. What its methods raise, and what
     cancelling one does, is told at `Tuning`.
+
+    >>> async def main():
+    ...     async with await md.ft(name="windows", rank=8) as finetune:
+    ...         truth = {"points": [{"x": 0.5, "y": 0.5}]}
+    ...         asked = {"image": md.SAMPLE_IMAGE, "object": "window", "ground_truth": truth}
+    ...         tried = await finetune.rollouts("point", **asked, num_rollouts=2)
+    ...         keys = ("request", "rollouts", "rewards")
+    ...         group = {"mode": "rl", **{key: tried[key] for key in keys}}
+    ...         step = await finetune.train_step([group], lr=0.001)
+    ...         await finetune.log_metrics(step.step, {"loss": 0.5})
+    ...         requests = [("mine", {"skill": "point", **asked})]
+    ...         async for context, tried in finetune.rollout_stream(requests):
+    ...             print(context, len(tried.rollouts))
+    ...         await finetune.save_checkpoint()
+    ...         page = await finetune.list_checkpoints(limit=10)
+    ...         print(finetune.model(1).endswith("@1"), [each.step for each in page["checkpoints"]])
+    ...         await finetune.delete_checkpoint(1)
+    ...         await finetune.delete()
+    >>> asyncio.run(main())
+    mine 1
+    True [1]
     """
 
     def __init__(self, client: MoondreamClient, finetune: Finetune) -> None:
@@ -214,6 +235,12 @@ async def ft(
     Raises:
         RequestError: Neither an id nor a name and a rank were given, or both.
         APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
+
+    >>> async def main():
+    ...     async with await md.ft(name="roofs", rank=8) as finetune:
+    ...         return finetune.name, finetune.rank
+    >>> asyncio.run(main())
+    ('roofs', 8)
     """
     # First of all, since tracebacks may show the values of variables.
     key, where = hidden(api_key), _without_tuning(hidden_address(endpoint))

@@ -37,7 +37,17 @@ Phase = Literal["pool", "connect", "first_event", "idle", "total"]
 
 
 class MoondreamError(Exception):
-    """The root of everything that this package raises on purpose."""
+    """The root of everything that this package raises on purpose.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         try:
+    ...             await client.caption("no such file.jpg")
+    ...         except md.ImageError as error:  # a MoondreamError, as all that the package raises
+    ...             print(isinstance(error, md.MoondreamError))
+    >>> asyncio.run(main())
+    True
+    """
 
     _fields: ClassVar[tuple[str, ...]] = ()  # attributes beside the message, for pickling
 

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 
 class Point(Value[Literal["x", "y"], float]):
-    """A place in the picture."""
+    """A place in the picture.
+
+    >>> point = Point(0.5, 0.25)
+    >>> point.x, point["y"], point
+    (0.5, 0.25, Point(x=0.5, y=0.25))
+    """
 
     __slots__ = ()
 
@@ -50,7 +55,12 @@ class Point(Value[Literal["x", "y"], float]):
 
 
 class Region(Value[Literal["x_min", "y_min", "x_max", "y_max"], float]):
-    """A box in the picture."""
+    """A box in the picture.
+
+    >>> box = Region(0.25, 0.5, 0.75, 1)
+    >>> box.x_max - box["x_min"]
+    0.5
+    """
 
     __slots__ = ()
 
@@ -76,7 +86,11 @@ calls found."""
 
 
 class Grounding(Value[Literal["start_idx", "end_idx"], int, Literal["points"], list[list[float]]]):
-    """A span of the reasoning's text and the places in the picture that it speaks of."""
+    """A span of the reasoning's text and the places in the picture that it speaks of.
+
+    >>> Grounding(0, 3, [[0.5, 0.25]]).points
+    [[0.5, 0.25]]
+    """
 
     __slots__ = ()
 
@@ -87,7 +101,11 @@ class Grounding(Value[Literal["start_idx", "end_idx"], int, Literal["points"], l
 
 
 class Reasoning(Value[Literal["text"], str, Literal["grounding"], list[Grounding]]):
-    """What the model thought before it answered."""
+    """What the model thought before it answered.
+
+    >>> Reasoning("Two.", [Grounding(0, 3, [[0.5, 0.25]])]).text
+    'Two.'
+    """
 
     __slots__ = ()
 
@@ -98,7 +116,11 @@ class Reasoning(Value[Literal["text"], str, Literal["grounding"], list[Grounding
 class Usage(
     Value[Literal["prompt_tokens", "completion_tokens", "total_tokens"], int], kw_only=True
 ):
-    """How many tokens a chat took."""
+    """How many tokens a chat took.
+
+    >>> Usage(prompt_tokens=7).total_tokens is None  # since the server didn't say it
+    True
+    """
 
     __slots__ = ()
 
@@ -108,7 +130,12 @@ class Usage(
 
 
 class Result(Value[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=True):
-    """What every answer has."""
+    """What every answer has.
+
+    >>> result = CaptionResult(caption="a heron", finish_reason="stop")
+    >>> isinstance(result, Result), result.request_id, result.get("request_id", "unknown")
+    (True, None, 'unknown')
+    """
 
     __slots__ = ("_headers", "_picture", "_raw")
     _beside = frozenset({"raw", "headers"})
@@ -139,7 +166,12 @@ class Result(Value[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=
 
 
 class CaptionResult(Result[Literal["caption"], str], kw_only=True):
-    """A description of a picture."""
+    """A description of a picture.
+
+    >>> result = CaptionResult(caption="a heron")
+    >>> result.caption == result["caption"], result
+    (True, CaptionResult(caption='a heron'))
+    """
 
     __slots__ = ()
 
@@ -200,6 +232,9 @@ class _Drawable(Result[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_o
             RequestError: There are more or fewer labels than places; the server sent an
                 outline that is no SVG path, or without its `bbox`.
             ImportError: An outline needs the extra ``draw``, and it isn't there.
+
+        >>> DetectResult(objects=[Region(0, 0, 0.5, 1)]).draw(md.SAMPLE_IMAGE, labels="left").size
+        (640, 480)
         """
         # The one import that goes up: whoever calls this has Pillow, and no one else needs it.
         from ._draw import draw  # noqa: PLC0415 - importing the package stays light
@@ -208,7 +243,11 @@ class _Drawable(Result[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_o
 
 
 class QueryResult(_Drawable[Literal["answer"], str, Literal["reasoning"], Reasoning], kw_only=True):
-    """An answer about a picture. What is drawn are the places that its reasoning speaks of."""
+    """An answer about a picture. What is drawn are the places that its reasoning speaks of.
+
+    >>> QueryResult(answer="two", reasoning=Reasoning("One and one.")).reasoning.text
+    'One and one.'
+    """
 
     __slots__ = ()
 
@@ -218,7 +257,12 @@ class QueryResult(_Drawable[Literal["answer"], str, Literal["reasoning"], Reason
 
 
 class DetectResult(_Drawable[Literal["objects"], list[Region]], kw_only=True):
-    """Where in the picture the objects are."""
+    """Where in the picture the objects are.
+
+    >>> result = DetectResult(objects=[Region(0, 0, 0.5, 1)])
+    >>> [box.to_pixels(640, 480) for box in result.objects]
+    [(0, 0, 320.0, 480)]
+    """
 
     __slots__ = ()
 
@@ -227,7 +271,11 @@ class DetectResult(_Drawable[Literal["objects"], list[Region]], kw_only=True):
 
 
 class PointResult(_Drawable[Literal["points"], list[Point]], kw_only=True):
-    """Where in the picture the objects are."""
+    """Where in the picture the objects are.
+
+    >>> [point.x for point in PointResult(points=[Point(0.5, 0.25)]).points]
+    [0.5]
+    """
 
     __slots__ = ()
 
@@ -238,7 +286,11 @@ class PointResult(_Drawable[Literal["points"], list[Point]], kw_only=True):
 class SegmentResult(
     _Drawable[Literal["path", "parse_error"], str, Literal["bbox"], Region], kw_only=True
 ):
-    """The outline of an object."""
+    """The outline of an object.
+
+    >>> SegmentResult(path="M 0 0 H 1 V 1 H 0 Z", bbox=Region(0.5, 0, 1, 0.5)).transform
+    'translate(0.5 0) scale(0.5 0.5)'
+    """
 
     __slots__ = ()
 
@@ -287,6 +339,9 @@ class SegmentResult(
         Raises:
             RequestError: The server sent an outline that is no SVG path.
             ImportError: The extra ``draw`` isn't there.
+
+        >>> SegmentResult(path="M 0 0 L 1 1 Z", bbox=Region(0.5, 0, 1, 1)).whole_path()
+        'M 0.5,0 L 1,1 Z'
         """
         if self.bbox is None:
             return None
@@ -316,7 +371,11 @@ class ChatMessage(
     Value[Literal["role", "content", "reasoning"], str, Literal["reasoning_details"], Reasoning],
     kw_only=True,
 ):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    >>> ChatMessage(role="assistant", content="Two.").content
+    'Two.'
+    """
 
     __slots__ = ()
 
@@ -329,7 +388,11 @@ class ChatMessage(
 
 
 class ChatResult(Result[Literal["message"], ChatMessage, Literal["usage"], Usage], kw_only=True):
-    """The next turn of a conversation."""
+    """The next turn of a conversation.
+
+    >>> ChatResult(message=ChatMessage(role="assistant", content="Two.")).message.role
+    'assistant'
+    """
 
     __slots__ = ()
 
@@ -413,7 +476,15 @@ class ClientStats(Value[_Now | _SoFar, int], kw_only=True):
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One event of a stream; the base of all of them."""
+    """One event of a stream; the base of all of them.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         stream = await client.caption(md.SAMPLE_IMAGE, "short", stream=True)
+    ...         return [type(event).__name__ async for event in stream.events][-1]
+    >>> asyncio.run(main())
+    'FinalEvent'
+    """
 
     raw: dict[str, Any]
     """The decoded event, whole."""

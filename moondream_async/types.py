@@ -79,7 +79,12 @@ def to_timeout(timeout: Timeout | float) -> Timeout:
 
 
 class EncodedImage(msgspec.Struct, frozen=True, eq=False, weakref=True):
-    """A picture as it will be sent: prepared once, used in any number of calls."""
+    """A picture as it will be sent: prepared once, used in any number of calls.
+
+    >>> image = EncodedImage(b"GIF89a", "image/gif", 1, 1)
+    >>> image, image.image_url
+    (EncodedImage(image/gif, 1x1, 6 bytes), 'data:image/gif;base64,R0lGODlh')
+    """
 
     data: bytes
     """The encoded picture, before base64."""
@@ -180,6 +185,13 @@ class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     is logged and disturbs nothing. The order is `request`, `retry` and `request` again for
     each further attempt, `first_chunk` of a stream, `end`. Each call has one `end`, however it
     comes: also one that never got as far as a request, and a stream that was dropped.
+
+    >>> async def main():
+    ...     hooks = md.Hooks(end=lambda event: print(event.skill, event.outcome, event.attempt))
+    ...     async with md.MoondreamClient(hooks=hooks) as client:
+    ...         await client.detect(md.SAMPLE_IMAGE, "circle")
+    >>> asyncio.run(main())
+    detect complete 1
     """
 
     request: Callable[[CallEvent], object] | None = None

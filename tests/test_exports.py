@@ -1,6 +1,7 @@
 """The surface: its names, each once and explained, and the errors as they are drawn."""
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -227,3 +228,55 @@ def test_the_reference_has_every_name_and_every_call(tmp_path):
     page = (tmp_path / "moondream_async.html").read_text("utf-8")
     names = {*md.__all__, *(name for name, _ in methods(inherited=False))}
     assert [name for name in sorted(names) if f'id="{name}"' not in page] == []
+
+
+EXAMPLES = doctest.DocTestParser()
+
+
+def has_example(docstring, word=""):
+    return any(word in each.source for each in EXAMPLES.get_examples(docstring or ""))
+
+
+# What frameworks and event loops call, and the package itself.
+UNSEEN = {
+    "BatchRequest.line",
+    "EventStream.aclose",
+    "EventStream.close",
+    "FinetuneClient.aclose",
+    "StreamCall.close",
+    "StreamCall.send",
+    "StreamCall.throw",
+    "TuningRequest.payload",
+}
+# What the package alone makes, and is shown with the call that gives it.
+GIVEN = (
+    md.BatchFailure,
+    md.BatchOutput,
+    md.BatchProgress,
+    md.BatchUsage,
+    md.CallEvent,
+    md.ClientStats,
+    md.MoondreamError,
+    md.StreamEvent,
+    md.TrainGroup,  # is made by its class methods
+    Record,
+)
+
+
+def test_every_public_callable_has_an_example_of_its_own_or_in_its_class():
+    without = [
+        name
+        for name in md.__all__
+        if isinstance(value := getattr(md, name), (type, types.FunctionType))
+        and not (isinstance(value, type) and issubclass(value, GIVEN))
+        and not has_example(value.__doc__)
+    ] + [
+        name
+        for name, method in methods(inherited=False)
+        if not isinstance(method, property)
+        and name not in UNSEEN
+        and not has_example(inspect.getdoc(method))
+        and not has_example(getattr(md, name.partition(".")[0]).__doc__, name.partition(".")[2])
+    ]
+
+    assert without == []

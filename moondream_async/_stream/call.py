@@ -24,6 +24,15 @@ class StreamCall(Coroutine[Any, Any, AnyStream]):
     """A call with ``stream=True``: await it for the stream, or enter it with ``async with``.
 
     It is a coroutine, and goes wherever one can go, as into ``asyncio.create_task``.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         call = client.caption(md.SAMPLE_IMAGE, "short", stream=True)
+    ...         stream = await asyncio.create_task(call)
+    ...         async with stream:
+    ...             return stream
+    >>> asyncio.run(main())
+    <CaptionStream closed, 0 characters, request None>
     """
 
     __slots__ = ("_call", "_stream")

@@ -52,12 +52,12 @@ _handler = _Handler()
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C, or a notebook's stop button, cancel a block that awaits.
 
-    ::
-
-        with md.interruptible():
-            async with client.caption("photo.jpg", stream=True) as stream:
-                async for piece in stream.chunk:
-                    print(piece, end="", flush=True)
+    >>> async def main():
+    ...     with md.interruptible():
+    ...         async with md.MoondreamClient() as client:
+    ...             async for piece in (await client.caption(md.SAMPLE_IMAGE, stream=True)).chunk:
+    ...                 pass  # as print(piece, end="", flush=True)
+    >>> asyncio.run(main())
 
     By itself an interrupted cell of IPython is left with what it awaits still running, and
     its connection open; a kernel notices the stop button only when the next piece arrives.

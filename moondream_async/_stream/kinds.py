@@ -17,7 +17,16 @@ from .stream import Stream
 
 
 class CaptionStream(Stream[str]):
-    """A description, as it is written. ``stream["caption"]`` is the same as `chunk`."""
+    """A description, as it is written. ``stream["caption"]`` is the same as `chunk`.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         async with client.caption(md.SAMPLE_IMAGE, stream=True) as stream:
+    ...             pieces = [piece async for piece in stream["caption"]]
+    ...             return "".join(pieces) == stream.text_so_far == (await stream.result()).caption
+    >>> asyncio.run(main())
+    True
+    """
 
     __slots__ = ()
     _key = "caption"
@@ -30,7 +39,16 @@ class CaptionStream(Stream[str]):
 
 
 class QueryStream(Stream[str]):
-    """An answer, as it is written. ``stream["answer"]`` is the same as `chunk`."""
+    """An answer, as it is written. ``stream["answer"]`` is the same as `chunk`.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         async with client.query(md.SAMPLE_IMAGE, "How many?", True) as stream:
+    ...             pieces = [piece async for piece in stream["answer"]]
+    ...             return "".join(pieces) == stream.text_so_far == (await stream.result()).answer
+    >>> asyncio.run(main())
+    True
+    """
 
     __slots__ = ()
     _key = "answer"
@@ -47,6 +65,14 @@ class SegmentStream(Stream[dict[str, Any]]):
 
     The pieces are those of a first, coarse path. `path` is the refined one, which
     replaces them; it comes with the end.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         async with client.segment(md.SAMPLE_IMAGE, "red circle", stream=True) as stream:
+    ...             updates = [update async for update in stream]
+    ...             return updates[0], updates[-1]["path"] == (await stream.result()).path
+    >>> asyncio.run(main())
+    ({'bbox': Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)}, True)
     """
 
     __slots__ = ()
@@ -85,6 +111,14 @@ class ChatStream(Stream[str]):
     """The next turn of a conversation, as it is written. ``stream["message"]`` is `chunk`.
 
     `reasoning` grows while the model thinks; `events` has its pieces as they come.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         async with client.chat([{"role": "user", "content": "Hello"}], True) as stream:
+    ...             pieces = [piece async for piece in stream["message"]]
+    ...             return "".join(pieces) == (await stream.result()).message.content
+    >>> asyncio.run(main())
+    True
     """
 
     __slots__ = ()

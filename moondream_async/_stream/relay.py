@@ -150,7 +150,19 @@ class ByteStream(Relay):
 
 
 class EventStream(Relay):
-    """A stream as Server-Sent Events, whole events and comments: see `Stream.sse`."""
+    """A stream as Server-Sent Events, whole events and comments: see `Stream.sse`.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         stream = await client.caption(md.SAMPLE_IMAGE, "short", stream=True)
+    ...         events = stream.sse()
+    ...         async for piece in events:
+    ...             break
+    ...         await events.aclose()  # as web frameworks do; some call `close`
+    ...         return events.headers["Cache-Control"]
+    >>> asyncio.run(main())
+    'no-cache'
+    """
 
     __slots__ = ("_busy", "_heartbeat", "_opening", "_over", "_reading")
     content_type = "text/event-stream"

@@ -83,6 +83,17 @@ class Stream(Generic[ItemT_co]):
         APITimeoutError: Nothing at all came for `Timeout.first_event`.
         ClientClosedError: The stream or its client was closed before or meanwhile, or the task
             that read it was cancelled.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         stream = await client.caption(md.SAMPLE_IMAGE, "short", stream=True)
+    ...         async for piece in stream.chunk:  # `stream.events` has more
+    ...             first = piece
+    ...             break
+    ...         await stream.aclose()  # which `async with stream:` does
+    ...         return first
+    >>> asyncio.run(main())
+    'A'
     """
 
     __slots__ = (
@@ -193,6 +204,13 @@ class Stream(Generic[ItemT_co]):
 
         When it raises, `text_so_far` has what had arrived; so it has when it is cancelled,
         which closes the stream.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         async with client.caption(md.SAMPLE_IMAGE, "short", stream=True) as stream:
+        ...             return await stream.text() == await stream.text()
+        >>> asyncio.run(main())
+        True
         """
         while True:
             self._ready = iter(())
@@ -205,6 +223,13 @@ class Stream(Generic[ItemT_co]):
         """Read to the end; return the whole result, as the call without `stream` gives it.
 
         Raises what `text` raises. Cancelling it closes the stream.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         async with client.caption(md.SAMPLE_IMAGE, "short", stream=True) as stream:
+        ...             return sorted(await stream.result())
+        >>> asyncio.run(main())
+        ['caption', 'request_id']
         """
         return self._decoder.result(await self.text(), self._headers)
 
@@ -236,6 +261,16 @@ class Stream(Generic[ItemT_co]):
 
         Raises:
             RequestError: `heartbeat` is no positive number.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         async with client.caption(md.SAMPLE_IMAGE, "short", stream=True) as stream:
+        ...             events = stream.sse()
+        ...             async for piece in events:  # blocks of whole events
+        ...                 last = piece
+        ...     return events.headers["Content-Type"], b"event: done" in last
+        >>> asyncio.run(main())
+        ('text/event-stream', True)
         """
         relay = EventStream(self, heartbeat)
         self._relayed = True
@@ -247,6 +282,14 @@ class Stream(Generic[ItemT_co]):
         Its `headers` belong to the answer that carries it. What goes wrong on the way is raised,
         so that the answer breaks off instead of passing for a whole one. Closing it, dropping it,
         and cancelling the task that reads it close the stream at once.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         async with client.caption(md.SAMPLE_IMAGE, "short", stream=True) as stream:
+        ...             data = b"".join([piece async for piece in stream.chunk_bytes()])
+        ...             return data.decode() == stream.text_so_far
+        >>> asyncio.run(main())
+        True
         """
         self._relayed = True
         return ByteStream(self)
@@ -356,6 +399,14 @@ class Stream(Generic[ItemT_co]):
         """End it, since something newer has come; whoever reads it meets its end, and no error.
 
         What had arrived stays in `text_so_far`, and `completed` tells whether that is all.
+
+        >>> async def main():
+        ...     async with md.MoondreamClient() as client:
+        ...         stream = await client.caption(md.SAMPLE_IMAGE, stream=True)
+        ...         stream.supersede()
+        ...         return [piece async for piece in stream.chunk]
+        >>> asyncio.run(main())
+        []
         """
         self._close(_SUPERSEDED)
 

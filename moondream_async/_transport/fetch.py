@@ -56,6 +56,11 @@ async def fetch_image(
             picture, or too large a one.
         APIConnectionError: The connection could not be made, or was lost.
         APITimeoutError: It took longer than `timeout`; `phase` is ``total``.
+
+    >>> asyncio.run(md.fetch_image("http://192.168.0.1/photo.jpg"))
+    Traceback (most recent call last):
+        ...
+    moondream_async.errors.ImageError: ...
     """
     from anyio import move_on_after, to_thread  # noqa: PLC0415 - importing the package stays light
 

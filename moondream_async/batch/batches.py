@@ -65,6 +65,20 @@ class Batches:
     All methods raise APIConnectionError, APITimeoutError and APIStatusError as other
     calls do (see `errors`), and ClientClosedError where the client was closed before
     or meanwhile.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         requests = [md.BatchRequest.caption(md.SAMPLE_IMAGE, id=1)]
+    ...         batch = await client.batches.create(requests)
+    ...         print((await client.batches.get(batch)).model)
+    ...         await client.batches.wait(batch, interval=0.01)
+    ...         print([each.id == batch.id async for each in client.batches.list()])
+    ...         async for each in client.batches.results(batch):
+    ...             print(each.id, each.result.caption if each.ok else each.error)
+    >>> asyncio.run(main())
+    moondream3-preview
+    [True]
+    1 A bright 640...
     """
 
     def __init__(self, caller: Caller, model: str | None = None) -> None:

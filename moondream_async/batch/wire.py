@@ -88,6 +88,9 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: An argument can't be right.
+
+        >>> BatchRequest.caption("photo.jpg", length="short", id=7)
+        BatchRequest(skill='caption', id=7, fields={'length': 'short'})
         """
         request = caption_request(image, length=length, stream=False, settings=settings, model=None)
         return cls._of(request, [image], id)
@@ -116,6 +119,9 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: An argument can't be right.
+
+        >>> BatchRequest.query("photo.jpg", "How many people?", id="a")
+        BatchRequest(skill='query', id='a', fields={'question': 'How many people?'})
         """
         if (image is None) == (not images):
             raise RequestError("a query in a batch needs one of image and images")
@@ -143,6 +149,9 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: An argument can't be right.
+
+        >>> BatchRequest.detect("photo.jpg", "person")
+        BatchRequest(skill='detect', id=None, fields={'object': 'person'})
         """
         return cls._of(detect_request(image, object, settings=None, model=None), [image], id)
 
@@ -158,6 +167,9 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: An argument can't be right.
+
+        >>> BatchRequest.point("photo.jpg", "person")
+        BatchRequest(skill='point', id=None, fields={'object': 'person'})
         """
         request = point_request(image, object, spatial_refs=None, settings=None, model=None)
         return cls._of(request, [image], id)

@@ -45,6 +45,14 @@ class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
 
     A mapping with the same keys does as well, and may have others of yours. A key that is
     nearly one of these, as ``questoin``, is that item's own failure, a `RequestError`.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         item = md.BulkItem(image=md.SAMPLE_IMAGE, id=7, question="How many?")
+    ...         async for each in client.bulk([item], "query"):
+    ...             print(each.id, each.ok)
+    >>> asyncio.run(main())
+    7 True
     """
 
     image: Any
@@ -57,7 +65,11 @@ class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BulkResult(msgspec.Struct, Generic[ItemT, ResultT], frozen=True, kw_only=True):
-    """What became of one item: a result or an error."""
+    """What became of one item: a result or an error.
+
+    >>> BulkResult(item="photo.jpg", index=0, error=MoondreamError("unreadable")).ok
+    False
+    """
 
     item: ItemT
     """The item, as it was handed in."""

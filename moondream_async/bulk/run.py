@@ -59,6 +59,18 @@ class BulkRun(Generic[ItemT, ResultT]):
     Leaving ``async with``, `aclose`, and dropping it, as with ``break``, end the run:
     what is under way is cancelled, and its connections are closed. Inside ``async
     with``, cancelling a reader takes nothing from the next; elsewhere it ends the run.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         run = client.bulk([md.SAMPLE_IMAGE] * 3, ordered=True)
+    ...         async with run:
+    ...             async for each in run:
+    ...                 if each.index == 2:
+    ...                     run.stop()  # takes no further item
+    ...             await run.aclose()  # which leaving does
+    ...             return run.progress.done
+    >>> asyncio.run(main())
+    3
     """
 
     def __init__(

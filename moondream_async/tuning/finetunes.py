@@ -70,6 +70,31 @@ class Tuning:
 
     Calls are sent again as all others are, but for `train_step`. So where a deletion
     was answered but the answer was lost, it may end with `NotFoundError`.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         tuning = client.tuning
+    ...         doors = await tuning.create("doors", rank=8)
+    ...         truth = {"points": [{"x": 0.5, "y": 0.5}]}
+    ...         request = md.TuningRequest.point(md.SAMPLE_IMAGE, "door", ground_truth=truth)
+    ...         tried = await tuning.rollouts(doors, request, num_rollouts=2)
+    ...         step = await tuning.train_step(doors, [md.TrainGroup.rl(tried)])
+    ...         await tuning.log_metrics(doors, step.step, {"loss": 0.5})
+    ...         async for asked, tried in tuning.rollout_stream(doors, [request]):
+    ...             right = md.TrainGroup.sft(asked, truth)
+    ...             await tuning.train_step(doors, [right])
+    ...         saved = await tuning.save_checkpoint(doors)
+    ...         print(saved.step, [each.step async for each in tuning.list_checkpoints(doors)])
+    ...         print((await tuning.checkpoint_page(doors))["has_more"])
+    ...         print((await tuning.checkpoint_url(doors, saved.step)).expires_in)
+    ...         await tuning.delete_checkpoint(doors, saved.step)
+    ...         print((await tuning.get(doors)).name, [each.name async for each in tuning.list()])
+    ...         await tuning.delete(doors)
+    >>> asyncio.run(main())
+    2 [2]
+    False
+    3600.0
+    doors ['doors']
     """
 
     def __init__(self, caller: Caller) -> None:

@@ -71,6 +71,9 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: An argument can't be right.
+
+        >>> TuningRequest.query("photo.jpg", "How many people?")
+        TuningRequest(skill='query', fields={'question': 'How many people?'})
         """
         request = query_request(
             image,
@@ -105,6 +108,9 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: An argument can't be right.
+
+        >>> TuningRequest.detect("photo.jpg", "person", ground_truth={"boxes": []})
+        TuningRequest(skill='detect', fields={'object': 'person'})
         """
         request = detect_request(image, object, settings=settings, model=None)
         return cls._of(request, image, ground_truth, context)
@@ -176,6 +182,9 @@ class TrainGroup(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: There are no rewards, or not one for each rollout.
+
+        >>> TrainGroup.rl(Rollouts(rollouts=[Rollout()]), rewards=[0.5])
+        TrainGroup(mode='rl')
         """
         found = rollouts.rewards if rewards is None else rewards
         if found is None:
@@ -207,6 +216,9 @@ class TrainGroup(msgspec.Struct, frozen=True, eq=False):
 
         Raises:
             RequestError: The target is no mapping.
+
+        >>> TrainGroup.sft(TuningRequest.query(question="How many?"), {"answer": "two"})
+        TrainGroup(mode='sft')
         """
         if not isinstance(request, TuningRequest):
             raise RequestError(f"request must be a TuningRequest, not {request!r:.100}")

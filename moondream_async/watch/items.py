@@ -17,7 +17,11 @@ OnError = Literal["skip", "raise"]
 
 
 class Frame(msgspec.Struct, frozen=True, eq=False):
-    """A picture out of a moving one; what the sources in `moondream_async.frames` give."""
+    """A picture out of a moving one; what the sources in `moondream_async.frames` give.
+
+    >>> Frame(b"", time=1.5, index=45)
+    <Frame 45 at 1.500 s>
+    """
 
     image: Any
     """The picture, as `caption` takes it; of the sources, an RGB array."""
@@ -31,7 +35,15 @@ class Frame(msgspec.Struct, frozen=True, eq=False):
 
 
 class WatchResult(msgspec.Struct, Generic[FrameT, AnswerT], frozen=True, kw_only=True):
-    """What became of one frame: a result or an error."""
+    """What became of one frame: a result or an error.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         async for each in client.watch([md.SAMPLE_IMAGE], "point", object="red circle"):
+    ...             print(each.index, each.skipped, each.result.points if each.ok else each.error)
+    >>> asyncio.run(main())
+    0 0 [Point(x=0.2184, y=0.5412)]
+    """
 
     frame: FrameT
     """The frame, as it was handed in."""

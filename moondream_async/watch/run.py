@@ -58,6 +58,16 @@ class Watch(Generic[FrameT, AnswerT]):
     under way is cancelled, its connections are closed, and a thread that reads frames ends.
     Inside ``async with``, cancelling a reader takes nothing from the next; elsewhere it ends
     the watch.
+
+    >>> async def main():
+    ...     async with md.MoondreamClient() as client:
+    ...         watch = client.watch([md.SAMPLE_IMAGE])
+    ...         async with watch:
+    ...             async for each in watch:
+    ...                 print(each.ok, watch.frames, watch.skipped)
+    ...             await watch.aclose()  # which leaving does
+    >>> asyncio.run(main())
+    True 1 0
     """
 
     def __init__(
