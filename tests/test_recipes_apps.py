@@ -8,7 +8,7 @@ import sys
 import anyio
 import pytest
 from programs import RECIPES, needs, running
-from test_web_page import BROWSERS
+from test_web_page import BROWSERS, PATIENCE_MS
 
 import moondream_async as md
 
@@ -16,7 +16,7 @@ playwright = pytest.importorskip(
     "playwright.async_api", reason="needs: python -m pip install '.[browser]'"
 )
 expect = playwright.expect
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # they import half of the world
 
 STREAMLIT = ("streamlit", ["run", "streamlit_app.py", "--server.headless=true"], "--server.port={}")
 GRADIO = ("gradio", ["gradio_app.py"], "{}")
@@ -78,16 +78,16 @@ async def opened(recipe, simulator, folder):
 async def test_app_shows_the_answer_while_it_is_written(recipe, simulator, tmp_path):
     held = simulator.script.caption(["A red", " circle."], hold_after=1)
     async with opened(recipe, simulator, tmp_path) as page:
-        await expect(page.get_by_text("A red")).to_be_visible(timeout=30_000)
+        await expect(page.get_by_text("A red")).to_be_visible(timeout=PATIENCE_MS)
         held.release()
-        await expect(page.get_by_text("A red circle.")).to_be_visible(timeout=30_000)
+        await expect(page.get_by_text("A red circle.")).to_be_visible(timeout=PATIENCE_MS)
 
 
 @needs("nicegui")
 async def test_browser_that_leaves_nicegui_ends_the_request(simulator, tmp_path):
     simulator.script.caption(["A red", " circle."], hold_after=1)
     async with opened(NICEGUI, simulator, tmp_path) as page:
-        await expect(page.get_by_text("A red")).to_be_visible(timeout=30_000)
+        await expect(page.get_by_text("A red")).to_be_visible(timeout=PATIENCE_MS)
         await page.close()
         await simulator.wait_until(lambda: simulator.requests[0].disconnected)
 
@@ -97,7 +97,7 @@ async def test_stop_button_of_streamlit_ends_the_request(simulator, tmp_path):
     simulator.script.caption(["word "] * 10_000)
     simulator.rate = 20
     async with opened(STREAMLIT, simulator, tmp_path) as page:
-        await expect(page.get_by_text("word word").first).to_be_visible(timeout=30_000)
+        await expect(page.get_by_text("word word").first).to_be_visible(timeout=PATIENCE_MS)
         await page.get_by_text("Stop", exact=True).click()
         await simulator.wait_until(lambda: simulator.requests[0].disconnected)
 
@@ -108,6 +108,6 @@ async def test_gradio_shows_the_answer_while_it_is_written_and_its_stop_button_e
 ):
     simulator.script.caption(["A red", " circle."], hold_after=1)
     async with opened(GRADIO, simulator, tmp_path) as page:
-        await expect(page.get_by_text("A red")).to_be_visible(timeout=30_000)
+        await expect(page.get_by_text("A red")).to_be_visible(timeout=PATIENCE_MS)
         await page.get_by_role("button", name="Stop").click()
         await simulator.wait_until(lambda: simulator.requests[0].disconnected)
