@@ -69,7 +69,7 @@ class MoondreamClient(Skills):
         max_pixels: Width times height to which larger pictures are made smaller; None
             leaves them. The model looks at less than 2 million
             (docs.moondream.ai: 12 crops of 378 pixels, and a view of the whole).
-        hooks: Functions to be told of requests, first pieces, retries and ends.
+        hooks: Functions that are notified of requests, first pieces, retries and ends.
         headers: Sent with each request to the endpoint, beside the client's own.
         insecure_hosts: Names of hosts, or one, to which the key may go over plain
             ``http``. Loopback and private addresses, and names of the local network,
@@ -197,7 +197,7 @@ class MoondreamClient(Skills):
 
     @property
     def batches(self) -> Batches:
-        """The server's own batches: many requests in a file, done when it likes."""
+        """The server's own batches: many requests in a file, answered when the server has time."""
         from .batch.batches import Batches  # noqa: PLC0415 - most programs have none
 
         return Batches(self._caller, self._model)
@@ -259,13 +259,13 @@ class MoondreamClient(Skills):
         As many requests are open as the server keeps up with: few at first, more while
         that goes well, fewer when it fails or grows slow; after a 429 they are also
         spaced out in time. `max_connections` and `rate_limit` hold. Items are taken only
-        when their turn comes, and none while twice as many as that wait for the reader.
+        when a request can start, and none while twice as many results wait for the reader.
 
         What fails is tried again as in other calls, and so is what runs out of time. A
-        refusal (429) does not count while the server lets others in; a pause that the server
+        refusal (429) does not count while the server accepts others; a pause that the server
         asks for (``Retry-After``) holds up all of the run, for a minute at most
         (`BulkRun.paused_for`). An item that fails for good is a result with an `error`, and
-        the run goes on; a wrong key, a closed client, a server that lets nobody in any more,
+        the run goes on; a wrong key, a closed client, a server that refuses every request,
         and what `items` itself raises end it, after the results that are there.
 
         Args:

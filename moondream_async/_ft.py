@@ -129,7 +129,7 @@ class FinetuneClient:
         max_concurrency: int = 4,
         buffer_size: int = 8,
     ) -> AsyncGenerator[tuple[Any, Rollouts], None]:
-        """Let the model try many requests; yield each context with its tries as they are done.
+        """Let the model try many requests; yield each context with its attempts as they are done.
 
         Args:
             requests: Pairs of a context, which is passed through, and the arguments of

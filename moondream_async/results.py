@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Point(Value[Literal["x", "y"], float]):
-    """A place in the picture.
+    """A point in the picture, in 0-1 of its width and height.
 
     >>> point = Point(0.5, 0.25)
     >>> point.x, point["y"], point
@@ -55,7 +55,7 @@ class Point(Value[Literal["x", "y"], float]):
 
 
 class Region(Value[Literal["x_min", "y_min", "x_max", "y_max"], float]):
-    """A box in the picture.
+    """A box in the picture, in 0-1 of its width and height.
 
     >>> box = Region(0.25, 0.5, 0.75, 1)
     >>> box.x_max - box["x_min"]
@@ -267,7 +267,7 @@ class DetectResult(_Drawable[Literal["objects"], list[Region]], kw_only=True):
     __slots__ = ()
 
     objects: list[Region]
-    """A box each."""
+    """One box for each object."""
 
 
 class PointResult(_Drawable[Literal["points"], list[Point]], kw_only=True):
@@ -280,7 +280,7 @@ class PointResult(_Drawable[Literal["points"], list[Point]], kw_only=True):
     __slots__ = ()
 
     points: list[Point]
-    """A place in each."""
+    """One in each object."""
 
 
 class SegmentResult(
@@ -418,14 +418,14 @@ class Model(Record[Literal["id", "name", "description", "version"], str], kw_onl
 
 
 class Health(Record[Literal["ok"], bool, Literal["status"], str], kw_only=True):
-    """How a server says that it is."""
+    """The state that a server reports of itself."""
 
     __slots__ = ()
 
     ok: bool
-    """Whether it takes requests."""
+    """Whether the server takes requests."""
     status: str
-    """In its own words, as ``ok`` or ``starting``."""
+    """The server's own word, as ``ok`` or ``starting``."""
 
 
 _Requests = Literal["queue_size", "max_queue_size", "processing", "requests_processed"]
@@ -461,11 +461,11 @@ class ClientStats(Value[_Now | _SoFar, int], kw_only=True):
     __slots__ = ()
 
     open_streams: int
-    """Streams and plain calls that hold one of the `max_connections` places."""
+    """Streams and plain calls that hold one of the `max_connections` connection slots."""
     waiting_calls: int
-    """Calls that wait for one."""
+    """Calls that wait for a connection slot."""
     pooled_connections: int
-    """Connections that are open and idle. Those of a caller's own session don't count."""
+    """Connections that are open and idle; a caller's own session has its own, not counted."""
     requests: int
     """Requests sent, retries included."""
     retries: int

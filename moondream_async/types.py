@@ -35,7 +35,7 @@ class Settings(TypedDict, total=False):
 class Timeout(msgspec.Struct, frozen=True, kw_only=True):
     """How long to wait for what, in seconds; None is for ever.
 
-    The clock of `first_event` and `idle` runs only while somebody waits for the
+    The clock of `first_event` and `idle` runs only while a reader waits for the
     server. Heartbeat comments and half events are not progress.
 
     Raises:
@@ -46,11 +46,11 @@ class Timeout(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     pool: float | None = 30.0
-    """Until one of the client's `max_connections` places is free."""
+    """Until one of the client's `max_connections` connection slots is free."""
     connect: float | None = 10.0
     """Until a new connection stands: name look-up, TCP and TLS."""
     first_event: float | None = 120.0
-    """From the connection to the first event, or to the whole of a plain answer."""
+    """From the request's last byte to the first event, or to the whole of a plain answer."""
     idle: float | None = 60.0
     """Between two events."""
     total: float | None = None
@@ -151,7 +151,7 @@ class CallEvent(msgspec.Struct, frozen=True, kw_only=True):
     """The server's address, as the client has it."""
     stream: bool
     attempt: int
-    """Number of the attempt, from 1; 0 where the call ended before its first."""
+    """Number of the attempt, from 1; 0 where the call ended before its first attempt."""
     seconds: float
     """Since the call began."""
     request_id: str | None = None
@@ -199,6 +199,6 @@ class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     first_chunk: Callable[[CallEvent], object] | None = None
     """A stream gave its first piece of text."""
     retry: Callable[[CallEvent], object] | None = None
-    """A try failed, and another will follow after `CallEvent.delay`."""
+    """An attempt failed, and another will follow after `CallEvent.delay`."""
     end: Callable[[CallEvent], object] | None = None
     """A call or stream has ended, one way or another."""

@@ -125,7 +125,7 @@ class Semaphore:
 class RateLimiter:
     """Lets one through at a time, at least ``1 / rate`` seconds after the one before.
 
-    So no stretch of time, wherever it begins, sees more than the rate. Those who wait
+    So no stretch of time, wherever it begins, sees more than the rate. Calls that wait
     are served in the order of asking; only the first of them has a timer.
     """
 

@@ -97,7 +97,7 @@ class Retries(Protocol):
 
 
 class CallRetries:
-    """Those of a single call: so many, as long as the client's budget lasts."""
+    """The retries of a single call: so many, as long as the client's budget lasts."""
 
     def __init__(self, most: int, budget: Budget) -> None:
         self.most = most

@@ -72,7 +72,7 @@ def encode_image(
     and then made smaller in pixels until it fits. What `max_pixels` has made smaller is
     JPEG at quality 90 (4:2:0), in half the bytes. What has more than 33 million pixels
     is sent at half its width and height. 16-bit samples are scaled to 8
-    bits. Those of Pillow's modes I and F are taken as they are when all are
+    bits. Values of Pillow's modes I and F are taken as they are when all are
     within 0-255, as 16 bits (I) when within 0-65535, as fractions (F) when within
     0-1; any other range is stretched to black and white.
 
@@ -80,7 +80,7 @@ def encode_image(
     pictures of more than 89 million pixels are refused, and fewer are taken of kinds
     that are dear to decode: 64 million of HEIC, 50 of AVIF, 40 of WebP, 25 of JPEG
     2000, one of icons and of what Pillow decodes in Python (plain PPM, BMP with run
-    lengths). These limits do not hold for what is sent without being decoded.
+    lengths). The limits do not hold for what is sent without being decoded.
 
     Args:
         image: The picture.

@@ -147,7 +147,7 @@ def _open(data: bytes) -> Image.Image:
     _check_container(data)
     image = _opened_by_pillow(data)
     _check_pixels(image.format or "", *image.size)
-    # Those that Pillow has in Python are registered, and those in C are not.
+    # Decoders that Pillow has in Python are registered, and decoders in C are not.
     in_python = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
     if in_python and (image.width * image.height > _PYTHON_PIXELS or len(data) > _PYTHON_BYTES):
         raise ImageError(f"is too large to be opened: {image.format} of a kind that takes long")

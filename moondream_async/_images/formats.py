@@ -22,7 +22,7 @@ SUFFIXES: Final = frozenset(
 """How the names of files end that `encode_image` takes, in lower case."""
 
 HEIF_SUFFIXES: Final = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
-"""Those that it takes with the extra ``heif``."""
+"""Formats that the package takes with the extra ``heif``."""
 
 OTHER_SUFFIXES: Final = frozenset(
     (
@@ -31,7 +31,7 @@ OTHER_SUFFIXES: Final = frozenset(
         *(".sgi", ".svg", ".svgz", ".wmf", ".xcf"),
     )
 )
-"""Those of pictures that it does not take."""
+"""Formats of pictures that the package does not take."""
 
 
 def has_heif() -> bool:

@@ -214,7 +214,7 @@ class Body:
             self._settle()
 
     def disown(self) -> None:
-        """Let go of it without a trace: it belongs to the process this one was forked from."""
+        """Release the body without a trace: it belongs to the process this one was forked from."""
         self.closed = self._closed_by_client = True
 
     def _settle(self) -> None:

@@ -38,7 +38,7 @@ async def fetch_image(
     """Fetch a picture from the web and prepare it for any number of calls.
 
     Only addresses that are reachable from the whole internet are connected to, also
-    after a redirect and however a name resolves. That is why no proxy is used: what a
+    after a redirect and however a name resolves. So no proxy is used: what a
     proxy connects to can't be seen from here. At most five redirects are followed.
     Cancelling it drops the connection.
 

@@ -118,7 +118,7 @@ class Transport:
             return sum(pool.idle_connections for pool in self._pools.values())
 
     def disown(self) -> None:
-        """Let go of what belongs to the process that this one was forked from."""
+        """Release what belongs to the process that this one was forked from."""
         self._lock = threading.RLock()
         for pool in self._pools.values():
             pool.disown()
@@ -188,7 +188,7 @@ class Pool:
         )
         if session is None and self._session.connector is not None:
             use_protocol(self._session.connector, loop)
-        # Those of a caller's session; told any, aiohttp would leave these out.
+        # The headers of a caller's session; given any others, aiohttp would leave these out.
         self._middlewares = middlewares_of(self._session)
         self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
         self._idle: asyncio.Event | None = None  # where somebody waits for it
@@ -354,7 +354,7 @@ class Pool:
             self.abandon()
 
     def disown(self) -> None:
-        """Let go of all connections: they are those of the process this one was forked from."""
+        """Release all connections: they belong to the process that this one was forked from."""
         connector = self._session.connector
         if self._owns_session and connector is not None:
             disown(connector)

@@ -143,7 +143,7 @@ def protocols(connector: aiohttp.BaseConnector) -> Iterator[Any]:
 
 
 def disown(connector: aiohttp.BaseConnector) -> None:
-    """Let go of connections that belong to the process that this one was forked from.
+    """Release connections that belong to the process that this one was forked from.
 
     What they are known by in the event loop, whose selector both processes share, is not
     touched. Only this process's hold on each socket ends, so that the other end hears of it

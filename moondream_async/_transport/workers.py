@@ -1,8 +1,8 @@
 """Threads for work that would hold up an event loop: pictures, and looking up names.
 
 asyncio's own threads are everybody's: a program that fills them with its own work would
-keep each call waiting, and at its end Python waits for what they do. These are ours alone,
-and nobody waits for them at the end.
+keep each call waiting, and at its end Python waits for what they do. The workers here are the
+package's own, and nobody waits for them at the end.
 """
 
 from __future__ import annotations

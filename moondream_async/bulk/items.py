@@ -78,11 +78,11 @@ class BulkResult(msgspec.Struct, Generic[ItemT, ResultT], frozen=True, kw_only=T
     result: ResultT = None  # type: ignore[assignment] # or else `ok` would have to be asked twice
     """The skill's answer; None where `ok` is false."""
     error: MoondreamError | None = None
-    """Why there is none."""
+    """Why there is no answer."""
     tries: int = 0
     """How many requests were sent for it; 0 where the picture could not be."""
     seconds: float = 0.0
-    """From when it was its turn until it was done, waiting between tries included."""
+    """From the item's start until its end, waiting between attempts included."""
 
     @property
     def ok(self) -> bool:

@@ -191,7 +191,7 @@ class _Work:
     ) -> None:
         self.control = Control(most)
         self.open = 0
-        """Items under way: being prepared, asked about, or waiting for another try."""
+        """Items under way: being prepared, asked about, or waiting for another attempt."""
         self.closed = False
         self.progress = BulkProgress(len(items) if isinstance(items, Sized) else None)
         self._caller = caller
@@ -478,7 +478,7 @@ def _reader(items: Items[Any]) -> Callable[[], Awaitable[Any]]:
 
 
 def _drop_frames(error: BaseException | None) -> None:
-    """Let go of what the code was busy with, as the picture: results may be kept for long."""
+    """Release what the code was busy with, as the picture: results may be kept for long."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

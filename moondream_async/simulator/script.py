@@ -39,7 +39,7 @@ _Place = Point | Region | Mapping[str, float] | Sequence[float]
 
 
 class ScriptedAnswer:
-    """An answer in a script: made by the methods of `Script`, and let go on here.
+    """An answer in a script: made by the methods of `Script`, and continued here.
 
     Attributes:
         skill: Which requests it answers.

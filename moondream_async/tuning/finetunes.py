@@ -1,7 +1,7 @@
 """Finetunes: train the cloud's model on your own tasks.
 
-A step of reinforcement: the model tries, each try is rewarded, and it learns which
-were better::
+A step of reinforcement: the model answers several times, each attempt is rewarded, and the model
+learns which were better::
 
     async with md.MoondreamClient() as client:
         finetune = await client.tuning.create("find-doors", rank=16)
@@ -153,7 +153,7 @@ class Tuning:
         """Let the model try a request, 1 to 16 times.
 
         Returns:
-            The tries; with `rewards` where the request has its ground truth.
+            The attempts; with `rewards` where the request has its ground truth.
 
         Raises:
             RequestError: An argument can't be right.
@@ -171,7 +171,7 @@ class Tuning:
         num_rollouts: int = 1,
         max_concurrency: int = 4,
     ) -> AsyncGenerator[tuple[TuningRequest, Rollouts], None]:
-        """Let the model try many requests, and yield each with its tries as they are done.
+        """Let the model try many requests, and yield each with its attempts as they are done.
 
         While the reader is busy, say with a `train_step`, those that were begun go on; new
         ones are begun when it comes back. Requests are taken from `requests` as they are

@@ -120,7 +120,7 @@ class Rollout(Record[Literal["output"], RolloutOutput, _Words | _Lists, Any], kw
 class Rollouts(
     Record[Literal["rollouts"], list[Rollout], Literal["request", "rewards"], Any], kw_only=True
 ):
-    """All tries at one request."""
+    """All attempts at one request."""
 
     __slots__ = ()
 

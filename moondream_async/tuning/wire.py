@@ -177,7 +177,7 @@ class TrainGroup(msgspec.Struct, frozen=True, eq=False):
         """Learn which of some rollouts were better.
 
         Args:
-            rollouts: All tries at one request, as they came.
+            rollouts: All attempts at one request, as the server gave them.
             rewards: How good each was, in their order; else those that came with them.
 
         Raises:

@@ -50,7 +50,7 @@ class Question:
         self._asking = Asking(skill, arguments, model=model, stream=stream)
 
     async def ask(self, choose: Callable[[], Any]) -> Any:
-        """Ask about a frame, once: the next try is better spent on a newer one.
+        """Ask about a frame, once: the next attempt is better spent on a newer frame.
 
         `choose` returns the frame. It is called when the call has its connection slot, so that
         none is prepared that gets old while others have the slots.

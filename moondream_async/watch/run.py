@@ -456,7 +456,7 @@ def _close_answer(shot: _Shot) -> None:
 
 
 def _drop_frames(error: BaseException | None) -> None:
-    """Let go of what the code was busy with, as the picture: results may be kept for long."""
+    """Release what the code was busy with, as the picture: results may be kept for long."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

@@ -144,7 +144,7 @@ def open_remote(address: str) -> Iterator[BinaryIO]:
         RequestError: It is an archive on the web.
         Exception: What the file system says.
     """
-    files, path = _open(address)  # which closes its files when it is let go of
+    files, path = _open(address)  # which closes its files when it is released
     with files.open(path, "rb") as file:
         yield file
 

@@ -17,7 +17,7 @@ from .names import path_of
 from .sources import Contents, read_same
 
 MOST = 1000
-"""Pictures on a page: a browser has to hold them all. Those that failed come first."""
+"""Pictures on a page: a browser has to hold them all. Pictures that failed come first."""
 _PIXELS = 240 * 180  # of a small picture
 _REFUSED = ("ImageError", "RequestError")
 
