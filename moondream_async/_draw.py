@@ -1,7 +1,9 @@
 """Results drawn over their picture. Loads Pillow, and for outlines `svg.path`.
 
 All marks go onto one transparent sheet, several times as large as the picture where
-that is small, so that lines and text get soft edges when the sheet is laid over it.
+that is small, so that lines and text get soft edges when the sheet is laid over it. On a
+picture that is larger than a sheet may be, they are drawn at once. So drawing takes the
+memory of one copy of the picture, which is the result, and 150 MB at most beside that.
 
 SVG paths are read by `svg.path`, of the extra ``draw``: it is small, pure Python,
 typed, MIT-licensed and still released. (`svgelements` has had no release since 2023,
@@ -47,8 +49,10 @@ _OPACITY = 0.35  # of the inside of an outline
 _SHEET_PIXELS = 16_000_000  # of four bytes: 64 MB at most, unless the picture itself has more
 _FINEST = 4  # how many times as large as the picture the sheet is at most
 _CROWD = 300  # of more marks and outlines than that, none gets soft edges
+_CROWD_LINE = 3  # pixels wide at most: wide lines take long, and would hide the rest
 _CURVE_STEPS = 32  # straight lines in place of a curve; a path has many curves, each short
 _MASK_PIXELS = 100_000_000  # filled at most for the sake of a mask's exact rim: under a second
+_STRIP_PIXELS = 4_000_000  # in which outlines are filled at once
 _MOST_MARKS = 10_000
 _MOST_LETTERS = 100  # of a label
 _MOST_PATH = 500_000  # characters
@@ -83,16 +87,19 @@ def draw(
     picture = decode_image(image).convert("RGB")
     if line_width is None:
         line_width = max(1.5, math.sqrt(picture.width * picture.height) / 170)
+        corners = sum(len(outline) for mark in marks for outline in mark.outlines)
+        if crowd > _CROWD or corners > 10 * _CROWD:
+            line_width = min(line_width, _CROWD_LINE)
     else:
         check_positive("line_width", line_width, "a positive number of pixels")
-    sheet = _Sheet(picture.size, line_width, fine=crowd <= _CROWD)
+    sheet = _Sheet(picture, line_width, fine=crowd <= _CROWD)
     colours = itertools.cycle(_COLOURS)
     painted = list(zip(marks, texts, colours, strict=False))
     for mark, _, colour in painted:
         sheet.add(mark, colour)
     for mark, text, colour in painted:  # over all the lines
         sheet.write(mark, text, colour)
-    sheet.lay_over(picture)
+    sheet.lay_over()
     return picture
 
 
@@ -125,6 +132,7 @@ def mask(path: str, bbox: Region | None, size: tuple[int, int]) -> Image.Image:
     fine = 3 if 9 * width * height * max(1, len(outlines)) <= _MASK_PIXELS else 1
     width, height = width * fine, height * fine
     places = [[(x * width, y * height) for x, y in outline] for outline in outlines]
+    _check_filled(places, (width, height))
     return _inside(places, (width, height)).resize(size, Image.Resampling.NEAREST)
 
 
@@ -186,11 +194,14 @@ def _texts(marks: list[_Mark], labels: str | Sequence[str] | None) -> list[str]:
 class _Sheet:
     """What is drawn on. Its methods take places in 0-1; its pixels are finer than the picture's."""
 
-    def __init__(self, size: tuple[int, int], line_width: float, *, fine: bool) -> None:
-        room = _SHEET_PIXELS / (size[0] * size[1]) if fine else 1
-        self._fineness = max(1, min(_FINEST, int(math.sqrt(room))))
-        self._width, self._height = (side * self._fineness for side in size)
-        self._image = Image.new("RGBA", (self._width, self._height))
+    def __init__(self, picture: Image.Image, line_width: float, *, fine: bool) -> None:
+        room = _SHEET_PIXELS / (picture.width * picture.height)
+        self._fineness = max(1, min(_FINEST, int(math.sqrt(room)))) if fine else 1
+        self._width, self._height = (side * self._fineness for side in picture.size)
+        self._picture = picture
+        size = (self._width, self._height)
+        self._image = picture if room < 1 else Image.new("RGBA", size)
+        self._shade = _SHADE if room >= 1 else _SHADE[:3]  # to mix colours takes long
         self._pen = ImageDraw.Draw(self._image)
         self._line = line_width * self._fineness
         self._font = ImageFont.load_default(max(5 * self._line, 11 * self._fineness))
@@ -210,7 +221,7 @@ class _Sheet:
             y0, y1 = (max(inset, min(y, self._height - inset)) for y in (y0, y1))
             self._trace([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
         for x, y in map(self._to_pixels, mark.points):
-            self._disc(x, y, 3.6 * self._line, _SHADE)
+            self._disc(x, y, 3.6 * self._line, self._shade)
             self._disc(x, y, 3 * self._line, "white")
             self._disc(x, y, 2.2 * self._line, colour)
 
@@ -246,10 +257,12 @@ class _Sheet:
             fits = beside + wide <= self._width
             yield beside if fits else x - 4 * gap - wide, y - high / 2
 
-    def lay_over(self, picture: Image.Image) -> None:
+    def lay_over(self) -> None:
         """Put the sheet on the picture that it was made for."""
+        if self._image is self._picture:
+            return
         sheet = self._image if self._fineness == 1 else self._image.reduce(self._fineness)
-        picture.paste(sheet, (0, 0), sheet)
+        self._picture.paste(sheet, (0, 0), sheet)
 
     def _to_pixels(self, place: Place) -> Place:
         return place[0] * self._width, place[1] * self._height
@@ -257,13 +270,22 @@ class _Sheet:
     def _trace(self, corners: list[Place], colour: str) -> None:
         """Draw a closed line, with a shade on both sides."""
         ring = [*corners, *corners[:2]]  # one more than closed, so that its last joint is round
-        for fill, width in ((_SHADE, 1.7 * self._line), (colour, self._line)):
+        for fill, width in ((self._shade, 1.7 * self._line), (colour, self._line)):
             self._pen.line(ring, fill, max(1, round(width)), joint="curve")
 
     def _fill(self, outlines: list[list[Place]], colour: str) -> None:
         """Tint what lies inside."""
-        tint = (*ImageColor.getrgb(colour)[:3], round(255 * _OPACITY))
-        self._image.paste(tint, mask=_inside(outlines, self._image.size))
+        _check_filled(outlines, self._image.size)
+        rgb = ImageColor.getrgb(colour)[:3]
+        opacity = round(255 * _OPACITY)
+        rows = max(1, _STRIP_PIXELS // self._width)
+        for top in range(0, self._height, rows):  # masks of all of it would take much memory
+            strip = [[(x, y - top) for x, y in outline] for outline in outlines]
+            inside = _inside(strip, (self._width, min(rows, self._height - top)))
+            if self._image is self._picture:
+                self._image.paste(rgb, (0, top), inside.convert("L").point([0] * 255 + [opacity]))
+            else:
+                self._image.paste((*rgb, opacity), (0, top), inside)
 
     def _disc(self, x: float, y: float, radius: float, colour: str | tuple[int, ...]) -> None:
         self._pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
@@ -276,8 +298,6 @@ def _inside(outlines: list[list[Place]], size: tuple[int, int]) -> Image.Image:
     is counted for all pixels at once, in a picture of one byte each.
     """
     boxes = [_box_around(outline, size) for outline in outlines]
-    if sum((right - left) * (low - top) for left, top, right, low in boxes) > _MOST_FILLED:
-        raise RequestError("The outline has too many parts to be drawn")
     winding = Image.new("L", size)
     for outline, box in zip(outlines, boxes, strict=True):
         left, top, right, bottom = box
@@ -286,6 +306,12 @@ def _inside(outlines: list[list[Place]], size: tuple[int, int]) -> Image.Image:
         count = ImageChops.add_modulo if _is_clockwise(outline) else ImageChops.subtract_modulo
         winding.paste(count(winding.crop(box), once), box)
     return winding.point([0] + [255] * 255, "1")
+
+
+def _check_filled(outlines: list[list[Place]], size: tuple[int, int]) -> None:
+    boxes = [_box_around(outline, size) for outline in outlines]
+    if sum((right - left) * (low - top) for left, top, right, low in boxes) > _MOST_FILLED:
+        raise RequestError("The outline has too many parts to be drawn")
 
 
 def _box_around(outline: list[Place], size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import io
+import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -378,6 +380,37 @@ def test_more_than_anybody_sees_is_drawn_all_the_same(sheet, result, labels):
 def test_far_more_than_anybody_sees_is_refused(sheet, result):
     with pytest.raises(md.RequestError, match="too many"):
         result.draw(sheet)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_memory_of_drawing_is_that_of_the_result_and_150_mb():
+    size = (6000, 4000)
+    results = [
+        outlined(f"M 0 0 {ARC} Z {SQUARE}"),
+        detected(md.Region(0, 0, 1, 1)),
+    ]
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            photo = Image.new("RGB", size, "white")
+            base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for result in results:
+                result.draw(photo, labels="W" * 1_000_000)
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base  # kB
+            status = most * 1024 > size[0] * size[1] * 4 + 150_000_000
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_outline_on_a_large_picture_is_drawn_as_on_a_small_one():
+    picture = Image.new("RGB", (6000, 4000), "white")
+    drawn = outlined(f"{SQUARE} {BACKWARD}").draw(picture)
+    at = {x: drawn.getpixel((round(x * 6000), 1040)) for x in (0.2, 0.25, 0.3)}
+    assert is_near(at[0.3], TINTED)
+    assert (at[0.25], at[0.2], drawn.getpixel((3000, 2000))) == (FIRST, WHITE, WHITE)
+    assert picture.getextrema() == ((255, 255),) * 3
 
 
 def test_long_label_is_cut(sheet):
