@@ -21,8 +21,9 @@ class Plan:
     """What one request is answered with."""
 
     kind: str = "stream"
-    """``stream``; ``first`` for a pause after the first packet; ``large`` for one event of
-    `events` bytes; ``call`` for a plain answer; ``release`` lets streams with `hold` go on."""
+    """``stream``; ``engine`` for one in the open engine's words; ``first`` for a pause after the
+    first packet; ``large`` for one event of `events` bytes; ``call`` for a plain answer;
+    ``release`` lets streams with `hold` go on."""
     events: int = 1
     """Events of text in a stream; the end comes on top."""
     per: int = 1
@@ -70,6 +71,17 @@ def caption_events(pieces: list[str]) -> list[bytes]:
     ]
 
 
+def engine_events(pieces: list[str]) -> list[bytes]:
+    """Return the events of a caption, as the open engine has them: each is numbered."""
+    return [
+        *(
+            _event({"chunk": piece, "completed": False, "token_index": number})
+            for number, piece in enumerate(pieces)
+        ),
+        _event({"completed": True, "chunk": "", "request_id": "42", "finish_reason": "stop"}),
+    ]
+
+
 def chat_events(pieces: list[str]) -> list[bytes]:
     """Return the events of a chat, as OpenAI's API has them."""
     same = {
@@ -103,6 +115,8 @@ def in_chunks(data: bytes) -> bytes:
 def packets(plan: Plan, skill: str) -> list[bytes]:
     """Return the body of a stream, cut as it is to be sent; the end is a packet of its own."""
     make = chat_events if skill == "chat" else caption_events
+    if plan.kind == "engine":
+        make = engine_events
     if plan.kind == "large":
         whole = b"".join(make([expected(plan)]))
         return [in_chunks(whole[i : i + plan.per]) for i in range(0, len(whole), plan.per)] + [END]

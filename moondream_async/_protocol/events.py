@@ -11,15 +11,16 @@ segment    chunk     type: final      no             bbox, the refined path
 chat       delta     [DONE]           no             reasoning, usage
 =========  ========  ===============  =============  ======================
 
-There are two ways through. `SSEParser` and a look at each event know every
-case. Blocks of nothing but plain ``data: {"chunk": ...}`` lines, which is nearly
-all that is ever sent, go round both (`plain`); whenever a block is not surely of
-that kind, it takes the other way. Both give the same.
+A stream is read line by line. Nearly all lines are ``data: {"chunk": ...}`` with nothing odd
+in them: each is decoded once, into a strict type (`chunks`). The first line that does not fit
+goes to `SSEParser`, which knows every rule, with all that follows in its packet; the parser
+hands over what it has decoded. A line gives the same either way.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from io import StringIO
 from typing import Any, ClassVar
@@ -62,11 +63,11 @@ from .answers import (
     show,
     to_id,
 )
-from .decoding import decode
-from .plain import NOTHING, Block, PlainChatChunk, PlainChunk, PlainLines
+from .chunks import NOTHING, Block, ChatChunk, Chunk, Template
+from .decoding import FAULTS, decode
 from .requests import Skill
 from .secret import NOTHING_SECRET, Redactor
-from .sse import ServerSentEvent, SSEParser
+from .sse import BOM, ServerSentEvent, SSEParser
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """Far above any event: the largest hold a mask in base64. More would hold up the event loop."""
@@ -77,9 +78,6 @@ MAX_ANSWER_CHARACTERS = 64 * 1024 * 1024
 _OF_EVENTS = frozenset({"chunk", "text", "completed", "type", "token_index", "reasoning_content"})
 """Keys that say something of a stream's last event, and not of the answer."""
 
-_LAST_EVENTS = 3
-"""What is not plain at the end of an answer: chat has a finish reason, the usage and [DONE]."""
-
 _DISGUISED_ERRORS = frozenset(
     {
         # The old local server says so in the answer's text, and nowhere else.
@@ -87,6 +85,11 @@ _DISGUISED_ERRORS = frozenset(
         "An error occurred during query processing.",
     }
 )
+
+_LESSONS = 4
+"""Templates that are tried on a stream: its first event may be of a kind of its own."""
+
+_START = re.compile(rb"(?:%b)?\s*(.?)" % BOM, re.DOTALL)
 
 
 class AnswerDecoder:
@@ -105,10 +108,8 @@ class AnswerDecoder:
     True
     """
 
-    _plain_kind: ClassVar[tuple[bytes, msgspec.json.Decoder[Any]]] = (
-        b'"chunk":',
-        msgspec.json.Decoder(PlainChunk),
-    )
+    _strict: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(Chunk)
+    _key: ClassVar[bytes] = b'"chunk":'
 
     def __init__(
         self,
@@ -136,14 +137,14 @@ class AnswerDecoder:
         self.secret = secret
         """Takes the API key out of an error that quotes it."""
         self._max_event_bytes = max_event_bytes
-        self._parser: SSEParser | None = None  # until something is not plain
-        self._plain = PlainLines(*self._plain_kind)
-        self._tail = bytearray()  # of a line whose end has not come, kept from the parser
-        self._json: bytearray | None = bytearray()  # until it begins otherwise
+        self._start: bytearray | None = bytearray()  # until it is clear what has come
+        self._by_line = False  # since nothing waits, neither there nor in the parser
+        self._tail: bytearray | None = None  # of a line whose end has not come
+        self._parser: SSEParser | None = None  # until a line is odd
+        self._template: Template | None = None
+        self._lessons = _LESSONS
         self._has_text = False
         self._ended_early = False
-        self._has_begun = False
-        self._is_between = True  # two events: the parser has nothing that waits for more
 
     def fresh(self) -> AnswerDecoder:
         """Return a decoder for another try at the same answer."""
@@ -156,27 +157,65 @@ class AnswerDecoder:
 
     def feed(self, data: bytes) -> Block:
         """Take the next bytes of the body; return the events that they complete."""
-        if self.completed or self.failure is not None:
-            return NOTHING
-        if self._json is not None:
-            return self._feed_json(data)
-        if self._is_between:
-            # One event, as a model writes them: all that follows is for many, and would
-            # take half as long again.
-            template = self._plain.template
-            if template is not None and not self._tail and len(data) <= self._max_event_bytes:
-                block = template.read_one(data)
-                if block is not None:
-                    self.request_id = template.request_id or self.request_id
-                    self._has_text = self._has_text or block.texts[0] != ""
-                    return block
-            block = self._feed_plain(data)
-            if block is not None:
-                return block
-            data = bytes(self._tail + data)
-            self._tail.clear()
-            return self._feed_mixed(data)
-        return self._feed_long(data)
+        if not self._by_line or self._tail is not None:
+            return self._feed_otherwise(data)
+        template = self._template
+        if template is not None and len(data) <= self._max_event_bytes:
+            text = template.read_one(data)  # as models write them: alone
+            if text is not None:
+                self.request_id = template.request_id or self.request_id
+                self._has_text = self._has_text or text != ""
+                return Block([text], data)
+        if b"\r" in data:
+            return self._feed_otherwise(data)
+        return self._feed_lines(data)
+
+    def _feed_lines(self, data: bytes) -> Block:
+        """Take whole lines, and the beginning of one that waits for its end."""
+        cut = data.rfind(b"\n") + 1
+        if cut < len(data):
+            self._tail = bytearray(data[cut:])
+            data = data[:cut]
+        template = self._template
+        if template is not None and len(data) <= self._max_event_bytes:  # of one event
+            texts = template.read(data)
+            if texts is not None:
+                self.request_id = template.request_id or self.request_id
+                self._has_text = self._has_text or any(texts)
+                return Block(texts, data)
+        return self._decode_lines(data)
+
+    def _decode_lines(self, data: bytes) -> Block:
+        """Decode line by line; leave the first that is odd, and all that follow, to the parser."""
+        texts: list[str] = []
+        end = 0
+        last = b""
+        for line in data.split(b"\n"):
+            if line[:6] == b"data: ":
+                try:
+                    chunk = self._strict.decode(line[6:])
+                except FAULTS:
+                    break
+                if chunk.completed is True or len(line) > self._max_event_bytes:
+                    break
+                texts.append(chunk.chunk)
+                self.request_id = chunk.request_id or self.request_id
+                last = line
+            elif line:
+                break
+            end += len(line) + 1
+        self._has_text = self._has_text or any(texts)
+        if last and self._lessons:
+            self._lessons -= 1
+            gap = b"\n\n" if last + b"\n\n" in data else b"\n"
+            request_id = chunk.request_id or None
+            self._template = Template.learn(last, self._key, gap, request_id) or self._template
+        block = Block(texts, data[:end])
+        if end >= len(data):
+            return block
+        rest = data[end:] + (self._tail or b"")
+        self._tail = None
+        return block + self._feed_parser(rest)
 
     def end(self) -> Block:
         """Take the end of the body; return the events that only it completes.
@@ -184,13 +223,10 @@ class AnswerDecoder:
         A last line without its line end counts if it is a whole event. If the end
         marker has not come, `failure` is set.
         """
-        if self.done:
-            return NOTHING
-        block = NOTHING if self._json is None else self._end_json()
-        if self.done:
-            return block
-        block += self._feed_any(bytes(self._tail + b"\n"))
-        self._tail.clear()
+        block = NOTHING if self.done or self._start is None else self._end_start()
+        if not self.done:
+            block += self._parse(bytes(self._tail or b"") + b"\n")
+            self._tail = None
         if not self.done:
             self._ended_early = True
             self.failure = functools.partial(
@@ -200,32 +236,54 @@ class AnswerDecoder:
 
     def forget(self) -> None:
         """Let go of bytes that wait for more, which will not come: they may quote the key."""
-        self._parser = self._json = None
-        self._tail.clear()
+        self._parser = self._start = self._tail = None
 
-    def _feed_json(self, data: bytes) -> Block:
-        """Gather what begins as JSON, and not as an event: some servers answer so all the same."""
-        assert self._json is not None  # noqa: S101 - for the type checker
-        self._json += data
-        start = self._json.lstrip()[:1]
-        if not start or (start == b"{" and len(self._json) <= self._max_event_bytes):
+    def _feed_otherwise(self, data: bytes) -> Block:
+        if self.done:
             return NOTHING
-        gathered, self._json = bytes(self._json), None
-        return self.feed(gathered)
+        if self._start is not None:
+            return self._feed_start(data)
+        if not self._by_line:
+            return self._feed_parser(data)
+        data = data.replace(b"\r\n", b"\n")
+        odd = b"\r" in data  # which ends a line by itself
+        if self._tail is not None:
+            self._tail += data
+            if not odd and b"\n" not in data and len(self._tail) <= self._max_event_bytes:
+                return NOTHING
+            data = bytes(self._tail)
+            self._tail = None
+        odd = odd or len(data) - data.rfind(b"\n") - 1 > self._max_event_bytes
+        return self._feed_parser(data) if odd else self._feed_lines(data)
 
-    def _end_json(self) -> Block:
+    def _feed_start(self, data: bytes) -> Block:
+        """Gather what begins as JSON, and not as an event: some servers answer so all the same."""
+        assert self._start is not None  # noqa: S101 - for the type checker
+        self._start += data
+        if len(self._start) < len(BOM) and BOM.startswith(self._start):
+            return NOTHING
+        if _begins_as_json(self._start) and len(self._start) <= self._max_event_bytes:
+            return NOTHING
+        return self.feed(self._leave_start())
+
+    def _leave_start(self) -> bytes:
+        start, self._start = bytes(self._start or b""), None
+        self._by_line = True
+        return start.removeprefix(BOM)
+
+    def _end_start(self) -> Block:
         """Take the whole body for the answer or the error that it is; else for events."""
-        gathered, self._json = bytes(self._json or b""), None
+        gathered = self._leave_start()
         try:
-            if not isinstance(decode(gathered), dict):
-                return self.feed(gathered)
-            return self.body(gathered)
+            if isinstance(decode(gathered), dict):
+                return self.body(gathered)
         except ValueError:
-            return self.feed(gathered)
+            pass
         except APIStatusError:
             text = self._redact(gathered.decode(errors="replace"))
             self.failure = functools.partial(_status_error, self._skill, text.encode())
             return NOTHING
+        return self.feed(gathered)
 
     def body(self, data: bytes) -> Block:
         """Take a plain JSON answer that came where a stream was asked for, as one event.
@@ -245,89 +303,51 @@ class AnswerDecoder:
         text: str = result.get(ANSWER_KEY[self._skill], "")
         return text
 
-    # -- the short way ------------------------------------------------------------
+    # -- what is odd --------------------------------------------------------------
 
-    def _feed_plain(self, data: bytes) -> Block | None:
-        """Decode a block of plain chunk events; None if it has to take the other way."""
-        # A carriage return ends a line too, and one event over the limit is not to pass.
-        tail = self._tail
-        if b"\r" in data or len(tail) + len(data) > self._max_event_bytes:
-            return None
-        cut = data.rfind(b"\n") + 1
-        if not cut:
-            tail += data
-            return NOTHING
-        lines = data[:cut]
-        if tail:
-            lines = bytes(tail + lines)
-        block = self._plain.decode(lines)
-        if block is None:
-            return None
-        self._has_begun = True
-        if tail or cut < len(data):
-            tail[:] = data[cut:]
-        self.request_id = self._plain.request_id or self.request_id
-        self._has_text = self._has_text or any(block.texts)
+    def _feed_parser(self, data: bytes) -> Block:
+        """Let the parser have lines; one that has not ended waits here, if nothing waits there."""
+        cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        block, rest = self._parse(data[:cut]), data[cut:]
+        self._by_line = not self.done and self._is_between and len(rest) <= self._max_event_bytes
+        if not self._by_line:
+            return block + self._parse(rest)
+        if rest:
+            self._tail = bytearray(rest)
         return block
 
-    def _feed_mixed(self, data: bytes) -> Block:
-        """Decode a block whose last events may be all that is not plain, as at an answer's end."""
-        end = len(data)
-        for _ in range(_LAST_EVENTS):
-            end = data.rfind(b"\ndata: ", 0, end) + 1
-            if not end:
-                break
-            block = self._feed_plain(data[:end])
-            if block is not None:
-                return block + self._feed_long(data[end:])
-        return self._feed_long(data)
-
-    # -- the long way -------------------------------------------------------------
-
-    def _feed_long(self, data: bytes) -> Block:
-        """Keep a line that has not ended from the parser, so that the short way stays open."""
-        cut = data.rfind(b"\n") + 1
-        block, rest = self._feed_any(data[:cut]), data[cut:]
+    def _parse(self, data: bytes) -> Block:
         if self.done:
-            return block
-        if self._is_between and b"\r" not in rest and len(rest) <= self._max_event_bytes:
-            self._tail += rest
-            return block
-        return block + self._feed_any(rest)
-
-    def _feed_any(self, data: bytes) -> Block:
-        parser = self._parser
-        if parser is None:
-            self._parser = parser = SSEParser(
-                max_event_bytes=self._max_event_bytes, complete=_is_whole_event
-            )
-        if self._has_begun:
-            parser.skip_start()
+            return NOTHING
+        if self._parser is None:
+            self._parser = SSEParser(max_event_bytes=self._max_event_bytes)
+            self._parser.feed(b"\n")  # no byte order mark may come: it was looked for before
         try:
-            parsed = parser.feed(data)
+            parsed = self._parser.read(data)
         except StreamProtocolError as error:
             self.failure = functools.partial(StreamProtocolError, str(error))
             return NOTHING
-        self._is_between = parser.idle
+        self._is_between = self._parser.idle
         events: list[StreamEvent] = []
-        for event in parsed:
-            events += self._decode(event)
+        for event, value in parsed:
+            events += self._decode(event, value)
             if self.done:
                 break
         return Block.of(events)
 
-    def _decode(self, event: ServerSentEvent) -> list[StreamEvent]:
-        said = event.data.strip()
-        if not said and event.event != "error":
-            return []  # relays send such to show that they are there, as others send comments
-        if said == "[DONE]":
-            return self._finish({}, "")
-        raw = _json_or_text(event.data)
-        if event.event == "error" or (isinstance(raw, dict) and raw.get("error")):
-            return self._fail_with(self.secret.value(raw))
-        if not isinstance(raw, dict):
+    def _decode(self, event: ServerSentEvent, value: Any) -> list[StreamEvent]:
+        if value is None:
+            said = event.data.strip()
+            if not said and event.event != "error":
+                return []  # relays send such to show that they are there, as others send comments
+            if said == "[DONE]":
+                return self._finish({}, "")
+            value = _json_or_text(event.data)
+        if event.event == "error" or (isinstance(value, dict) and value.get("error")):
+            return self._fail_with(self.secret.value(value))
+        if not isinstance(value, dict):
             return self._refuse("an event that is no JSON object", event.data)
-        return self._decode_object(raw, event)
+        return self._decode_object(value, event)
 
     def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[StreamEvent]:
         self._note(raw)
@@ -458,7 +478,9 @@ class AnswerDecoder:
 class ChatDecoder(AnswerDecoder):
     """One streamed turn of a chat, in the form of OpenAI's protocol."""
 
-    _plain_kind = b'"content":', msgspec.json.Decoder(PlainChatChunk)
+    _strict = msgspec.json.Decoder(ChatChunk)
+
+    _key = b'"content":'
 
     def end(self) -> Block:
         """Take the end of the body; a `finish_reason` also says that the answer is complete."""
@@ -525,19 +547,13 @@ def _status_error(skill: Skill, data: bytes, partial: str = "") -> MoondreamErro
     raise AssertionError  # it was one
 
 
+def _begins_as_json(data: bytearray) -> bool:
+    begun = _START.match(data)
+    return begun is not None and begun[1] in (b"", b"{")
+
+
 def _json_or_text(data: str) -> Any:
     try:
         return decode(data.encode(errors="replace"))
     except ValueError:
         return data
-
-
-def _is_whole_event(line: str) -> bool:
-    """Say whether one data line is an event by itself, so that no blank line need follow.
-
-    The cloud's documentation prints its events without blank lines. A line that
-    is a JSON object can't be the first of several: nothing may follow one.
-    """
-    if line == "[DONE]":
-        return True
-    return line.startswith("{") and isinstance(_json_or_text(line), dict)

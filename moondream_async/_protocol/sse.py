@@ -2,7 +2,8 @@
 
 The rules are those of the WHATWG HTML standard, sections 9.2.5 and 9.2.6
 (https://html.spec.whatwg.org/multipage/server-sent-events.html), to the letter.
-One thing goes beyond them, and only where asked for: `complete`.
+One thing goes beyond them, for servers that leave out the blank line between their events:
+a data line that is a whole JSON object ends its event, and so does ``[DONE]``.
 
 Time is linear: a packet is cut into lines in one go, what follows its last line
 end waits in `_line`, and no byte is searched twice. Lines stay bytes, and a value
@@ -14,13 +15,15 @@ do: it cuts at U+2028, which is legal inside JSON.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from moondream_async.errors import StreamProtocolError
 
-_BOM = b"\xef\xbb\xbf"
+from .decoding import decode
+
+BOM = b"\xef\xbb\xbf"
 
 # 31,000 years. The standard has no bound, but int() refuses more than 4,300 digits.
 _MAX_RETRY_MS = 10**15 - 1
@@ -48,31 +51,23 @@ class SSEParser:
     each, so that they are within it too. Comments and unknown fields are dropped as
     their lines end: heartbeats may go on for ever, a line without end may not.
 
-    `complete` is for servers that leave out the blank line between their events. It
-    is asked about the first data line of each event as soon as that line has ended.
-    If it says True, the event is handed out at once: lines that follow belong to the
-    next one, and a blank line does no harm. If it says False, the standard's rules
-    go on for this event.
+    The first data line of an event is the whole of it if it is a JSON object, or ``[DONE]``:
+    neither can be the first of several lines. Such an event is handed out as soon as its line
+    has ended: lines that follow belong to the next one, and a blank line does no harm.
 
     Attributes:
         last_event_id: What to send as ``Last-Event-ID`` when reconnecting, or "".
         retry: Milliseconds to wait before reconnecting, once the stream has said so.
 
-    >>> parser = SSEParser(complete=lambda text: text.endswith("}"))
+    >>> parser = SSEParser()
     >>> parser.feed(b'data: {"chunk": "a "}\ndata: {"chunk": "cat"}\n')
     [ServerSentEvent(data='{"chunk": "a "}'), ServerSentEvent(data='{"chunk": "cat"}')]
     """
 
-    def __init__(
-        self,
-        *,
-        max_event_bytes: int = 16 * 1024 * 1024,
-        complete: Callable[[str], bool] | None = None,
-    ) -> None:
+    def __init__(self, *, max_event_bytes: int = 16 * 1024 * 1024) -> None:
         self.last_event_id = ""
         self.retry: int | None = None
         self._max_event_bytes = max_event_bytes
-        self._complete = complete
         self._failed = False
         self._at_start = True  # a byte order mark may still come
         self._after_cr = False  # a line feed would be the rest of the last line end
@@ -81,6 +76,7 @@ class SSEParser:
         self._line = bytearray()
         # The buffers of section 9.2.6. None is "no data line yet": an empty one counts.
         self._data: bytes | bytearray | None = None
+        self._value: dict[str, Any] | None = None  # of a data line that is one
         self._event = ""
         self._id = ""
         self._event_retry: int | None = None
@@ -88,11 +84,7 @@ class SSEParser:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is pending, so that whole events may go round this parser.
-
-        That is so between two events, once the start of the stream has passed: no
-        line is under way, and no field waits for the end of its event.
-        """
+        """Whether nothing is pending: no line is under way, no field waits for its event's end."""
         return not (
             self._at_start
             or self._line
@@ -102,10 +94,6 @@ class SSEParser:
             or self._id != self.last_event_id
             or self._failed
         )
-
-    def skip_start(self) -> None:
-        """Expect no byte order mark: the caller has read the stream's start by itself."""
-        self._at_start = False
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         r"""Take the next bytes off the wire; return the events they complete.
@@ -126,7 +114,11 @@ class SSEParser:
         >>> parser.feed(b'at"}\n\n')
         [ServerSentEvent(data='{"chunk": "a cat"}')]
         """
-        events: list[ServerSentEvent] = []
+        return [event for event, _ in self.read(data)]
+
+    def read(self, data: bytes) -> list[tuple[ServerSentEvent, dict[str, Any] | None]]:
+        """Do what `feed` does; return with each event the JSON object that its one line is."""
+        events: list[tuple[ServerSentEvent, dict[str, Any] | None]] = []
         if not self._failed:
             lines = self._split(data)
             rest = lines.pop()
@@ -145,9 +137,9 @@ class SSEParser:
         if self._at_start:
             data = bytes(self._line) + data
             self._line.clear()
-            if len(data) < len(_BOM) and _BOM.startswith(data):
+            if len(data) < len(BOM) and BOM.startswith(data):
                 return [data]
-            data = data.removeprefix(_BOM)
+            data = data.removeprefix(BOM)
             self._at_start = False
         if self._after_cr and data:
             data = data.removeprefix(b"\n")
@@ -162,7 +154,9 @@ class SSEParser:
             self._line.clear()
         return lines
 
-    def _take(self, lines: list[bytes], events: list[ServerSentEvent]) -> bool:
+    def _take(
+        self, lines: list[bytes], events: list[tuple[ServerSentEvent, dict[str, Any] | None]]
+    ) -> bool:
         """Add to `events` what whole lines complete; return False at one over the limit."""
         for line in lines:
             if line:
@@ -171,9 +165,10 @@ class SSEParser:
                 value = line[6:] if line[:6] == b"data: " else self._field(line)
                 if value is None or not self._gather(value):
                     continue
+            found, self._value = self._value, None
             event = self._dispatch()
             if event is not None:
-                events.append(event)
+                events.append((event, found))
         return True
 
     def _field(self, line: bytes) -> bytes | None:
@@ -193,11 +188,12 @@ class SSEParser:
         return None
 
     def _gather(self, value: bytes) -> bool:
-        """Add the value of a data line; return whether `complete` ends the event with it."""
+        """Add the value of a data line; return whether the event ends with it."""
         if self._data is None:
             self._data = value
             self._room -= len(value)
-            return self._complete is not None and self._complete(_decode(value))
+            self._value = _object(value)
+            return self._value is not None or value == b"[DONE]"
         if isinstance(self._data, bytes):
             self._data = bytearray(self._data)
         self._data += b"\n"
@@ -223,8 +219,19 @@ class SSEParser:
         """Refuse all further bytes, and give up the memory."""
         self._failed = True
         self._line.clear()
-        self._data = None
+        self._data = self._value = None
 
 
 def _decode(value: bytes | bytearray) -> str:
     return value.decode("utf-8", "replace")
+
+
+def _object(value: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that a data line is, if it is one."""
+    if value[:1] != b"{":
+        return None
+    try:
+        found = decode(_decode(value).encode())  # text that is no UTF-8 is no reason to lose it
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from moondream_async._protocol.chunks import NOTHING, Block
 from moondream_async._protocol.events import AnswerDecoder
-from moondream_async._protocol.plain import NOTHING, Block
 from moondream_async.errors import MoondreamError
 from moondream_async.results import Usage
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self
 import msgspec
 
 from moondream_async._checks import check_positive
-from moondream_async._protocol.plain import Block
+from moondream_async._protocol.chunks import Block
 from moondream_async.errors import MoondreamError
 from moondream_async.results import BboxEvent, ReasoningEvent, StreamEvent
 

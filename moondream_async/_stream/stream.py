@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Self
 
+from moondream_async._protocol.chunks import NOTHING, Block
 from moondream_async._protocol.events import MAX_ANSWER_CHARACTERS
-from moondream_async._protocol.plain import NOTHING, Block
 from moondream_async._protocol.secret import conceal
 from moondream_async.errors import (
     APIConnectionError,
@@ -495,7 +495,7 @@ class Stream(Generic[ItemT_co]):
 
     def _rest(self) -> Block:
         """Hand out all that is left of the block."""
-        rest = self._block[self._given() :]
+        rest = self._block.after(self._given())
         self._ready = iter(())
         return rest
 

@@ -1,0 +1,177 @@
+"""Chunk events as nearly all of a stream's lines are, decoded at once into a strict type.
+
+What such a line says beside its text is little, and known; a line with anything else in it
+does not fit, and is odd: see `events`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from moondream_async.results import ChunkEvent, StreamEvent
+
+from .decoding import FAULTS
+
+
+class Chunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A chunk event of a skill. It is odd, too, if it says that it is `completed`."""
+
+    chunk: str
+    type: Literal["path_delta"] | UnsetType = UNSET
+    completed: bool | UnsetType = UNSET
+    request_id: str | UnsetType = UNSET
+    token_index: int | UnsetType = UNSET
+
+
+class _Delta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    content: str
+    role: str | UnsetType = UNSET
+
+
+class _Choice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    delta: _Delta
+    index: int | UnsetType = UNSET
+    finish_reason: UnsetType | None = UNSET
+    logprobs: UnsetType | None = UNSET
+
+
+class ChatChunk(msgspec.Struct, rename={"request_id": "id"}, forbid_unknown_fields=True, gc=False):
+    """A chunk event of a chat, with what is used of a `Chunk` under the same names."""
+
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=1)]
+    request_id: str | UnsetType = UNSET
+    object: str | UnsetType = UNSET
+    created: int | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    usage: UnsetType | None = UNSET
+
+    completed: ClassVar[bool] = False
+
+    @property
+    def chunk(self) -> str:
+        """The text."""
+        return self.choices[0].delta.content
+
+
+class Block(msgspec.Struct, gc=False):
+    """The events that one packet completed: their texts at once, themselves where asked for."""
+
+    texts: list[str]
+    """The text of each event; "" where it adds none."""
+    events: Sequence[StreamEvent | bytes] | bytes
+    """The events; the line of one that was not asked for, or all of them."""
+
+    @classmethod
+    def of(cls, events: Sequence[StreamEvent]) -> Block:
+        """Return a block of events that were made already."""
+        return cls([event.chunk for event in events], events)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[StreamEvent]:
+        return map(self.__getitem__, range(len(self.texts)))
+
+    def __add__(self, other: Block) -> Block:
+        texts = self.texts + other.texts
+        if isinstance(self.events, bytes) and isinstance(other.events, bytes):
+            return Block(texts, self.events + other.events)
+        return Block(texts, [*self._each(), *other._each()])
+
+    def __getitem__(self, index: int) -> StreamEvent:
+        event = self._each()[index]
+        if isinstance(event, StreamEvent):
+            return event
+        return ChunkEvent(chunk=self.texts[index], raw=msgspec.json.decode(event[6:]))
+
+    def after(self, count: int) -> Block:
+        """Return the block without its first events."""
+        return Block(self.texts[count:], self._each()[count:]) if count else self
+
+    def _each(self) -> Sequence[StreamEvent | bytes]:
+        if isinstance(self.events, bytes):
+            self.events = [line for line in self.events.split(b"\n") if line]
+        return self.events
+
+
+NOTHING = Block([], b"")
+
+
+class Template:
+    """What the events of a stream have around their text, where that alone differs.
+
+    This is the one shortcut: lines that fit it need not be decoded each by itself, which
+    takes half the time and more. What does not surely fit is decoded line by line, and gives
+    the same.
+    """
+
+    __slots__ = ("_cut", "_end", "_gap", "_head", "_start", "_tail", "request_id")
+
+    _decode_text = msgspec.json.Decoder(str).decode
+    _decode_texts = msgspec.json.Decoder(list[str]).decode
+
+    def __init__(self, head: bytes, tail: bytes, gap: bytes, request_id: str | None) -> None:
+        self.request_id = request_id
+        self._head = head
+        self._tail = tail + gap
+        self._gap = gap
+        self._start = len(head)
+        self._end = -len(self._tail)
+        self._cut = operator.itemgetter(slice(len(head), -len(tail)))
+
+    @classmethod
+    def learn(cls, line: bytes, key: bytes, gap: bytes, request_id: str | None) -> Template | None:
+        """Take a line that was decoded as a plain event for one; None if it makes none.
+
+        In JSON without a backslash every quote begins or ends a string. So the `key`,
+        with its quotes and its colon, is one indeed, and the quotes after it are its text's.
+        """
+        _, _, after = line.partition(key)
+        text = after.lstrip(b" ")
+        if b"\\" in line or key in text or text[:1] != b'"':
+            return None
+        head = line[: len(line) - len(text) + 1]
+        return cls(head, text[text.index(b'"', 1) :], gap, request_id)
+
+    def read_one(self, data: bytes) -> str | None:
+        """Return the text of one event like this; None if it is not."""
+        text = data[self._start : self._end]
+        if b'"' in text or self._head + text + self._tail != data:
+            return None
+        try:
+            return self._decode_text(b'"' + text + b'"')
+        except FAULTS:
+            return None
+
+    def read(self, block: bytes) -> list[str] | None:
+        """Return the texts of a block whose events are all like this; None if one is not.
+
+        What is cut out of the lines is put back between the parts of the template: if that
+        gives the same bytes, there is nothing else in them. Then the texts are put in the
+        quotes of a list's. If no quote in there is escaped, all of them are those of
+        strings; and if there are as many strings as texts, these have none of their own.
+        """
+        head, tail = self._head, self._tail
+        if block[:1] == b"\n":  # the packet was cut between two events
+            block = block.lstrip(b"\n")
+        if not block.endswith(tail):
+            block += b"\n"
+            if not block.endswith(tail):
+                return None
+        texts = list(map(self._cut, block.split(self._gap)))
+        del texts[-1]  # behind the last gap
+        if head + (tail + head).join(texts) + tail != block:
+            return None
+        quoted = b'["' + b'","'.join(texts) + b'"]'
+        if b'\\"' in quoted:
+            return None
+        try:
+            decoded = self._decode_texts(quoted)
+        except FAULTS:
+            return None
+        return decoded if len(decoded) == len(texts) else None
