@@ -523,8 +523,8 @@ class MoondreamClient(Skills):
 def vl(
     api_key: str | Secret | None = None,
     endpoint: str | URL | Secret | None = None,
-    *,
-    local: bool = False,
+    local: bool = False,  # noqa: FBT001, FBT002 - where the official SDK has it
+    model: str | None = None,
     **options: Any,
 ) -> MoondreamClient:
     """Return a `MoondreamClient`; named as in the official SDK.
@@ -544,7 +544,7 @@ def vl(
             "'moondream' and a GPU; this one talks to servers: start Moondream Station and pass "
             "endpoint='http://127.0.0.1:2020/v1'."
         )
-    return MoondreamClient(api_key, endpoint, **options)
+    return MoondreamClient(api_key, endpoint, model=model, **options)
 
 
 def photon(*arguments: object, **options: object) -> NoReturn:

@@ -17,10 +17,6 @@ pytestmark = pytest.mark.skipif(
 )
 PHOTON = "runs models in this process, and this package is a client of servers"
 NOT_HERE = {"photon_models": PHOTON, "__version__": "each has its own"}
-VL = {
-    "local": "`photon` by another name, which is not here: " + PHOTON,
-    "kwargs": "what Photon is configured with; ours are named",
-}
 SAME = {"caption", "query", "detect", "point", "segment", "chat", "encode_image"}
 CLOSING = {"close": "aclose", "__enter__": "__aenter__", "__exit__": "__aexit__"}
 KEYS = {  # of its TypedDicts -> our types
@@ -82,6 +78,16 @@ def test_every_function_of_the_sdk_is_here_or_has_its_reason(sdk):
     missing = set(sdk.__all__) - set(dir(md)) - NOT_HERE.keys()
 
     assert not missing
+
+
+def test_vl_takes_the_sdks_arguments_in_its_order(sdk):
+    theirs, ours = parameters(sdk.vl), parameters(md.vl)
+
+    # None is the cloud here too, unless the environment says otherwise; the last are Photon's.
+    assert [*ours][:-1] == [*theirs][:-1]
+    assert [*theirs] == ["api_key", "endpoint", "local", "model", "kwargs"]
+    assert [kind for kind, _ in ours.values()] == [kind for kind, _ in theirs.values()]
+    assert (ours["local"], ours["model"]) == (theirs["local"], theirs["model"])
 
 
 @pytest.mark.parametrize("name", sorted(SAME - {"encode_image"}))
@@ -187,6 +193,12 @@ async def test_streaming(client, photo):
 async def test_running_locally(simulator, photo):
     async with md.vl(endpoint=simulator.endpoint) as model:  # no key
         assert (await model.caption(photo))["caption"]
+    async with md.vl("key", simulator.endpoint, False, "mine") as model:
+        assert (await model.caption(photo))["caption"]
+    assert [request.body.get("model") for request in simulator.requests] == [None, "mine"]
+    for local in (lambda: md.vl(local=True), lambda: md.photon("moondream3")):
+        with pytest.raises(md.RequestError, match="which needs the official package"):
+            local()
 
 
 async def test_finetuning(simulator, photo):
