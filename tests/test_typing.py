@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 API = ROOT / "tests" / "typing" / "api.py"
 # What a snippet may leave out, and as most programs are checked that are not libraries.
 HEAD = """# pyright: standard
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, misc"
 import asyncio
 from pathlib import Path
 import moondream_async as md
