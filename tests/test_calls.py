@@ -1,7 +1,4 @@
-"""What is tried again, and which limit runs out, over real sockets.
-
-Limits are short here, and servers wait for events, so that nothing is timed.
-"""
+"""What is tried again, over real sockets, and how deep a call is."""
 
 import asyncio
 import contextlib
@@ -9,26 +6,21 @@ import socket
 import traceback
 from pathlib import Path
 
-import anyio
 import pytest
 from canned import IMAGE
 from raw_server import (
-    DONE,
     EVENT_STREAM,
     EVENTS,
     STREAM_HEAD,
     TEXT,
     RawServer,
     answer,
-    event,
     head,
     in_chunks,
     whole,
 )
 
 import moondream_async as md
-
-SOON = 0.05  # seconds, of limits that are meant to run out
 
 
 def client_of(server, **options):
@@ -254,50 +246,7 @@ async def test_retry_after_is_waited_for(value):
         await asyncio.wait([calling])
 
 
-# -- out of time ----------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def out_of_time(phase, error=md.APITimeoutError):
-    """The block runs into the limit of a phase, and the error says so."""
-    with anyio.fail_after(30), pytest.raises(error, match=rf"Timeout\.{phase}") as caught:
-        yield
-    assert caught.value.phase == phase
-    assert isinstance(caught.value, TimeoutError)
-
-
-async def until_gone(peer):
-    await peer.request()
-    await peer.until_gone()
-
-
-async def assert_free(client, server):
-    """The connection is dropped, and its place free."""
-    with anyio.fail_after(30):
-        await server.until_idle()
-    assert repr(client).endswith("0 open>")
-
-
-@both
-async def test_no_free_place_is_out_of_time_with_the_number_of_open_streams(stream):
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD)
-        await peer.until_gone()
-
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=md.Timeout(pool=SOON), max_connections=2) as client,
-    ):
-        streams = [await client.caption(IMAGE, stream=True) for _ in range(2)]
-        async with out_of_time("pool"):
-            await call(client, stream)
-        with pytest.raises(md.APITimeoutError, match=r"2 streams .* max_connections=2"):
-            await call(client, stream)
-        assert len(server.requests) == 2
-        for opened in streams:
-            await opened.aclose()
-        await assert_free(client, server)
+# -- out of time; `test_deadlines.py` has all limits, in a time of its own ---------------
 
 
 @pytest.fixture
@@ -316,195 +265,11 @@ def full_backlog():
 
 @both
 async def test_connection_that_is_not_made_is_out_of_time(full_backlog, stream):
-    timeout = md.Timeout(connect=SOON)
-    async with (
-        md.MoondreamClient(endpoint=full_backlog, timeout=timeout, max_retries=0) as client,
-        out_of_time("connect"),
-    ):
-        await call(client, stream)
-
-
-@both
-async def test_tls_that_is_not_answered_is_out_of_time(stream):
-    async def play(peer):
-        await peer.until_gone()
-
-    async with RawServer(play) as server:
-        endpoint = server.endpoint.replace("http:", "https:")
-        timeout = md.Timeout(connect=SOON)
-        async with md.MoondreamClient(endpoint=endpoint, timeout=timeout, max_retries=0) as client:
-            async with out_of_time("connect"):
-                await call(client, stream)
-            await assert_free(client, server)
-
-
-async def trickle(peer, *pieces):
-    """Send the pieces again and again, without an end."""
-    while True:
-        for piece in pieces:
-            await peer.send(piece)
-            await asyncio.sleep(SOON / 10)
-
-
-def after(start, *pieces):
-    """Send the start of an answer, then trickle the pieces; or be silent if there are none."""
-
-    async def play(peer):
-        await peer.request()
-        await peer.send(start)
-        if pieces:
-            await trickle(peer, *pieces)
-        await peer.until_gone()
-
-    return play
-
-
-HEARTBEAT = in_chunks(b": ping\n\n", end=False)
-NAME = in_chunks(b"event: half\n", end=False)
-LETTER = in_chunks(b"x", end=False)
-HALF = in_chunks(b'data: {"chunk": "', end=False)
-JSON_HEAD = head("Content-Type: application/json", "Content-Length: 1000000")
-
-SILENCES = {
-    "no-answer": until_gone,
-    "half-a-head": after(STREAM_HEAD[:20]),
-    "informational": after(b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
-    "head": after(STREAM_HEAD),
-    "heartbeats": after(STREAM_HEAD, HEARTBEAT),
-    "half-an-event": after(STREAM_HEAD + HALF),
-    "letter-by-letter": after(STREAM_HEAD + HALF, LETTER),
-    "fields": after(STREAM_HEAD, NAME),
-    "half-a-json": after(JSON_HEAD + b'{"caption": "'),
-    "json-letter-by-letter": after(JSON_HEAD + b'{"caption": "', b"x"),
-    "text-that-may-be-json": after(head("Content-Type: text/plain"), b" "),
-}
-
-
-@both
-@pytest.mark.parametrize("silence", SILENCES)
-async def test_answer_that_does_not_begin_is_out_of_time(silence, stream):
-    async with (
-        RawServer(SILENCES[silence]) as server,
-        client_of(server, timeout=md.Timeout(first_event=SOON)) as client,
-    ):
-        async with out_of_time("first_event"):
+    timeout = md.Timeout(connect=0.05)
+    async with md.MoondreamClient(endpoint=full_backlog, timeout=timeout, max_retries=0) as client:
+        with pytest.raises(md.APITimeoutError, match=r"Timeout\.connect") as caught:
             await call(client, stream)
-        await assert_free(client, server)
-        assert len(server.requests) == 1  # a model that is slow once is slow twice
-
-
-START = STREAM_HEAD + in_chunks(EVENTS[0], end=False)
-STALLS = {
-    "silence": after(START),
-    "heartbeats": after(START, HEARTBEAT),
-    "half-an-event": after(START + HALF),
-    "letter-by-letter": after(START + HALF, LETTER),
-    "fields": after(START, NAME),
-    "half-a-chunk": after(START + b"fff\r\ndata: "),
-}
-
-
-@pytest.mark.parametrize("stall", STALLS)
-async def test_stream_that_stalls_is_out_of_time_with_the_text_so_far(stall):
-    async with (
-        RawServer(STALLS[stall]) as server,
-        client_of(server, timeout=md.Timeout(idle=SOON)) as client,
-    ):
-        stream = await client.caption(IMAGE, stream=True)
-        async with out_of_time("idle", md.StreamStalledError):
-            await stream.text()
-        with pytest.raises(md.StreamStalledError) as caught:
-            await stream.text()
-        assert caught.value.partial == stream.text_so_far == "A "
-        await assert_free(client, server)
-
-
-TOTALS = {
-    "no-answer": until_gone,
-    "head": after(STREAM_HEAD),
-    "heartbeats": after(STREAM_HEAD, HEARTBEAT),
-    "half-a-json": after(JSON_HEAD, b"x"),
-}
-
-
-@both
-@pytest.mark.parametrize("play", TOTALS)
-async def test_call_that_takes_too_long_in_all_is_out_of_time(play, stream):
-    timeout = md.Timeout(total=SOON, first_event=None)
-    async with (
-        RawServer(TOTALS[play]) as server,
-        client_of(server, timeout=timeout) as client,
-    ):
-        async with out_of_time("total"):
-            await call(client, stream)
-        await assert_free(client, server)
-
-
-async def test_stream_that_takes_too_long_in_all_is_out_of_time_with_the_text_so_far():
-    async with (
-        RawServer(after(START, in_chunks(event("x"), end=False))) as server,
-        client_of(server, timeout=md.Timeout(total=3 * SOON, idle=30)) as client,
-    ):
-        stream = await client.caption(IMAGE, stream=True)
-        async with out_of_time("total", md.StreamStalledError):
-            await stream.text()
-        assert stream.text_so_far.startswith("A ")
-        await assert_free(client, server)
-
-
-async def test_waiting_in_line_counts_towards_the_total():
-    async with (
-        RawServer(after(STREAM_HEAD)) as server,
-        client_of(server, timeout=md.Timeout(total=1), max_connections=1) as client,
-        client.caption(IMAGE, stream=True),
-        out_of_time("total"),
-    ):
-        await client.caption(IMAGE)
-
-
-@pytest.mark.slow
-async def test_slow_reader_is_never_out_of_time():
-    pieces = [str(number) + "x" * 5000 for number in range(2000)]  # more than the kernel holds
-
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD)
-        for piece in pieces:
-            await peer.send(in_chunks(event(piece), end=False))
-        await peer.send(in_chunks(DONE))
-
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=md.Timeout(first_event=0.5, idle=0.5)) as client,
-    ):
-        stream = await client.caption(IMAGE, stream=True)
-        await asyncio.sleep(0.7)
-        got = []
-        async for piece in stream:
-            got.append(piece)
-            if len(got) % 1000 == 1:
-                await asyncio.sleep(0.7)
-        assert got == pieces
-
-
-@both
-async def test_another_try_that_would_come_too_late_is_not_waited_for(stream):
-    refusal = whole({"error": "come back tomorrow"}, "Retry-After: 86400", status="503 Busy")
-    async with (
-        RawServer(play_in_turn(saying(refusal))) as server,
-        client_of(server, timeout=md.Timeout(total=30)) as client,
-    ):
-        with pytest.raises(md.ServerError, match="tomorrow") as caught:
-            await call(client, stream)
-        assert caught.value.retry_after == 86400
-        assert len(server.requests) == 1
-
-
-@both
-async def test_no_limit_at_all_is_no_trouble(stream):
-    timeout = md.Timeout(pool=None, connect=None, first_event=None, idle=None, total=None)
-    async with RawServer(answer) as server, client_of(server, timeout=timeout) as client:
-        assert await call(client, stream) == TEXT
+        assert caught.value.phase == "connect"
 
 
 # -- how deep a call is ----------------------------------------------------------------

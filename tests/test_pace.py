@@ -56,7 +56,7 @@ def timers():
 # -- the pace -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, seed):
     # Times are in milliseconds: whole ones for what comes and goes, halves for cancelling,
     # so that nothing happens at the same moment.
@@ -256,24 +256,6 @@ def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
     assert slots.taken == 1
     del task, loop
     gc.collect()
-    assert (slots.taken, slots.waiting) == (0, 0)
-
-
-@pytest.mark.parametrize("told", [False, True], ids=["waiting", "given"])
-async def test_who_is_cancelled_in_line_passes_on_a_place_that_was_given(told):
-    slots = Semaphore(1)
-    await slots.acquire()
-    first, second = (asyncio.ensure_future(slots.acquire()) for _ in range(2))
-    await rounds()
-    if told:
-        slots.release()
-    first.cancel()
-    await rounds()
-    assert first.cancelled()
-    if not told:
-        slots.release()
-    assert await second
-    slots.release()
     assert (slots.taken, slots.waiting) == (0, 0)
 
 

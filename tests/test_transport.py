@@ -276,7 +276,7 @@ def answer_once(*, reset):
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 @pytest.mark.slow
 async def test_request_that_meets_a_connection_just_closed_goes_again_uncounted(reset, image):
-    calls = 300 if image is IMAGE else 30
+    calls = 60 if image is IMAGE else 12
     async with RawServer(answer_once(reset=reset)) as server, client_of(server) as client:
         for number in range(calls):
             if number % 2:
