@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import itertools
+import time
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sized
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 import anyio
@@ -115,7 +115,7 @@ class BulkRun(Generic[ItemT, ResultT]):
     @property
     def paused_for(self) -> float:
         """Seconds until more requests start, where the server asked for a pause; else 0."""
-        return max(0.0, self._work.control.paused_until - monotonic())
+        return max(0.0, self._work.control.paused_until - time.monotonic())
 
     def stop(self) -> None:
         """Take no more items. The iterator ends when those under way are done."""
@@ -286,7 +286,7 @@ class _Work:
         return self.open + waiting < room
 
     async def _do(self, index: int, item: Any) -> None:
-        began = monotonic()
+        began = time.monotonic()
         call = result = error = None
         try:
             image, make = self._asking.about(item)
@@ -313,7 +313,7 @@ class _Work:
                 result=result,
                 error=error,
                 tries=0 if call is None else call.report.attempt,
-                seconds=monotonic() - began,
+                seconds=time.monotonic() - began,
             )
         )
 
@@ -351,16 +351,16 @@ class _Work:
         async with self._door:
             while True:
                 await self._free.until(lambda: self._asked < self.control.limit)
-                delay = self.control.delay(monotonic())
+                delay = self.control.delay(time.monotonic())
                 if delay <= 0:
                     break
                 await anyio.sleep(delay)
-            self.control.started(monotonic())
+            self.control.started(time.monotonic())
             self._asked += 1
 
     def leave(self, error: MoondreamError | None, sent_at: float, *, answered: bool) -> None:
         """Let the control know what became of a request, and others have its place."""
-        now = monotonic()
+        now = time.monotonic()
         if answered:
             full = self._asked >= self.control.limit
             self.control.succeeded(now, now - sent_at, full=full)
@@ -418,7 +418,7 @@ class _Turns:
     async def enter(self) -> None:
         """Wait until the next attempt may start."""
         await self._work.enter()
-        self._sent_at = monotonic()
+        self._sent_at = time.monotonic()
 
     def leave(self, error: MoondreamError | None, *, answered: bool) -> None:
         """Take note of the end of an attempt."""
@@ -443,7 +443,7 @@ class _Turns:
         return seconds
 
     def _delay_after_refusal(self, error: MoondreamError, jitter: float) -> float | None:
-        now = monotonic()
+        now = time.monotonic()
         if self._work.control.accepted_at >= self._refused_at:
             self._refusals = 0
             self._refused_since = now
