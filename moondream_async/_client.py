@@ -61,7 +61,7 @@ class MoondreamClient(Skills):
             allows 2, or 10 for funded accounts (docs.moondream.ai/rate-limits).
         session: An aiohttp session of yours to send with. It is not closed. It
             belongs to one event loop, and so then does the client. It connects as you
-            told it: by way of its own proxies, and to what a name resolves to.
+            set it up: by way of its own proxies, and to what a name resolves to.
         ssl_context: For servers whose certificate the system doesn't know.
         proxy: The address of an HTTP proxy, as ``http://user:password@proxy:3128``. None
             takes those of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY),

@@ -29,7 +29,7 @@ class FinetuneClient:
     """A finetune with a client of its own, and the methods of the official SDK's object.
 
     Leave its ``async with``, or `aclose` it, at the end. What its methods raise, and what
-    cancelling one does, is told at `Tuning`.
+    cancelling one does, is described at `Tuning`.
 
     >>> async def main():
     ...     async with await md.ft(name="windows", rank=8) as finetune:

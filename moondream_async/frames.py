@@ -182,7 +182,7 @@ def video(
         live: Whether it is played at its own speed, and a frame that nobody took is superseded
             by the next; None is so for addresses of streams (RTSP, RTMP, ...). A file gives each
             frame, as fast as it is read.
-        format: The container, where PyAV is to be told.
+        format: The container, where PyAV can't find it out.
         options: For PyAV's ``open``.
 
     Raises:

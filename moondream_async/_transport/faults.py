@@ -1,4 +1,4 @@
-"""What aiohttp raises, told apart and translated."""
+"""The exceptions that aiohttp raises, translated into ours."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 - A connection on which anything arrived that was not asked for must never be used again (RFC
   9112, 9.2). aiohttp looks at a connection only when it is given back, hence a protocol of
-  ours (`Protocol`), which its connector has to be told (``_factory``), and which watches what
+  ours (`Protocol`), which its connector has to be given (``_factory``), and which watches what
   comes when (``data_received``, ``feed_data``, ``set_response_params``).
 - aiohttp raises ahead of what it still holds (``_read_nowait``).
-- Middlewares that are told for a request stand in for a session's own (``_middlewares``).
+- Middlewares that are given for a request stand in for a session's own (``_middlewares``).
 - There is no public count of the connections that wait (``_conns``).
 - asyncio has no way to close a transport without its loop, and complains of those that are left
   (``_acquired``, ``_close``, ``_loop``, ``_sock``, ``_conn_lost``, ...). A loop may be closed, may
@@ -202,7 +202,7 @@ def _parts(transport: Any) -> list[Any]:
 
 
 def _hang_up(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-    """End a connection whose socket is not to be had, as uvloop's: the server is told now.
+    """End a connection whose socket is not to be had, as uvloop's: the server notices now.
 
     Its loop lets go of it when it runs again, or has done so when it was closed.
     """

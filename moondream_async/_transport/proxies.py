@@ -25,7 +25,7 @@ _WANTED = "an address as 'http://proxy:3128', with 'user:password@' before the n
 
 
 class Proxy(NamedTuple):
-    """A proxy, and what it is told about who asks."""
+    """A proxy, and the credentials that are sent to it."""
 
     url: URL
     """Without a user."""

@@ -139,7 +139,7 @@ class Upload(aiohttp.payload.Payload):
 
 
 def _unsent(writer: Any) -> int:
-    """Return how many bytes wait in this process or the system's queue; 0 if that can't be told."""
+    """Return how many bytes wait in this process or the system's queue; 0 if unknown."""
     transport = writer.transport
     if transport is None or transport.is_closing():
         return 0

@@ -79,7 +79,7 @@ def _do(future: asyncio.Future[_T], function: Callable[..., _T], args: Any, kwar
     result = error = None
     try:
         result = function(*args, **kwargs)
-    except BaseException as raised:  # noqa: BLE001 - whoever waits is told
+    except BaseException as raised:  # noqa: BLE001 - reported to the waiter
         error = raised.with_traceback(raised.__traceback__ and raised.__traceback__.tb_next)
     with contextlib.suppress(RuntimeError):  # the loop is closed
         future.get_loop().call_soon_threadsafe(_settle, future, result, error)

@@ -144,7 +144,7 @@ class Asking:
         self._arguments = {**defaults, "settings": None, "model": model, **given}
         if stream:
             self._arguments["stream"] = True
-        # A mistake that holds for every item is told before the first of them.
+        # A mistake that holds for every item is reported before the first item.
         needed = {"query": "question"}.get(skill, "object")
         may_come = {} if self._arguments.get(needed, "") is not None else {needed: "?"}
         self._make(NO_PICTURE, **{**self._arguments, **may_come}).parts()

@@ -38,7 +38,7 @@ class BulkProgress:
 
     @property
     def eta(self) -> float | None:
-        """Seconds until the end, at this rate; None where that can't be told."""
+        """Seconds until the end, at this rate; None where the rate is unknown."""
         if self.total is None or not self.rate:
             return None
         return (self.total - self.done) / self.rate

@@ -254,7 +254,7 @@ class _Work:
                 try:
                     with self._feeding:
                         await self._feed(group)
-                except Exception as error:  # noqa: BLE001 - the reader is told
+                except Exception as error:  # noqa: BLE001 - reported to the reader
                     self._fail(error)
             if self._hopeless is not None and not self._is_exhausted:
                 self._fail(self._hopeless)
@@ -300,7 +300,7 @@ class _Work:
         except MoondreamError as failure:
             error = failure
             _drop_frames(error)
-        except Exception as bug:  # noqa: BLE001 - the reader is told, and not that all is well
+        except Exception as bug:  # noqa: BLE001 - reported to the reader, and not that all is well
             self._fail(bug)
             return
         finally:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
 
 CONNECTIONS = 32
-"""Requests that a worker has open at once, unless told. The cloud's 10 requests a second at
+"""Requests that a worker has open at once, by default. The cloud's 10 requests a second at
 three seconds an answer keep 30 of them busy."""
 
 _ADDRESSES = frozenset({"endpoint", "proxy"})
@@ -68,7 +68,7 @@ class Options(TypedDict, total=False):
     model: str
     timeout: Timeout
     max_retries: int
-    max_connections: int  # of each worker; 32 unless told
+    max_connections: int  # of each worker; 32 by default
     rate_limit: float  # of all workers together
     proxy: str
     max_pixels: int
@@ -83,7 +83,7 @@ class _Skill(NamedTuple):
     text: str | None = None
     """The argument that may differ from row to row."""
     arguments: Mapping[str, Any] = {}
-    """The others, with what they are unless told."""
+    """The other options, with their defaults."""
 
 
 _SKILLS = {
@@ -185,7 +185,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def client(self) -> MoondreamClient:
-        """Return a worker's client, which takes what it isn't told from its environment."""
+        """Return a worker's client, which takes what it isn't given from its environment."""
         return self._client()
 
     def _client(self, **other: Any) -> MoondreamClient:

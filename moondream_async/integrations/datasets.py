@@ -83,7 +83,7 @@ def ask(
         map_options: More for ``map``.
         **options: The skill's own (`length`, `question`, `reasoning`, `object`,
             `settings`) and the client's; see `Options`. `rate_limit` is that of all
-            processes together, `max_connections` that of each, 32 unless told.
+            processes together, `max_connections` that of each, 32 by default.
 
     Raises:
         RequestError: An argument can't be right, or a column isn't there, or is
@@ -132,7 +132,7 @@ def asking(
     """Give an async function for ``map``, which asks about one row and returns its columns.
 
     Leaving the ``with`` closes its client; so rows of a dataset that is streamed are to
-    be read within. The arguments are those of `ask`; `num_proc` has to be told here,
+    be read within. The arguments are those of `ask`; `num_proc` has to be given here,
     too. Not for ``batched=True``: it has many rows under way at once as it is.
 
     The columns' types are guessed by `datasets` from the first thousand rows, unless
@@ -163,7 +163,7 @@ def asking(
 def _open(job: Job) -> Iterator[Asker]:
     asker = Asker(job)
     try:
-        job.client()  # what the environment lacks is told before the first row is read
+        job.client()  # what the environment lacks is reported before the first row is read
         yield asker
     finally:
         asker.close()

@@ -98,7 +98,7 @@ def ask(
             quarter of a CPU, since it mostly waits.
         **options: The skill's own (`length`, `question`, `reasoning`, `object`,
             `settings`) and the client's; see `Options`. `rate_limit` is that of all
-            workers together, `max_connections` that of each, 32 unless told.
+            workers together, `max_connections` that of each, 32 by default.
 
     Raises:
         RequestError: An argument can't be right; nothing was read or sent. When the
@@ -139,7 +139,7 @@ class SkillStage:
     once, of several batches. Ray makes one in each actor; when the actor goes, the
     client is closed.
 
-    The arguments are those of `ask`. `actors` has to be told here, too, and `api_key`
+    The arguments are those of `ask`. `actors` has to be given here, too, and `api_key`
     has to be a `Secret`.
 
     Raises:

@@ -293,7 +293,7 @@ class _Work:
             async with anyio.create_task_group() as self._group:
                 try:
                     await self._read()
-                except Exception as error:  # noqa: BLE001 - the reader is told
+                except Exception as error:  # noqa: BLE001 - reported to the reader
                     self._failure = error
                 await self._until(lambda: self._latest is None and not self.under_way)
                 self._group.cancel_scope.cancel()  # a pause that nobody waits for
@@ -353,7 +353,7 @@ class _Work:
             self._fail(fatal)  # no other frame would fare better
         except MoondreamError as failure:
             shot.error = failure
-        except Exception as bug:  # noqa: BLE001 - the reader is told, and not that all is well
+        except Exception as bug:  # noqa: BLE001 - reported to the reader, and not that all is well
             self._fail(bug)
         finally:
             shot.scope = None
