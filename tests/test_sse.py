@@ -21,7 +21,7 @@ Event = ServerSentEvent
 BOM = b"\xef\xbb\xbf"
 WIRE = sorted((Path(__file__).parent / "wire").glob("*.sse"))
 
-thorough = settings(max_examples=300, deadline=None)  # a busy machine is no failure
+thorough = settings(max_examples=2 * settings.default.max_examples)
 
 
 def drain(parser, packets):
@@ -307,7 +307,7 @@ def test_stream_byte_by_byte_gives_the_same_events(stream, events):
 
 @pytest.mark.parametrize(("stream", "events"), CASES)
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_stream_cut_anywhere_gives_the_same_events(stream, events, data):
     assert parse(*cut(data.draw, stream)) == events
 

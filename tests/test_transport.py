@@ -646,3 +646,15 @@ async def test_ssl_context_serves_a_session_of_the_caller_too(server_context, cl
         client_of(server, session=session, ssl_context=client_context) as client,
     ):
         assert (await client.caption(IMAGE)).caption == TEXT
+
+
+async def test_answer_of_two_megabytes_is_read():
+    """As one is that holds a mask; what is over 64 is not."""
+    said = "A cat. " * 300_000
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(whole({"caption": said}))
+
+    async with RawServer(play) as server, client_of(server) as client:
+        assert (await client.caption(IMAGE)).caption == said

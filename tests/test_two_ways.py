@@ -19,7 +19,7 @@ from moondream_async._protocol.events import AnswerDecoder, ChatDecoder
 from moondream_async._protocol.secret import Redactor, Secret
 from moondream_async.results import StreamEvent
 
-thorough = settings(max_examples=300, deadline=None)  # a busy machine is no failure
+thorough = settings(max_examples=2 * settings.default.max_examples)
 unhurried = settings(deadline=None)
 
 SKILLS = st.sampled_from(["caption", "query", "segment", "chat"])
