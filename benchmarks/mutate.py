@@ -21,11 +21,11 @@ ROOT = Path(__file__).parent.parent
 
 # The fast tests of each room, those that fail soonest first.
 TESTS = {
-    "_protocol": "events sse requests answers documented_errors documented retry secrets frames two_ways",
+    "_protocol": "events sse requests answers documented retry secrets frames two_ways",
     "_stream": "streams leaving clock streams_again passing observing otel two_ways",
     "_call": "retry limits pace calls deadlines observing client",
     "_transport": "transport deadlines proxies fetch secrets calls loops fork",
-    "bulk": "bulk",
+    "bulk": "bulk pace",
 }
 
 # Annotations are no code that runs, and a decorator that is gone is seen by all.
