@@ -190,6 +190,7 @@ def test_no_control_sequence_reaches_a_terminal(command, refuses, server, photo,
     max_examples=settings.default.max_examples // 2,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["caption", "query-whole", "caption-events", "batch-list"])
 def test_any_text_is_shown_as_text(command, said, json_too, server, photo):
     server.said, server.refuses = said, False
