@@ -1,9 +1,12 @@
-"""JSON that no honest server sends, in every answer there is: an error of ours, or an answer.
+"""What nobody should send or pass, everywhere: an answer, or an error of ours.
 
-It is nested hundreds of levels deep, has numbers of hundreds of digits, lists where ids
-belong, NaN, halves of surrogate pairs. What is an answer can be shown and written down.
+JSON that no honest server sends is nested hundreds of levels deep, has numbers of hundreds
+of digits, lists where ids belong, NaN, halves of surrogate pairs. What is an answer can be
+shown and written down.
 """
 
+import inspect
+import itertools
 import json
 
 import pytest
@@ -180,3 +183,75 @@ async def test_hostile_json_is_an_answer_or_an_error_of_ours(played, call, hosti
     except md.MoondreamError as error:
         str(error).encode()
         repr(error)
+
+
+# -- arguments of a wrong kind --------------------------------------------------------
+
+WRONG = [5, -1, float("nan"), object(), b"x", [], {}, ""]
+NEEDED = {
+    "image": IMAGE,
+    "object": "x",
+    "messages": MESSAGES,
+    "items": [IMAGE],
+    "frames": [IMAGE],
+    "name": "x",
+    "rank": 8,
+    "finetune": "x",
+    "batch": "x",
+    "step": 1,
+    "metrics": {"a": 1.0},
+    "url": "http://127.0.0.1:1/x",
+    "groups": [{"mode": "rl"}],
+    "question": "?",
+    "request": TuningRequest.query(IMAGE, "?"),
+}
+
+
+def public_methods(*objects):
+    """Yield what can be called, with the names of its parameters and what they need."""
+    for each in objects:
+        owner = each if inspect.isclass(each) else type(each)
+        kinds = inspect.ismethod if inspect.isclass(each) else inspect.isroutine
+        for name, _ in inspect.getmembers(owner, kinds):
+            if not name.startswith("_") and name != "aclose":
+                yield f"{owner.__name__}.{name}", getattr(each, name)
+
+
+def parameters_of(function):
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = [each for each in inspect.signature(function).parameters.values() if each.kind in named]
+    needed = {p.name: NEEDED.get(p.name, "x") for p in found if p.default is p.empty}
+    return [p.name for p in found], needed
+
+
+async def done(made):
+    if inspect.isawaitable(made):
+        made = await made
+    if hasattr(made, "__aenter__"):
+        async with made as entered:
+            made = entered
+            return await anext(aiter(made), None) if hasattr(made, "__aiter__") else made
+    return await anext(aiter(made), None) if hasattr(made, "__aiter__") else made
+
+
+async def test_argument_of_a_wrong_kind_is_an_error_of_ours_before_anything_is_sent(played):
+    client, body = played
+    body[0] = written(GOOD | {"status": b'"completed"'})
+    several = public_methods(client, client.batches, client.tuning, BatchRequest, TuningRequest)
+    functions = {"fetch_image": md.fetch_image, "Timeout": md.Timeout, **dict(several)}
+    assert len(functions) > 30
+    told = []
+    for where, function in functions.items():
+        names, needed = parameters_of(function)
+        for name, value in itertools.product(names, WRONG):
+            sent = client.stats().requests
+            try:
+                await done(function(**needed | {name: value}))
+            except md.RequestError as error:
+                if client.stats().requests > sent:
+                    told.append((where, name, value, "was sent", error))
+            except md.MoondreamError:
+                pass  # of what came back: to this argument, the kind is right
+            except Exception as error:  # noqa: BLE001 - which is what is looked for
+                told.append((where, name, value, error))
+    assert told == []

@@ -72,6 +72,8 @@ async def fetch_image(
         check_count("max_pixels", max_pixels)
     check_ssl_context(ssl_context)
     networks = networks_of(allow)
+    if not isinstance(url, str):
+        raise ImageError(f"url must be an address, not {url!r:.100}")
     reason = _objection(url)
     if reason is not None:
         url = shown(url)  # a password in it is not to be seen among the variables, either

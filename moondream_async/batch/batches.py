@@ -176,13 +176,15 @@ class Batches:
             on_poll: Called with each answer, the last included.
 
         Raises:
-            RequestError: A time is not a number over 0.
+            RequestError: A time is not a number over 0, or `on_poll` is no function.
             APITimeoutError: It has not ended; the server goes on with it.
         """
         check_positive("interval", interval, "a number of seconds over 0")
         check_positive("max_interval", max_interval, "a number of seconds over 0")
         if timeout is not None:
             check_positive("timeout", timeout, "a number of seconds over 0, or None")
+        if on_poll is not None and not callable(on_poll):
+            raise RequestError(f"on_poll must be a function, not {on_poll!r}")
         failures = 0
         with anyio.move_on_after(timeout):
             while True:

@@ -123,6 +123,10 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         >>> BatchRequest.query("photo.jpg", "How many people?", id="a")
         BatchRequest(skill='query', id='a', fields={'question': 'How many people?'})
         """
+        if images is not None and (
+            isinstance(images, (str, bytes)) or not hasattr(images, "__iter__")
+        ):
+            raise RequestError(f"images must be a list of pictures, not {type(images).__name__}")
         if (image is None) == (not images):
             raise RequestError("a query in a batch needs one of image and images")
         pictures = [image] if not images else list(images)

@@ -133,7 +133,7 @@ class Asking:
         model: str | None,
         stream: bool = False,
     ) -> None:
-        if skill not in _FIELDS:
+        if not isinstance(skill, str) or skill not in _FIELDS:
             raise RequestError(f"skill must be one of {', '.join(_FIELDS)}, not {skill!r}")
         self.skill = cast("Skill", skill)
         self._make, defaults = _FIELDS[skill]

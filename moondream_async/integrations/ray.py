@@ -119,6 +119,8 @@ def ask(
     job = _job(**constructor)
     if batch_size is not None:
         check_count("batch_size", batch_size)
+    if not hasattr(dataset, "map_batches"):
+        raise RequestError(f"dataset must be a Dataset of Ray Data, not {type(dataset).__name__}")
     from ray.data import ActorPoolStrategy  # noqa: PLC0415 - not needed to refuse arguments
 
     settings = {

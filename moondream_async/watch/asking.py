@@ -40,6 +40,8 @@ class Question:
         stream: bool,
         model: str | None,
     ) -> None:
+        if not isinstance(skill, str):
+            raise RequestError(f"skill must be the name of one, not {skill!r}")
         self._stream = _STREAMS.get(skill) if stream else None
         if stream and self._stream is None:
             raise RequestError(f"stream=True takes one of {', '.join(_STREAMS)}, not {skill!r}")
