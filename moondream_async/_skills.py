@@ -674,4 +674,4 @@ class Skills:
 def _caller_line() -> str:
     """Return the file and line that called into this module."""
     frame = sys._getframe(2)  # noqa: SLF001 - the documented way there, and a fast one
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return sys.intern(f"{frame.f_code.co_filename}:{frame.f_lineno}")  # one for many streams

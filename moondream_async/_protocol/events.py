@@ -89,6 +89,10 @@ _DISGUISED_ERRORS = frozenset(
 _LESSONS = 4
 """Templates that are tried on a stream: its first event may be of a kind of its own."""
 
+# Thousands of streams may be open, so what most never use is one for all; neither is changed.
+_NO_GROUNDING: list[Grounding] = []
+_NO_EVENT: dict[str, Any] = {}
+
 _START = re.compile(rb"(?:%b)?\s*(.?)" % BOM, re.DOTALL)
 
 
@@ -108,6 +112,35 @@ class AnswerDecoder:
     True
     """
 
+    __slots__ = (
+        "_by_line",
+        "_ended_early",
+        "_grounding",
+        "_has_text",
+        "_is_between",
+        "_last",
+        "_lessons",
+        "_max_event_bytes",
+        "_parser",
+        "_skill",
+        "_start",
+        "_tail",
+        "_template",
+        "_thought",
+        "_thoughts",
+        "_whole",
+        "bbox",
+        "completed",
+        "failure",
+        "finish_reason",
+        "metrics",
+        "parse_error",
+        "path",
+        "request_id",
+        "secret",
+        "usage",
+    )
+
     _strict: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(Chunk)
     _key: ClassVar[bytes] = b'"chunk":'
 
@@ -123,8 +156,8 @@ class AnswerDecoder:
         self.metrics: dict[str, Any] | None = None
         self._thoughts: Reasoning | None = None  # the whole; or None while there are pieces
         self._thought: StringIO | None = None  # pieces
-        self._grounding: list[Grounding] = []
-        self._last: dict[str, Any] = {}  # event
+        self._grounding: list[Grounding] = _NO_GROUNDING
+        self._last: dict[str, Any] = _NO_EVENT
         self._whole: dict[str, Any] | None = None  # answer, where it came as one
         self.usage: Usage | None = None
         self.bbox: Region | None = None
@@ -478,6 +511,7 @@ class AnswerDecoder:
 class ChatDecoder(AnswerDecoder):
     """One streamed turn of a chat, in the form of OpenAI's protocol."""
 
+    __slots__ = ()
     _strict = msgspec.json.Decoder(ChatChunk)
 
     _key = b'"content":'

@@ -41,6 +41,22 @@ _ERROR_BODY_BYTES = 64 * 1024
 class Body:
     """The body of one answer, as bytes that arrive; what a stream reads from."""
 
+    __slots__ = (
+        "__weakref__",
+        "_closed_by_client",
+        "_finishing",
+        "_is_cut",
+        "_on_close",
+        "_pool",
+        "_response",
+        "_transport",
+        "_unread",
+        "closed",
+        "headers",
+        "received",
+        "status",
+    )
+
     def __init__(
         self, pool: Pool, response: aiohttp.ClientResponse, on_close: Callable[[int], None]
     ) -> None:
@@ -58,7 +74,7 @@ class Body:
         self._closed_by_client = False
         self._unread = b""
         self._is_cut = False
-        self._finishing = asyncio.Lock()
+        self._finishing: asyncio.Lock | None = None
         pool.bodies.add(self)
 
     @property
@@ -169,6 +185,8 @@ class Body:
     async def finish(self) -> None:
         """Wait, shortly, for the end of the body, so that its connection can be kept."""
         content = self._response.content
+        if self._finishing is None:
+            self._finishing = asyncio.Lock()
         async with self._finishing:  # wait_eof() is for one at a time
             # And it would wait for ever on a body that has failed already.
             if not self.closed and not content.is_eof() and content.exception() is None:
