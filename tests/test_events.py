@@ -632,6 +632,29 @@ def test_half_of_a_surrogate_pair_loses_nothing_but_itself(written, read, cut):
     assert event.chunk == event.raw["caption"] == f"a{read}b"
 
 
+@every_cut
+@pytest.mark.parametrize("kind", ["chunk", "content"])
+@pytest.mark.parametrize(
+    ("pieces", "whole"),
+    [
+        (["a\\ud83d", "\\ude00b"], "a😀b"),
+        (["\\ud83d", "\\ude00"], "😀"),
+        (["a\\ud83d", "b"], "a\ufffdb"),
+        (["a\\ud83d", "", "b"], "a\ufffdb"),
+        (["a\\ud83d"], "a\ufffd"),
+        (["\\ude00", "\\ud83d\\ud83d", "\\ude00 b"], "\ufffd\ufffd😀 b"),
+        (["a\\\\ud83d", "\\ude00"], "a\\ud83d\ufffd"),
+    ],
+)
+def test_halves_of_a_character_in_two_chunks_are_joined(pieces, whole, kind, cut):
+    shape = '{"chunk": "%s"}' if kind == "chunk" else '{"choices": [{"delta": {"content": "%s"}}]}'
+    end = {"completed": True} if kind == "chunk" else b"[DONE]"
+    stream = sse(*((shape % each).encode() for each in pieces), end)
+    events, last = decode(*list(cuts(stream))[cut], skill="caption" if kind == "chunk" else "chat")
+    assert text(events) == whole
+    assert last.completed
+
+
 MANY = 120_000
 
 

@@ -95,6 +95,13 @@ _NO_EVENT: dict[str, Any] = {}
 
 _START = re.compile(rb"(?:%b)?\s*(.?)" % BOM, re.DOTALL)
 
+_LOST = "\ufffd"
+"""What a half of a surrogate pair is, unless the other half follows."""
+
+_TEXT_KEY = r'"(?:chunk|text|content)"\s*:\s*"'
+_LOW_HALF = re.compile(_TEXT_KEY + r"\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+_HIGH_HALF = re.compile(_TEXT_KEY + r"(?:[^\"\\]|\\.)*?\\u([dD][89abAB][0-9a-fA-F]{2})\"")
+
 
 class AnswerDecoder:
     r"""One streamed caption or answer.
@@ -116,6 +123,7 @@ class AnswerDecoder:
         "_by_line",
         "_ended_early",
         "_grounding",
+        "_half",
         "_has_text",
         "_is_between",
         "_last",
@@ -177,6 +185,7 @@ class AnswerDecoder:
         self._template: Template | None = None
         self._lessons = _LESSONS
         self._has_text = False
+        self._half = ""  # of a surrogate pair, at a chunk's end: the next may have the other
         self._ended_early = False
 
     def fresh(self) -> AnswerDecoder:
@@ -342,7 +351,8 @@ class AnswerDecoder:
         """Let the parser have lines; one that has not ended waits here, if nothing waits there."""
         cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         block, rest = self._parse(data[:cut]), data[cut:]
-        self._by_line = not self.done and self._is_between and len(rest) <= self._max_event_bytes
+        clear = not self.done and not self._half
+        self._by_line = clear and self._is_between and len(rest) <= self._max_event_bytes
         if not self._by_line:
             return block + self._parse(rest)
         if rest:
@@ -391,6 +401,8 @@ class AnswerDecoder:
             return self._refuse("a chunk that is no text", show(chunk))
         kind = raw.get("type")
         is_last = raw.get("completed") is True or kind == "final"
+        if chunk is not None:
+            chunk = self._joined(chunk, event.data)
         events = self._think(raw, is_last=is_last)
         if is_last:
             return events + self._finish(raw, chunk or "")
@@ -398,6 +410,22 @@ class AnswerDecoder:
             self._has_text = self._has_text or bool(chunk)
             events.append(ChunkEvent(chunk=chunk or "", raw=raw))
         return events or [self._other_event(raw, kind, event)]
+
+    def _joined(self, chunk: str, data: str) -> str:
+        """Join a chunk with the half of a character that the one before ended in."""
+        half, self._half = self._half, ""
+        if half:
+            other = _LOW_HALF.search(data) if chunk.startswith(_LOST) else None
+            if other is not None:
+                pair = (int(each, 16).to_bytes(2, "big") for each in (half, other[1]))
+                chunk = b"".join(pair).decode("utf-16-be") + chunk[1:]
+            else:
+                chunk = _LOST + chunk
+        begun = _HIGH_HALF.search(data) if chunk.endswith(_LOST) else None
+        if begun is None:
+            return chunk
+        self._half = begun[1]
+        return chunk[:-1]
 
     def _other_event(self, raw: dict[str, Any], kind: Any, event: ServerSentEvent) -> StreamEvent:
         if kind == "bbox" and self.bbox is not None:
@@ -476,6 +504,8 @@ class AnswerDecoder:
         return self.secret.text(text)
 
     def _finish(self, raw: dict[str, Any], chunk: str) -> list[StreamEvent]:
+        if self._half:
+            self._half, chunk = "", chunk + _LOST
         if chunk in _DISGUISED_ERRORS:
             return self._fail_with({**raw, "error": chunk})
         if not chunk and not self._has_text:
@@ -557,11 +587,13 @@ class ChatDecoder(AnswerDecoder):
         chunk = delta.get("content")
         if chunk is not None and not isinstance(chunk, str):
             return self._refuse("a chunk that is no text", show(chunk))
+        if chunk is not None:
+            chunk = self._joined(chunk, event.data)
         events: list[StreamEvent] = []
         piece = find_reasoning(delta)
         if piece is not None:
             events += self._gather(piece, raw)
-        if chunk or piece is None:
+        if chunk or piece is None or self._half:
             self._has_text = self._has_text or bool(chunk)
             events.append(ChunkEvent(chunk=chunk or "", raw=raw))
         return events
