@@ -16,6 +16,8 @@ from forked import run_program
 from PIL import Image
 from test_bulk_cli import ASKED, Page, bulk, found, make_pictures, photos, records  # noqa: F401
 
+from moondream_async.batch.wire import read_batch_result
+from moondream_async.cli.bulk.by_batch import _place as place_of
 from moondream_async.cli.bulk.journal import Journal
 from moondream_async.cli.bulk.lists import PathList
 from moondream_async.cli.bulk.names import name_of, path_of, simplest
@@ -554,6 +556,26 @@ async def test_pictures_of_a_batch_that_came_to_nothing_are_asked_about_again(
     status, said = await bulk(*arguments)
     assert status == 0, said
     assert "2 answered, 0 failed, 18 done before" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ({"id": 3, "line_index": 0}, 3),
+        ({"id": "3", "line_index": 0}, 3),
+        ({"id": 3.0}, 3),
+        ({"line_index": 3}, 3),
+        ({"id": None, "line_index": 3}, 3),
+        ({"id": [3], "line_index": 3}, 3),
+        ({"id": "x"}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_result_of_a_batch_is_found_by_its_id_in_any_form_or_its_place(line, place):
+    answer = {"status": "ok", "result": {"caption": "A heron."}}
+    result = read_batch_result(json.dumps(line | answer).encode())
+    assert place_of(result) == place
 
 
 async def test_a_damaged_record_of_batches_is_told_in_a_line(bulk, photos, tmp_path):
