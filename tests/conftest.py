@@ -1,6 +1,7 @@
 """What tests share: a simulator, a client of it, a picture, and a look at what is left behind."""
 
 import gc
+import os
 import signal
 from pathlib import Path
 
@@ -18,6 +19,9 @@ settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("gate")
 
 pytest_plugins = ["examples"]  # docstrings stand outside of this folder
+
+# Keeps Ray on loopback. It is read when Ray is imported, by whichever test is the first.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 # Programs that are run, and not imported in search of doctests: each needs what it shows. (Not
 # in a file of their folder's: it would stand in the way of whoever imports this one.)

@@ -37,7 +37,6 @@ def cluster():
         patch.setenv("MOONDREAM_API_KEY", KEY)
         patch.delenv("MOONDREAM_ENDPOINT", raising=False)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # is what keeps it on loopback
         import ray
 
         context = ray.init(
