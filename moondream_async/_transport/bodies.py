@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
@@ -27,7 +28,9 @@ READ_BUFFER_BYTES = 64 * 1024
 """aiohttp stops reading from the socket at twice this much, until a reader has taken it."""
 
 _PIECE_BYTES = 8 * 1024
-"""Of a stream: hundreds of events, which are decoded before others have their turn."""
+"""Of a stream: hundreds of events. Between two of these others may have a turn."""
+
+_TURN = 0.005  # seconds of decoding, after which others have their turn
 
 _LARGE_BYTES = 256 * 1024
 """A whole body of more is decoded in a thread, and not while the event loop waits."""
@@ -43,6 +46,7 @@ class Body:
 
     __slots__ = (
         "__weakref__",
+        "_began",
         "_closed_by_client",
         "_finishing",
         "_is_cut",
@@ -74,6 +78,7 @@ class Body:
         self._closed_by_client = False
         self._unread = b""
         self._is_cut = False
+        self._began = 0.0  # when what was cut began to be decoded, or went on
         self._finishing: asyncio.Lock | None = None
         pool.bodies.add(self)
 
@@ -91,8 +96,9 @@ class Body:
         Cancelling it loses nothing. What arrived before a fault comes before it.
         """
         if self._unread:
-            if self._is_cut:  # and it may take long to decode: others first
-                await asyncio.sleep(0)
+            if self._is_cut and monotonic() - self._began > _TURN:
+                await asyncio.sleep(0)  # it takes long to decode: others first
+                self._began = monotonic()
             data, self._unread = self._unread, b""
             if data and not self._closed_by_client:
                 return self._cut(data)
@@ -104,7 +110,10 @@ class Body:
             self._settle()
             raise StopAsyncIteration
         self.received += len(data)
-        return data if len(data) <= _PIECE_BYTES else self._cut(data)
+        if len(data) <= _PIECE_BYTES:
+            return data
+        self._began = monotonic()
+        return self._cut(data)
 
     def _cut(self, data: bytes) -> bytes:
         """Return the first piece of it, and keep the rest."""
