@@ -4,6 +4,7 @@
 import contextlib
 import csv
 import gzip
+import hashlib
 import json
 import os
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import anyio
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from forked import run_program
 from PIL import Image
 from test_bulk_cli import ASKED, Page, bulk, found, make_pictures, photos, records  # noqa: F401
@@ -556,6 +559,65 @@ async def test_pictures_of_a_batch_that_came_to_nothing_are_asked_about_again(
     status, said = await bulk(*arguments)
     assert status == 0, said
     assert "2 answered, 0 failed, 18 done before" in said
+
+
+BATCH = {
+    "id": "b1",
+    "model": "moondream3-preview",
+    "progress": {"total": 3, "completed": 0, "failed": 3},
+    "created_at": "2026-11-01T00:00:00Z",
+}
+ANSWER = {"status": "ok", "result": {"caption": "A heron."}, "usage": {"output_tokens": 3}}
+
+
+def contents(path):
+    data, mtime = path.read_bytes(), path.stat().st_mtime_ns
+    return {"size": len(data), "mtime_ns": mtime, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize("fate", ["failed", "a file of noise"])
+async def test_what_a_batch_lost_is_failed_and_what_it_has_is_kept(tmp_path, fate):
+    """A batch that failed, and one of whose files of results some lines are no JSON."""
+
+    async def state(request):
+        outputs = [{"index": n, "url": str(request.url.with_path(f"/file/{n}"))} for n in (0, 1)]
+        end = (
+            {"status": "failed", "error": {"code": "x", "message": "Out of luck"}}
+            if fate == "failed"
+            else {"status": "completed", "outputs": outputs}
+        )
+        return web.json_response(BATCH | end)
+
+    async def file(request):
+        number = request.match_info["number"]
+        noise = b"<html>\n\xff\xfe\n[]\n" if number == "0" else b""
+        return web.Response(body=noise + json.dumps({"id": f"{number}"} | ANSWER).encode())
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/batch/b1", state), web.get("/file/{number}", file)])
+    make_pictures(tmp_path / "photos", 3)
+    names = ("photos/00000.jpg", "photos/below/00001.jpg", "photos/00002.jpg")
+    pictures = [[{"path": each, "below": "x.jpg"}, contents(tmp_path / each)] for each in names]
+    record = json.dumps([{"batch": "b1", "pictures": pictures}])
+    (tmp_path / "o.jsonl.batches").write_text(record)
+    async with TestServer(app) as server:
+        done = await run_program(
+            ["bulk", "photos", "-o", "o.jsonl", "--via", "batch-api"],
+            cwd=tmp_path,
+            env={**os.environ, "MOONDREAM_ENDPOINT": str(server.make_url("/v1"))},
+        )
+    said = done.stderr.decode()
+    assert done.returncode == 1, said
+    assert "Traceback" not in said
+    kept = [each["caption"] for each in records(tmp_path / "o.jsonl") if "caption" in each]
+    if fate == "failed":
+        assert "Out of luck" in said
+        assert "3 failed" in said
+        assert kept == []
+    else:
+        assert "2 answered, 1 failed" in said
+        assert kept == ["A heron."] * 2
+    assert not (tmp_path / "o.jsonl.batches").exists()  # it is not waited for again
 
 
 @pytest.mark.parametrize(
