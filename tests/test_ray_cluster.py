@@ -19,6 +19,7 @@ from moondream_async.integrations.ray import SkillStage, ask
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(400),  # Ray takes most of a minute to start on a busy machine
     pytest.mark.skipif(find_spec("ray") is None, reason="needs: python -m pip install '.[ray]'"),
     pytest.mark.filterwarnings("default"),  # what Ray and pandas warn of is theirs
 ]
