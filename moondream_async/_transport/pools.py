@@ -188,7 +188,7 @@ class Pool:
         )
         if session is None and self._session.connector is not None:
             use_protocol(self._session.connector, loop)
-        # The headers of a caller's session; given any others, aiohttp would leave these out.
+        # The middlewares of a caller's session: given any others, aiohttp would leave these out.
         self._middlewares = middlewares_of(self._session)
         self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
         self._idle: asyncio.Event | None = None  # where somebody waits for it
