@@ -325,3 +325,10 @@ def _loop_here() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def drop_frames(error: BaseException | None) -> None:
+    """Release what the code was busy with, as the picture: results may be kept for long."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 import anyio
 import anyio.to_thread
 
+from moondream_async._call.report import drop_frames
 from moondream_async._call.retry import (
     LONGEST_RETRY_AFTER,
     backoff,
@@ -299,7 +300,7 @@ class _Work:
             return
         except MoondreamError as failure:
             error = failure
-            _drop_frames(error)
+            drop_frames(error)
         except Exception as bug:  # noqa: BLE001 - reported to the reader, and not that all is well
             self._fail(bug)
             return
@@ -475,13 +476,6 @@ def _reader(items: Items[Any]) -> Callable[[], Awaitable[Any]]:
         return next(now, _END)
 
     return following
-
-
-def _drop_frames(error: BaseException | None) -> None:
-    """Release what the code was busy with, as the picture: results may be kept for long."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 def check_items(items: Any) -> None:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, cast
 
 import anyio
 
+from moondream_async._call.report import drop_frames
 from moondream_async._call.retry import backoff
 from moondream_async._stream.stream import Stream
 from moondream_async.errors import (
@@ -381,7 +382,7 @@ class _Work:
         if error is None:
             self._failures = 0
             return
-        _drop_frames(error)
+        drop_frames(error)
         if isinstance(error, RequestError):
             return
         retry_after = error.retry_after if isinstance(error, APIStatusError) else None
@@ -453,13 +454,6 @@ async def _reading(frames: Frames[Any]) -> AsyncIterator[AsyncIterator[Any]]:
 def _close_answer(shot: _Shot) -> None:
     if isinstance(shot.answer, Stream):
         shot.answer.supersede()
-
-
-def _drop_frames(error: BaseException | None) -> None:
-    """Release what the code was busy with, as the picture: results may be kept for long."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 def check_frames(frames: Any) -> None:
