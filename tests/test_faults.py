@@ -8,7 +8,6 @@ streamed and to a plain call. Afterwards no task, socket or place may be left.
 # ruff: noqa: E501 - a fault is a line, as far as it goes
 
 import asyncio
-import contextlib
 import datetime as dt
 import gzip
 import json
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import trustme
-from canned import IMAGE
+from canned import IMAGE, client_of
 from raw_server import (
     ANSWER,
     CHUNKED,
@@ -152,12 +151,6 @@ def status_row(name, status, body, kind, message, **attributes):
     return Row(name, sends(whole(data, status=status, kind=media)), failure, failure)
 
 
-def body_row(name, body, kind, **attributes):
-    """A row for an error in a body that comes with status 200."""
-    failure = fails(kind, status=200, **attributes)
-    return Row(name, sends(whole(body)), failure, failure)
-
-
 def event_row(name, data, message):
     """A row for an error that is reported in the middle of a stream."""
     failure = fails(md.StreamServerError, message=message, partial="A ")
@@ -185,7 +178,6 @@ def burst_row(name, status):
     return Row(name, in_turn(refusal, refusal, answer), TEXT, TEXT, {"max_retries": 2})
 
 
-ERROR = {"message": "No.", "type": "kind", "param": "question", "code": "c1"}
 IN_AN_HOUR = dt.datetime(2100, 1, 1, tzinfo=dt.UTC)
 INSIDE = STREAM_HEAD + in_chunks(EVENTS[0], EVENTS[1][:12], end=False)
 CHUNK_CUT = STREAM_HEAD + in_chunks(EVENTS[0], end=False) + b"20\r\n" + EVENTS[1][:9]
@@ -349,29 +341,10 @@ ROWS = [
         zipped(EVENTS[0] + b"data: " + bytes(100_000_000), EVENT_STREAM),
         zipped(b" " * 100_000_000, "Content-Type: application/json"),
     ), nonsense("A "), LOST, {"timeout": md.Timeout()}),
-    # -- errors by status
-    status_row("400 object", "400 Bad", {"error": ERROR}, md.BadRequestError, "No.", type="kind", param="question", code="c1"),
-    status_row("400 string", "400 Bad", {"error": "Field 'stream' must be a boolean"}, md.BadRequestError, "Field 'stream' must be a boolean"),
-    status_row("401", "401 No", {"error": "Invalid API key"}, md.AuthenticationError, "Invalid API key"),
-    status_row("403 of a gateway", "403 No", b"error code: 1010", md.PermissionDeniedError, "error code: 1010"),
-    status_row("404 text", "404 No", b"Not Found", md.NotFoundError, "Not Found"),
-    status_row("405 text", "405 No", b"Method Not Allowed", md.APIStatusError, "Method Not Allowed"),
+    # -- errors by status: what else servers say is in `test_documented_errors`
     status_row("409", "409 No", {"error": {"message": "Other rank"}}, md.APIStatusError, "Other rank"),
-    status_row("413", "413 Big", {"error": {"message": "Too large"}}, md.PayloadTooLargeError, "Too large"),
-    status_row("422 of FastAPI", "422 No", {"detail": [{"loc": ["body", "q"], "msg": "missing", "type": "x"}]}, md.BadRequestError, "body.q: missing"),
-    status_row("429", "429 Slow", {"error": {"message": "Slow down", "type": "rate_limit_exceeded"}}, md.RateLimitError, "Slow down", type="rate_limit_exceeded"),
-    status_row("500 of kestrel", "500 No", {"error": "Inference failed", "detail": "boom"}, md.ServerError, "Inference failed: boom"),
-    status_row("500 text", "500 No", b"Internal Server Error", md.ServerError, "Internal Server Error"),
     status_row("500 empty", "500 No", b"", md.ServerError, "HTTP status 500: an empty body"),
-    status_row("502 HTML", "502 Bad", b"<h1>Bad gateway</h1>", md.ServerError, "<h1>Bad gateway</h1>"),
-    status_row("503 of Station", "503 No", {"detail": "Inference service not running"}, md.ServerError, "Inference service not running"),
-    status_row("503 of kestrel", "503 No", {"error": "Engine is not ready"}, md.ServerError, "Engine is not ready"),
-    status_row("524", "524 Late", b"<html>A timeout occurred</html>", md.ServerError, "<html>A timeout occurred</html>"),
-    # -- errors with status 200, and in the stream
-    body_row("rejected", {"error": "Queue is full", "status": "rejected"}, md.ServerError, message="Queue is full"),
-    body_row("timed out in the server", {"error": "Request timeout", "status": "timeout"}, md.ServerError),
-    body_row("failed in the server", {"error": "bad thing", "status": "error"}, md.ServerError),
-    body_row("no such function", {"error": "Function 'caption' not available"}, md.NotFoundError),
+    # -- errors in the stream
     event_row("an error event", event(error="Out of memory"), "Out of memory"),
     event_row("an error event with an object", event(error={"message": "Out of memory"}), "Out of memory"),
     event_row("an event named error", b"event: error\ndata: out of memory\n\n", "out of memory"),
@@ -415,22 +388,6 @@ def check(got, expected):
         assert getattr(got, name) == value
 
 
-@contextlib.contextmanager
-def noted(report, name, streamed):
-    """Note in the report what came of a row."""
-    began = time.monotonic()
-    line = {}
-    yield line
-    seconds = time.monotonic() - began
-    kind = "stream" if streamed else "plain"
-    got = line["got"]
-    what = repr(got) if isinstance(got, str) else f"{type(got).__name__}: {got}"
-    partial = f", partial {got.partial!r}" if getattr(got, "partial", "") else ""
-    report.append(
-        f"{name:42} {kind:6} {seconds:5.2f} s  {what[:90]}{partial}; left: {line['left']}"
-    )
-
-
 def left_over(client, server, before):
     """What a call left behind."""
     tasks = len(asyncio.all_tasks() - before - set(server.tasks if server else ()))
@@ -438,53 +395,60 @@ def left_over(client, server, before):
     return ", ".join([f"{tasks} tasks"] * bool(tasks) + [f"{places} places"] * bool(places)) or "0"
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
+@pytest.fixture(params=["stream", "plain"])
+def play(request, fault_report):
+    """Makes a call of a client as streamed or not, checks what came, notes it, and tells what is left."""
+
+    async def play(name, client, server, expected, image=IMAGE):
+        before = asyncio.all_tasks()
+        began = time.monotonic()
+        got = await ask(client, image, streamed=request.param == "stream")
+        seconds = time.monotonic() - began
+        left = left_over(client, server, before)
+        what = repr(got) if isinstance(got, str) else f"{type(got).__name__}: {got}"
+        partial = f", partial {got.partial!r}" if getattr(got, "partial", "") else ""
+        fault_report.append(
+            f"{name:42} {request.param:6} {seconds:5.2f} s  {what[:90]}{partial}; left: {left}"
+        )
+        check(got, expected)
+        if not isinstance(got, str):
+            assert "\n" not in str(got)
+            assert "RawResponseMessage" not in str(got)
+        return got, left
+
+    play.streamed = request.param == "stream"
+    return play
+
+
 @pytest.mark.parametrize("row", ROWS, ids=[row.name.replace(" ", "-") for row in ROWS])
-async def test_fault(row, streamed, fault_report):
-    options = {"timeout": TIMEOUT, "max_retries": 0} | (row.options or {})
-    before = asyncio.all_tasks()
+async def test_fault(row, play):
+    options = {"timeout": TIMEOUT} | (row.options or {})
     async with RawServer(row.play) as server:
-        client = md.MoondreamClient(endpoint=server.endpoint, **options)
-        async with client:
-            with noted(fault_report, row.name, streamed) as line:
-                line["got"] = await ask(client, row.image, streamed=streamed)
-                line["left"] = left_over(client, server, before)
-        check(line["got"], row.streamed if streamed else row.plain)
-        if not isinstance(line["got"], str):
-            assert "\n" not in str(line["got"])
-            assert "RawResponseMessage" not in str(line["got"])
-        assert line["left"] == "0"
+        async with client_of(server, **options) as client:
+            expected = row.streamed if play.streamed else row.plain
+            _, left = await play(row.name, client, server, expected, row.image)
+            assert left == "0"
         await server.until_idle()
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
-async def test_refused_connection(streamed, fault_report):
+async def test_refused_connection(play):
     with socket.socket() as taken:  # bound, and not listening
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
         async with md.MoondreamClient(endpoint=endpoint, max_retries=0) as client:
-            with noted(fault_report, "refused", streamed) as line:
-                line["got"] = await ask(client, IMAGE, streamed=streamed)
-                line["left"] = left_over(client, None, asyncio.all_tasks())
-    check(line["got"], LOST)
-    assert "127.0.0.1" in str(line["got"])
+            got, _ = await play("refused", client, None, LOST)
+            assert "127.0.0.1" in str(got)
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
-async def test_refusal_while_the_upload_goes_on_is_heard(streamed, fault_report):
-    async def play(peer):
+async def test_refusal_while_the_upload_goes_on_is_heard(play):
+    async def refuse(peer):
         await peer.request_head()
         await peer.send(whole({"error": "Too large"}, "Connection: close", status="413 Big"))
         await peer.until_gone()
 
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint, max_retries=0) as client,
-    ):
-        with noted(fault_report, "413 while the upload goes on", streamed) as line:
-            line["got"] = await ask(client, BIG_IMAGE, streamed=streamed)
-            line["left"] = left_over(client, server, asyncio.all_tasks())
-        check(line["got"], fails(md.PayloadTooLargeError, message="Too large"))
+    expected = fails(md.PayloadTooLargeError, message="Too large")
+    async with RawServer(refuse) as server, client_of(server) as client:
+        await play("413 while the upload goes on", client, server, expected, BIG_IMAGE)
 
 
 def server_context(certificate):
@@ -505,9 +469,8 @@ CERTIFICATES = {
 }
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
 @pytest.mark.parametrize("name", CERTIFICATES)
-async def test_certificate(name, streamed, fault_report):
+async def test_certificate(name, play):
     issue, trusted, expected = CERTIFICATES[name]
     authority = trustme.CA()
     context = ssl.create_default_context()
@@ -517,19 +480,21 @@ async def test_certificate(name, streamed, fault_report):
         RawServer(answer, ssl_context=server_context(issue(authority)), name="localhost") as server,
         md.MoondreamClient(endpoint=server.endpoint, ssl_context=context) as client,
     ):
-        with noted(fault_report, f"TLS, {name}", streamed) as line:
-            line["got"] = await ask(client, IMAGE, streamed=streamed)
-            line["left"] = left_over(client, server, asyncio.all_tasks())
-        check(line["got"], expected)
+        got, _ = await play(f"TLS, {name}", client, server, expected)
         if expected is LOST:
-            assert line["got"].permanent
+            assert got.permanent
             assert server.requests == []
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
+def client_through(proxy, scheme="http"):
+    return md.MoondreamClient(
+        endpoint=f"{scheme}://moondream.example/v1", proxy=proxy.origin, max_retries=0
+    )
+
+
 @pytest.mark.parametrize("works", [True, False], ids=["works", "refuses"])
-async def test_proxy(works, streamed, fault_report):
-    async def play(peer):
+async def test_proxy(works, play):
+    async def pass_on(peer):
         if works:
             request = await answer(peer)
             assert request.target.startswith("http://moondream.example/v1/")
@@ -537,46 +502,27 @@ async def test_proxy(works, streamed, fault_report):
             await peer.request()
             await peer.send(whole(b"Who are you?", status="407 Proxy Authentication Required"))
 
-    async with (
-        RawServer(play) as proxy,
-        md.MoondreamClient(
-            endpoint="http://moondream.example/v1", proxy=proxy.origin, max_retries=0
-        ) as client,
-    ):
-        with noted(
-            fault_report, f"a proxy that {'works' if works else 'refuses'}", streamed
-        ) as line:
-            line["got"] = await ask(client, IMAGE, streamed=streamed)
-            line["left"] = left_over(client, proxy, asyncio.all_tasks())
-        check(line["got"], TEXT if works else fails(md.APIStatusError, status=407))
+    expected = TEXT if works else fails(md.APIStatusError, status=407)
+    async with RawServer(pass_on) as proxy, client_through(proxy) as client:
+        name = f"a proxy that {'works' if works else 'refuses'}"
+        await play(name, client, proxy, expected)
 
 
 async def test_proxy_that_refuses_a_tunnel():
-    async def play(peer):
+    async def refuse(peer):
         method, _, _ = await peer.request_head()
         assert method == "CONNECT"
         await peer.send(head("Content-Length: 0", status="403 Forbidden"))
 
-    async with (
-        RawServer(play) as proxy,
-        md.MoondreamClient(
-            endpoint="https://moondream.example/v1", proxy=proxy.origin, max_retries=0
-        ) as client,
-    ):
+    async with RawServer(refuse) as proxy, client_through(proxy, "https") as client:
         got = await ask(client, IMAGE, streamed=True)
     check(got, LOST)
     assert "proxy" in str(got)
 
 
 async def test_an_early_date_to_come_again_is_counted_from_now():
-    async def play(peer):
-        await peer.request()
-        date = IN_AN_HOUR.strftime("%a, %d %b %Y %H:%M:%S GMT")
-        await peer.send(whole({"error": "x"}, f"Retry-After: {date}", status="503 No"))
-
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint, max_retries=0) as client,
-    ):
+    date = IN_AN_HOUR.strftime("%a, %d %b %Y %H:%M:%S GMT")
+    refusal = whole({"error": "x"}, f"Retry-After: {date}", status="503 No")
+    async with RawServer(sends(refusal)) as server, client_of(server) as client:
         got = await ask(client, IMAGE, streamed=False)
     assert got.retry_after == pytest.approx(IN_AN_HOUR.timestamp() - time.time(), abs=60)

@@ -2,19 +2,19 @@
 
 import asyncio
 import base64
-import json
 import threading
 
-import aiohttp
 import pytest
+import spoken
+from spoken import SAMPLE
 
 import moondream_async as md
 from moondream_async.simulator import DIALECTS, SAMPLE_IMAGE, Fault, Simulator
 
-IMAGE = f"data:image/jpeg;base64,{base64.b64encode(SAMPLE_IMAGE.read_bytes()).decode()}"
-BODY = {"image_url": IMAGE, "question": "What is this?", "object": "shape"}
+BODY = {"image_url": SAMPLE, "question": "What is this?", "object": "shape"}
 CHAT = {"messages": [{"role": "user", "content": "What is this?"}]}
 TEXT = "A red circle, a blue square."
+PIECES = ["A red", " circle", "."]
 BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
 KEYS = {"caption": "caption", "query": "answer"}
 
@@ -23,26 +23,19 @@ in_words = pytest.mark.parametrize("skill", KEYS)
 where_all_is_served = pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
 
 
+@pytest.fixture
+def dialect():
+    return "cloud"
+
+
+@pytest.fixture
+async def simulator(dialect):
+    async with Simulator(dialect) as simulator:
+        yield simulator
+
+
 async def post(simulator, path, body=BODY, **more):
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(simulator.endpoint + path, json=body | more) as response,
-    ):
-        return json.loads(await response.read())
-
-
-async def stream(simulator, path, body=BODY):
-    """Return the events of a stream that is whole."""
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(simulator.endpoint + path, json=body | {"stream": True}) as response,
-    ):
-        lines = (await response.text()).splitlines()
-    return [json.loads(line[6:]) for line in lines if line not in ("", "data: [DONE]")]
-
-
-def chunks(events):
-    return [event["chunk"] for event in events if event.get("chunk")]
+    return (await spoken.post(simulator, path, body | more)).json
 
 
 # -- what is said --------------------------------------------------------------------------
@@ -50,23 +43,21 @@ def chunks(events):
 
 @in_every_dialect
 @in_words
-async def test_text_is_answered_plain_and_in_a_stream(dialect, skill):
-    async with Simulator(dialect) as simulator:
-        getattr(simulator.script, skill)(TEXT, times=2)
+async def test_text_is_answered_plain_and_in_a_stream(simulator, skill):
+    getattr(simulator.script, skill)(TEXT, times=2)
 
-        assert (await post(simulator, f"/{skill}"))[KEYS[skill]] == TEXT
-        assert "".join(chunks(await stream(simulator, f"/{skill}"))) == TEXT
+    assert (await post(simulator, f"/{skill}"))[KEYS[skill]] == TEXT
+    assert (await spoken.stream(simulator, f"/{skill}", BODY)).text == TEXT
 
 
 @in_every_dialect
 @in_words
-async def test_pieces_are_events_of_their_own(dialect, skill):
+async def test_pieces_are_events_of_their_own(simulator, skill):
     pieces = ["A r", "ed ci", "rcle", " \N{MULTIPLICATION SIGN}", "\n"]
-    async with Simulator(dialect) as simulator:
-        getattr(simulator.script, skill)(pieces, times=2)
+    getattr(simulator.script, skill)(pieces, times=2)
 
-        assert (await post(simulator, f"/{skill}"))[KEYS[skill]] == "".join(pieces)
-        assert chunks(await stream(simulator, f"/{skill}")) == pieces
+    assert (await post(simulator, f"/{skill}"))[KEYS[skill]] == "".join(pieces)
+    assert (await spoken.stream(simulator, f"/{skill}", BODY)).chunks == pieces
 
 
 @in_every_dialect
@@ -75,16 +66,12 @@ async def test_pieces_are_events_of_their_own(dialect, skill):
     ["", " ", "\n", "  A\n\ncat. \n", "a\u2028b \N{PILE OF POO}", 'data: "x"\n\ndata: y'],
     ids=ascii,
 )
-async def test_any_text_arrives_as_it_is(dialect, text):
-    async with (
-        Simulator(dialect) as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        simulator.script.caption(text, times=2)
+async def test_any_text_arrives_as_it_is(client, simulator, text):
+    simulator.script.caption(text, times=2)
 
-        assert (await client.caption(SAMPLE_IMAGE)).caption == text
-        async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
-            assert await answer.text() == text
+    assert (await client.caption(SAMPLE_IMAGE)).caption == text
+    async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
+        assert await answer.text() == text
 
 
 @in_every_dialect
@@ -93,60 +80,57 @@ async def test_any_text_arrives_as_it_is(dialect, text):
     [md.Region(0.1, 0.2, 0.5, 0.6), (0.1, 0.2, 0.5, 0.6), BOX],
     ids=["region", "numbers", "mapping"],
 )
-async def test_boxes_are_found(dialect, box):
-    async with Simulator(dialect) as simulator:
-        simulator.script.detect([box, (0, 0, 1, 1)])
+async def test_boxes_are_found(simulator, box):
+    simulator.script.detect([box, (0, 0, 1, 1)])
 
-        everything = {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}
-        assert (await post(simulator, "/detect"))["objects"] == [BOX, everything]
+    everything = {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}
+    assert (await post(simulator, "/detect"))["objects"] == [BOX, everything]
 
 
 @in_every_dialect
 @pytest.mark.parametrize("point", [md.Point(0.5, 0.25), (0.5, 0.25), {"y": 0.25, "x": 0.5}])
-async def test_points_are_found(dialect, point):
-    async with Simulator(dialect) as simulator:
-        simulator.script.point([point])
-        simulator.script.point([])
+async def test_points_are_found(simulator, point):
+    simulator.script.point([point])
+    simulator.script.point([])
 
-        assert (await post(simulator, "/point"))["points"] == [{"x": 0.5, "y": 0.25}]
-        assert (await post(simulator, "/point"))["points"] == []
+    assert (await post(simulator, "/point"))["points"] == [{"x": 0.5, "y": 0.25}]
+    assert (await post(simulator, "/point"))["points"] == []
 
 
 @where_all_is_served
-async def test_outline_comes_coarse_in_a_stream_and_then_as_it_is(dialect):
+async def test_outline_comes_coarse_in_a_stream_and_then_as_it_is(simulator):
     path = "M 0 0 L 1 0 L 0.5 1 Z"
-    async with Simulator(dialect) as simulator:
-        simulator.script.segment(path, BOX, coarse_path=["M 0 0", " L 1 1 Z"], times=2)
+    simulator.script.segment(path, BOX, coarse_path=["M 0 0", " L 1 1 Z"], times=2)
 
-        plain = await post(simulator, "/segment")
-        box, *deltas, final = await stream(simulator, "/segment")
+    plain = await post(simulator, "/segment")
+    answer = await spoken.stream(simulator, "/segment", BODY)
+    box, *_, final = answer.events
 
     assert (plain["path"], plain["bbox"]) == (path, BOX)
     assert box == {"type": "bbox", "bbox": BOX}
-    assert chunks(deltas) == ["M 0 0", " L 1 1 Z"]
+    assert answer.chunks == ["M 0 0", " L 1 1 Z"]
     assert (final["type"], final["path"], final["bbox"]) == ("final", path, BOX)
 
 
 @where_all_is_served
-async def test_outline_may_lack_its_box_and_a_coarse_path(dialect):
-    async with Simulator(dialect) as simulator:
-        simulator.script.segment("M 0 0 Z")
+async def test_outline_may_lack_its_box_and_a_coarse_path(simulator):
+    simulator.script.segment("M 0 0 Z")
 
-        *deltas, final = await stream(simulator, "/segment")
+    answer = await spoken.stream(simulator, "/segment", BODY)
+    final = answer.events[-1]
 
-    assert chunks(deltas) == ["M", " 0", " 0", " Z"]
+    assert answer.chunks == ["M", " 0", " 0", " Z"]
     assert (final["path"], final["bbox"]) == ("M 0 0 Z", None)
 
 
-async def test_conversation_is_answered_plain_and_in_a_stream():
-    async with Simulator() as simulator:
-        simulator.script.chat(["A red", " circle."], reasoning="I see it.", times=2)
+async def test_conversation_is_answered_plain_and_in_a_stream(simulator):
+    simulator.script.chat(["A red", " circle."], reasoning="I see it.", times=2)
 
-        plain = await post(simulator, "/chat/completions", CHAT)
-        events = await stream(simulator, "/chat/completions", CHAT)
+    plain = await post(simulator, "/chat/completions", CHAT)
+    streamed = await spoken.stream(simulator, "/chat/completions", CHAT)
 
     [choice] = plain["choices"]
-    deltas = [event["choices"][0]["delta"] for event in events]
+    deltas = [event["choices"][0]["delta"] for event in streamed.events]
     assert choice["message"] == {
         "role": "assistant",
         "content": "A red circle.",
@@ -165,14 +149,10 @@ GROUNDED = md.Reasoning("I see it.", (md.Grounding(2, 5, [[0.5, 0.25]]),))
     [("I see it.", md.Reasoning("I see it.")), (GROUNDED, GROUNDED)],
     ids=["text", "grounded"],
 )
-async def test_answer_has_its_reasoning(dialect, reasoning, read):
-    async with (
-        Simulator(dialect) as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        simulator.script.query("A circle.", reasoning=reasoning)
+async def test_answer_has_its_reasoning(client, simulator, reasoning, read):
+    simulator.script.query("A circle.", reasoning=reasoning)
 
-        answer = await client.query(SAMPLE_IMAGE, "What is it?", reasoning=True)
+    answer = await client.query(SAMPLE_IMAGE, "What is it?", reasoning=True)
 
     assert (answer.answer, answer.reasoning) == ("A circle.", read)
 
@@ -301,16 +281,12 @@ async def test_fault_goes_wrong_with_its_own_answer(simulator):
 
 @in_every_dialect
 @pytest.mark.parametrize("fault", ["cut=2", "drop=2", "error_event=2"])
-async def test_stream_breaks_after_its_scripted_pieces(dialect, fault):
-    async with (
-        Simulator(dialect) as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        simulator.script.caption(["A red", " circle", "."], fault=fault)
+async def test_stream_breaks_after_its_scripted_pieces(client, simulator, fault):
+    simulator.script.caption(PIECES, fault=fault)
 
-        async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
-            with pytest.raises(md.StreamError) as caught:
-                await answer.text()
+    async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
+        with pytest.raises(md.StreamError) as caught:
+            await answer.text()
 
     assert caught.value.partial == "A red circle"
 
@@ -338,7 +314,7 @@ async def test_fault_of_the_simulator_leaves_the_answer_to_the_next_request(clie
 
 async def test_fault_of_the_simulator_comes_before_that_of_the_answer(client, simulator):
     simulator.faults.append("cut=1")
-    simulator.script.caption(["A red", " circle", "."], fault="cut=2")
+    simulator.script.caption(PIECES, fault="cut=2")
 
     async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
         with pytest.raises(md.StreamInterruptedError) as caught:
@@ -376,22 +352,17 @@ def is_held(simulator):
 
 @in_every_dialect
 @pytest.mark.parametrize("count", [0, 1, 3])
-async def test_stream_is_held_after_so_many_pieces_until_it_is_released(dialect, count):
-    pieces = ["A red", " circle", "."]
-    async with (
-        Simulator(dialect) as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        answer = simulator.script.caption(pieces, hold_after=count)
-        async with client.caption(SAMPLE_IMAGE, stream=True) as stream:
-            read = [await anext(stream.chunk) for _ in range(count)]
-            await simulator.wait_until(is_held(simulator))
-            [request] = simulator.requests
-            assert (read, request.events_sent) == (pieces[:count], count)
-            assert repr(request).endswith("held>")
-            answer.release()
-            assert await stream.text() == "".join(pieces)
-            assert not request.held
+async def test_stream_is_held_after_so_many_pieces_until_it_is_released(client, simulator, count):
+    answer = simulator.script.caption(PIECES, hold_after=count)
+    async with client.caption(SAMPLE_IMAGE, stream=True) as stream:
+        read = [await anext(stream.chunk) for _ in range(count)]
+        await simulator.wait_until(is_held(simulator))
+        [request] = simulator.requests
+        assert (read, request.events_sent) == (PIECES[:count], count)
+        assert repr(request).endswith("held>")
+        answer.release()
+        assert await stream.text() == "".join(PIECES)
+        assert not request.held
 
 
 @pytest.mark.parametrize(
@@ -446,18 +417,14 @@ async def test_client_that_leaves_a_held_stream_is_noticed(client, simulator):
     assert not simulator.requests[0].held
 
 
-async def test_leaving_the_simulator_ends_what_is_held():
-    async with (
-        Simulator() as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        answer = simulator.script.caption(["A red", " circle."], hold_after=1)
-        async with client.caption(SAMPLE_IMAGE, stream=True) as stream:
-            await anext(stream.chunk)
-            await simulator.__aexit__()
-            with pytest.raises(md.StreamInterruptedError):
-                await stream.text()
-        answer.release()  # nobody is there: nothing happens
+async def test_leaving_the_simulator_ends_what_is_held(client, simulator):
+    answer = simulator.script.caption(["A red", " circle."], hold_after=1)
+    async with client.caption(SAMPLE_IMAGE, stream=True) as stream:
+        await anext(stream.chunk)
+        await simulator.__aexit__()
+        with pytest.raises(md.StreamInterruptedError):
+            await stream.text()
+    answer.release()  # nobody is there: nothing happens
 
 
 async def test_every_event_that_is_sent_wakes_those_who_wait(client, simulator):
@@ -471,7 +438,7 @@ async def test_every_event_that_is_sent_wakes_those_who_wait(client, simulator):
 
 async def test_pictures_are_received_as_the_files_that_they_are(client, simulator):
     sent = SAMPLE_IMAGE.read_bytes()
-    part = {"type": "image_url", "image_url": {"url": IMAGE}}
+    part = {"type": "image_url", "image_url": {"url": SAMPLE}}
     about_two = [{"role": "user", "content": [part, {"type": "text", "text": "?"}, part]}]
     await client.detect(SAMPLE_IMAGE, "red")
     await client.query(None, "What can you do?")
