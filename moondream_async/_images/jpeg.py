@@ -8,6 +8,7 @@ rare; they are decoded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -153,14 +154,17 @@ def _segments(data: bytes) -> Iterator[_Segment]:
             found = _MARKER.match(data, at)
             if found is None:
                 raise ImageError(_CUT_SHORT)
-        marker, begin, after = found[1][0], at, found.end()
+        begin, after = at, found.end()
+        marker = data[after - 1]
         if marker == _EOI or marker in _STANDALONE:
             yield _Segment(marker, begin, b"", after)
             if marker == _EOI:
                 return
             at = after
             continue
-        size = int.from_bytes(data[after : after + 2], "big")
+        if after + 2 > len(data):
+            raise ImageError(_CUT_SHORT)
+        size = data[after] << 8 | data[after + 1]
         at = after + max(size, 2)
         if at > len(data):
             raise ImageError(_CUT_SHORT)
@@ -244,9 +248,8 @@ class _Frame:
         self._sound = True
         self._components: dict[int, tuple[int, int]] = {}  # id -> blocks in an MCU, DQT number
         self._unseen: set[int] = set()
-        self._quantization: set[int] = set()
-        self._huffman: set[int] = set()  # class (0 DC, 16 AC) + number
-        self._unused: set[tuple[str, int]] = set()  # tables that no scan has asked for yet
+        self._tables: set[int] = set()  # by the numbers that `_tables_of` gives them
+        self._unused: set[int] = set()  # of these, the ones that no scan has asked for yet
         self._missing: dict[int, list[int]] = {}  # id -> bits to come of each coefficient
 
     @property
@@ -273,10 +276,8 @@ class _Frame:
         sound = True
         if 0xC0 <= marker <= 0xCF and marker not in (_DHT, 0xC8, 0xCC):
             sound = self._read_frame(marker, body)
-        elif marker == _DHT:
-            sound = self._read_huffman(body)
-        elif marker == _DQT:
-            sound = self._read_quantization(body)
+        elif marker in (_DHT, _DQT):
+            sound = self._define(_tables_of(marker, body))
         elif marker == _DRI:
             sound = len(body) == 2
         elif marker == _SOS:
@@ -302,43 +303,17 @@ class _Frame:
         self._unseen = set(self._components)
         return sound and len(self._components) == body[5]
 
-    def _define(self, kind: str, number: int) -> bool:
-        """Note a table; return whether it takes the place of none that was never used.
+    def _define(self, tables: tuple[int, ...] | None) -> bool:
+        """Note tables; return whether they are sound, and replace none that was never used.
 
         Such tables could hold anything, and any number of them.
         """
-        new = (kind, number) not in self._unused
-        self._unused.add((kind, number))
+        if tables is None:
+            return False
+        new = self._unused.isdisjoint(tables) and len(set(tables)) == len(tables)
+        self._tables.update(tables)
+        self._unused.update(tables)
         return new
-
-    def _read_quantization(self, body: bytes) -> bool:
-        sound = True
-        while body:
-            size = 1 + (128 if body[0] & 0xF0 else 64)
-            if body[0] & 0xEC or len(body) < size:
-                return False
-            self._quantization.add(body[0] & 3)
-            body, sound = body[size:], self._define("quantization", body[0] & 3) and sound
-        return sound
-
-    def _read_huffman(self, body: bytes) -> bool:
-        sound = True
-        while body:
-            counts = body[1:17]
-            size = 17 + sum(counts)
-            symbols = body[17:size]
-            if body[0] & 0xEC or len(body) < size or not 0 < len(symbols) <= 256:
-                return False
-            if body[0] < 16 and max(symbols) > 15:  # a DC difference has at most 15 bits
-                return False
-            code = 0
-            for bits, count in enumerate(counts, 1):
-                code = 2 * code + count
-                if code >= 1 << bits:  # too many codes; and none may be all ones
-                    return False
-            self._huffman.add(body[0])
-            body, sound = body[size:], self._define("huffman", body[0]) and sound
-        return sound
 
     def _read_scan(self, body: bytes) -> bool:
         self.scans += 1
@@ -349,27 +324,66 @@ class _Frame:
             return False
         self._unseen -= set(numbers)
         parts = [self._components[number] for number in numbers]
-        self._unused -= {("quantization", table) for _, table in parts}
-        self._unused -= {("huffman", table >> 4) for table in tables}
-        self._unused -= {("huffman", 16 + (table & 15)) for table in tables}
-        for number in numbers:
-            for coefficient in range(body[-3], min(body[-2], 63) + 1):
-                self._missing[number][coefficient] = body[-1] & 15
+        quantization = {_QUANTIZATION + table for _, table in parts}
+        dc, ac = {table >> 4 for table in tables}, {_AC + (table & 15) for table in tables}
+        self._unused -= quantization | dc | ac
+        if self.progressive:
+            for number in numbers:
+                for coefficient in range(body[-3], min(body[-2], 63) + 1):
+                    self._missing[number][coefficient] = body[-1] & 15
         return (
             (len(parts) == 1 or sum(blocks for blocks, _ in parts) <= 10)
-            and self._quantization >= {table for _, table in parts}
-            and self._is_decodable(body[-3:], tables)
+            and self._tables >= quantization
+            and self._is_decodable(body[-3:], dc, ac, len(parts))
         )
 
-    def _is_decodable(self, band: bytes, tables: bytes) -> bool:
+    def _is_decodable(self, band: bytes, dc: set[int], ac: set[int], components: int) -> bool:
         """Check a scan's band of coefficients and bits, and its Huffman tables."""
         first, last, high, low = band[0], band[1], band[2] >> 4, band[2] & 15
-        dc = {table >> 4 for table in tables}
-        ac = {16 + (table & 15) for table in tables}
         if not self.progressive:
-            return (first, last, high, low) == (0, 63, 0, 0) and self._huffman >= dc | ac
+            return (first, last, high, low) == (0, 63, 0, 0) and self._tables >= dc | ac
         if low > 13 or (high and high != low + 1):
             return False
         if first == 0:
-            return last == 0 and (high > 0 or self._huffman >= dc)
-        return first <= last <= 63 and len(tables) == 1 and self._huffman >= ac
+            return last == 0 and (high > 0 or self._tables >= dc)
+        return first <= last <= 63 and components == 1 and self._tables >= ac
+
+
+_AC, _QUANTIZATION = 16, 32  # what is added to the numbers of these tables; a DC table's is its own
+
+
+@functools.lru_cache(maxsize=32)  # each at most 64 KiB: all pictures of one program have the same
+def _tables_of(marker: int, body: bytes) -> tuple[int, ...] | None:
+    """Return the numbers of the tables in a segment; None if one of them is not sound."""
+    tables: list[int] = []
+    while body:
+        size = _huffman_size(body) if marker == _DHT else _quantization_size(body)
+        if not 0 < size <= len(body):
+            return None
+        tables.append(body[0] if marker == _DHT else _QUANTIZATION + (body[0] & 3))
+        body = body[size:]
+    return tuple(tables)
+
+
+def _quantization_size(body: bytes) -> int:
+    """Return the bytes of the table at the beginning; 0 if it is not sound."""
+    if body[0] & 0xEC:
+        return 0
+    return 1 + (128 if body[0] & 0xF0 else 64)
+
+
+def _huffman_size(body: bytes) -> int:
+    """Return the bytes of the table at the beginning; 0 if it is not sound."""
+    counts = body[1:17]
+    size = 17 + sum(counts)
+    symbols = body[17:size]
+    if body[0] & 0xEC or len(body) < size or not 0 < len(symbols) <= 256:
+        return 0
+    if body[0] < _AC and max(symbols) > 15:  # a DC difference has at most 15 bits
+        return 0
+    code = 0
+    for bits, count in enumerate(counts, 1):
+        code = 2 * code + count
+        if code >= 1 << bits:  # too many codes; and none may be all ones
+            return 0
+    return size
