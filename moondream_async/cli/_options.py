@@ -1,21 +1,45 @@
-"""The options that commands share, each declared once, and the error for wrong ones."""
+"""The options that commands share, each declared once, and the error for wrong ones.
+
+A command takes a whole group of options as one parameter, as FastAPI's `Depends` does: see
+`expand`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
-from typing import Annotated, cast
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import typer
+
+from moondream_async import CallEvent, Hooks, MoondreamClient
+from moondream_async import Timeout as Limits
+from moondream_async.types import Length
+
+from ._output import note
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 """The root of typer's errors of usage, made of a message and a context.
 
-typer exports only the kind below it, and has it from click or from itself, as the version is.
+typer exports only one of its subclasses; the class itself is click's in some versions of
+typer, and typer's own in others.
 """
+
+OWN = {
+    "caption": "length",
+    "query": "question",
+    "detect": "object",
+    "point": "object",
+    "segment": "object",
+}
+"""The argument of a skill that says what is asked; all but ``length`` have to be given."""
 
 
 def check_positive(value: float | None) -> float | None:
-    """Refuse what is not over 0."""
+    """Refuse a number that is not over 0."""
     if value is not None and not value > 0:
         raise typer.BadParameter(f"{value:g} is not over 0.")
     return value
@@ -77,22 +101,12 @@ Stream = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
 
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Cut the answer after so many tokens."),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(metavar="T", min=0, help="How freely words are chosen; 0 is not at all."),
-]
-TopP = Annotated[
-    float | None,
+Reasoning = Annotated[
+    bool | None,
     typer.Option(
-        "--top-p",
-        metavar="P",
-        max=1,
-        callback=check_positive,
-        help="Choose only among the likeliest words, which make up this share.",
+        "--reasoning/--no-reasoning",
+        help="Let the model think first; what it thought is printed on stderr. "
+        "[default: the server's]",
     ),
 ]
 
@@ -104,3 +118,130 @@ Every = Annotated[
         help="Time between two frames of a video, as 1s or 0.5s. [default: all frames]",
     ),
 ]
+
+
+# -- groups ---------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Options that several commands share: the parameters of a function.
+
+    A command's parameter that is annotated with a group gets what the function returns.
+    """
+
+    gather: Callable[..., Any]
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command for typer, with a group's options in place of each parameter of a group."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, tuple[Group, list[inspect.Parameter]]] = {}
+    options: list[inspect.Parameter] = []
+    for each in signature.parameters.values():
+        for group in getattr(each.annotation, "__metadata__", ()):
+            if isinstance(group, Group):
+                own = inspect.signature(group.gather, eval_str=True).parameters.values()
+                groups[each.name] = group, list(own)
+                options += own
+        if each.name not in groups:
+            options.append(each)
+
+    @wraps(command)
+    def expanded(**given: Any) -> None:
+        for name, (group, own) in groups.items():
+            given[name] = group.gather(**{option.name: given.pop(option.name) for option in own})
+        command(**given)
+
+    expanded.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {option.name: option.annotation for option in options}
+    return expanded
+
+
+def _settings(
+    *,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Cut the answer after so many tokens."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", min=0, help="How freely words are chosen; 0 is not at all."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            max=1,
+            callback=check_positive,
+            help="Choose only among the likeliest words, which make up this share.",
+        ),
+    ] = None,
+) -> dict[str, Any] | None:
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    return {name: value for name, value in settings.items() if value is not None} or None
+
+
+def _asked(
+    *,
+    skill: Annotated[
+        Literal["caption", "query", "detect", "point", "segment"],
+        typer.Option(help="What to ask."),
+    ] = "caption",
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The question, for query.")
+    ] = None,
+    object: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What to look for, for detect, point and segment."),
+    ] = None,
+    length: Annotated[Length | None, typer.Option(help="How much to say, for caption.")] = None,
+    reasoning: Annotated[
+        bool | None,
+        typer.Option("--reasoning/--no-reasoning", help="Let the model think first, for query."),
+    ] = None,
+) -> tuple[str, dict[str, Any]]:
+    given = {"question": question, "object": object, "length": length, "reasoning": reasoning}
+    return skill, {name: value for name, value in given.items() if value is not None}
+
+
+class Server(NamedTuple):
+    """The server that the user's options name, and the limit on its answers."""
+
+    endpoint: str | None
+    model: str | None
+    timeout: float | None
+
+    def client(self, **others: Any) -> MoondreamClient:
+        """Return a client; its key comes from the environment.
+
+        A `timeout` in seconds is for the whole answer, and replaces the limits on its parts:
+        a user who allows ten minutes waits that long for the beginning, too.
+        """
+        limits = Limits()
+        if self.timeout is not None:
+            limits = Limits(first_event=None, idle=None, total=self.timeout)
+        watched = sys.stderr is not None and sys.stderr.isatty()
+        options = {"hooks": Hooks(retry=_report_retry if watched else None), **others}
+        return MoondreamClient(endpoint=self.endpoint, model=self.model, timeout=limits, **options)
+
+
+def _report_retry(event: CallEvent) -> None:
+    note(f"Trying again in {event.delay or 0:.1f} s: {event.error}")
+
+
+def _server(*, endpoint: Endpoint = None, model: Model = None, timeout: Timeout = None) -> Server:
+    return Server(endpoint, model, timeout)
+
+
+def _server_alone(*, endpoint: Endpoint = None, timeout: Timeout = None) -> Server:
+    return Server(endpoint, None, timeout)
+
+
+Settings = Annotated[dict[str, Any] | None, Group(_settings)]
+"""How the model writes; None where the user leaves it to the server."""
+Asked = Annotated[tuple[str, dict[str, Any]], Group(_asked)]
+"""A skill, and the arguments that were given for it."""
+OfModel = Annotated[Server, Group(_server)]
+OfServer = Annotated[Server, Group(_server_alone)]
+"""For what no model answers."""

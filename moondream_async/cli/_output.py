@@ -1,8 +1,8 @@
-"""What commands print: answers on stdout, all that is said about them on stderr.
+"""What commands print: answers on stdout, remarks about them on stderr.
 
-A terminal obeys some characters, and what a server says may come from a picture that
-somebody else made. Every command prints through this file, and nothing else does:
-`print_text` and `note` replace such characters, `encode_json` escapes them.
+A terminal obeys control characters, and a server's answer may contain them: a picture can
+have them written on it. Every command prints through this file: `print_text` and `note`
+replace control characters, `encode_json` escapes them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from moondream_async.results import (
     BboxEvent,
     FinalEvent,
     MetricsEvent,
+    Point,
     ReasoningEvent,
+    Region,
     StreamEvent,
     UnknownEvent,
 )
 
-# Control characters, and those that make a line read in another order than it is written.
+# Control characters, and characters that change the direction in which a line is read.
 _DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 _OBEYED = {*range(0x20), *range(0x7F, 0xA0), *_DIRECTIONS} - {ord("\n"), ord("\t")}
 _REPLACED = dict.fromkeys(_OBEYED, "\N{REPLACEMENT CHARACTER}")
 
-# JSON can say any character without writing it: also those that nobody sees, and halves of
-# surrogate pairs, which UTF-8 has no bytes for. (JSON's own rules escape what is below 0x20.)
+# In JSON these characters are escaped, too: invisible ones, and halves of surrogate pairs,
+# for which UTF-8 has no bytes. (JSON's own rules escape all below 0x20.)
 _ESCAPED = re.compile(
     "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -39,7 +41,7 @@ _ESCAPED = re.compile(
 
 
 def one_line(text: str) -> str:
-    r"""Return a text in one line, without characters that a terminal would obey.
+    r"""Return a text in one line, without control characters.
 
     >>> one_line("Bad\n gateway\x1b[2J")
     'Bad gateway [2J'
@@ -48,7 +50,7 @@ def one_line(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Print a line that is not part of the answer: on stderr, dimmed on a terminal."""
+    """Print a remark, in one line on stderr; dimmed on a terminal."""
     from rich.console import Console  # noqa: PLC0415 - is not needed for most commands
 
     console = Console(stderr=True, highlight=False)
@@ -56,7 +58,7 @@ def note(text: str) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    r"""Return a value as a line of JSON, in UTF-8, that does nothing to a terminal.
+    r"""Return a value as a line of JSON, in UTF-8, which is safe to show on a terminal.
 
     >>> encode_json({"caption": "a\x9b2J \u202e cat"})
     b'{"caption":"a\\u009b2J \\u202e cat"}'
@@ -74,16 +76,22 @@ def print_json(value: Any) -> None:
 
 
 def print_text(text: str, *, end: str = "\n") -> None:
-    """Print a text, at once; on a terminal without the characters that it would obey."""
+    """Print a text, at once; a terminal gets it without control characters."""
     if sys.stdout is not None and sys.stdout.isatty():  # None: it is closed
         text = text.replace("\r\n", "\n").translate(_REPLACED)
     typer.echo(text + end, nl=False, color=True)  # True: elsewhere, the text is left as it is
 
 
+def coordinates(place: Region | Point) -> str:
+    """Return a box or a point as it is printed: its numbers, from 0 to 1 of the picture."""
+    names = ("x_min", "y_min", "x_max", "y_max") if isinstance(place, Region) else ("x", "y")
+    return " ".join(f"{getattr(place, name):.4f}" for name in names)
+
+
 async def print_pieces(stream: Stream) -> int:
     """Print a stream's pieces as they arrive; return how many there were.
 
-    The line is ended, whatever ends the stream.
+    The last line is ended also where the stream fails or is cancelled.
     """
     count = 0
     text = ""
@@ -99,7 +107,7 @@ async def print_pieces(stream: Stream) -> int:
 
 
 async def print_events(stream: Stream) -> None:
-    """Print a stream's events as they arrive, each a line of JSON; all but the end of it."""
+    """Print a stream's events as they arrive, each as a line of JSON; all but the final one."""
     async for event in stream.events:
         if event.chunk or not isinstance(event, FinalEvent):
             print_json(_describe(event))

@@ -1,7 +1,7 @@
-"""The program: its commands, and what becomes of an error that one of them raises.
+"""The program: its commands, and the exit status and the line on stderr for each error.
 
 Every error is one line on stderr. typer's own way to end a program would print
-several, so commands are invoked here without it.
+several lines, so commands are invoked here without it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import typer
 from moondream_async._version import __version__
 from moondream_async.errors import MoondreamError
 
-from . import batch, chat, demo, places, serve, server, skills, watch
-from ._options import UsageError
+from . import batch, chat, demo, places, serve, skills, watch
+from ._options import UsageError, expand
 from ._output import one_line
 from ._words import NAME, in_words, own_name
 from .bulk import command as bulk
@@ -40,12 +40,12 @@ for _command in (
     places.point,
     places.segment,
     chat.chat,
-    server.models,
+    skills.models,
     bulk.bulk,
     watch.watch,
     serve.serve,
 ):
-    app.command()(_command)
+    app.command()(expand(_command))
 app.add_typer(batch.app, name="batch")
 
 
@@ -115,7 +115,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _hint(error: typer.BadParameter) -> str:
-    """Return what to do instead, where several pictures are given to a command for one."""
+    """Name ``bulk`` to a user who gives several pictures to a command for one."""
     extra = "unexpected extra argument" in error.format_message()
     if extra and error.ctx is not None and error.ctx.command.name in _OF_ONE_PICTURE:
         return f"; for several pictures there is: {own_name()} bulk PATHS... -o FILE"
@@ -156,7 +156,7 @@ def _complain(message: str) -> None:
 
 
 def _abandon_stdout() -> None:
-    """Let what can't be written go nowhere, or the interpreter would complain of it at its end."""
+    """Send unwritten output to /dev/null: at its end the interpreter would fail to write it."""
     if sys.stdout is not None:
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

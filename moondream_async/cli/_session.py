@@ -1,40 +1,20 @@
-"""What commands work with: a client, a picture, and a loop to run in."""
+"""What commands work with: a picture that the user names, and a loop to run in."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from moondream_async import CallEvent, Hooks, MoondreamClient, Timeout, fetch_image
-
-from ._output import note
+from moondream_async import fetch_image
 
 if TYPE_CHECKING:
     from moondream_async import EncodedImage
 
+T = TypeVar("T")
+
 _STDIN = 0  # by its number, since sys.stdin is None where it is closed
 _READ_BYTES = 1 << 20
-
-
-def make_client(
-    *, endpoint: str | None = None, model: str | None = None, timeout: float | None = None
-) -> MoondreamClient:
-    """Return the client that the common options ask for; the key comes from the environment.
-
-    A `timeout` in seconds is for the whole answer, and stands in for the limits on
-    its parts, or a patient user would still be told that there was no beginning.
-    """
-    limits = Timeout() if timeout is None else Timeout(first_event=None, idle=None, total=timeout)
-    watched = sys.stderr is not None and sys.stderr.isatty()
-    hooks = Hooks(retry=_tell_retry if watched else None)
-    return MoondreamClient(endpoint=endpoint, model=model, timeout=limits, hooks=hooks)
-
-
-def _tell_retry(event: CallEvent) -> None:
-    """Say to who waits at a terminal what they wait for."""
-    note(f"Trying again in {event.delay or 0:.1f} s: {event.error}")
 
 
 def at_home(path: str) -> str:
@@ -50,13 +30,7 @@ def read_image(path: str) -> str | bytes | EncodedImage:
         APIConnectionError: It can't be reached.
     """
     if path.lower().startswith(("http://", "https://")):
-        images: list[EncodedImage] = []
-
-        async def fetch() -> None:
-            images.append(await fetch_image(path))
-
-        run(fetch())
-        return images[0]
+        return run(fetch_image(path))
     if path != "-":
         return at_home(path)
     # Not left to the client, where Ctrl-C could not end a read in a thread. And piece by
@@ -67,11 +41,8 @@ def read_image(path: str) -> str | bytes | EncodedImage:
     return b"".join(pieces)
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end; Ctrl-C cancels it, and is raised when it has cleaned up."""
     import asyncio  # noqa: PLC0415 - --help and errors of usage do without
 
-    async def whole() -> None:
-        await main
-
-    asyncio.run(whole())
+    return asyncio.run(main)

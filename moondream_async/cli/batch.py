@@ -15,18 +15,12 @@ from . import _options as options
 from ._files import replacing
 from ._options import UsageError
 from ._output import encode_json, note, print_json, print_text
-from ._session import make_client, run
-
-app = typer.Typer(
-    help="Hand many pictures over, and fetch the answers later.",
-    no_args_is_help=False,
-)
+from ._session import run
 
 Skill = Literal["caption", "query", "detect", "point"]
 BatchId = Annotated[str, typer.Argument(metavar="ID", help="The batch's id.", show_default=False)]
 
 
-@app.command()
 def create(
     context: typer.Context,
     *,
@@ -47,9 +41,7 @@ def create(
     ] = None,
     length: Annotated[Length, typer.Option(help="For caption: how much to say.")] = "normal",
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Upload a batch, and print its id. Each picture's path is the id of its answer.
 
@@ -58,24 +50,25 @@ def create(
     if len(files) == 1 and files[0].endswith(".jsonl"):
         requests: str | list[BatchRequest] = files[0]
     else:
-        requests = [
-            _request(context, path, skill, question=question, object=object, length=length)
-            for path in files
-        ]
+        own = options.OWN[skill]
+        asked = {"length": length, "question": question, "object": object}[own]
+        if asked is None:
+            article = "an" if own == "object" else "a"
+            raise UsageError(f"--skill {skill} needs {article} --{own}", context)
+        make: Any = getattr(BatchRequest, skill)
+        requests = [make(path, id=path, **{own: asked}) for path in files]
 
     async def upload(client: MoondreamClient) -> None:
-        batch = await client.batches.create(requests, on_progress=_tell_progress)
+        batch = await client.batches.create(requests, on_progress=_report_progress)
         _print_batch(batch, as_json=as_json)
 
-    _run(upload, endpoint, model, timeout)
+    _run(server, upload)
 
 
-@app.command("list")
 def list_(
     *,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    timeout: options.Timeout = None,
+    server: options.OfServer,
 ) -> None:
     """List the account's batches, a line each."""
 
@@ -83,42 +76,37 @@ def list_(
         async for batch in client.batches.list():
             _print_batch(batch, as_json=as_json)
 
-    _run(show, endpoint, None, timeout)
+    _run(server, show)
 
 
-@app.command()
 def get(
     *,
     batch: BatchId,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    timeout: options.Timeout = None,
+    server: options.OfServer,
 ) -> None:
     """Tell how far a batch is."""
 
     async def show(client: MoondreamClient) -> None:
         _print_batch(await client.batches.get(batch), as_json=as_json)
 
-    _run(show, endpoint, None, timeout)
+    _run(server, show)
 
 
-@app.command()
 def wait(
     *,
     batch: BatchId,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    timeout: options.Timeout = None,
+    server: options.OfServer,
 ) -> None:
     """Wait until a batch has ended; --timeout limits each question, not the wait."""
 
     async def show(client: MoondreamClient) -> None:
         _print_batch(await client.batches.wait(batch), as_json=as_json)
 
-    _run(show, endpoint, None, timeout)
+    _run(server, show)
 
 
-@app.command()
 def results(
     *,
     batch: BatchId,
@@ -128,8 +116,7 @@ def results(
             "--output", "-o", metavar="FILE", help="Write them there, once all have arrived."
         ),
     ] = None,
-    endpoint: options.Endpoint = None,
-    timeout: options.Timeout = None,
+    server: options.OfServer,
 ) -> None:
     """Print the answers of a batch that has completed, a JSON object a line, in no order.
 
@@ -149,44 +136,21 @@ def results(
                 failed += not result.ok
         note(f"Written: {output}, {total} answers, of which {failed} failed")
 
-    _run(fetch, endpoint, None, timeout)
+    _run(server, fetch)
 
 
 def _run(
+    server: options.Server,
     work: Callable[[MoondreamClient], Coroutine[Any, Any, None]],
-    endpoint: str | None,
-    model: str | None,
-    timeout: float | None,
 ) -> None:
     async def with_client() -> None:
-        async with make_client(endpoint=endpoint, model=model, timeout=timeout) as client:
+        async with server.client() as client:
             await work(client)
 
     run(with_client())
 
 
-def _request(
-    context: typer.Context,
-    path: str,
-    skill: Skill,
-    *,
-    question: str | None,
-    object: str | None,
-    length: Length,
-) -> BatchRequest:
-    if skill == "caption":
-        return BatchRequest.caption(path, length=length, id=path)
-    if skill == "query":
-        if question is None:
-            raise UsageError("--skill query needs a --question", context)
-        return BatchRequest.query(path, question, id=path)
-    if object is None:
-        raise UsageError(f"--skill {skill} needs an --object", context)
-    make = BatchRequest.detect if skill == "detect" else BatchRequest.point
-    return make(path, object, id=path)
-
-
-def _tell_progress(sent: int, total: int) -> None:
+def _report_progress(sent: int, total: int) -> None:
     note(f"{sent / 1e6:.1f} of {total / 1e6:.1f} MB uploaded")
 
 
@@ -203,3 +167,12 @@ def _print_batch(batch: Batch, *, as_json: bool) -> None:
     print_text("  ".join(said))
     if batch.error is not None:
         note(f"{batch.error.code}: {batch.error.message}")
+
+
+app = typer.Typer(
+    help="Hand many pictures over, and fetch the answers later.",
+    no_args_is_help=False,
+)
+_commands: list[Callable[..., None]] = [create, list_, get, wait, results]
+for _command in _commands:
+    app.command(_command.__name__.rstrip("_"))(options.expand(_command))

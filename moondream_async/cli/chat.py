@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from moondream_async import ChatStream, MoondreamClient, MoondreamError
 
 from . import _options as options
 from ._output import note, print_events, print_json, print_pieces
-from ._session import at_home, make_client
+from ._session import at_home
 
 _HELP = "/image PATH adds a picture to the next message, /new begins anew, /quit or Ctrl-D ends."
 
@@ -32,18 +31,9 @@ def chat(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="How the model is to behave.")
     ] = None,
-    reasoning: Annotated[
-        bool | None,
-        typer.Option(
-            "--reasoning/--no-reasoning",
-            help="Let the model think first; what it thought is printed on stderr. "
-            "[default: the server's]",
-        ),
-    ] = None,
+    reasoning: options.Reasoning = None,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Talk with a model, about pictures or about anything.
 
@@ -56,30 +46,27 @@ def chat(
     last is {"event": "final", ...} with the keys message, reasoning, request_id,
     finish_reason, usage and metrics.
     """
-    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
+    client = server.client()
     conversation = Conversation(client, system=system, reasoning=reasoning, as_json=as_json)
     conversation.images += map(at_home, images or [])
     interactive = sys.stdin is not None and sys.stdin.isatty()
     # One loop for the whole conversation keeps the connection from answer to answer; it
     # runs only while there is an answer to wait for.
-    loop = asyncio.new_event_loop()
-    try:
-        for line in _lines(interactive=interactive):
-            try:
-                _obey(loop, conversation, line)
-            except MoondreamError as error:
-                if not interactive:
-                    raise
-                note(str(error))
-    finally:
-        loop.run_until_complete(client.aclose())
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+    with asyncio.Runner() as runner:
+        try:
+            for line in _lines(interactive=interactive):
+                try:
+                    _obey(runner, conversation, line)
+                except MoondreamError as error:
+                    if not interactive:
+                        raise
+                    note(str(error))
+        finally:
+            runner.run(client.aclose())
 
 
 class Conversation:
-    """What was said so far."""
+    """What was said so far, and the pictures that go with the next message."""
 
     def __init__(
         self,
@@ -89,7 +76,7 @@ class Conversation:
         reasoning: bool | None,
         as_json: bool,
     ) -> None:
-        self.images: list[str] = []  # for the next message
+        self.images: list[str] = []
         self._client = client
         self._reasoning = reasoning
         self._as_json = as_json
@@ -104,8 +91,8 @@ class Conversation:
     async def say(self, text: str) -> None:
         """Send a message and print the answer.
 
-        What was answered when it is stopped stays in the conversation. A message that
-        got no answer at all does not, so that it can be said again.
+        An answer that is stopped stays in the conversation as far as it came. A message
+        without any answer does not stay, so that it can be sent again.
         """
         content = [text, *map(Path, self.images)] if self.images else text
         message = {"role": "user", "content": content}
@@ -135,8 +122,8 @@ class Conversation:
             note(f"Reasoning: {stream.reasoning.text}")
 
 
-def _obey(loop: asyncio.AbstractEventLoop, conversation: Conversation, line: str) -> None:
-    """Do what a line asks for."""
+def _obey(runner: asyncio.Runner, conversation: Conversation, line: str) -> None:
+    """Run a line that the user typed: a command, or a message. Ctrl-C stops an answer."""
     command, _, argument = line.partition(" ")
     if command == "/image" and argument:
         # Quoted as terminals do with what is dropped into them.
@@ -150,12 +137,15 @@ def _obey(loop: asyncio.AbstractEventLoop, conversation: Conversation, line: str
         conversation.begin_anew()
     elif command.startswith("/"):
         note(_HELP)
-    elif line and not _run(loop, conversation.say(line)):
-        note("Stopped.")
+    elif line:
+        try:
+            runner.run(conversation.say(line))
+        except KeyboardInterrupt:
+            note("Stopped.")
 
 
 def _lines(*, interactive: bool) -> Iterator[str]:
-    """Give what the user types, or the lines of another input, up to the end or ``/quit``."""
+    """Yield what the user types, or the lines of a pipe or file, up to the end or ``/quit``."""
     if interactive:
         note(_HELP)
         with contextlib.suppress(ImportError):
@@ -179,32 +169,3 @@ def _lines(*, interactive: bool) -> Iterator[str]:
         yield line
     if interactive:
         typer.echo()
-
-
-def _run(loop: asyncio.AbstractEventLoop, answer: Coroutine[Any, Any, None]) -> bool:
-    """Run an answer; return whether it went to its end, and was not stopped by Ctrl-C."""
-    task = loop.create_task(answer)
-    try:
-        with _ctrl_c_cancels(loop, task):
-            loop.run_until_complete(task)
-    except asyncio.CancelledError:
-        return False
-    except KeyboardInterrupt:  # where loops can't handle signals
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            loop.run_until_complete(task)
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _ctrl_c_cancels(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> Iterator[None]:
-    try:
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
-    except NotImplementedError:  # on Windows
-        yield
-        return
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The command ``demo``: a streamed answer for somebody who has nothing set up yet."""
+"""The command ``demo``: a streamed answer for a user who has nothing set up yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import _options as options
 from ._options import UsageError
 from ._output import note, print_pieces, print_text
 from ._picture import print_wrapped, show_picture
-from ._session import make_client, read_image, run
+from ._session import read_image, run
 from ._words import own_name
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def demo(
             metavar="TOKENS_PER_SECOND", min=0, help="The simulator's pace; 0 is without pauses."
         ),
     ] = 20,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Watch a picture being described; nothing needs to be set up.
 
@@ -80,28 +78,25 @@ def demo(
     if not opens and not web:
         raise UsageError("'--no-open' has no effect without '--web'", context)
     picture = None if image is None else read_image(image)
-    endpoint = endpoint or os.environ.get("MOONDREAM_ENDPOINT")
+    endpoint = server.endpoint or os.environ.get("MOONDREAM_ENDPOINT")
     simulated = not endpoint and not os.environ.get("MOONDREAM_API_KEY")
-    server = _server(endpoint, model, timeout, rate if simulated else None)
+    opened = _opened(server, rate if simulated else None)
     if web:
-        run(_serve_page(server, picture, model, port, simulated=simulated, opens=opens))
+        run(_serve_page(opened, picture, server.model, port, simulated=simulated, opens=opens))
     else:
-        run(_demo(server, picture, simulated=simulated))
+        run(_demo(opened, picture, simulated=simulated))
 
 
 @contextlib.asynccontextmanager
-async def _server(
-    endpoint: str | None, model: str | None, timeout: float | None, rate: float | None
-) -> AsyncIterator[MoondreamClient]:
-    """Give a client of a server; with a `rate`, of a simulator that runs meanwhile."""
+async def _opened(server: options.Server, rate: float | None) -> AsyncIterator[MoondreamClient]:
+    """Yield a client of the server; with a `rate`, of a simulator that is started for it."""
     from moondream_async.simulator import Simulator  # noqa: PLC0415 - loads aiohttp
 
     async with contextlib.AsyncExitStack() as stack:
         if rate is not None:
-            endpoint = (await stack.enter_async_context(Simulator(rate=rate))).endpoint
-        yield await stack.enter_async_context(
-            make_client(endpoint=endpoint, model=model, timeout=timeout)
-        )
+            simulator = await stack.enter_async_context(Simulator(rate=rate))
+            server = server._replace(endpoint=simulator.endpoint)
+        yield await stack.enter_async_context(server.client())
 
 
 async def _demo(
@@ -176,7 +171,7 @@ async def _serve_page(
 
 
 def _has_browser() -> bool:
-    """Whether there is a browser with windows of its own: another would take the terminal."""
+    """Tell whether a browser with windows is there; one in the terminal would take it over."""
     named = any(os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
     return named or sys.platform in ("darwin", "win32")
 

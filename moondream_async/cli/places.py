@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,15 +11,21 @@ import typer
 from moondream_async import ImageInput, MoondreamClient, MoondreamError
 from moondream_async._stream.kinds import SegmentStream
 from moondream_async.results import DetectResult, PointResult, SegmentResult
-from moondream_async.types import Settings
 
 from . import _options as options
 from ._files import replacing
 from ._options import UsageError
-from ._output import note, print_events, print_json, print_pieces, print_text
-from ._session import at_home, make_client, read_image, run
+from ._output import coordinates, note, print_events, print_json, print_pieces, print_text
+from ._session import at_home, read_image, run
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_ABOUT_IT = ("request_id", "finish_reason", "metrics")
+_KEYS = {
+    "detect": ("objects", *_ABOUT_IT),
+    "point": ("points", *_ABOUT_IT),
+    "segment": ("path", "bbox", "transform", "parse_error", *_ABOUT_IT),
+}
+"""What a skill's answer has in JSON."""
 
 Found = DetectResult | PointResult | SegmentResult
 
@@ -49,9 +54,7 @@ def detect(
     max_objects: MaxObjects = None,
     save: Save = None,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Find objects in a picture and put a box around each.
 
@@ -60,11 +63,7 @@ def detect(
     With --json, the answer is one object with the keys objects, request_id,
     finish_reason and metrics.
     """
-    save = _check_can_save(context, save)
-    picture = read_image(image)
-    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
-    call = client.detect(picture, object, settings=_limit(max_objects))
-    run(_show(client, call, "objects", _box_lines, picture=picture, save=save, as_json=as_json))
+    _find(context, server, image, object, save, as_json=as_json, settings=_limit(max_objects))
 
 
 def point(
@@ -75,9 +74,7 @@ def point(
     max_objects: MaxObjects = None,
     save: Save = None,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Find objects in a picture and put a point in each.
 
@@ -86,11 +83,7 @@ def point(
     With --json, the answer is one object with the keys points, request_id,
     finish_reason and metrics.
     """
-    save = _check_can_save(context, save)
-    picture = read_image(image)
-    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
-    call = client.point(picture, object, settings=_limit(max_objects))
-    run(_show(client, call, "points", _point_lines, picture=picture, save=save, as_json=as_json))
+    _find(context, server, image, object, save, as_json=as_json, settings=_limit(max_objects))
 
 
 def segment(
@@ -108,9 +101,7 @@ def segment(
         ),
     ] = False,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Draw the outline of an object.
 
@@ -121,119 +112,87 @@ def segment(
     parse_error, request_id, finish_reason and metrics. With --json --stream, every
     event is a line as it arrives, and the last is {"event": "final", ...} with these.
     """
-    save = _check_can_save(context, save, outlines=True)
-    picture = read_image(image)
-    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
-    if stream:
-        call = client.segment(picture, object, stream=True)
-        run(_show_outline(client, call, picture=picture, save=save, as_json=as_json))
-    else:
-        plain = client.segment(picture, object)
-        run(_show(client, plain, "path", _path_lines, picture=picture, save=save, as_json=as_json))
+    _find(context, server, image, object, save, as_json=as_json, stream=stream)
 
 
-async def _show(
-    client: MoondreamClient,
-    call: Coroutine[Any, Any, Found],
-    key: str,
-    lines: Callable[[Any], list[str]],
-    *,
-    picture: ImageInput,
-    save: Path | None,
-    as_json: bool,
-) -> None:
-    async with client:
-        found = await call
-    if as_json:
-        print_json(_as_json(found, key))
-    else:
-        for line in lines(found):
-            print_text(line)
-        _remark(found)
-    if save is not None:
-        await _draw(found, picture, save)
-
-
-async def _show_outline(
-    client: MoondreamClient,
-    call: Coroutine[Any, Any, SegmentStream],
-    *,
-    picture: ImageInput,
-    save: Path | None,
-    as_json: bool,
-) -> None:
-    async with client, await call as stream:
-        await (print_events(stream) if as_json else print_pieces(stream))
-        found = SegmentResult(
-            path=stream.path or "",
-            bbox=stream.bbox,
-            parse_error=stream.parse_error,
-            request_id=stream.request_id,
-            finish_reason=stream.finish_reason,
-            metrics=stream.metrics,
-        )
-    if as_json:
-        print_json({"event": "final"} | _as_json(found, "path"))
-    else:
-        print_text(found.path)
-        _remark(found)
-    if save is not None:
-        await _draw(found, picture, save)
-
-
-def _as_json(found: Found, key: str) -> dict[str, Any]:
-    values: dict[str, Any] = {key: getattr(found, key)}
-    if isinstance(found, SegmentResult):
-        values |= {"bbox": found.bbox, "transform": found.transform}
-        values["parse_error"] = found.parse_error
-    return values | {name: found.get(name) for name in ("request_id", "finish_reason", "metrics")}
-
-
-def _box_lines(found: DetectResult) -> list[str]:
-    return [f"{b.x_min:.4f} {b.y_min:.4f} {b.x_max:.4f} {b.y_max:.4f}" for b in found.objects]
-
-
-def _point_lines(found: PointResult) -> list[str]:
-    return [f"{point.x:.4f} {point.y:.4f}" for point in found.points]
-
-
-def _path_lines(found: SegmentResult) -> list[str]:
-    return [found.path]
-
-
-def _remark(found: Found) -> None:
-    """Say what the lines don't."""
-    if isinstance(found, SegmentResult):
-        if found.transform is not None:
-            note(f"Transform: {found.transform}")
-        if found.parse_error is not None:
-            note(f"The server could not read all of the outline: {found.parse_error}")
-    elif not (found.objects if isinstance(found, DetectResult) else found.points):
-        note("Nothing found.")
-
-
-def _limit(max_objects: int | None) -> Settings | None:
+def _limit(max_objects: int | None) -> dict[str, int] | None:
     return None if max_objects is None else {"max_objects": max_objects}
 
 
-def _check_can_save(
-    context: typer.Context, save: Path | None, *, outlines: bool = False
-) -> Path | None:
-    """Refuse before anything is asked what could not be written afterwards."""
-    if save is None:
-        return None
+def _find(
+    context: typer.Context,
+    server: options.OfModel,
+    image: str,
+    object: str,
+    save: Path | None,
+    *,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Run the skill that the command is named after."""
+    skill = str(context.command.name)
+    if save is not None:
+        save = _checked(context, save)
+    if save is not None and skill == "segment" and find_spec("svg") is None:
+        raise MoondreamError("--save of an outline needs: pip install 'moondream-async[cli]'")
+    picture = read_image(image)
+    client = server.client()
+    call = getattr(client, skill)(picture, object, **arguments)
+    run(_show(client, call, _KEYS[skill], picture, save, as_json=as_json))
+
+
+def _checked(context: typer.Context, save: Path) -> Path:
+    """Refuse, before the server is asked, a file that could not be written afterwards."""
     save = Path(at_home(str(save)))
     if save.suffix.lower() not in _PICTURES:
         raise UsageError(f"--save takes a file that ends in {', '.join(_PICTURES)}", context)
     if not save.parent.is_dir():
         raise UsageError(f"--save: there is no folder {save.parent}", context)
-    if outlines and find_spec("svg") is None:
-        raise MoondreamError("--save of an outline needs: pip install 'moondream-async[cli]'")
     return save
 
 
+async def _show(
+    client: MoondreamClient,
+    call: Any,
+    keys: tuple[str, ...],
+    picture: ImageInput,
+    save: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    last = {}
+    async with client:
+        found = await call
+        if isinstance(found, SegmentStream):
+            last = {"event": "final"}
+            async with found as stream:
+                await (print_events(stream) if as_json else print_pieces(stream))
+                found = await stream.result()
+    if as_json:
+        print_json(last | {name: getattr(found, name) for name in keys})
+    else:
+        _print(found)
+    if save is not None:
+        await _draw(found, picture, save)
+
+
+def _print(found: Found) -> None:
+    if isinstance(found, SegmentResult):
+        print_text(found.path)
+        if found.transform is not None:
+            note(f"Transform: {found.transform}")
+        if found.parse_error is not None:
+            note(f"The server could not read all of the outline: {found.parse_error}")
+        return
+    places = found.objects if isinstance(found, DetectResult) else found.points
+    for place in places:
+        print_text(coordinates(place))
+    if not places:
+        note("Nothing found.")
+
+
 async def _draw(found: Found, picture: ImageInput, path: Path) -> None:
-    """Write the picture with what was found; the file there stays until the new one is whole."""
+    """Write the picture with the marks over it; the file there stays until the new one is whole."""
     from asyncio import to_thread  # noqa: PLC0415 - --help does without
 
     drawn = await to_thread(found.draw, picture)

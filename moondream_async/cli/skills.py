@@ -1,4 +1,4 @@
-"""The commands that ask about one picture."""
+"""The commands that ask about one picture, and what the server offers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import typer
 from moondream_async import MoondreamClient
 from moondream_async._stream.stream import Stream
 from moondream_async.results import Result
-from moondream_async.types import Length, Settings
+from moondream_async.types import Length
+from moondream_async.types import Settings as Sent
 
 from . import _options as options
 from ._options import UsageError
 from ._output import note, print_events, print_json, print_pieces, print_text
-from ._session import make_client, read_image, run
+from ._session import read_image, run
 
 _ABOUT_IT = ("request_id", "finish_reason", "metrics", "ttft")
 
@@ -24,14 +25,10 @@ def caption(
     *,
     image: options.Image,
     length: Annotated[Length, typer.Option(help="How much to say.")] = "normal",
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
+    settings: options.Settings,
     stream: options.Stream = None,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Describe a picture.
 
@@ -43,12 +40,12 @@ def caption(
     "chunk": ...}, {"event": "metrics", "metrics": ...} or {"event": "unknown",
     "name": ..., "raw": ...}; the last is {"event": "final", ...} with the keys above.
     """
-    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
+    client = server.client()
     answer = client.caption(
         read_image(image),
         length=length,
         stream=_is_streamed(stream=stream, as_json=as_json),
-        settings=_settings(max_tokens, temperature, top_p),
+        settings=cast("Sent | None", settings),
     )
     run(_show(client, answer, ("caption", *_ABOUT_IT), as_json=as_json))
 
@@ -64,22 +61,11 @@ def query(
     no_image: Annotated[
         bool, typer.Option("--no-image", help="Ask without a picture: give only QUESTION.")
     ] = False,
-    reasoning: Annotated[
-        bool | None,
-        typer.Option(
-            "--reasoning/--no-reasoning",
-            help="Let the model think first; what it thought is printed on stderr. "
-            "[default: the server's]",
-        ),
-    ] = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
+    reasoning: options.Reasoning = None,
+    settings: options.Settings,
     stream: options.Stream = None,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Answer a question about a picture.
 
@@ -97,15 +83,23 @@ def query(
         question = image
     elif question is None:
         raise UsageError("Missing argument 'QUESTION'", context)
-    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
+    client = server.client()
     answer = client.query(
         None if no_image else read_image(image),
         question,
         stream=_is_streamed(stream=stream, as_json=as_json),
         reasoning=reasoning,
-        settings=_settings(max_tokens, temperature, top_p),
+        settings=cast("Sent | None", settings),
     )
     run(_show(client, answer, ("answer", "reasoning", *_ABOUT_IT), as_json=as_json))
+
+
+def models(*, as_json: options.AsJson = False, server: options.OfServer) -> None:
+    """List the models that the server offers, a line each.
+
+    With --json, a line is an object as the server sent it.
+    """
+    run(_models(server.client(), as_json=as_json))
 
 
 async def _show(
@@ -115,7 +109,7 @@ async def _show(
     *,
     as_json: bool,
 ) -> None:
-    """Print what a call answers. The first of `keys` is its text; the others go into JSON."""
+    """Print the answer of a call. The first of `keys` is its text; the others go into JSON."""
     async with client:
         answer = await call
         if isinstance(answer, Stream):
@@ -140,9 +134,11 @@ def _is_streamed(*, stream: bool | None, as_json: bool) -> bool:
     return not as_json if stream is None else stream
 
 
-def _settings(
-    max_tokens: int | None, temperature: float | None, top_p: float | None
-) -> Settings | None:
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    given = {name: value for name, value in settings.items() if value is not None}
-    return cast("Settings | None", given or None)
+async def _models(client: MoondreamClient, *, as_json: bool) -> None:
+    async with client:
+        for model in await client.models():
+            if as_json:
+                print_json(model.raw)
+            else:
+                said = [model.id, model.name, model.description]
+                print_text("  ".join(each for each in said if each))

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,12 +17,11 @@ from moondream_async.errors import (
     MoondreamError,
     RateLimitError,
 )
-from moondream_async.types import Length
 
 from . import _options as options
 from ._options import UsageError
-from ._output import note, one_line, print_json, print_text
-from ._session import at_home, make_client, run
+from ._output import coordinates, note, one_line, print_json, print_text
+from ._session import at_home, run
 from ._words import in_words
 
 if TYPE_CHECKING:
@@ -30,9 +29,7 @@ if TYPE_CHECKING:
     from moondream_async.frames import MJPEGSource, Source
     from moondream_async.watch import Frame, WatchResult
 
-_NEEDED = {"query": "question", "detect": "object", "point": "object", "segment": "object"}
 _STREAMED = re.compile(r"(rtsps?|rtmps?|srt)://", re.IGNORECASE)
-_BOX = ("x_min", "y_min", "x_max", "y_max")
 
 
 def watch(
@@ -48,22 +45,7 @@ def watch(
             show_default=False,
         ),
     ],
-    skill: Annotated[
-        Literal["caption", "query", "detect", "point", "segment"],
-        typer.Option(help="What to ask."),
-    ] = "caption",
-    question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The question, for query.")
-    ] = None,
-    object: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="What to look for, for detect, point and segment."),
-    ] = None,
-    length: Annotated[Length | None, typer.Option(help="How much to say, for caption.")] = None,
-    reasoning: Annotated[
-        bool | None,
-        typer.Option("--reasoning/--no-reasoning", help="Let the model think first, for query."),
-    ] = None,
+    asked: options.Asked,
     every: options.Every = None,
     max_age: Annotated[
         float | None,
@@ -76,13 +58,9 @@ def watch(
     in_flight: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many frames may be asked about at once.")
     ] = 1,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
+    settings: options.Settings,
     as_json: options.AsJson = False,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    server: options.OfModel,
 ) -> None:
     """Ask the same about moving pictures, again and again: the newest frame wins.
 
@@ -97,31 +75,20 @@ def watch(
 
     It ends with the video, or with Ctrl-C. The exit status is 1 when nothing was answered.
     """
-    arguments: dict[str, Any] = {"question": question, "object": object, "length": length}
-    arguments["reasoning"] = reasoning
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    arguments["settings"] = {k: v for k, v in settings.items() if v is not None} or None
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    own = {*(["length"] if skill == "caption" else []), _NEEDED.get(skill, "")}
-    own |= {"reasoning"} if skill == "query" else set()
-    for name in ("question", "object", "length", "reasoning"):
-        if name in arguments and name not in own:
+    skill, arguments = asked
+    own = options.OWN[skill]
+    for name in arguments:
+        if name != own and not (name == "reasoning" and skill == "query"):
             raise UsageError(f"'--{name}' is not for '--skill {skill}'", context)
-    if (needed := _NEEDED.get(skill)) and not (arguments.get(needed) or "").strip():
-        raise UsageError(f"'--skill {skill}' needs '--{needed}'", context)
+    if own != "length" and not arguments.get(own, "").strip():
+        raise UsageError(f"'--skill {skill}' needs '--{own}'", context)
     pictures = _open(context, source, every)
-    client = make_client(endpoint=endpoint, model=model, timeout=timeout)
-    arguments |= {"max_age": max_age, "in_flight": in_flight}
-    run(_watch(client, pictures, skill, arguments, every, as_json=as_json))
+    arguments |= {"settings": settings, "max_age": max_age, "in_flight": in_flight}
+    run(_watch(server.client(), pictures, skill, arguments, every, as_json=as_json))
 
 
 def _open(context: typer.Context, source: str, every: float | None) -> Source | MJPEGSource:
-    """Return what SOURCE names; nothing of it is opened yet.
-
-    Raises:
-        MissingExtraError: An extra is not installed.
-        MoondreamError: There is no such file.
-    """
+    """Return the source that SOURCE names, not opened yet."""
     from moondream_async import frames  # noqa: PLC0415 - --help does without
 
     path = at_home(source)
@@ -175,7 +142,7 @@ async def _watch(
 
 
 async def _seldom(frames: AsyncIterator[Frame], every: float | None) -> AsyncGenerator[Frame, None]:
-    """Pass frames on, with some seconds between them; most sources see to that themselves."""
+    """Pass frames on, `every` seconds one; not all sources can be opened with such a pause."""
     due = float("-inf")
     async for frame in frames:
         if every is None or frame.time >= due - 1e-6:
@@ -184,7 +151,7 @@ async def _seldom(frames: AsyncIterator[Frame], every: float | None) -> AsyncGen
 
 
 def _is_hopeless(error: MoondreamError) -> bool:
-    """Tell whether no frame would fare better, where none has."""
+    """Tell whether the next frame would fail in the same way, where none was answered yet."""
     if isinstance(error, APIStatusError):
         return error.status < 500 and not isinstance(error, RateLimitError)
     return isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
@@ -201,9 +168,8 @@ def _as_json(each: WatchResult[Frame, Any]) -> dict[str, Any]:
 
 def _text(result: Any) -> str:
     """Return an answer as a text."""
-    for name, keys in (("objects", _BOX), ("points", ("x", "y"))):
+    for name in ("objects", "points"):
         if name in result:
-            places = [" ".join(f"{place[key]:.4f}" for key in keys) for place in result[name]]
-            return "; ".join(places) or "nothing found"
+            return "; ".join(map(coordinates, result[name])) or "nothing found"
     found = (str(result[name]) for name in ("caption", "answer", "path") if name in result)
     return next(found, "") or "nothing found"

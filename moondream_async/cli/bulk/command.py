@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moondream_async import MoondreamClient, Timeout
+from moondream_async import Hooks
 from moondream_async.cli import _options as options
 from moondream_async.cli._options import UsageError
 from moondream_async.cli._output import print_text
 from moondream_async.cli._session import run
 from moondream_async.errors import MissingExtraError, RequestError
-from moondream_async.types import Length
 
 if TYPE_CHECKING:
     from .job import Job
 
-Skill = Literal["caption", "query", "detect", "point", "segment"]
 Via = Literal["requests", "batch-api"]
 
 
@@ -47,18 +45,7 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
             "stdout.",
         ),
     ],
-    skill: Annotated[Skill, typer.Option(help="What to ask.")] = "caption",
-    question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The question, for query.")
-    ] = None,
-    object: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to look for, for detect and point.")
-    ] = None,
-    length: Annotated[Length | None, typer.Option(help="How much to say, for caption.")] = None,
-    reasoning: Annotated[
-        bool | None,
-        typer.Option("--reasoning/--no-reasoning", help="Let the model think first, for query."),
-    ] = None,
+    asked: options.Asked,
     ask: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,12 +115,8 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace texts and files that no run has made.")
     ] = False,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    endpoint: options.Endpoint = None,
-    model: options.Model = None,
-    timeout: options.Timeout = None,
+    settings: options.Settings,
+    server: options.OfModel,
 ) -> None:
     """Ask the same about many pictures.
 
@@ -153,33 +136,23 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     The exit status is 1 when a picture failed. Ctrl-C finishes what is under way; a
     second one stops at once.
     """
-    arguments: dict[str, Any] = {"question": question, "object": object, "length": length}
-    arguments["reasoning"] = reasoning
-    arguments["settings"] = {
-        name: value
-        for name, value in (
-            ("max_tokens", max_tokens),
-            ("temperature", temperature),
-            ("top_p", top_p),
-        )
-        if value is not None
-    } or None
-    asks = _asks(context, ask or [])
-    if asks:
-        if skill not in ("caption", "query") or question or via == "batch-api":
-            raise UsageError("'--ask' is for query by requests, without '--question'", context)
-        skill = "query"
-    needed = {"query": "question", "caption": ""}.get(skill, "object")
-    if needed and not arguments[needed] and not asks:
-        raise UsageError(f"'--skill {skill}' needs '--{needed}'", context)
-    if skill == "segment" and via == "batch-api":
-        raise UsageError("'--via batch-api' takes no '--skill segment'", context)
-    if skill == "caption" and length is None:
-        arguments["length"] = "normal"
+    skill, arguments = asked
+    by_batch = via == "batch-api"
     if not paths and not from_file:
         raise UsageError("Missing argument 'PATHS...'", context)
     if rate_limit is not None and rate_limit <= 0:
         raise UsageError("Invalid value for '--rate-limit': it must be over 0", context)
+    if asks := _asks(context, ask or []):
+        if skill not in ("caption", "query") or arguments.get("question") or by_batch:
+            raise UsageError("'--ask' is for query by requests, without '--question'", context)
+        skill = "query"
+    needed = options.OWN[skill]
+    if skill == "caption":
+        arguments.setdefault("length", "normal")
+    elif not arguments.get(needed) and not asks:
+        raise UsageError(f"'--skill {skill}' needs '--{needed}'", context)
+    if skill == "segment" and by_batch:
+        raise UsageError("'--via batch-api' takes no '--skill segment'", context)
     from .outputs import Output  # noqa: PLC0415 - --help does without
     from .remote import allow_networks  # noqa: PLC0415 - likewise
     from .report import check_report  # noqa: PLC0415 - likewise
@@ -196,29 +169,25 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         raise UsageError(str(error), context) from None
     if wanted.form == "folder" and skill not in ("caption", "query", "detect"):
         raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
-    if wanted.form == "folder" and (asks or (skill == "detect" and "{" in (object or ""))):
+    varies = skill == "detect" and "{" in arguments["object"]
+    if wanted.form == "folder" and (asks or varies):
         raise UsageError("a folder takes one answer, or one class: '-o' must be a file", context)
     if wanted.form == "coco" and skill != "detect":
         raise UsageError("'-o .coco.json' is for '--skill detect'", context)
     wanted.check(overwrite=overwrite)
     if report is not None:
         check_report(report)
-    limits = Timeout() if timeout is None else Timeout(first_event=None, idle=None, total=timeout)
-    client = MoondreamClient(
-        endpoint=endpoint,
-        model=model,
-        timeout=limits,
-        max_connections=concurrency,
-        max_retries=retries,
-        rate_limit=rate_limit,
-    )
     from .job import Job  # noqa: PLC0415 - --help does without
     from .questions import Questions  # noqa: PLC0415 - likewise
 
-    asked = {name: value for name, value in arguments.items() if value is not None}
+    client = server.client(
+        max_connections=concurrency, max_retries=retries, rate_limit=rate_limit, hooks=Hooks()
+    )
+    if settings is not None:
+        arguments["settings"] = settings
     job = Job(
         client,
-        Questions(skill, asked, asks, model),
+        Questions(skill, arguments, asks, server.model),
         output=wanted,
         report=report,
         overwrite=overwrite,
@@ -227,9 +196,9 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     which: dict[str, Any] = {"include": include or (), "exclude": exclude or (), "column": column}
     job.sources(paths or [], from_file or [], every=every, **which)
     if dry_run:
-        run(_tell(job, rate_limit, by_batch=via == "batch-api"))
+        run(_estimate(job, rate_limit, by_batch=by_batch))
         return
-    run(job.run(grace, by_batch=via == "batch-api"))
+    run(job.run(grace, by_batch=by_batch))
     if job.interrupted:
         raise KeyboardInterrupt
     if job.failed:
@@ -246,7 +215,7 @@ def _asks(context: typer.Context, given: list[str]) -> dict[str, str]:
     return asks
 
 
-async def _tell(job: Job, rate_limit: float | None, *, by_batch: bool) -> None:
+async def _estimate(job: Job, rate_limit: float | None, *, by_batch: bool) -> None:
     from .estimate import rate_of  # noqa: PLC0415 - --help does without
 
     estimate = await job.dry_run()
