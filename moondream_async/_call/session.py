@@ -13,7 +13,7 @@ from yarl import URL
 from moondream_async._images import encode_at_once, encode_image
 from moondream_async._protocol import USER_AGENT
 from moondream_async._protocol.headers import joined
-from moondream_async._protocol.secret import Redactor, Secret, redact
+from moondream_async._protocol.secret import Redactor, Secret
 from moondream_async._transport.pools import NO_SECRETS, Transport
 from moondream_async._transport.workers import Workers
 from moondream_async.errors import ClientClosedError
@@ -201,7 +201,7 @@ class Session:
 
     def redact(self, data: bytes) -> bytes:
         """Take the secret out of an error's body. Answers are left alone."""
-        return redact(data, self.secret)
+        return self.secret.data(data)
 
 
 _all: weakref.WeakSet[Session] = weakref.WeakSet()

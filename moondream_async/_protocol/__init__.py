@@ -1,14 +1,15 @@
 """The wire, both ways and without I/O.
 
-`requests` turns a call into JSON; `answers` turns a body or an error status
-into a value or an error; `events` does so for a stream. Which of the known
-servers speaks is never asked: what they send differs, what it means does not.
+`requests` turns a call into JSON; `answers` turns a body or an error status into a value or
+an error; `events` turns the bytes of a stream into events. All of them read every known server's
+form without asking which server it is.
 """
 
 from moondream_async._version import __version__
 
 USER_AGENT = f"moondream-async/{__version__}"
-"""Must be there: the cloud's gateway turns away clients without a name of their own."""
+"""Sent with each request: the cloud's gateway refuses clients that name none."""
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
-"""Far above any answer: the largest hold a mask in base64. Beyond it somebody is at play."""
+"""Limit of a plain answer's body, which bounds memory. The largest answers hold a mask in base64
+and stay far below."""

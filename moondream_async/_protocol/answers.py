@@ -1,8 +1,8 @@
-"""Plain answers: a JSON body into a result, an error status into an error.
+"""Plain answers: a JSON body becomes a result, an error status becomes an error.
 
-Servers differ in how they say that something failed: an object or a string
-under ``error``, ``detail`` or ``message``, HTML from a gateway, and Station with
-status 200. All of them end here as one `APIStatusError`.
+Servers report a failure in different ways: as an object or a string under ``error``, ``detail``
+or ``message``, as HTML from a gateway, or, like Station, with status 200. Each of these becomes
+an `APIStatusError` here.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from .requests import Skill
 from .retry_after import parse_retry_after
 
 ANSWER_KEY: dict[Skill, str] = {"caption": "caption", "query": "answer", "segment": "path"}
-"""Where the text of a skill's answer stands, in a body and in the last event of a stream."""
+"""The field of a skill's text, in a body and in the last event of a stream."""
 
 _EXCERPT = 500  # characters of a body that is no JSON, for the error message
 
 
 def decode_json(body: bytes, *, status: int = 200) -> dict[str, Any]:
-    """Decode the JSON object that a plain answer is.
+    """Decode the JSON object of a plain answer.
 
     Raises:
-        APIStatusError: It is none, or it says that it is an error.
+        APIStatusError: The body is no JSON object, or reports an error.
     """
     raw = decode_object(body, status=status)
-    if raw.get("error"):  # as Station says it, with status 200
+    if raw.get("error"):  # Station reports errors with status 200
         raise _error_in(raw, status)
     return raw
 
@@ -73,7 +73,7 @@ def read_result(
     """Turn the decoded body of a skill's plain answer into its result.
 
     Raises:
-        APIStatusError: The answer is not in it.
+        APIStatusError: The body does not hold the answer.
     """
     kind, read = _READERS[skill]
     try:
@@ -117,7 +117,7 @@ def _read_chat(raw: dict[str, Any]) -> dict[str, Any]:
     reasoning = find_reasoning(said)
     message = ChatMessage(
         role=to_id(said.get("role")) or "assistant",
-        content=_text("" if said["content"] is None else said["content"]),  # all was reasoning
+        content=_text("" if said["content"] is None else said["content"]),  # None: reasoning only
         reasoning=None if reasoning is None else reasoning.text,
         reasoning_details=reasoning if reasoning and reasoning.grounding else None,
     )
@@ -143,7 +143,7 @@ def _text(value: Any) -> str:
 
 
 def read_models(raw: dict[str, Any]) -> list[Model]:
-    """Read a list of models: the cloud's, shaped as OpenAI's, or Station's."""
+    """Read a list of models in OpenAI's form, as the cloud sends it, or in Station's."""
     entries = raw.get("data")
     if not isinstance(entries, list):
         entries = raw.get("models")
@@ -156,7 +156,7 @@ def read_models(raw: dict[str, Any]) -> list[Model]:
 
 
 def read_stats(raw: dict[str, Any]) -> ServerStats:
-    """Read Station's numbers; `raw` has them also where they are not as expected."""
+    """Read Station's numbers; where they are not as expected, `raw` alone has them."""
     try:
         return ServerStats.of(convert(raw, ServerStats), raw=raw)
     except msgspec.ValidationError:
@@ -164,10 +164,10 @@ def read_stats(raw: dict[str, Any]) -> ServerStats:
 
 
 def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
-    """Decode a JSON object, in which a field ``error`` is a field like any other.
+    """Decode a JSON object; a field ``error`` in it raises nothing.
 
     Raises:
-        ServerError: It is none.
+        ServerError: The body is no JSON object.
     """
     try:
         raw = decode(body)
@@ -198,22 +198,22 @@ def _said(**items: Any) -> dict[str, Any]:
 
 
 def to_id(value: Any) -> str | None:
-    """Read an id or a name; some servers number their requests."""
+    """Read an id or a name; a number, which some servers use, becomes a string."""
     if isinstance(value, str):
         return value or None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def find_metrics(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Find the tokens and times, under whichever name they come."""
-    for key in ("metrics", "_stats", "stats"):  # the latter two are Station's
+    """Find the counts of tokens and the times, under each name that servers use."""
+    for key in ("metrics", "_stats", "stats"):  # the last two are Station's
         if key in raw and isinstance(value := raw[key], dict):
             return value
     return None
 
 
 def decode_reasoning(value: Any) -> Reasoning | None:
-    """Read the reasoning out of a body or an event; spans that make no sense are left out."""
+    """Read the reasoning in a body or an event; spans in an unknown form are left out."""
     if isinstance(value, str):
         return Reasoning(value)
     if not isinstance(value, dict):
@@ -230,13 +230,13 @@ def decode_reasoning(value: Any) -> Reasoning | None:
 
 
 def find_reasoning(message: Mapping[str, Any]) -> Reasoning | None:
-    """Find the reasoning in a chat message or a piece of one, under whichever names it comes.
+    """Find the reasoning in a chat message or a piece of one, under each name that servers use.
 
-    The text and its places may come under two: the official client's types have the
-    text in ``reasoning``, and ``grounding`` alone in ``reasoning_details``.
+    Text and grounding may have two names: in the official client's types, ``reasoning`` is the
+    text and ``reasoning_details`` has ``grounding`` alone.
     """
     details = message.get("reasoning_details")
-    if isinstance(details, list):  # a list of pieces, as OpenRouter and its kin send them
+    if isinstance(details, list):  # a list of pieces, as OpenRouter sends them
         texts = [each.get("text") for each in details if isinstance(each, dict)]
         text = "".join(each for each in texts if isinstance(each, str))
         details = {"text": text} if text else None
@@ -251,7 +251,7 @@ def find_reasoning(message: Mapping[str, Any]) -> Reasoning | None:
 
 
 def decode_region(value: Any) -> Region | None:
-    """Read a box; None where there is none that makes sense."""
+    """Read a box; None if `value` is not one."""
     try:
         return convert(value, Region)
     except msgspec.ValidationError:
@@ -259,7 +259,7 @@ def decode_region(value: Any) -> Region | None:
 
 
 def decode_usage(value: Any) -> Usage | None:
-    """Read the token counts of a chat; None where there are none that make sense."""
+    """Read the token counts of a chat; None if `value` has none."""
     try:
         return convert(value, Usage)
     except msgspec.ValidationError:
@@ -280,10 +280,10 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
 def error_from_response(
     status: int, headers: Mapping[str, str], body: bytes, *, now: float, endpoint: str = ""
 ) -> APIStatusError:
-    """Turn an answer with an error status into the error to raise; any body will do.
+    """Turn an answer with an error status, and any body, into the error to raise.
 
-    `now` is the time in seconds since the epoch, for a ``Retry-After`` date. Where
-    `endpoint` was asked for what it doesn't have, and lacks its ``/v1``, the error says so.
+    `now` is the time in seconds since the epoch, for a ``Retry-After`` date. For a 404 at an
+    `endpoint` without ``/v1``, the message suggests the address with it.
     """
     from multidict import CIMultiDict  # noqa: PLC0415 - loaded with aiohttp, not with the package
 
@@ -307,7 +307,7 @@ def error_from_response(
 
 
 def _error_in(raw: Mapping[str, Any], status: int) -> APIStatusError:
-    """Return the error that a body with status 200 says it is."""
+    """Return the error that a body with status 200 reports."""
     message, fields = describe(raw)
     missing = isinstance(raw["error"], str) and message.endswith("not available")
     cls = NotFoundError if missing else ServerError
@@ -315,7 +315,7 @@ def _error_in(raw: Mapping[str, Any], status: int) -> APIStatusError:
 
 
 def describe(raw: Any) -> tuple[str, dict[str, Any]]:
-    """Find the message in whichever of the known shapes it comes."""
+    """Return the message of an error in any known form, and the fields for its exception."""
     fields: dict[str, Any] = {}
     if not isinstance(raw, dict):
         return show(raw)[:_EXCERPT], fields
@@ -332,7 +332,7 @@ def describe(raw: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _describe_item(item: Any) -> str:
-    """Describe one of FastAPI's: ``{"loc": ["body", "question"], "msg": "field required"}``."""
+    """Describe an item of FastAPI's form: ``{"loc": ["body", "object"], "msg": "required"}``."""
     if not isinstance(item, dict) or "msg" not in item:
         return show(item)
     place = item.get("loc")
@@ -341,7 +341,7 @@ def _describe_item(item: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a JSON value as text, for a message: strings as they are."""
+    """Return a JSON value as text for a message; a string stays as it is."""
     if isinstance(value, str):
         return value
     return msgspec.json.encode(value).decode()

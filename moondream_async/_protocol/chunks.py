@@ -1,7 +1,6 @@
-"""Chunk events as nearly all of a stream's lines are, decoded at once into a strict type.
+"""The chunk events of nearly all of a stream's lines, decoded at once into a strict type.
 
-What such a line says beside its text is little, and known; a line with anything else in it
-does not fit, and is odd: see `events`.
+A line with any field that these types do not have is odd: `events` decodes it another way.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .decoding import FAULTS
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """A chunk event of a skill. It is odd, too, if it says that it is `completed`."""
+    """A chunk event of a skill. With `completed` true it is odd, too: it ends the answer."""
 
     chunk: str
     type: Literal["path_delta"] | UnsetType = UNSET
@@ -41,7 +40,7 @@ class _Choice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class ChatChunk(msgspec.Struct, rename={"request_id": "id"}, forbid_unknown_fields=True, gc=False):
-    """A chunk event of a chat, with what is used of a `Chunk` under the same names."""
+    """A chunk event of a chat; the attributes that are used have the names that `Chunk` gives."""
 
     choices: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=1)]
     request_id: str | UnsetType = UNSET
@@ -54,21 +53,21 @@ class ChatChunk(msgspec.Struct, rename={"request_id": "id"}, forbid_unknown_fiel
 
     @property
     def chunk(self) -> str:
-        """The text."""
+        """The text of the event."""
         return self.choices[0].delta.content
 
 
 class Block(msgspec.Struct, gc=False):
-    """The events that one packet completed: their texts at once, themselves where asked for."""
+    """The events that one packet completed: their texts, and each event when it is asked for."""
 
     texts: list[str]
     """The text of each event; "" where it adds none."""
     events: Sequence[StreamEvent | bytes] | bytes
-    """The events; the line of one that was not asked for, or all of them."""
+    """The events; in place of one that was not asked for, its line; or all lines in one piece."""
 
     @classmethod
     def of(cls, events: Sequence[StreamEvent]) -> Block:
-        """Return a block of events that were made already."""
+        """Return a block of finished events."""
         return cls([event.chunk for event in events], events)
 
     def __len__(self) -> int:
@@ -90,7 +89,7 @@ class Block(msgspec.Struct, gc=False):
         return ChunkEvent(chunk=self.texts[index], raw=msgspec.json.decode(event[6:]))
 
     def after(self, count: int) -> Block:
-        """Return the block without its first events."""
+        """Return the block without its first `count` events."""
         return Block(self.texts[count:], self._each()[count:]) if count else self
 
     def _each(self) -> Sequence[StreamEvent | bytes]:
@@ -103,11 +102,11 @@ NOTHING = Block([], b"")
 
 
 class Template:
-    """What the events of a stream have around their text, where that alone differs.
+    """The bytes before and after the text in a stream's events, if only the texts differ.
 
-    This is the one shortcut: lines that fit it need not be decoded each by itself, which
-    takes half the time and more. What does not surely fit is decoded line by line, and gives
-    the same.
+    This is the one shortcut of the decoder: events that match the template are decoded together,
+    which takes less than half the time. Events that may not match are decoded line by line,
+    with the same result.
     """
 
     __slots__ = ("_cut", "_end", "_gap", "_head", "_start", "_tail", "request_id")
@@ -126,10 +125,10 @@ class Template:
 
     @classmethod
     def learn(cls, line: bytes, key: bytes, gap: bytes, request_id: str | None) -> Template | None:
-        """Take a line that was decoded as a plain event for one; None if it makes none.
+        """Make a template of a line that was decoded as a chunk event; None if that is not safe.
 
-        In JSON without a backslash every quote begins or ends a string. So the `key`,
-        with its quotes and its colon, is one indeed, and the quotes after it are its text's.
+        In JSON without a backslash every quote begins or ends a string. So `key`, with its quotes
+        and its colon, is a key, and the next two quotes enclose its text.
         """
         _, _, after = line.partition(key)
         text = after.lstrip(b" ")
@@ -139,7 +138,7 @@ class Template:
         return cls(head, text[text.index(b'"', 1) :], gap, request_id)
 
     def read_one(self, data: bytes) -> str | None:
-        """Return the text of one event like this; None if it is not."""
+        """Return the text of one event that matches; None if `data` does not."""
         text = data[self._start : self._end]
         if b'"' in text or self._head + text + self._tail != data:
             return None
@@ -149,12 +148,13 @@ class Template:
             return None
 
     def read(self, block: bytes) -> list[str] | None:
-        """Return the texts of a block whose events are all like this; None if one is not.
+        """Return the texts of a block whose events all match; None if one does not.
 
-        What is cut out of the lines is put back between the parts of the template: if that
-        gives the same bytes, there is nothing else in them. Then the texts are put in the
-        quotes of a list's. If no quote in there is escaped, all of them are those of
-        strings; and if there are as many strings as texts, these have none of their own.
+        The texts are cut out of the lines, and put back between the parts of the template: if
+        this gives the same bytes, the lines hold nothing else. Then the texts are joined to a
+        JSON list of strings, and decoded at once. Without an escaped quote, every quote in the
+        list begins or ends a string; so if the list has as many strings as there are texts, no
+        text holds a quote.
         """
         head, tail = self._head, self._tail
         if block[:1] == b"\n":  # the packet was cut between two events
@@ -164,7 +164,7 @@ class Template:
             if not block.endswith(tail):
                 return None
         texts = list(map(self._cut, block.split(self._gap)))
-        del texts[-1]  # behind the last gap
+        del texts[-1]  # the empty piece after the last gap
         if head + (tail + head).join(texts) + tail != block:
             return None
         quoted = b'["' + b'","'.join(texts) + b'"]'

@@ -1,4 +1,4 @@
-"""Decoded JSON into typed values: msgspec's checks, for types that msgspec does not know."""
+"""Decoded JSON becomes typed values: msgspec's checks, extended to the types of `results`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ValueT = TypeVar("ValueT", bound=Value)
 
 
 def convert(found: Any, kind: type[T]) -> T:
-    """Check what was decoded against a type, in which our own values may stand anywhere.
+    """Convert decoded JSON to a type, which may hold our own types of values anywhere.
 
     Raises:
-        msgspec.ValidationError: It is no such thing.
+        msgspec.ValidationError: `found` does not fit the type.
     """
     return msgspec.convert(found, kind, dec_hook=_to_value)
 
 
 def to_values(kind: type[ValueT], found: Any) -> list[ValueT]:
-    """Check a list of boxes or points: the quick way, since there may be many.
+    """Convert a list of boxes or points, faster than `convert`: there may be many.
 
     Raises:
-        msgspec.ValidationError: It is no list of such.
+        msgspec.ValidationError: `found` is no list of these values.
     """
     shape: Any = list[typed_dict(kind)]  # type: ignore[misc]
     return [kind.of(each) for each in msgspec.convert(found, shape)]

@@ -1,7 +1,7 @@
 """A streamed answer: bytes in, typed events out, whichever server sends them.
 
 =========  ========  ===============  =============  ======================
-server     text key  end marker       text in final  besides
+server     text key  end marker       text in final  other fields
 =========  ========  ===============  =============  ======================
 cloud      chunk     completed: true  no             request_id, org_id
 kestrel    chunk     completed: true  yes            the whole answer again
@@ -11,10 +11,11 @@ segment    chunk     type: final      no             bbox, the refined path
 chat       delta     [DONE]           no             reasoning, usage
 =========  ========  ===============  =============  ======================
 
-A stream is read line by line. Nearly all lines are ``data: {"chunk": ...}`` with nothing odd
-in them: each is decoded once, into a strict type (`chunks`). The first line that does not fit
-goes to `SSEParser`, which knows every rule, with all that follows in its packet; the parser
-hands over what it has decoded. A line gives the same either way.
+A stream is read line by line. Nearly all lines are ``data: {"chunk": ...}`` with known fields
+only: each is decoded once, into a strict type (`chunks`). A line that does not fit that type is
+called odd here. The first odd line, and the rest of its packet, go to `SSEParser`, which knows
+every rule of the format and hands over the JSON that it has decoded. Both ways give the same
+events.
 """
 
 from __future__ import annotations
@@ -64,51 +65,45 @@ from .answers import (
     to_id,
 )
 from .chunks import NOTHING, Block, ChatChunk, Chunk, Template
-from .decoding import FAULTS, decode
+from .decoding import FAULTS, LOST, decode, join_halves
 from .requests import Skill
 from .secret import NOTHING_SECRET, Redactor
 from .sse import BOM, ServerSentEvent, SSEParser
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
-"""Far above any event: the largest hold a mask in base64. More would hold up the event loop."""
+"""Limit of one event. The largest events hold a mask in base64 and stay far below. Decoding more
+would block the event loop."""
 
 MAX_ANSWER_CHARACTERS = 64 * 1024 * 1024
-"""The text of one answer, and its reasoning, each: far above any, as that of a plain body is."""
+"""Limit of an answer's text, and of its reasoning: far above any real answer."""
 
 _OF_EVENTS = frozenset({"chunk", "text", "completed", "type", "token_index", "reasoning_content"})
-"""Keys that say something of a stream's last event, and not of the answer."""
+"""Fields that describe the last event of a stream, and not the answer."""
 
 _DISGUISED_ERRORS = frozenset(
     {
-        # The old local server says so in the answer's text, and nowhere else.
+        # The old local server reports an error as the answer's text, and nowhere else.
         "An error occurred during caption generation.",
         "An error occurred during query processing.",
     }
 )
 
 _LESSONS = 4
-"""Templates that are tried on a stream: its first event may be of a kind of its own."""
+"""How many templates a stream may learn: its first event may differ from all others."""
 
-# Thousands of streams may be open, so what most never use is one for all; neither is changed.
+# Shared by all streams, to save memory: most streams never fill them. Neither is ever changed.
 _NO_GROUNDING: list[Grounding] = []
 _NO_EVENT: dict[str, Any] = {}
 
-_START = re.compile(rb"(?:%b)?\s*(.?)" % BOM, re.DOTALL)
-
-_LOST = "\ufffd"
-"""What a half of a surrogate pair is, unless the other half follows."""
-
-_TEXT_KEY = r'"(?:chunk|text|content)"\s*:\s*"'
-_LOW_HALF = re.compile(_TEXT_KEY + r"\\u([dD][c-fC-F][0-9a-fA-F]{2})")
-_HIGH_HALF = re.compile(_TEXT_KEY + r"(?:[^\"\\]|\\.)*?\\u([dD][89abAB][0-9a-fA-F]{2})\"")
+_JSON_START = re.compile(rb"(?:%b)?\s*(?:\{|\Z)" % BOM)
 
 
 class AnswerDecoder:
-    r"""One streamed caption or answer.
+    r"""Decodes one streamed caption or answer.
 
-    `feed` it what arrives and call `end` at the end of the body. What is known
-    beside the text stands in the attributes. A fault does not take away the
-    events before it: these are returned, and `failure` says what came after.
+    Call `feed` with the bytes that arrive, and `end` at the end of the body. The attributes
+    hold what the server said beside the text. Events that came before a fault are returned,
+    and `failure` is set to the fault.
 
     >>> decoder = AnswerDecoder("caption")
     >>> [event.chunk for event in decoder.feed(b'data: {"chunk": "a cat"}\n\n')]
@@ -162,39 +157,40 @@ class AnswerDecoder:
         self.request_id: str | None = None
         self.finish_reason: str | None = None
         self.metrics: dict[str, Any] | None = None
-        self._thoughts: Reasoning | None = None  # the whole; or None while there are pieces
-        self._thought: StringIO | None = None  # pieces
+        self._thoughts: Reasoning | None = None  # all of the reasoning; None while pieces come
+        self._thought: StringIO | None = None  # the pieces of the reasoning so far
         self._grounding: list[Grounding] = _NO_GROUNDING
         self._last: dict[str, Any] = _NO_EVENT
-        self._whole: dict[str, Any] | None = None  # answer, where it came as one
+        self._whole: dict[str, Any] | None = None  # the answer, if it came as one JSON body
         self.usage: Usage | None = None
         self.bbox: Region | None = None
         self.path: str | None = None
         self.parse_error: str | None = None
         self.completed = False
         self.failure: Callable[..., MoondreamError] | None = None
-        """Makes the error to raise once the events are used up; takes ``partial=``."""
+        """Makes the error to raise after the last event; takes ``partial=``, the text so far."""
         self._skill: Skill = skill
         self.secret = secret
         """Takes the API key out of an error that quotes it."""
         self._max_event_bytes = max_event_bytes
-        self._start: bytearray | None = bytearray()  # until it is clear what has come
-        self._by_line = False  # since nothing waits, neither there nor in the parser
-        self._tail: bytearray | None = None  # of a line whose end has not come
-        self._parser: SSEParser | None = None  # until a line is odd
+        # The first bytes, until they show whether the body is a stream or plain JSON.
+        self._start: bytearray | None = bytearray()
+        self._by_line = False  # whether `_start` and the parser hold no bytes back
+        self._tail: bytearray | None = None  # the beginning of a line whose end has not come
+        self._parser: SSEParser | None = None  # made for the first odd line
         self._template: Template | None = None
         self._lessons = _LESSONS
         self._has_text = False
-        self._half = ""  # of a surrogate pair, at a chunk's end: the next may have the other
+        self._half = ""  # the first half of a surrogate pair, if the last chunk ended in one
         self._ended_early = False
 
     def fresh(self) -> AnswerDecoder:
-        """Return a decoder for another try at the same answer."""
+        """Return a decoder for another attempt at the same answer."""
         return type(self)(self._skill, secret=self.secret, max_event_bytes=self._max_event_bytes)
 
     @property
     def done(self) -> bool:
-        """Whether nothing that still comes can matter."""
+        """Whether the rest of the body can be ignored."""
         return self.completed or self.failure is not None
 
     def feed(self, data: bytes) -> Block:
@@ -203,7 +199,7 @@ class AnswerDecoder:
             return self._feed_otherwise(data)
         template = self._template
         if template is not None and len(data) <= self._max_event_bytes:
-            text = template.read_one(data)  # as models write them: alone
+            text = template.read_one(data)  # most packets hold one event
             if text is not None:
                 self.request_id = template.request_id or self.request_id
                 self._has_text = self._has_text or text != ""
@@ -213,13 +209,13 @@ class AnswerDecoder:
         return self._feed_lines(data)
 
     def _feed_lines(self, data: bytes) -> Block:
-        """Take whole lines, and the beginning of one that waits for its end."""
+        """Take lines; the last one may still lack its end."""
         cut = data.rfind(b"\n") + 1
         if cut < len(data):
             self._tail = bytearray(data[cut:])
             data = data[:cut]
         template = self._template
-        if template is not None and len(data) <= self._max_event_bytes:  # of one event
+        if template is not None and len(data) <= self._max_event_bytes:  # so is each event
             texts = template.read(data)
             if texts is not None:
                 self.request_id = template.request_id or self.request_id
@@ -228,7 +224,7 @@ class AnswerDecoder:
         return self._decode_lines(data)
 
     def _decode_lines(self, data: bytes) -> Block:
-        """Decode line by line; leave the first that is odd, and all that follow, to the parser."""
+        """Decode line by line; give the first odd line, and all lines after it, to the parser."""
         texts: list[str] = []
         end = 0
         last = b""
@@ -260,10 +256,10 @@ class AnswerDecoder:
         return block + self._feed_parser(rest)
 
     def end(self) -> Block:
-        """Take the end of the body; return the events that only it completes.
+        """Take the end of the body; return the events that the end completes.
 
-        A last line without its line end counts if it is a whole event. If the end
-        marker has not come, `failure` is set.
+        A last line without a line end counts if it is a whole event. Without the server's
+        end marker, `failure` is set.
         """
         block = NOTHING if self.done or self._start is None else self._end_start()
         if not self.done:
@@ -277,7 +273,7 @@ class AnswerDecoder:
         return block
 
     def forget(self) -> None:
-        """Let go of bytes that wait for more, which will not come: they may quote the key."""
+        """Release the bytes of an unfinished event: they may quote the API key."""
         self._parser = self._start = self._tail = None
 
     def _feed_otherwise(self, data: bytes) -> Block:
@@ -288,7 +284,7 @@ class AnswerDecoder:
         if not self._by_line:
             return self._feed_parser(data)
         data = data.replace(b"\r\n", b"\n")
-        odd = b"\r" in data  # which ends a line by itself
+        odd = b"\r" in data  # a line end of its own, which only the parser knows
         if self._tail is not None:
             self._tail += data
             if not odd and b"\n" not in data and len(self._tail) <= self._max_event_bytes:
@@ -299,12 +295,12 @@ class AnswerDecoder:
         return self._feed_parser(data) if odd else self._feed_lines(data)
 
     def _feed_start(self, data: bytes) -> Block:
-        """Gather what begins as JSON, and not as an event: some servers answer so all the same."""
+        """Gather a body that begins as plain JSON: some servers send that for a stream."""
         assert self._start is not None  # noqa: S101 - for the type checker
         self._start += data
         if len(self._start) < len(BOM) and BOM.startswith(self._start):
             return NOTHING
-        if _begins_as_json(self._start) and len(self._start) <= self._max_event_bytes:
+        if _JSON_START.match(self._start) and len(self._start) <= self._max_event_bytes:
             return NOTHING
         return self.feed(self._leave_start())
 
@@ -314,7 +310,7 @@ class AnswerDecoder:
         return start.removeprefix(BOM)
 
     def _end_start(self) -> Block:
-        """Take the whole body for the answer or the error that it is; else for events."""
+        """Read the whole body as a plain answer or error if it is JSON, else as events."""
         gathered = self._leave_start()
         try:
             if isinstance(decode(gathered), dict):
@@ -322,7 +318,7 @@ class AnswerDecoder:
         except ValueError:
             pass
         except APIStatusError:
-            text = self._redact(gathered.decode(errors="replace"))
+            text = self.secret.text(gathered.decode(errors="replace"))
             self.failure = functools.partial(_status_error, self._skill, text.encode())
             return NOTHING
         return self.feed(gathered)
@@ -331,7 +327,7 @@ class AnswerDecoder:
         """Take a plain JSON answer that came where a stream was asked for, as one event.
 
         Raises:
-            APIStatusError: It says that it is an error, or is no answer.
+            APIStatusError: The body is an error, or holds no answer.
         """
         result = read_result(self._skill, decode_json(data))
         self._note(result.raw)
@@ -345,10 +341,13 @@ class AnswerDecoder:
         text: str = result.get(ANSWER_KEY[self._skill], "")
         return text
 
-    # -- what is odd --------------------------------------------------------------
+    # -- odd lines ----------------------------------------------------------------
 
     def _feed_parser(self, data: bytes) -> Block:
-        """Let the parser have lines; one that has not ended waits here, if nothing waits there."""
+        """Give whole lines to the parser, and the unfinished last line to whichever reads on.
+
+        Reading goes back to `_feed_lines` as soon as the parser holds nothing back.
+        """
         cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         block, rest = self._parse(data[:cut]), data[cut:]
         clear = not self.done and not self._half
@@ -364,7 +363,7 @@ class AnswerDecoder:
             return NOTHING
         if self._parser is None:
             self._parser = SSEParser(max_event_bytes=self._max_event_bytes)
-            self._parser.feed(b"\n")  # no byte order mark may come: it was looked for before
+            self._parser.feed(b"\n")  # `_leave_start` has removed the byte order mark
         try:
             parsed = self._parser.read(data)
         except StreamProtocolError as error:
@@ -382,7 +381,7 @@ class AnswerDecoder:
         if value is None:
             said = event.data.strip()
             if not said and event.event != "error":
-                return []  # relays send such to show that they are there, as others send comments
+                return []  # some relays send empty events as heartbeats
             if said == "[DONE]":
                 return self._finish({}, "")
             value = _json_or_text(event.data)
@@ -402,7 +401,7 @@ class AnswerDecoder:
         kind = raw.get("type")
         is_last = raw.get("completed") is True or kind == "final"
         if chunk is not None:
-            chunk = self._joined(chunk, event.data)
+            chunk, self._half = join_halves(self._half, chunk, event.data)
         events = self._think(raw, is_last=is_last)
         if is_last:
             return events + self._finish(raw, chunk or "")
@@ -410,22 +409,6 @@ class AnswerDecoder:
             self._has_text = self._has_text or bool(chunk)
             events.append(ChunkEvent(chunk=chunk or "", raw=raw))
         return events or [self._other_event(raw, kind, event)]
-
-    def _joined(self, chunk: str, data: str) -> str:
-        """Join a chunk with the half of a character that the one before ended in."""
-        half, self._half = self._half, ""
-        if half:
-            other = _LOW_HALF.search(data) if chunk.startswith(_LOST) else None
-            if other is not None:
-                pair = (int(each, 16).to_bytes(2, "big") for each in (half, other[1]))
-                chunk = b"".join(pair).decode("utf-16-be") + chunk[1:]
-            else:
-                chunk = _LOST + chunk
-        begun = _HIGH_HALF.search(data) if chunk.endswith(_LOST) else None
-        if begun is None:
-            return chunk
-        self._half = begun[1]
-        return chunk[:-1]
 
     def _other_event(self, raw: dict[str, Any], kind: Any, event: ServerSentEvent) -> StreamEvent:
         if kind == "bbox" and self.bbox is not None:
@@ -435,7 +418,7 @@ class AnswerDecoder:
         return UnknownEvent(event=kind if isinstance(kind, str) else event.event, raw=raw)
 
     def _think(self, raw: dict[str, Any], *, is_last: bool) -> list[StreamEvent]:
-        """Gather reasoning: text is a piece of it, and an object the whole."""
+        """Note reasoning: a string is a piece of it, an object is all of it."""
         value = raw.get("reasoning") or raw.get("reasoning_content")
         if isinstance(value, dict):
             self._thoughts = decode_reasoning(value)
@@ -443,11 +426,11 @@ class AnswerDecoder:
         if not isinstance(value, str):
             return []
         if is_last and self._thought is not None and value == self._thought.getvalue():
-            return []  # the whole once more
+            return []  # the last event repeats all of it
         return self._gather(Reasoning(text=value), raw)
 
     def _gather(self, piece: Reasoning, raw: dict[str, Any]) -> list[StreamEvent]:
-        """Add to the reasoning, in linear time however many pieces there are."""
+        """Add a piece to the reasoning, in linear time over all pieces."""
         if self._thought is None:
             self._thought = StringIO()
             self._grounding = []
@@ -462,7 +445,7 @@ class AnswerDecoder:
         return [ReasoningEvent(text=piece.text, raw=raw)]
 
     def fail_for_length(self) -> None:
-        """Let the stream fail, since the text of its answer passes the limit."""
+        """Fail: the text or the reasoning is over `MAX_ANSWER_CHARACTERS`."""
         self.completed = False
         self.failure = functools.partial(
             StreamProtocolError,
@@ -471,13 +454,13 @@ class AnswerDecoder:
 
     @property
     def reasoning(self) -> Reasoning | None:
-        """What the model thought, as far as it has arrived."""
+        """The reasoning that has arrived."""
         if self._thoughts is None and self._thought is not None:
             self._thoughts = Reasoning(text=self._thought.getvalue(), grounding=self._grounding)
         return self._thoughts
 
     def result(self, text: str, headers: Mapping[str, str]) -> Result:
-        """Return the whole answer as a call without a stream would have given it."""
+        """Return the result that a call without a stream would have given."""
         raw = self._as_body(text) if self._whole is None else self._whole
         return read_result(self._skill, raw, headers=headers)
 
@@ -495,21 +478,17 @@ class AnswerDecoder:
         return {**last, **{k: v for k, v in known.items() if v is not None}, **answer}
 
     def _refuse(self, what: str, text: str) -> list[StreamEvent]:
-        message = f"The server sent {what}: {self._redact(text):.200}"
+        message = f"The server sent {what}: {self.secret.text(text):.200}"
         self.failure = functools.partial(StreamProtocolError, message)
         return []
 
-    def _redact(self, text: str) -> str:
-        """Take the key out of what goes into an error. An answer is never touched."""
-        return self.secret.text(text)
-
     def _finish(self, raw: dict[str, Any], chunk: str) -> list[StreamEvent]:
         if self._half:
-            self._half, chunk = "", chunk + _LOST
+            self._half, chunk = "", chunk + LOST
         if chunk in _DISGUISED_ERRORS:
             return self._fail_with({**raw, "error": chunk})
         if not chunk and not self._has_text:
-            # Nothing was streamed: then, and only then, the whole answer is news.
+            # No text was streamed, so the answer's text is in this last event, if anywhere.
             whole = raw.get(ANSWER_KEY.get(self._skill, ""))
             chunk = whole if isinstance(whole, str) else ""
         self.completed = True
@@ -528,7 +507,7 @@ class AnswerDecoder:
         return []
 
     def _note(self, raw: dict[str, Any]) -> None:
-        """Keep what an event says beside its text."""
+        """Keep the fields of an event beside its text."""
         self.request_id = to_id(raw.get("request_id")) or self.request_id
         self.finish_reason = to_id(raw.get("finish_reason")) or self.finish_reason
         self.metrics = find_metrics(raw) or self.metrics
@@ -539,15 +518,14 @@ class AnswerDecoder:
 
 
 class ChatDecoder(AnswerDecoder):
-    """One streamed turn of a chat, in the form of OpenAI's protocol."""
+    """Decodes one streamed turn of a chat, in OpenAI's protocol."""
 
     __slots__ = ()
     _strict = msgspec.json.Decoder(ChatChunk)
-
     _key = b'"content":'
 
     def end(self) -> Block:
-        """Take the end of the body; a `finish_reason` also says that the answer is complete."""
+        """Take the end of the body; a `finish_reason` counts as the end marker."""
         block = super().end()
         if self.finish_reason is not None and self._ended_early:
             self.failure = None
@@ -588,7 +566,7 @@ class ChatDecoder(AnswerDecoder):
         if chunk is not None and not isinstance(chunk, str):
             return self._refuse("a chunk that is no text", show(chunk))
         if chunk is not None:
-            chunk = self._joined(chunk, event.data)
+            chunk, self._half = join_halves(self._half, chunk, event.data)
         events: list[StreamEvent] = []
         piece = find_reasoning(delta)
         if piece is not None:
@@ -600,22 +578,17 @@ class ChatDecoder(AnswerDecoder):
 
 
 def decoder_for(skill: Skill, *, secret: Redactor = NOTHING_SECRET) -> AnswerDecoder:
-    """Return the decoder for a streamed answer of a skill."""
+    """Return a decoder for a streamed answer of a skill."""
     return (ChatDecoder if skill == "chat" else AnswerDecoder)(skill, secret=secret)
 
 
 def _status_error(skill: Skill, data: bytes, partial: str = "") -> MoondreamError:  # noqa: ARG001
-    """Make the error that a body in place of a stream is."""
+    """Make the error that a plain body describes; it holds no text of an answer."""
     try:
         read_result(skill, decode_json(data))
     except APIStatusError as error:
         return error.with_traceback(None)
-    raise AssertionError  # it was one
-
-
-def _begins_as_json(data: bytearray) -> bool:
-    begun = _START.match(data)
-    return begun is not None and begun[1] in (b"", b"{")
+    raise AssertionError  # `_end_start` has seen the same error
 
 
 def _json_or_text(data: str) -> Any:

@@ -18,10 +18,10 @@ _OURS = frozenset(
 
 
 def check_headers(headers: Any) -> dict[str, str]:
-    """Return headers that may be sent beside those that the client writes itself.
+    """Check the headers that a caller adds to the client's own; return them.
 
     Raises:
-        RequestError: One can't be written, or is the client's own.
+        RequestError: A header can't be sent, or is one that the client sets itself.
 
     >>> check_headers({"X-Team": "birds"})
     {'X-Team': 'birds'}
@@ -42,6 +42,6 @@ def check_headers(headers: Any) -> dict[str, str]:
 
 
 def joined(headers: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-    """Return both, with `more` in place of those of the same name in whatever case."""
+    """Return both; `more` replaces headers of the same name, whatever its case."""
     names = {name.lower() for name in more}
     return {**{k: v for k, v in headers.items() if k.lower() not in names}, **more}

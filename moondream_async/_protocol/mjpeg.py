@@ -1,9 +1,9 @@
-r"""Motion JPEG over HTTP: pictures in the parts of a ``multipart/x-mixed-replace`` body. Pure.
+r"""Motion JPEG over HTTP: pictures in the parts of a ``multipart/x-mixed-replace`` body.
 
-Cameras disagree about the boundary (with two dashes too many or too few), about lengths and
-about line ends. So a part is found by what it is: a part's head is skipped, a length
-that is told is believed as far as a JPEG begins there, and without one the picture ends
-where the next boundary begins.
+Cameras differ in the boundary (two dashes too many or too few), in lengths and in line ends. So
+the parser is lenient: it skips the head of a part, takes the length that the head gives, and
+without a length ends the picture where the next boundary begins. A part that does not begin as
+a JPEG is dropped.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _START = b"\xff\xd8\xff"
 
 
 class MJPEGParser:
-    r"""Takes bytes off the wire, gives whole pictures.
+    r"""Turns the bytes of a camera's stream into whole pictures.
 
     Args:
-        boundary: As the content type has it.
-        max_image_bytes: A picture may have so many; a bound on what is kept, too.
+        boundary: The boundary in the content type.
+        max_image_bytes: The limit of one picture, and so of the memory that is used.
 
     >>> parser = MJPEGParser("frame")
     >>> parser.feed(b"--frame\r\nContent-Type: image/jpeg\r\n\r\n\xff\xd8\xff..\r\n--fra")
@@ -40,7 +40,8 @@ class MJPEGParser:
         """Take the next bytes; return the pictures that they complete.
 
         Raises:
-            ImageError: A picture or a part's head is over its limit; no more can be read.
+            ImageError: A picture or the head of a part is over its limit; the stream can't be
+                read on.
         """
         self._data += data
         pictures = []
@@ -53,7 +54,7 @@ class MJPEGParser:
         return pictures
 
     def _next(self) -> bytes | None:
-        """Return the next part, or b"" where something else was read; None for want of bytes."""
+        """Return the next part, or b"" after a head; None if more bytes are needed."""
         if not self._in_picture:
             return b"" if self._read_head() else None
         if self._length is not None:

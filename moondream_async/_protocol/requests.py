@@ -1,7 +1,7 @@
-"""A call into a request: arguments checked, nothing sent yet.
+"""A call's arguments are checked here and become a `Request`; nothing is sent yet.
 
-Pictures stay out of the JSON: a `Request` gives the parts between them, and the
-transport writes each picture as a data URL in its place.
+Pictures stay out of the JSON: `Request.parts` gives the JSON in pieces with the pictures between
+them, and the transport sends each picture as a data URL in its place.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from moondream_async.results import ChatMessage, Point, Region, SpatialRefs
 
 Skill = Literal["caption", "query", "detect", "point", "segment", "chat"]
 
-CHAT_MODEL = "moondream3-preview"  # what the official SDK names where the caller doesn't
+CHAT_MODEL = "moondream3-preview"  # the official SDK's default
 _ROLES = ("system", "user", "assistant")
 
 
 class Picture:
-    """A picture in a payload: as the caller gave it, until it has been prepared."""
+    """A picture in a payload, as the caller gave it: it is prepared when the request is sent."""
 
     __slots__ = ("source",)
 
@@ -32,7 +32,7 @@ class Picture:
 
 
 class Request:
-    """One call, checked; its JSON is made when it is sent."""
+    """One call with checked arguments; its JSON is made when it is sent."""
 
     __slots__ = (
         "at_root",
@@ -60,7 +60,7 @@ class Request:
         upload: Any = None,
     ) -> None:
         self.skill = skill
-        """None for what is no skill, as a list of models."""
+        """None for a request that is no skill's, as for the list of models."""
         self.path = path
         self.method = method
         self.bearer = bearer
@@ -68,14 +68,14 @@ class Request:
         self.at_root = at_root
         """Whether `path` starts at the server's root, and not below the endpoint's ``/v1``."""
         self.elsewhere = elsewhere
-        """Whether `path` is a whole address, of another server, which is not given the key."""
+        """Whether `path` is a whole address, of another server, which does not get the key."""
         self.repeatable = repeatable
-        """Whether a second time changes nothing. If not, it is sent again only when the
-        server can't have begun with it."""
+        """Whether sending it twice does no harm. If False, it is sent again only when the
+        server can't have begun to process it."""
         self.upload = upload
-        """Bytes of a file to send in place of JSON, as the transport takes them."""
+        """A file to send in place of JSON, in a form that the transport takes."""
         self.payload = {key: value for key, value in (payload or {}).items() if value is not None}
-        """What becomes JSON; a request whose payload is empty has no body."""
+        """The JSON object to send; a request with an empty payload has no body."""
 
     @property
     def stream(self) -> bool:
@@ -83,7 +83,7 @@ class Request:
         return self.payload.get("stream") is True
 
     def without_stream(self) -> Request:
-        """Return the same call, asking for the whole answer at once."""
+        """Return the same call without streaming."""
         payload = {**self.payload, "stream": False, "stream_options": None}
         return Request(
             self.skill,
@@ -95,12 +95,12 @@ class Request:
         )
 
     def parts(self) -> list[Any]:
-        """Return the body: JSON, in bytes, with a `Picture` between each two pieces; or `upload`.
+        """Return the body: pieces of JSON in bytes with a `Picture` between them; or `upload`.
 
-        So no base64 copy of a picture is ever made whole: each goes out as a data URL in quotes.
+        In pieces, so that the base64 of a picture never stands in memory as a whole.
 
         Raises:
-            RequestError: The payload holds something that JSON can't say.
+            RequestError: The payload holds a value that has no JSON form.
         """
         if self.upload is not None:
             return [self.upload]
@@ -113,7 +113,7 @@ class Request:
                 pictures.append(value)
                 return msgspec.Raw(_PICTURE)
             for kind in (str, int, float):
-                if isinstance(value, kind):  # a number of numpy's, say, that is a float too
+                if isinstance(value, kind):  # a subclass, as a number of numpy's
                     return kind(value)
             raise TypeError(f"{type(value).__name__} has no JSON form")
 
@@ -136,7 +136,7 @@ class Request:
         return parts
 
 
-_PICTURE = b"\0"  # can stand nowhere in JSON: control characters are always escaped there
+_PICTURE = b"\0"  # stands nowhere else in JSON, where control characters are escaped
 
 
 def caption_request(
@@ -269,7 +269,7 @@ def chat_request(
 
 
 def _messages(messages: Sequence[Mapping[str, Any] | ChatMessage]) -> list[dict[str, Any]]:
-    """Check a conversation by the rules of the open engine, which answers 500 to a breach."""
+    """Check a conversation by the rules of the open engine, which breaks with 500 on others."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages must be a list of messages, not {messages!r:.100}")
     if not messages:
@@ -291,7 +291,7 @@ def _messages(messages: Sequence[Mapping[str, Any] | ChatMessage]) -> list[dict[
 
 
 def _turn(message: Any) -> Any:
-    """Return a message of the model's own as one to send; what it thought is no part of that."""
+    """Return a result's message as one to send, without its reasoning; others as they are."""
     if isinstance(message, ChatMessage):
         return {"role": message.role, "content": message.content}
     return message
@@ -306,10 +306,10 @@ def _content(where: str, content: Any, *, pictures: bool) -> Any:
 
 
 def _part(where: str, part: Any, *, pictures: bool) -> dict[str, Any]:
-    """Turn one part of a message into what OpenAI's protocol calls one.
+    """Turn one part of a message into OpenAI's form.
 
-    A part is text, or a picture in any form: OpenAI's own ``image_url``, with
-    whatever `caption` takes in place of the URL, or just that.
+    A part is text or a picture. A picture is anything that `caption` takes, alone or in place
+    of the URL in OpenAI's ``image_url``.
     """
     if isinstance(part, str):
         return {"type": "text", "text": part}
@@ -334,7 +334,7 @@ def _part(where: str, part: Any, *, pictures: bool) -> dict[str, Any]:
 
 
 def _flag(name: str, value: Any) -> bool:
-    # The servers take JSON booleans only; to Station, "false" is true.
+    # The servers take JSON booleans only; Station reads the string "false" as true.
     if value is not True and value is not False:
         raise RequestError(f"{name} must be True or False, not {value!r}")
     return value
@@ -382,7 +382,7 @@ _PLACE_KEYS = {frozenset(kind.fields()): tuple(kind.fields()) for kind in (Point
 def _spatial_refs(refs: SpatialRefs) -> list[list[float]]:
     checked = []
     for ref in _list("spatial_refs", refs):
-        # What other calls found may be asked about as it is.
+        # The points and boxes of earlier results are taken, too.
         keys = _PLACE_KEYS.get(frozenset(ref)) if isinstance(ref, Mapping) else None
         numbers = [ref[key] for key in keys] if keys else _list("a spatial ref", ref)
         if len(numbers) not in (2, 4) or not all(is_number(x, least=0, most=1) for x in numbers):

@@ -9,10 +9,10 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds that a ``Retry-After`` header asks for, or None if it makes no sense.
+    """Return the seconds that a ``Retry-After`` header asks for; None if it is no valid one.
 
-    `now` is the time in seconds since the epoch, for headers that name a date
-    (RFC 9110, 10.2.3). A date in the past is 0.
+    `now` is the time in seconds since the epoch, for headers with a date (RFC 9110, 10.2.3). A
+    date in the past gives 0.
 
     >>> parse_retry_after("2.5", 0), parse_retry_after("-1", 0), parse_retry_after("soon", 0)
     (2.5, None, None)
@@ -28,8 +28,8 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
     try:
         date = parsedate_to_datetime(value)
-        if date.tzinfo is None:  # all of HTTP's dates are UTC, also those that don't say so
+        if date.tzinfo is None:  # dates in HTTP are UTC, also without a zone
             date = date.replace(tzinfo=UTC)
         return max(0.0, date.timestamp() - now)
-    except (TypeError, ValueError, OverflowError, OSError):  # all seen for odd dates
+    except (TypeError, ValueError, OverflowError, OSError):  # odd dates raise any of these
         return None

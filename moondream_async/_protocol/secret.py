@@ -1,4 +1,4 @@
-"""The API key and other secrets, and how they are kept out of what is printed."""
+"""The API key and other secrets, and how they are kept out of printed text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, TypeVar
 _HIDDEN = "***"
 _SHORTEST = 8
 
-# Turned over, byte by byte: no walk through attributes and items finds what is kept so.
+# Inverts each byte: a search through attributes and items does not find a key that is kept so.
 _MASK = bytes(255 - each for each in range(256))
 
 _Error = TypeVar("_Error", bound=BaseException)
 
 
 class Secret:
-    """An API key that shows itself nowhere: not in a repr, a plan, a log or a traceback.
+    """An API key that is never shown: in no repr, plan, log or traceback.
 
-    It is no string, so that nothing can slice it or print it by mistake. It can be
-    pickled, which is how it gets to workers, and the pickle holds the key.
+    It is no string, so that no code can slice or print it by mistake. It can be pickled, to get
+    to worker processes, and the pickle holds the key.
 
     >>> Secret("the key")
     Secret('***')
@@ -36,7 +36,7 @@ class Secret:
         return self._masked.translate(_MASK).decode("utf-8", "surrogatepass")
 
     def prefixed(self, prefix: str) -> Secret:
-        """Return another one, with something before it."""
+        """Return a secret of `prefix` and the key."""
         return Secret(prefix + self.reveal())
 
     def __bool__(self) -> bool:
@@ -59,9 +59,10 @@ class Secret:
 
 
 def hidden(value: object) -> Secret | None:
-    """Hide an argument before anything can go wrong; one that is no string is as good as empty.
+    """Return an argument as a secret, before an error can show it; None if there is none.
 
-    White space round it is taken off. What is nothing else is none.
+    White space around it is removed, and an empty string is None. An argument of a wrong type
+    is an empty secret.
     """
     if isinstance(value, str):
         return Secret(value.strip()) or None
@@ -69,16 +70,16 @@ def hidden(value: object) -> Secret | None:
 
 
 def is_header_value(secret: Secret) -> bool:
-    """Tell whether a secret can stand in a header; in a function, where its text ends with it."""
+    """Tell whether a secret can stand in a header."""
+    # A function of its own, so that the key's text is freed with its local variables.
     text = secret.reveal()
     return text.isascii() and text.isprintable()
 
 
 class Redactor:
-    """Takes secrets out of what is shown, where a server or a library quotes them.
+    """Takes secrets out of text and values that are shown: servers and libraries may quote them.
 
-    Nothing is done about those that are so short that they stand in other words, too;
-    no real key is.
+    Secrets that are so short that they occur in other words are left; no real key is so short.
     """
 
     __slots__ = ("_secrets",)
@@ -90,19 +91,19 @@ class Redactor:
         return bool(self._secrets)
 
     def text(self, text: str) -> str:
-        """Take them out of a text."""
+        """Return a text without the secrets."""
         for each in self._secrets:
             text = text.replace(each.reveal(), _HIDDEN)
         return text
 
     def data(self, data: bytes) -> bytes:
-        """Take them out of bytes that a server sent."""
+        """Return bytes without the secrets."""
         for each in self._secrets:
             data = data.replace(each.reveal().encode("utf-8", "surrogatepass"), _HIDDEN.encode())
         return data
 
     def value(self, value: Any) -> Any:  # noqa: PLR0911 - one for each kind
-        """Take them out of an attribute or an argument of an exception."""
+        """Return an attribute or an argument of an exception without the secrets."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, bytes):
@@ -114,7 +115,7 @@ class Redactor:
             return kind([(self.text(k), self.text(each)) for k, each in value.items()])
         if type(value) in (list, tuple):
             return type(value)(map(self.value, value))
-        if hasattr(value, "_replace") and hasattr(value, "_fields"):  # its error looks at its parts
+        if hasattr(value, "_replace") and hasattr(value, "_fields"):  # a named tuple
             return value._replace(**{k: self.value(getattr(value, k)) for k in value._fields})
         shown = repr(value)
         return value if self.text(shown) == shown else _HIDDEN
@@ -123,17 +124,12 @@ class Redactor:
 NOTHING_SECRET = Redactor()
 
 
-def redact(data: bytes, secret: Redactor) -> bytes:
-    """Take secrets out of bytes that a server sent."""
-    return secret.data(data)
-
-
 def conceal(error: _Error, secret: Redactor) -> _Error:
-    """Take secrets out of an exception and of those behind it, and return it.
+    """Take secrets out of an exception and its causes, and return it.
 
-    Servers may quote the key, and HTTP libraries quote servers. Tracebacks are cut
-    off here, too: some tools print the local variables of each frame, and in the
-    frames below are requests and answers as they went over the wire.
+    Servers may quote the key, and HTTP libraries quote servers. The tracebacks so far are
+    removed, too: some tools print the local variables of each frame, and these frames hold
+    requests and answers as they were sent.
 
     >>> secret = Redactor(Secret("key-1234"))
     >>> conceal(ValueError("Bad: key-1234", {"key": b"key-1234"}), secret)

@@ -1,16 +1,16 @@
 """Bytes in, events out: the stream format of server-sent events.
 
-The rules are those of the WHATWG HTML standard, sections 9.2.5 and 9.2.6
-(https://html.spec.whatwg.org/multipage/server-sent-events.html), to the letter.
-One thing goes beyond them, for servers that leave out the blank line between their events:
-a data line that is a whole JSON object ends its event, and so does ``[DONE]``.
+The parser keeps the rules of the WHATWG HTML standard, sections 9.2.5 and 9.2.6
+(https://html.spec.whatwg.org/multipage/server-sent-events.html), to the letter. One rule is
+added, for servers that leave out the blank line between their events: a data line that is a
+whole JSON object, or ``[DONE]``, ends its event.
 
-Time is linear: a packet is cut into lines in one go, what follows its last line
-end waits in `_line`, and no byte is searched twice. Lines stay bytes, and a value
-is decoded whole. Line ends, colons and spaces are ASCII, which UTF-8 uses in no
-other character, so this gives what decoding the stream first would give, and a
-character split between two packets comes out right. (`str.splitlines` would not
-do: it cuts at U+2028, which is legal inside JSON.)
+Time is linear: a packet is split into lines at once, the bytes after its last line end wait in
+`_line`, and no byte is searched twice. Lines are split as bytes and decoded afterwards. The
+result is the same as if the stream were decoded first, since line ends, colons and spaces are
+ASCII, whose bytes UTF-8 uses in no other character; and a character that is split between two
+packets is decoded whole. (`str.splitlines` would be wrong: it splits at U+2028, which is legal
+inside JSON.)
 """
 
 from __future__ import annotations
@@ -29,35 +29,34 @@ BOM = b"\xef\xbb\xbf"
 _MAX_RETRY_MS = 10**15 - 1
 
 
-# gc=False: text and numbers can't be part of a cycle, and there are very many events.
+# gc=False: text and numbers can't be part of a cycle, and streams have very many events.
 class ServerSentEvent(msgspec.Struct, frozen=True, repr_omit_defaults=True, gc=False):
-    """One event of a stream. Its repr leaves out what is at its default."""
+    """One event of a stream. Its repr leaves out fields with their default value."""
 
     data: str
     """The values of its ``data`` lines, joined by line feeds."""
     event: str = "message"
-    """Its type."""
+    """The event's type."""
     id: str = ""
-    """The last id that the stream gave, in this event or in one before."""
+    """The last id in the stream, of this event or of one before it."""
     retry: int | None = None
-    """Milliseconds to wait before reconnecting, where this event's own lines said so."""
+    """Milliseconds to wait before reconnecting, if this event has the field."""
 
 
 class SSEParser:
     r"""Turns the bytes of one stream into its events.
 
-    Memory is bounded: the data of an event so far and the line under way, in bytes,
-    may not come to more than `max_event_bytes`. The type and the id are one line
-    each, so that they are within it too. Comments and unknown fields are dropped as
-    their lines end: heartbeats may go on for ever, a line without end may not.
+    Memory is bounded: an event's data so far and the unfinished line together have at most
+    `max_event_bytes`. So have the type and the id, which are one line each. Comments and unknown
+    fields are dropped at the end of their line: heartbeats may go on for ever, one line may not.
 
-    The first data line of an event is the whole of it if it is a JSON object, or ``[DONE]``:
-    neither can be the first of several lines. Such an event is handed out as soon as its line
-    has ended: lines that follow belong to the next one, and a blank line does no harm.
+    An event whose first data line is a JSON object or ``[DONE]`` has no other data lines. It is
+    handed out at the end of that line; the lines that follow belong to the next event, and a
+    blank line between the two is ignored.
 
     Attributes:
-        last_event_id: What to send as ``Last-Event-ID`` when reconnecting, or "".
-        retry: Milliseconds to wait before reconnecting, once the stream has said so.
+        last_event_id: The value for ``Last-Event-ID`` when reconnecting, or "".
+        retry: Milliseconds to wait before reconnecting; None until the stream has said so.
 
     >>> parser = SSEParser()
     >>> parser.feed(b'data: {"chunk": "a "}\ndata: {"chunk": "cat"}\n')
@@ -70,21 +69,21 @@ class SSEParser:
         self._max_event_bytes = max_event_bytes
         self._failed = False
         self._at_start = True  # a byte order mark may still come
-        self._after_cr = False  # a line feed would be the rest of the last line end
-        # The line under way. Appending to a bytearray takes linear time in all, as
-        # to a list of parts, but no fifty bytes a part where packets are tiny.
+        self._after_cr = False  # a line feed that comes next belongs to the last line end
+        # The unfinished line. Appending to a bytearray takes linear time in total, like a list
+        # of parts, without the fifty bytes of an object for each tiny packet.
         self._line = bytearray()
-        # The buffers of section 9.2.6. None is "no data line yet": an empty one counts.
+        # The buffers of section 9.2.6. None means no data line yet: an empty one counts.
         self._data: bytes | bytearray | None = None
-        self._value: dict[str, Any] | None = None  # of a data line that is one
+        self._value: dict[str, Any] | None = None  # the JSON object of a data line
         self._event = ""
         self._id = ""
         self._event_retry: int | None = None
-        self._room = max_event_bytes  # what `_data` leaves for the line under way
+        self._room = max_event_bytes  # bytes that `_data` leaves for the unfinished line
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is pending: no line is under way, no field waits for its event's end."""
+        """Whether the parser holds nothing back: no unfinished line, no field of an open event."""
         return not (
             self._at_start
             or self._line
@@ -98,15 +97,14 @@ class SSEParser:
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         r"""Take the next bytes off the wire; return the events they complete.
 
-        The cut may fall anywhere, even inside a CRLF or a UTF-8 character. What
-        is left over waits for the next call. At the end of the stream that is an
-        unfinished event, which the standard says to drop.
+        The bytes may be cut anywhere, even inside a CRLF or a UTF-8 character. The rest of
+        them waits for the next call; at the end of the stream the rest is an unfinished event,
+        which the standard says to drop.
 
         Raises:
-            StreamProtocolError: One event passed `max_event_bytes`. The stream
-                cannot be resumed, and every later call raises too. Events that were
-                completed before, in the same packet, are not lost: they are
-                returned, and the error waits for the next call, even ``feed(b"")``.
+            StreamProtocolError: One event passed `max_event_bytes`. The stream cannot be
+                resumed, and every later call raises, too. If events before it were completed
+                by the same packet, they are returned, and the next call raises.
 
         >>> parser = SSEParser()
         >>> parser.feed(b'data: {"chunk": "a c')
@@ -117,7 +115,7 @@ class SSEParser:
         return [event for event, _ in self.read(data)]
 
     def read(self, data: bytes) -> list[tuple[ServerSentEvent, dict[str, Any] | None]]:
-        """Do what `feed` does; return with each event the JSON object that its one line is."""
+        """Do the same as `feed`; return each event with the JSON object of its data, or None."""
         events: list[tuple[ServerSentEvent, dict[str, Any] | None]] = []
         if not self._failed:
             lines = self._split(data)
@@ -133,7 +131,7 @@ class SSEParser:
         return events
 
     def _split(self, data: bytes) -> list[bytes]:
-        """Return the lines that end in `data`, then what follows the last of them."""
+        """Return the lines that end in `data`, and as the last item the bytes after them."""
         if self._at_start:
             data = bytes(self._line) + data
             self._line.clear()
@@ -157,7 +155,7 @@ class SSEParser:
     def _take(
         self, lines: list[bytes], events: list[tuple[ServerSentEvent, dict[str, Any] | None]]
     ) -> bool:
-        """Add to `events` what whole lines complete; return False at one over the limit."""
+        """Add the events that whole lines complete; return False at a line over the limit."""
         for line in lines:
             if line:
                 if len(line) > self._room:
@@ -172,7 +170,7 @@ class SSEParser:
         return True
 
     def _field(self, line: bytes) -> bytes | None:
-        """Process a line of any kind; return its value if it is a data line."""
+        """Process a line of any field; return the value of a data line, None for others."""
         name, _, value = line.partition(b":")  # a comment has the empty name
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -216,7 +214,7 @@ class SSEParser:
         return event
 
     def _fail(self) -> None:
-        """Refuse all further bytes, and give up the memory."""
+        """Refuse all further bytes, and release the memory."""
         self._failed = True
         self._line.clear()
         self._data = self._value = None
@@ -227,11 +225,11 @@ def _decode(value: bytes | bytearray) -> str:
 
 
 def _object(value: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that a data line is, if it is one."""
+    """Return the JSON object of a data line; None if the line is not one."""
     if value[:1] != b"{":
         return None
     try:
-        found = decode(_decode(value).encode())  # text that is no UTF-8 is no reason to lose it
+        found = decode(_decode(value).encode())  # keeps JSON with bytes that are no UTF-8
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

@@ -1,7 +1,7 @@
-"""JSON objects into values, field by field: a field that does not fit is left out.
+"""JSON objects become values, field by field; an optional field that does not fit is left out.
 
-So a server may add, drop and change fields without a client that fails; `raw` has
-them as they came. Only what a value can't be without must be there.
+So a server may add, drop and change optional fields, and no client fails; `raw` has the fields
+as they came. Required fields must be there.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _hints = cache(get_type_hints)
 
 
 def read_value(kind: type[ValueT], record: Any, /, **known: Any) -> ValueT:
-    """Turn a decoded object into a value; `known` are fields that are not read from it.
+    """Turn a decoded object into a value; `known` gives fields that are not in the object.
 
     Raises:
-        ServerError: Something is missing that the value can't be without.
+        ServerError: A required field is missing.
     """
     values = dict(known)
     fields = record if isinstance(record, Mapping) else {}
@@ -49,6 +49,6 @@ def read_value(kind: type[ValueT], record: Any, /, **known: Any) -> ValueT:
 
 
 def read_failure(error: Any) -> tuple[str | None, str]:
-    """Return the code and the message of an ``error`` in whichever shape it comes."""
+    """Return the code and the message of an ``error`` in any known form."""
     message, fields = describe({"error": error})
     return fields.get("code") or fields.get("type"), message
