@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,17 +25,30 @@ LINTERS = [
 def main() -> int:
     arguments = sys.argv[1:]
     fast = "--fast" in arguments
-    commands = [] if fast else LINTERS
-    chosen = ["-m", "not slow", "--hypothesis-profile=fast"] if fast else []
-    # What is compiled once, our modules and rewritten tests, is not compiled by each process anew.
     environment = {**os.environ}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is compiled once is kept
     rest = [argument for argument in arguments if argument != "--fast"]
-    for command in [*commands, ["pytest", f"--numprocesses={WORKERS}", *chosen, *rest]]:
+    chosen = ["-m", "not slow", "--hypothesis-profile=fast"] if fast else []
+    # Neighbours, which share a server or a browser, stay together until a worker is idle.
+    tests = ["pytest", f"--numprocesses={WORKERS}", "--dist=worksteal", *chosen, *rest]
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         print("$", *command, flush=True)  # noqa: T201 - a program
-        status = subprocess.call([sys.executable, "-m", *command], cwd=ROOT, env=environment)
-        if status:
-            return status
+        return subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, env=environment, **options
+        )
+
+    def check(command: list[str]) -> None:
+        if status := start(command).wait():
+            sys.exit(status)
+
+    if not fast:
+        # While one processor is with the linters, the other compiles the tests, which in a first
+        # run each worker would else do for itself.
+        with start([*tests, "--collect-only", "--quiet", "--quiet"], stdout=subprocess.DEVNULL):
+            for command in LINTERS:
+                check(command)
+    check(tests)
     return 0
 
 

@@ -92,6 +92,15 @@ def photo():
     return SAMPLE_IMAGE
 
 
+# Whose first test starts a cluster or a browser for all of the file.
+FIRST = ("test_ray_cluster.py", "test_web_page.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest: one worker has all of it, and the others take the rest."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 def pytest_collection_finish(session):
     """Spare the collector, which many tests call, a look at all that pytest has loaded."""
     gc.collect()

@@ -351,35 +351,37 @@ ZIGZAG = "L 0.1 0.9 L 0.9 0.2 "
 
 
 @pytest.mark.parametrize(
-    ("result", "labels"),
+    ("make", "labels"),
     [
-        pytest.param(detected(*[BOX] * 2_000), None, id="boxes"),
-        pytest.param(pointed(*[(0.5, 0.5)] * 5_000), None, id="points"),
-        pytest.param(outlined("M 0 0 " + ARC * 1_000 + "Z"), None, id="arcs"),
-        pytest.param(outlined(f"{FORWARD} {BACKWARD} " * 500), None, id="outlines"),
-        pytest.param(detected(BOX), "W" * 1_000_000, id="label"),
-        pytest.param(detected(BOX), "heron " * 200_000, id="label-of-words"),
-        pytest.param(thought("W" * 1_000_000, (0, 1_000_000, ((0.5, 0.5),))), None, id="thought"),
+        pytest.param(lambda: detected(*[BOX] * 2_000), None, id="boxes"),
+        pytest.param(lambda: pointed(*[(0.5, 0.5)] * 5_000), None, id="points"),
+        pytest.param(lambda: outlined("M 0 0 " + ARC * 1_000 + "Z"), None, id="arcs"),
+        pytest.param(lambda: outlined(f"{FORWARD} {BACKWARD} " * 500), None, id="outlines"),
+        pytest.param(lambda: detected(BOX), "W" * 1_000_000, id="label"),
+        pytest.param(lambda: detected(BOX), "heron " * 200_000, id="label-of-words"),
+        pytest.param(
+            lambda: thought("W" * 1_000_000, (0, 1_000_000, ((0.5, 0.5),))), None, id="thought"
+        ),
     ],
 )
-def test_more_than_anybody_sees_is_drawn_all_the_same(sheet, result, labels):
-    assert changed(sheet, result.draw(sheet, labels=labels))
+def test_more_than_anybody_sees_is_drawn_all_the_same(sheet, make, labels):
+    assert changed(sheet, make().draw(sheet, labels=labels))
 
 
 @pytest.mark.parametrize(
-    "result",
+    "make",
     [
-        pytest.param(detected(*[BOX] * 100_000), id="boxes"),
-        pytest.param(pointed(*[(0.5, 0.5)] * 100_000), id="points"),
-        pytest.param(thought("x", (0, 1, ((0.5, 0.5),) * 100_000)), id="thoughts"),
-        pytest.param(outlined("M 0 0 " + ZIGZAG * 6_000 + "Z"), id="corners"),
-        pytest.param(outlined("M 0 0 " + ZIGZAG * 60_000 + "Z"), id="characters"),
-        pytest.param(outlined(f"{FORWARD} " * 20_000), id="outlines"),
+        pytest.param(lambda: detected(*[BOX] * 100_000), id="boxes"),
+        pytest.param(lambda: pointed(*[(0.5, 0.5)] * 100_000), id="points"),
+        pytest.param(lambda: thought("x", (0, 1, ((0.5, 0.5),) * 100_000)), id="thoughts"),
+        pytest.param(lambda: outlined("M 0 0 " + ZIGZAG * 6_000 + "Z"), id="corners"),
+        pytest.param(lambda: outlined("M 0 0 " + ZIGZAG * 60_000 + "Z"), id="characters"),
+        pytest.param(lambda: outlined(f"{FORWARD} " * 20_000), id="outlines"),
     ],
 )
-def test_far_more_than_anybody_sees_is_refused(sheet, result):
+def test_far_more_than_anybody_sees_is_refused(sheet, make):
     with pytest.raises(md.RequestError, match="too many"):
-        result.draw(sheet)
+        make().draw(sheet)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

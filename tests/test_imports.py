@@ -5,6 +5,7 @@ those inside functions: from the end of `ROOMS` towards its beginning.
 """
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -118,7 +119,9 @@ def imports_of(path):
     yield from walk(ast.parse(path.read_text(encoding="utf-8")), for_types=False)
 
 
-IMPORTS = [each for path in sources() for each in imports_of(path)]
+@functools.cache
+def imports():
+    return [each for path in sources() for each in imports_of(path)]
 
 
 def public_room(each):
@@ -132,21 +135,21 @@ def test_every_room_has_its_place():
 
 def test_the_tests_see_imports_of_every_kind():
     """Or else the promises below would be kept by nobody looking."""
-    seen = {(each.importer, public_room(each)) for each in IMPORTS if each.room}
+    seen = {(each.importer, public_room(each)) for each in imports() if each.room}
 
     assert ("_stream", "_protocol") in seen  # from ._protocol.events import ...
     assert ("_images", "errors") in seen  # from ..errors import ...
     assert ("cli", "__init__") in seen  # import moondream_async
     assert ("_client", "_call") in seen  # inside a function
-    assert any(each.for_types and each.target == "asyncio" for each in IMPORTS)
-    assert any(not each.at_once and each.room == "_draw" for each in IMPORTS)
-    assert any(each.target == "aiohttp.web" for each in IMPORTS)
+    assert any(each.for_types and each.target == "asyncio" for each in imports())
+    assert any(not each.at_once and each.room == "_draw" for each in imports())
+    assert any(each.target == "aiohttp.web" for each in imports())
 
 
 def test_imports_run_one_way():
     against = [
         each
-        for each in IMPORTS
+        for each in imports()
         if each.room is not None
         and public_room(each) != each.importer
         and (each.importer, public_room(each)) not in EXCEPTIONS
@@ -173,7 +176,7 @@ def loaded_first(each, names):
 def test_no_module_waits_for_itself_so_that_each_can_be_the_first():
     names = {module_name(path) for path in sources()}
     graph = {name: set() for name in names}
-    for each in IMPORTS:
+    for each in imports():
         if each.room and each.at_once and not each.for_types:
             importer = module_name(PACKAGE / each.file)
             graph[importer] |= loaded_first(each, names) - {importer}
@@ -182,14 +185,14 @@ def test_no_module_waits_for_itself_so_that_each_can_be_the_first():
 
 
 def test_every_exception_is_needed():
-    assert {(each.importer, public_room(each)) for each in IMPORTS} >= EXCEPTIONS
+    assert {(each.importer, public_room(each)) for each in imports()} >= EXCEPTIONS
 
 
 def test_no_module_imports_from_the_package_as_a_whole_from_inside():
     """It would work only when all of it has been loaded."""
     outside = {"__main__", "cli", "simulator", "integrations", "web"}
 
-    inside = [each for each in IMPORTS if each.room and each.importer not in outside]
+    inside = [each for each in imports() if each.room and each.importer not in outside]
 
     assert [each for each in inside if public_room(each) == "__init__"] == []
 
@@ -202,7 +205,7 @@ def test_the_pure_rooms_know_no_loop_no_clock_and_no_chance():
 
     found = [
         each
-        for each in IMPORTS
+        for each in imports()
         if each.importer in PURE and not each.for_types and each.target.split(".")[0] in forbidden
     ]
 
@@ -224,12 +227,12 @@ def test_the_pure_rooms_do_not_ask_for_the_date():
 def test_the_transport_alone_imports_the_client_of_aiohttp():
     importers = {
         each.importer
-        for each in IMPORTS
+        for each in imports()
         if each.target.split(".")[0] == "aiohttp" and not each.for_types
     }
     of_servers = {
         each.target
-        for each in IMPORTS
+        for each in imports()
         if each.importer in ("simulator", "web") and each.target.startswith("aiohttp")
     }
 
@@ -239,13 +242,13 @@ def test_the_transport_alone_imports_the_client_of_aiohttp():
 
 def test_the_simulator_shares_nothing_with_the_client_but_its_types():
     """A shared decoder would share its mistakes."""
-    shared = {each.room for each in IMPORTS if each.importer == "simulator" and each.room}
+    shared = {each.room for each in imports() if each.importer == "simulator" and each.room}
 
     assert shared <= {"simulator", "types", "results"}
 
 
 def test_nothing_imports_an_integration():
-    assert {each.importer for each in IMPORTS if each.room == "integrations"} <= {"integrations"}
+    assert {each.importer for each in imports() if each.room == "integrations"} <= {"integrations"}
 
 
 # -- what is loaded when -------------------------------------------------------------------
