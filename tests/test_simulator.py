@@ -591,8 +591,11 @@ async def test_query_rollouts_differ_unless_the_temperature_is_zero(temperature,
     assert len({rollout["output"]["answer"] for rollout in answer["rollouts"]}) == kinds
 
 
-async def test_rollouts_of_a_caption_are_refused():
-    assert (await roll_out({"skill": "caption"}, 3)).status == 400
+@pytest.mark.parametrize(
+    ("request_body", "count"), [({"skill": "caption"}, 3), ({**QUERY, "skill": "query"}, 17)]
+)
+async def test_rollouts_of_another_skill_or_too_many_are_refused(request_body, count):
+    assert (await roll_out(request_body, count)).status == 400
 
 
 # Errors
@@ -1056,6 +1059,9 @@ def test_fault_with_times_always_strikes_every_request():
         ("cut=1,times=0", "fault times is written times=N"),
         ("json=1", "fault 'json=1' is written json"),
         ("cut=1,times=x", "fault times is written times=N, not times=x"),
+        ("cut_inside=0", "fault cut_inside is written cut_inside=N"),
+        ("split=0", "fault split is written split=BYTES"),
+        ("slow_start=nan", "fault slow_start is written slow_start=SECONDS"),
     ],
 )
 def test_text_that_is_no_fault_is_refused_clearly(text, message):

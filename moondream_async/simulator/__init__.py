@@ -1,16 +1,16 @@
 """A server that speaks the Moondream API, for demos and tests. It runs no model.
 
-It describes what can be measured in the picture that it was sent: its format,
-size, brightness and main colours, and where they lie. So every answer depends
-on the pixels that arrived, and the same picture and question give the same
-answer, streamed or not::
+It describes what can be measured in the picture of a request: its format, size,
+brightness and main colours, and where the colours lie. So every answer depends on the
+pixels that arrived, and the same picture and question give the same answer, streamed
+or not::
 
     async with Simulator() as simulator:
         async with MoondreamClient(endpoint=simulator.endpoint) as client:
             result = await client.caption(SAMPLE_IMAGE)
 
-What a server can do wrong, this one does on request: see `Fault`. What it is to say
-in place of that, it says: see `Script`.
+It fails on request, in any way a server can: see `Fault`. It gives the answers that a
+test wants: see `Script`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measurements in, words out.
 
-No model runs here, and the answers say so. They are made of what was measured
-and of nothing else: the same picture and the same question give the same words.
+No model runs here, and the answers say so. They hold what was measured and nothing
+else: the same picture and the same question give the same words.
 """
 
 from __future__ import annotations
@@ -21,15 +21,6 @@ _ABILITIES = (
     "size and format, brightness, the main colours, how many areas of a colour there are, "
     "and where a colour or the brightest part lies"
 )
-
-
-def split_words(text: str) -> list[str]:
-    """Cut a text into the pieces that a model would write: a word with the space before it.
-
-    >>> split_words("A red circle.")
-    ['A', ' red', ' circle.']
-    """
-    return re.findall(r"\s*\S+|\s+", text)
 
 
 def name_colour(text: str) -> str | None:
@@ -87,10 +78,7 @@ def answer_about_several(pictures: list[Picture], question: str) -> str:
 
 
 def think(picture: Picture | None, question: str) -> dict[str, Any]:
-    """Return the reasoning that leads to the answer, as the API sends it.
-
-    That is its text, and for each span of it that speaks of a place, the place.
-    """
+    """Return the reasoning that leads to the answer: a text, and the place each span names."""
     if picture is None:
         return {"text": "There is no picture to measure.", "grounding": []}
     text = f"The question has {len(question.split())} words. I measure {_tell_size(picture)}."
@@ -98,23 +86,18 @@ def think(picture: Picture | None, question: str) -> dict[str, Any]:
     for area in picture.areas[:4]:
         span = f"a {area.colour} area"
         start = len(text) + len(" I see ")
-        grounding.append(
-            {
-                "start_idx": start,
-                "end_idx": start + len(span),
-                "points": [[round(place, 3) for place in area.centre]],
-            }
-        )
+        point = [round(place, 3) for place in area.centre]
+        grounding.append({"start_idx": start, "end_idx": start + len(span), "points": [point]})
         text += f" I see {span} at the {_tell_place(*area.centre)}."
     return {"text": text, "grounding": grounding}
 
 
 def find_areas(picture: Picture, object: str, spatial_refs: list[list[float]]) -> list[Area]:
-    """Return the areas that an object's description fits: those of the colour it names.
+    """Return the areas of the colour that an object's description names.
 
-    A description without a colour fits nothing, unless it is as general as
-    "shape" or "object": then it fits every area. References choose among the
-    areas that fit: those whose boxes they lie in.
+    A description without a colour fits no area, unless it is as general as
+    "shape" or "object": then it fits every area. Of the areas that fit, references
+    choose the areas whose boxes they lie in.
     """
     colour = name_colour(object)
     if colour is None:
@@ -127,7 +110,7 @@ def find_areas(picture: Picture, object: str, spatial_refs: list[list[float]]) -
     if not spatial_refs:
         return areas
     places = [_middle(reference) for reference in spatial_refs]
-    return [area for area in areas if any(_lies_in(place, area.box) for place in places)]
+    return [area for area in areas if any(area.holds(*place) for place in places)]
 
 
 def _answer_question(picture: Picture, question: str) -> str:
@@ -137,24 +120,20 @@ def _answer_question(picture: Picture, question: str) -> str:
         if re.search(pattern, asked):
             return answer_topic(picture, asked, colour)
     if colour is not None:
-        return _answer_presence(picture, asked, colour)
+        return _tell_presence(picture, colour)
     return f"{caption(picture, 'normal')} You can ask for {_ABILITIES}."
 
 
 def _answer_count(picture: Picture, _: str, colour: str | None) -> str:
     count = sum(colour in (None, area.colour) for area in picture.areas)
     kind = "coloured" if colour is None else colour
-    if count == 1:
-        return f"There is 1 {kind} area."
-    return f"There are {count} {kind} areas."
+    return f"There is 1 {kind} area." if count == 1 else f"There are {count} {kind} areas."
 
 
 def _answer_where(picture: Picture, asked: str, colour: str | None) -> str:
     if colour is not None:
-        found = [area for area in picture.areas if area.colour == colour]
-        if found:
-            return " ".join(_tell_area(area) for area in found[:4])
-        return _answer_presence(picture, asked, colour)
+        found = [_tell_area(area) for area in picture.areas if area.colour == colour]
+        return " ".join(found[:4]) or _tell_presence(picture, colour)
     if "dark" in asked:
         return f"The darkest part is at the {_tell_place(*picture.darkest)}."
     if "bright" in asked or "light" in asked:
@@ -162,25 +141,21 @@ def _answer_where(picture: Picture, asked: str, colour: str | None) -> str:
     return "I can only say where a colour, or the brightest or the darkest part, lies."
 
 
-def _answer_colours(picture: Picture, _: str, _colour: str | None) -> str:
-    return _tell_colours(picture)
-
-
-def _answer_brightness(picture: Picture, _: str, _colour: str | None) -> str:
+def _answer_brightness(picture: Picture, *_: object) -> str:
     return (
         f"The picture is {_tell_brightness(picture)}: its mean brightness is "
         f"{picture.brightness:.2f} of 1. {_tell_brightest(picture)}"
     )
 
 
-def _answer_size(picture: Picture, _: str, _colour: str | None) -> str:
+def _answer_size(picture: Picture, *_: object) -> str:
     return (
         f"It is a {_tell_size(picture)} picture of {picture.file_bytes:,} bytes: "
         f"{picture.width} pixels wide and {picture.height} high."
     )
 
 
-def _answer_presence(picture: Picture, _: str, colour: str) -> str:
+def _tell_presence(picture: Picture, colour: str) -> str:
     if colour == picture.background:
         return f"Yes, {colour} covers most of the picture."
     for area in picture.areas:
@@ -189,20 +164,20 @@ def _answer_presence(picture: Picture, _: str, colour: str) -> str:
     return f"No, I measure no {colour} area."
 
 
-# What a question may be about, and who answers it; the first that fits.
+def _tell_colours(picture: Picture, *_: object) -> str:
+    shares = [f"{colour} ({share:.0%})" for colour, share in picture.shares.items()]
+    return f"By area, the main colours are {_join(shares[:5])}."
+
+
+# The first pattern that a question has decides what the question is about.
 _TOPICS: tuple[tuple[str, Callable[[Picture, str, str | None], str]], ...] = (
     (r"\bhow many\b", _answer_count),
     (r"\bwhere\b", _answer_where),
-    (r"\bcolou?r", _answer_colours),
+    (r"\bcolou?r", _tell_colours),
     (r"\b(bright|dark|light)", _answer_brightness),
     (r"\b(size|large|big|dimension|resolution|wide|width|tall|height)", _answer_size),
     (r"\b(format|file|pixel|byte)", _answer_size),
 )
-
-
-def _tell_colours(picture: Picture) -> str:
-    shares = [f"{colour} ({share:.0%})" for colour, share in picture.shares.items()]
-    return f"By area, the main colours are {_join(shares[:5])}."
 
 
 def _tell_brightest(picture: Picture) -> str:
@@ -237,10 +212,6 @@ def _tell_reference(picture: Picture, reference: list[float]) -> str:
 def _middle(reference: list[float]) -> tuple[float, float]:
     left, top, right, bottom = (reference * 2)[:4]  # a point is a box without extent
     return (left + right) / 2, (top + bottom) / 2
-
-
-def _lies_in(place: tuple[float, float], box: tuple[float, float, float, float]) -> bool:
-    return box[0] <= place[0] <= box[2] and box[1] <= place[1] <= box[3]
 
 
 def _tell_place(x: float, y: float) -> str:

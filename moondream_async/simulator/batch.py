@@ -1,8 +1,8 @@
 """The Batch API: a file of requests comes up in parts, files of results go down.
 
-A batch moves on whenever somebody asks for its state, by one stage or by part
-of its lines, and at no other time: how often it is looked at, and not the
-clock, decides what is seen.
+A batch moves on whenever a client asks for its state, by one stage or by part of its
+lines, and at no other time: how often a client looks, and not the clock, decides what
+the client sees.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import asyncio
 import datetime as dt
 import hashlib
 import math
-from typing import Any
+from typing import Annotated
 
 import anyio.to_thread
 import msgspec
 
 from . import answers
-from .dialects import MODELS, Body, Dialect
+from .dialects import MODELS, Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
-from .steps import Reply, Route
+from .steps import Body, Reply, Route
 from .storage import Storage, make_id, take_page
 from .validation import QueryBody, RefusedError, read_body, read_typed
 
@@ -33,90 +33,47 @@ _LINES_PER_LOOK = 200
 _LINES_PER_OUTPUT = 10
 
 _SKILLS = ("caption", "query", "detect", "point")
+_Image = Annotated[str, msgspec.Meta(min_length=1)]
+_Images = Annotated[list[_Image], msgspec.Meta(min_length=1)]
 
 
-class LineError(Exception):
-    """A line of a batch can't be done."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-class Part(msgspec.Struct, frozen=True, rename="camel"):
-    """A part of an upload, as the request that completes it names it."""
-
+class _Part(msgspec.Struct, frozen=True, rename="camel"):
     part_number: int
     etag: str
 
 
-class CompleteBody(msgspec.Struct, frozen=True):
-    """The body that completes an upload."""
-
-    parts: list[Part]
+class _Complete(msgspec.Struct, frozen=True):
+    parts: list[_Part]
     model: str = "moondream3-preview"
 
 
-class Upload(msgspec.Struct):
-    """A file that is coming up."""
-
+class _Upload(msgspec.Struct):
     upload_id: str
     parts: dict[int, bytes] = {}
 
 
-class Batch(msgspec.Struct):
+class _Batch:
     """A file that was completed, and how far it is done."""
 
-    id: str
-    model: str
-    data: bytes
-    status: str = "chunking"
-    lines: list[bytes] = []
-    results: list[Body] = []
-    outputs: int = 0
-    error: Body | None = None
-    created_at: dt.datetime = msgspec.field(default_factory=lambda: dt.datetime.now(dt.UTC))
-    completed_at: dt.datetime | None = None
-    lock: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
-
-    def fail(self, code: str, message: str) -> None:
-        """End it without results."""
-        self.status = "failed"
-        self.error = {"code": code, "message": message}
+    def __init__(self, batch_id: str, model: str, data: bytes) -> None:
+        self.lines = data.splitlines()
+        self.results: list[Body] = []
+        self.outputs: list[str] = []  # names of files in the storage
+        self.lock = asyncio.Lock()
+        self.state: Body = {
+            "id": batch_id,
+            "status": "chunking",
+            "model": model,
+            "progress": {"total": 0, "completed": 0, "failed": 0},
+            "created_at": _tell_time(dt.datetime.now(dt.UTC)),
+        }
 
     def body(self, storage: Storage, origin: str) -> Body:
         """Return its state, as the API sends it."""
-        failed = sum(result["status"] == "error" for result in self.results)
-        body: Body = {
-            "id": self.id,
-            "status": self.status,
-            "model": self.model,
-            "progress": {
-                "total": len(self.lines),
-                "completed": len(self.results) - failed,
-                "failed": failed,
-            },
-            "created_at": _tell_time(self.created_at),
-        }
-        if self.error is not None:
-            body["error"] = self.error
-        if self.completed_at is not None:
-            body["usage"] = {
-                kind: sum(result.get("usage", {}).get(kind, 0) for result in self.results)
-                for kind in ("input_tokens", "output_tokens")
-            }
-            body["outputs"] = [
-                {"index": index, "url": storage.url(origin, self.output_name(index))}
-                for index in range(self.outputs)
-            ]
-            body["completed_at"] = _tell_time(self.completed_at)
-            body["expires_at"] = _tell_time(self.completed_at + dt.timedelta(days=7))
-        return body
-
-    def output_name(self, index: int) -> str:
-        """Return the name of a file of results in the storage."""
-        return f"{self.id}-{index}.jsonl"
+        if not self.outputs:
+            return dict(self.state)
+        urls = enumerate(storage.url(origin, name) for name in self.outputs)
+        return self.state | {"outputs": [{"index": index, "url": url} for index, url in urls]}
 
 
 class Batches:
@@ -126,8 +83,8 @@ class Batches:
         self._path = f"{dialect.prefix}/batch"
         self._gallery = gallery
         self._storage = storage
-        self._uploads: dict[str, Upload] = {}
-        self._batches: dict[str, Batch] = {}
+        self._uploads: dict[str, _Upload] = {}
+        self._batches: dict[str, _Batch] = {}
         self._created = 0
 
     def routes(self) -> list[Route]:
@@ -147,41 +104,36 @@ class Batches:
         self._created += 1
         file_id = make_id(self._created)
         upload_id = hashlib.sha256(file_id.encode()).hexdigest()[:24]
-        self._uploads[file_id] = Upload(upload_id)
+        self._uploads[file_id] = _Upload(upload_id)
         key = f"requests/simulated/{file_id}.jsonl"
         return Reply(body={"fileId": file_id, "uploadId": upload_id, "key": key})
 
     async def _upload_part(self, received: ReceivedRequest) -> Reply:
-        _expect_action(received, "mpu-uploadpart")
-        upload = self._find_upload(received)
+        upload = self._find_upload(received, "mpu-uploadpart")
         number = received.query.get("partNumber", "")
-        if not number.isdigit() or not 1 <= int(number) <= 10_000:
+        if not number.isdecimal() or not 1 <= int(number) <= 10_000:
             raise RefusedError("partNumber must be between 1 and 10000", param="partNumber")
         upload.parts[int(number)] = received.body
         return Reply(body={"partNumber": int(number), "etag": _make_etag(received.body)})
 
     async def _complete(self, received: ReceivedRequest) -> Reply:
-        _expect_action(received, "mpu-complete")
-        upload = self._find_upload(received)
-        body = read_typed(received.body, CompleteBody)
-        for part in body.parts:
+        upload = self._find_upload(received, "mpu-complete")
+        body = read_typed(received.body, _Complete)
+        pieces = []
+        for part in sorted(body.parts, key=lambda part: part.part_number):
             data = upload.parts.get(part.part_number)
             if data is None or part.etag != _make_etag(data):
-                raise RefusedError(
-                    f"Part {part.part_number} is missing or its etag differs", param="parts"
-                )
-        data = b"".join(
-            upload.parts[part.part_number]
-            for part in sorted(body.parts, key=lambda part: part.part_number)
-        )
+                message = f"Part {part.part_number} is missing or its etag differs"
+                raise RefusedError(message, param="parts")
+            pieces.append(data)
+        data = b"".join(pieces)
         file_id = received.params["id"]
         del self._uploads[file_id]
-        batch = self._batches[file_id] = Batch(file_id, body.model, data)
-        return Reply(body={"id": batch.id, "status": batch.status, "size": len(data)})
+        self._batches[file_id] = _Batch(file_id, body.model, data)
+        return Reply(body={"id": file_id, "status": "chunking", "size": len(data)})
 
     async def _abort(self, received: ReceivedRequest) -> Reply:
-        _expect_action(received, "mpu-abort")
-        self._find_upload(received)
+        self._find_upload(received, "mpu-abort")
         del self._uploads[received.params["id"]]
         return Reply(body={"ok": True})
 
@@ -191,7 +143,7 @@ class Batches:
             raise RefusedError("No such batch", status=404)
         async with batch.lock:
             body = batch.body(self._storage, received.origin)
-            if batch.status in {"chunking", "processing"}:
+            if body["status"] in {"chunking", "processing"}:
                 await anyio.to_thread.run_sync(self._move_on, batch)
         return Reply(body=body)
 
@@ -200,69 +152,85 @@ class Batches:
         batches = [batch.body(self._storage, received.origin) for batch in newest_first]
         return Reply(body=take_page("batches", batches, received.query))
 
-    def _find_upload(self, received: ReceivedRequest) -> Upload:
+    def _find_upload(self, received: ReceivedRequest, action: str) -> _Upload:
+        _expect_action(received, action)
         upload = self._uploads.get(received.params["id"])
         if upload is None or received.query.get("uploadId") != upload.upload_id:
             raise RefusedError("No such upload", status=404, param="uploadId")
         return upload
 
-    def _move_on(self, batch: Batch) -> None:
-        """Take a batch one stage on, or do some of its lines. Blocks."""
-        if batch.status == "chunking":
-            _chunk(batch)
-            return
-        done = len(batch.results)
-        step = min(_LINES_PER_LOOK, math.ceil(len(batch.lines) / 2))
-        batch.results += [
-            self._do_line(index, line)
-            for index, line in enumerate(batch.lines[done : done + step], done)
-        ]
-        if len(batch.results) == len(batch.lines):
-            self._finish(batch)
+    def _move_on(self, batch: _Batch) -> None:
+        """Take a batch one stage on, or do some of its lines. Blocks.
 
-    def _finish(self, batch: Batch) -> None:
-        # The order of results is promised to nobody; here it is never that of the lines.
+        What a client can check before it sends a file is not checked again here.
+        """
+        total, done = len(batch.lines), len(batch.results)
+        error = None
+        if batch.state["model"].partition("/")[0] not in MODELS:
+            message = f"Unknown model {batch.state['model']!r}"
+            error = {"code": "invalid_model", "message": message}
+        elif not batch.lines:
+            error = {"code": "empty_batch", "message": "The file has no lines"}
+        elif batch.state["status"] == "processing":
+            step = min(_LINES_PER_LOOK, math.ceil(total / 2))
+            some = enumerate(batch.lines[done : done + step], done)
+            batch.results += [self._do_line(index, line) for index, line in some]
+            done = len(batch.results)
+        failed = sum(result["status"] == "error" for result in batch.results)
+        progress = {"total": total, "completed": done - failed, "failed": failed}
+        if error is not None:
+            batch.state |= {"status": "failed", "progress": progress, "error": error}
+        elif done == total:
+            self._finish(batch, progress)
+        else:
+            batch.state |= {"status": "processing", "progress": progress}
+
+    def _finish(self, batch: _Batch, progress: Body) -> None:
+        # The API promises no order of results; here the order is never that of the lines.
         results = batch.results[::-1]
         for start in range(0, len(results), _LINES_PER_OUTPUT):
+            name = f"{batch.state['id']}-{len(batch.outputs)}.jsonl"
             some = results[start : start + _LINES_PER_OUTPUT]
-            lines = b"".join(msgspec.json.encode(result) + b"\n" for result in some)
-            self._storage.put(batch.output_name(batch.outputs), lines)
-            batch.outputs += 1
-        batch.status = "completed"
-        batch.completed_at = dt.datetime.now(dt.UTC)
+            self._storage.put(name, b"".join(msgspec.json.encode(one) + b"\n" for one in some))
+            batch.outputs.append(name)
+        now = dt.datetime.now(dt.UTC)
+        batch.state |= {
+            "status": "completed",
+            "progress": progress,
+            "usage": {
+                kind: sum(result["usage"][kind] for result in results if "usage" in result)
+                for kind in ("input_tokens", "output_tokens")
+            },
+            "completed_at": _tell_time(now),
+            "expires_at": _tell_time(now + dt.timedelta(days=7)),
+        }
 
     def _do_line(self, index: int, line: bytes) -> Body:
         result: Body = {"line_index": index}
         try:
-            request = msgspec.json.decode(line, type=dict[str, Any])
+            request = msgspec.json.decode(line, type=Body)
             if "id" in request:
                 result["id"] = request["id"]
             return result | {"status": "ok"} | self._solve(request)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             error = {"code": "invalid_request", "message": "The line is no JSON object"}
-        except LineError as line_error:
-            error = {"code": line_error.code, "message": line_error.message}
         except RefusedError as refused:
-            undecodable = refused.param == "image_url"
-            code = "image_decode_failed" if undecodable else "invalid_request"
+            codes = {"skill": "unknown_skill", "image_url": "image_decode_failed"}
+            code = codes.get(refused.param or "", "invalid_request")
             error = {"code": code, "message": refused.message}
         return result | {"status": "error", "error": error}
 
     def _solve(self, request: Body) -> Body:
         name = request.get("skill")
         if name not in _SKILLS:
-            raise LineError("unknown_skill", f"Unknown skill {name!r}")
+            raise RefusedError(f"Unknown skill {name!r}", param="skill")
         images = request.get("images") if name == "query" else None
-        if images is None:
-            images = [request.get("image")]
-        if (
-            not isinstance(images, list)
-            or not images
-            or not all(isinstance(image, str) and image for image in images)
-        ):
-            raise LineError("invalid_request", "Field 'image' is required")
+        try:
+            images = msgspec.convert([request.get("image")] if images is None else images, _Images)
+        except msgspec.ValidationError:
+            raise RefusedError("Field 'image' is required") from None
         if any(image.startswith("data:") for image in images):
-            raise LineError("image_decode_failed", "The image must be bare base64, no data URL")
+            raise RefusedError("The image must be bare base64, no data URL", param="image_url")
         skill = SKILLS[name]
         reasoning = {"reasoning": True} if name == "query" else {}
         body = read_body(reasoning | request | {"image_url": images[0]}, skill.body)
@@ -274,17 +242,6 @@ class Batches:
         if answer.reasoning is not None:
             result["reasoning"] = answer.reasoning
         return {"result": result, "usage": answer.usage()}
-
-
-def _chunk(batch: Batch) -> None:
-    """Cut a file into lines. What a client can know before it sends it is not checked again."""
-    batch.lines, batch.data = batch.data.splitlines(), b""
-    if batch.model.partition("/")[0] not in MODELS:
-        batch.fail("invalid_model", f"Unknown model {batch.model!r}")
-    elif not batch.lines:
-        batch.fail("empty_batch", "The file has no lines")
-    else:
-        batch.status = "processing"
 
 
 def _expect_action(received: ReceivedRequest, action: str) -> None:

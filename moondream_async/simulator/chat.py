@@ -7,128 +7,60 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from . import answers
-from .dialects import Answer, Body, Dialect
+from .dialects import Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
-from .steps import Event, Reply, Route, Steps
-from .validation import RefusedError, read_typed
+from .steps import Answer, Body, Event, Reply, Route, Steps, say, split_words
+from .validation import RefusedError, Temperature, TopP, read_typed
 
-_DEFAULT_MODEL = "moondream3-preview"
+_MaxTokens = Annotated[int, Meta(ge=1, le=4096)]
 
 
-class ImageUrl(msgspec.Struct, frozen=True):
-    """Where a picture is; only data URLs are taken."""
-
+class _ImageUrl(msgspec.Struct, frozen=True):
     url: str
 
 
-class TextPart(msgspec.Struct, frozen=True, tag="text"):
-    """A piece of text in a message."""
-
+class _Text(msgspec.Struct, frozen=True, tag="text"):
     text: str
 
 
-class ImagePart(msgspec.Struct, frozen=True, tag="image_url"):
-    """A picture in a message."""
-
-    image_url: ImageUrl
+class _Image(msgspec.Struct, frozen=True, tag="image_url"):
+    image_url: _ImageUrl
 
 
-class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation."""
-
+class _Message(msgspec.Struct, frozen=True):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart | ImagePart]
+    content: str | list[_Text | _Image]
+
+    def _parts(self) -> list[_Text | _Image]:
+        return [_Text(self.content)] if isinstance(self.content, str) else self.content
 
     @property
     def text(self) -> str:
-        """Its pieces of text, joined."""
-        if isinstance(self.content, str):
-            return self.content
-        return " ".join(part.text for part in self.content if isinstance(part, TextPart))
+        return " ".join(part.text for part in self._parts() if isinstance(part, _Text))
 
     @property
     def images(self) -> list[str]:
-        """The data URLs of its pictures."""
-        if isinstance(self.content, str):
-            return []
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+        return [part.image_url.url for part in self._parts() if isinstance(part, _Image)]
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
-    """What a stream tells beside the answer."""
-
+class _StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
 
 
-class ChatBody(msgspec.Struct, frozen=True):
-    """The body of ``/chat/completions``."""
-
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
-    model: str = _DEFAULT_MODEL
-    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
+class _ChatBody(msgspec.Struct, frozen=True):
+    messages: Annotated[list[_Message], Meta(min_length=1)]
+    model: str = "moondream3-preview"
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    max_completion_tokens: _MaxTokens | None = None
+    max_tokens: _MaxTokens | None = None
     reasoning: bool = False
     stream: bool = False
-    stream_options: StreamOptions | None = None
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """A whole answer."""
-
-    id: str
-    created: int
-    model: str
-    reasoning: list[str]
-    """Its words; the tokens of the answer come after."""
-    words: list[str]
-    finish_reason: str
-    prompt_tokens: int
-
-    @property
-    def usage(self) -> Body:
-        """The counts of tokens."""
-        written = len(self.reasoning) + len(self.words)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": written,
-            "total_tokens": self.prompt_tokens + written,
-        }
-
-    def body(self) -> Body:
-        """Return it as one JSON body."""
-        message: Body = {"role": "assistant", "content": "".join(self.words)}
-        if self.reasoning:
-            message["reasoning"] = "".join(self.reasoning)
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
-        return self._head("chat.completion") | {"choices": [choice], "usage": self.usage}
-
-    def events(self, dialect: Dialect, *, include_usage: bool) -> Iterator[Event]:
-        """Yield it as events: the words of the reasoning, those of the answer, and the end.
-
-        The key of the reasoning's pieces is a guess: no server's is documented.
-        """
-        deltas: list[Body] = [{"reasoning": word} for word in self.reasoning]
-        deltas += [{"content": word} for word in self.words]
-        for index, delta in enumerate(deltas):
-            role = {"role": "assistant"} if index == 0 else {}
-            yield dialect.encode(self._chunk(role | delta, None), tokens=1)
-        yield dialect.encode(self._chunk({}, self.finish_reason), last=True)
-        if include_usage:
-            head = self._head("chat.completion.chunk")
-            yield dialect.encode(head | {"choices": [], "usage": self.usage}, last=True)
-        yield dialect.encode_text("[DONE]", last=True)
-
-    def _head(self, kind: str) -> Body:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _chunk(self, delta: Body, finish_reason: str | None) -> Body:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return self._head("chat.completion.chunk") | {"choices": [choice]}
+    stream_options: _StreamOptions | None = None
 
 
 class Chat:
@@ -145,68 +77,90 @@ class Chat:
         return [Route("POST", path, self._complete, "bearer", skill="chat")]
 
     async def _complete(self, received: ReceivedRequest) -> Reply | Steps:
-        body = read_typed(received.body, ChatBody)
+        body = read_typed(received.body, _ChatBody)
         _check_conversation(body.messages)
         answer = received.scripted.begin() if received.scripted else None
         if answer is None:
             answer = await self._solve(body)
-        thought = answer.reasoning["text"] if answer.reasoning else ""
         self._answered += 1
-        completion = Completion(
-            id=f"chatcmpl-{self._answered:08x}",
-            created=int(time.time()),
-            model=body.model,
-            reasoning=answers.split_words(thought),
-            words=answer.pieces,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=_count_prompt(body.messages),
-        )
-        if not received.stream:
-            return Reply(body=completion.body())
-        options = body.stream_options or StreamOptions()
-        return completion.events(self._dialect, include_usage=options.include_usage)
+        head = {
+            "id": f"chatcmpl-{self._answered:08x}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        thought = answer.reasoning["text"] if answer.reasoning else ""
+        prompt = sum(len(each.text.split()) + 729 * len(each.images) for each in body.messages)
+        written = len(split_words(thought)) + len(answer.pieces)
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+        }
+        if received.stream:
+            asked = body.stream_options is not None and body.stream_options.include_usage
+            return self._events(answer, thought, head, usage if asked else None)
+        message = {"role": "assistant", "content": "".join(answer.pieces)}
+        if thought:
+            message["reasoning"] = thought
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
+        return Reply(body=head | {"choices": [choice], "usage": usage})
 
-    async def _solve(self, body: ChatBody) -> Answer:
+    async def _solve(self, body: _ChatBody) -> Answer:
         question = body.messages[-1].text
         shown = [message.images for message in body.messages if message.images]
         pictures = [await self._gallery.look(url) for url in (shown[-1] if shown else [])]
-        text = answers.answer_about_several(pictures, question)
+        limit = body.max_completion_tokens or body.max_tokens or 4096
         thought = ""
         if body.reasoning:
             thought = answers.think(pictures[0] if pictures else None, question)["text"]
-        limit = body.max_completion_tokens or body.max_tokens or 4096
-        reasoning = answers.split_words(thought)
-        words = answers.split_words(text)
-        kept = words[: max(0, limit - len(reasoning))]
-        return Answer(
-            skill="chat",
-            result={"content": "".join(kept)},
-            reasoning={"text": "".join(reasoning[:limit])},
-            pieces=kept,
-            finish_reason="stop" if len(reasoning) + len(words) <= limit else "length",
-        )
+        words = split_words(thought)
+        text = answers.answer_about_several(pictures, question)
+        answer = say("chat", "content", text, max(0, limit - len(words)))
+        answer.reasoning = {"text": "".join(words[:limit])}
+        return answer
+
+    def _events(
+        self, answer: Answer, thought: str, head: Body, usage: Body | None
+    ) -> Iterator[Event]:
+        """Yield the words of the reasoning, the words of the answer, and the end.
+
+        The key of the reasoning's pieces is a guess: no server's is documented.
+        """
+        head = head | {"object": "chat.completion.chunk"}
+        deltas: list[Body] = [{"reasoning": word} for word in split_words(thought)]
+        deltas += [{"content": word} for word in answer.pieces]
+        role = {"role": "assistant"}
+        for delta in deltas:
+            choice = {"index": 0, "delta": role | delta, "finish_reason": None}
+            yield self._dialect.encode(head | {"choices": [choice]}, tokens=1)
+            role = {}
+        choice = {"index": 0, "delta": {}, "finish_reason": answer.finish_reason}
+        yield self._dialect.encode(head | {"choices": [choice]}, last=True)
+        if usage is not None:
+            yield self._dialect.encode(head | {"choices": [], "usage": usage}, last=True)
+        yield self._dialect.encode_text("[DONE]", last=True)
 
 
-def _check_conversation(messages: list[Message]) -> None:
+def _check_conversation(messages: list[_Message]) -> None:
     """Keep to the engine's rules.
 
     Raises:
         RefusedError: A message is where it may not be.
     """
     systems = [index for index, message in enumerate(messages) if message.role == "system"]
-    if len(systems) > 1:
+    rules = (
         # Seen at the cloud: this fault of the caller's comes with a server's status.
-        raise RefusedError("Only one system message is allowed", status=500, param="messages")
-    if systems and systems != [0]:
-        raise RefusedError("A system message must come first", param="messages")
-    if messages[-1].role != "user":
-        raise RefusedError("The last message must be from the user", param="messages")
-    if any(message.images and message.role != "user" for message in messages):
-        raise RefusedError("Images are allowed in user messages only", param="messages")
-    if not messages[-1].text.strip():
-        raise RefusedError("The last message must hold a text", param="messages")
-
-
-def _count_prompt(messages: list[Message]) -> int:
-    words = sum(len(message.text.split()) for message in messages)
-    return words + 729 * sum(len(message.images) for message in messages)
+        (len(systems) > 1, "Only one system message is allowed", 500),
+        (systems not in ([], [0]), "A system message must come first", 400),
+        (messages[-1].role != "user", "The last message must be from the user", 400),
+        (
+            any(message.images and message.role != "user" for message in messages),
+            "Images are allowed in user messages only",
+            400,
+        ),
+        (not messages[-1].text.strip(), "The last message must hold a text", 400),
+    )
+    for broken, rule, status in rules:
+        if broken:
+            raise RefusedError(rule, status=status, param="messages")

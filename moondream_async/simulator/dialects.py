@@ -10,7 +10,7 @@
             bodies that end with the connection
 ==========  ==============================================================
 
-All of it is decided without I/O: an answer goes in, bodies and events come out.
+Nothing here does I/O: an answer goes in, a body or events come out.
 """
 
 from __future__ import annotations
@@ -20,58 +20,11 @@ import json
 import time
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import msgspec
-
-from .steps import Event
+from .steps import Answer, Body, Event
 
 MODELS = ("moondream3.1-9B-A2B", "moondream3-preview", "moondream-2B")
-
-Body = dict[str, Any]
-
-
-class Answer(msgspec.Struct, kw_only=True):
-    """A whole answer, before any server's wording of it."""
-
-    skill: str
-    result: Body
-    """The fields that the skill adds to a body, as ``{"caption": "A red circle."}``."""
-    pieces: list[str] = []
-    """What is streamed, a token each: the words of a text, or of a coarse path."""
-    piece_by_piece: bool = False
-    """Each piece is an event, also where the server would put several into one."""
-    tokens: int = 0
-    """How many tokens the model would have written."""
-    finish_reason: str = "stop"
-    reasoning: Body | None = None
-    question_words: int = 0
-    has_image: bool = True
-    number: int = 0
-    """How many answers there were before this one, and this one."""
-    received: float = msgspec.field(default_factory=time.perf_counter)
-    """When its request came in, by `time.perf_counter`."""
-    ready: float = msgspec.field(default_factory=time.perf_counter)
-    """When it was found."""
-
-    def usage(self) -> Body:
-        """Return the counts of tokens.
-
-        A picture counts as 729, as many as the model's vision part makes of one.
-        """
-        return {
-            "input_tokens": 6 + self.question_words + 729 * self.has_image,
-            "output_tokens": self.tokens,
-        }
-
-    def metrics(self) -> Body:
-        """Return counts, and the times up to now, in the words of the API."""
-        prefill = (self.ready - self.received) * 1000
-        return self.usage() | {
-            "prefill_time_ms": round(prefill, 3),
-            "decode_time_ms": round((time.perf_counter() - self.ready) * 1000, 3),
-            "ttft_ms": round(prefill, 3),
-        }
 
 
 class Dialect:
@@ -79,7 +32,7 @@ class Dialect:
 
     name: ClassVar[str]
     prefix: ClassVar[str] = "/v1"
-    skills: ClassVar[tuple[str, ...]]
+    skills: ClassVar[tuple[str, ...]] = ("caption", "query", "detect", "point")
     lenient: ClassVar[bool] = False
     """Takes what it can from a request and overlooks the rest."""
     text_only: ClassVar[bool] = False
@@ -91,35 +44,38 @@ class Dialect:
     """The end of the connection is the end of a streamed body."""
     checks_content_type: ClassVar[bool] = False
     """Takes ``application/json`` and nothing else, not even with a charset."""
-    health: ClassVar[dict[str, Any]] = {"status": "ok"}
+    ascii: ClassVar[bool] = True
+    """Escapes all other characters in the JSON of events."""
+    health: ClassVar[Body] = {"status": "ok"}
 
     def __init__(self, *, blank_lines: bool = True) -> None:
         self._event_end = "\n\n" if blank_lines else "\n"
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""
-        raise NotImplementedError
+        body = self._body(answer)
+        if answer.reasoning is not None:
+            body["reasoning"] = answer.reasoning
+        return body
+
+    def _body(self, answer: Answer) -> Body:
+        return dict(answer.result)
 
     def events(self, answer: Answer) -> Iterator[Event]:
         """Yield the answer as events, each made when it is asked for."""
-        if answer.skill == "segment":
-            return self._segment_events(answer)
-        return self._text_events(answer)
+        return self._segment(answer) if answer.skill == "segment" else self._text(answer)
 
-    def _text_events(self, answer: Answer) -> Iterator[Event]:
-        raise NotImplementedError
+    def _text(self, answer: Answer) -> Iterator[Event]:
+        for piece in answer.pieces:
+            yield self.encode({"chunk": piece, "completed": False}, tokens=1)
+        yield self.encode({"chunk": "", "completed": True}, last=True)
 
-    def _segment_events(self, answer: Answer) -> Iterator[Event]:
+    def _segment(self, answer: Answer) -> Iterator[Event]:
         """Yield the box, the coarse path in pieces, and last the refined path in their place."""
         if answer.result["bbox"] is not None:
             yield self.encode({"type": "bbox", "bbox": answer.result["bbox"]})
         for index, piece in enumerate(answer.pieces):
-            delta = {
-                "type": "path_delta",
-                "chunk": piece,
-                "completed": False,
-                "token_index": index,
-            }
+            delta = {"type": "path_delta", "chunk": piece, "completed": False, "token_index": index}
             yield self.encode(delta, tokens=1)
         final = {"type": "final", "chunk": "", "completed": True, **self.body(answer)}
         yield self.encode(final, last=True)
@@ -134,37 +90,32 @@ class Dialect:
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]}
 
     def encode(self, body: Body, *, tokens: int = 0, last: bool = False) -> Event:
-        """Return one server-sent event."""
-        return self.encode_text(self._dump(body), tokens=tokens, last=last)
+        """Return one server-sent event; as in Python's servers, a space comes after ``:``."""
+        return self.encode_text(json.dumps(body, ensure_ascii=self.ascii), tokens=tokens, last=last)
 
     def encode_text(self, data: str, *, tokens: int = 0, last: bool = False) -> Event:
         """Return one server-sent event with this line of data."""
         return Event(f"data: {data}{self._event_end}".encode(), tokens=tokens, last=last)
 
-    def _dump(self, body: Body) -> str:
-        return json.dumps(body)  # the servers are Python: ASCII, a space after : and ,
-
 
 class Cloud(Dialect):
     """Moondream Cloud.
 
-    What it does with `reasoning` in a stream is not known; here the final event
-    carries it.
+    What the real one does with `reasoning` in a stream is not known; here the final
+    event carries it.
     """
 
     name = "cloud"
     skills = ("caption", "query", "detect", "point", "segment")
     text_only = True
     hosted = True
+    ascii = False
 
-    def body(self, answer: Answer) -> Body:
-        """Return the answer as one JSON body."""
-        body: Body = {"request_id": self._request_id(answer), **answer.result}
-        if answer.reasoning is not None:
-            body["reasoning"] = answer.reasoning
-        return body | {"finish_reason": answer.finish_reason, "metrics": answer.metrics()}
+    def _body(self, answer: Answer) -> Body:
+        head = {"request_id": self._request_id(answer), **answer.result}
+        return head | {"finish_reason": answer.finish_reason, "metrics": answer.metrics()}
 
-    def _text_events(self, answer: Answer) -> Iterator[Event]:
+    def _text(self, answer: Answer) -> Iterator[Event]:
         request_id = self._request_id(answer)
         for piece in answer.pieces:
             chunk = {"chunk": piece, "completed": False, "request_id": request_id}
@@ -185,42 +136,28 @@ class Cloud(Dialect):
             413: "payload_too_large",
             429: "rate_limit_exceeded",
         }.get(status, "invalid_request" if status < 500 else "server_error")
-        return status, {
-            "error": {"message": message, "type": kind, "param": param, "code": kind},
-        }
-
-    def _dump(self, body: Body) -> str:
-        return json.dumps(body, ensure_ascii=False)
+        return status, {"error": {"message": message, "type": kind, "param": param, "code": kind}}
 
     def _request_id(self, answer: Answer) -> str:
         now = dt.datetime.now(dt.UTC)
-        return (
-            f"{now:%Y-%m-%d}_{answer.skill}_{now:%Y-%m-%d-%H:%M:%S}-{answer.number & 0xFFFFFF:06x}"
-        )
+        number = answer.number & 0xFFFFFF
+        return f"{now:%Y-%m-%d}_{answer.skill}_{now:%Y-%m-%d-%H:%M:%S}-{number:06x}"
 
 
 class Kestrel(Dialect):
     """The HTTP server that the engine's own package carried."""
 
     name = "kestrel"
-    skills = ("caption", "query", "detect", "point", "segment")
+    skills = Cloud.skills
     text_only = True
     streams_reasoning = False
     tokens_per_event: ClassVar[int] = 3
 
-    def body(self, answer: Answer) -> Body:
-        """Return the answer as one JSON body."""
-        body: Body = {
-            "request_id": str(answer.number),
-            "finish_reason": answer.finish_reason,
-            **answer.result,
-            "metrics": answer.metrics(),
-        }
-        if answer.reasoning is not None:
-            body["reasoning"] = answer.reasoning
-        return body
+    def _body(self, answer: Answer) -> Body:
+        head = {"request_id": str(answer.number), "finish_reason": answer.finish_reason}
+        return head | answer.result | {"metrics": answer.metrics()}
 
-    def _text_events(self, answer: Answer) -> Iterator[Event]:
+    def _text(self, answer: Answer) -> Iterator[Event]:
         size = 1 if answer.piece_by_piece else self.tokens_per_event
         whole = len(answer.pieces) // size * size
         for start in range(0, whole, size):
@@ -228,14 +165,7 @@ class Kestrel(Dialect):
             body = {"chunk": chunk, "completed": False, "token_index": start + size - 1}
             yield self.encode(body, tokens=size)
         rest = answer.pieces[whole:]  # what filled no event goes into the final one
-        final = {
-            "chunk": "".join(rest),
-            "completed": True,
-            "request_id": str(answer.number),
-            "finish_reason": answer.finish_reason,
-            **answer.result,
-            "metrics": answer.metrics(),
-        }
+        final = {"chunk": "".join(rest), "completed": True, **self._body(answer)}
         yield self.encode(final, tokens=len(rest), last=True)
 
 
@@ -243,20 +173,15 @@ class Station(Dialect):
     """Moondream Station."""
 
     name = "station"
-    skills = ("caption", "query", "detect", "point")
     lenient = True
-    health: ClassVar[dict[str, Any]] = {"status": "ok", "server": "moondream-station"}
+    health: ClassVar[Body] = {"status": "ok", "server": "moondream-station"}
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""
-        body: Body = dict(answer.result)
-        if "points" in body:
-            body["count"] = len(body["points"])
-        if answer.reasoning is not None:
-            body["reasoning"] = answer.reasoning
-        return body | {"_stats": self._stats(answer)}
+        count = {"count": len(answer.result["points"])} if "points" in answer.result else {}
+        return super().body(answer) | count | {"_stats": self._stats(answer)}
 
-    def _text_events(self, answer: Answer) -> Iterator[Event]:
+    def _text(self, answer: Answer) -> Iterator[Event]:
         # Reasoning is lost on the way, as it is in Station.
         for piece in answer.pieces:
             yield self.encode({"chunk": piece}, tokens=1)
@@ -273,43 +198,30 @@ class Station(Dialect):
 
     def models(self) -> Body:
         """Return the list of models, in Station's own shape."""
-        return {
-            "models": [
-                {"id": name, "name": name, "description": "simulated", "version": "1.0"}
-                for name in MODELS
-            ]
-        }
+        more = {"description": "simulated", "version": "1.0"}
+        return {"models": [{"id": name, "name": name, **more} for name in MODELS]}
 
     def _stats(self, answer: Answer) -> Body:
         duration = time.perf_counter() - answer.received
-        return {
-            "tokens": answer.tokens,
-            "duration": round(duration, 2),
-            "tokens_per_sec": round(answer.tokens / max(duration, 1e-6), 1),
-        }
+        rate = round(answer.tokens / max(duration, 1e-6), 1)
+        return {"tokens": answer.tokens, "duration": round(duration, 2), "tokens_per_sec": rate}
 
 
 class Old(Dialect):
     """``moondream serve`` of version 0.0.6.
 
     The real one speaks HTTP/1.0; this one HTTP/1.1 with ``Connection: close``
-    and, for streams, neither a length nor chunks. That is the same to a client.
+    and, for streams, neither a length nor chunks. A client sees no difference.
     """
 
     name = "old"
     prefix = ""
-    skills = ("caption", "query", "detect", "point")
     closes_connections = True
     checks_content_type = True
 
     def body(self, answer: Answer) -> Body:
-        """Return the answer as one JSON body."""
+        """Return the answer as one JSON body, which has no place for reasoning."""
         return dict(answer.result)
-
-    def _text_events(self, answer: Answer) -> Iterator[Event]:
-        for piece in answer.pieces:
-            yield self.encode({"chunk": piece, "completed": False}, tokens=1)
-        yield self.encode({"chunk": "", "completed": True}, last=True)
 
 
 DIALECTS: dict[str, type[Dialect]] = {

@@ -1,16 +1,16 @@
-"""The endpoints that answer about one picture, and those that tell of the server."""
+"""The endpoints that answer about one picture, and those that describe the server."""
 
 from __future__ import annotations
 
-import functools
 import time
+from functools import partial
 from typing import Any
 
 from .dialects import MODELS, Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
-from .steps import Reply, Route, Steps
+from .steps import Body, Reply, Route, Steps
 from .validation import RefusedError, read_body
 
 _STATION_FIELDS = ("image_url", "question", "object", "length", "settings")
@@ -26,43 +26,30 @@ class Endpoints:
 
     def routes(self) -> list[Route]:
         """Return what the dialect serves, where it serves it."""
-        health = [Route("GET", path, self._health, "none") for path in ("/health", "/healthz")]
-        if self._dialect.lenient:
-            return health + self._station_routes()
-        prefix = self._dialect.prefix
-        skills = [
-            Route("POST", f"{prefix}/{skill}", functools.partial(self._answer, skill), skill=skill)
-            for skill in self._dialect.skills
-        ]
-        if self._dialect.hosted:
-            skills.append(Route("GET", f"{prefix}/models", self._models, "optional"))
-        return health + skills
+        dialect = self._dialect
+        prefix, health, models = dialect.prefix, partial(_tell, dialect.health), dialect.models()
+        routes = [Route("GET", path, health, "none") for path in ("/health", "/healthz")]
+        if dialect.hosted or dialect.lenient:
+            routes.append(Route("GET", f"{prefix}/models", partial(_tell, models), "optional"))
+        if not dialect.lenient:
+            return routes + self._skills("POST", prefix)
+        # Station takes any method, and paths with and without its prefix.
+        routes.append(Route("GET", f"{prefix}/stats", self._stats))
+        for start in (prefix, ""):
+            routes += self._skills("*", start)
+        for start in (prefix, ""):
+            routes.append(Route("*", f"{start}/{{function}}", _no_such_function))
+        return routes
 
-    def _station_routes(self) -> list[Route]:
-        """Return Station's routes: any method, with and without ``/v1``, and no keys."""
-        skills = [
-            Route(
-                "*",
-                f"{prefix}/{skill}",
-                functools.partial(self._answer, skill),
-                "none",
-                skill=skill,
-            )
-            for skill in self._dialect.skills
-            for prefix in ("/v1", "")
-        ]
+    def _skills(self, method: str, prefix: str) -> list[Route]:
         return [
-            Route("GET", "/v1/models", self._models, "none"),
-            Route("GET", "/v1/stats", self._stats, "none"),
-            *skills,
-            Route("*", "/v1/{function}", self._no_such_function, "none"),
-            Route("*", "/{function}", self._no_such_function, "none"),
+            Route(method, f"{prefix}/{skill}", partial(self._answer, skill), skill=skill)
+            for skill in self._dialect.skills
         ]
 
     async def _answer(self, name: str, received: ReceivedRequest) -> Reply | Steps:
         started = time.perf_counter()
-        skill = SKILLS[name]
-        dialect = self._dialect
+        skill, dialect = SKILLS[name], self._dialect
         needs_image = name != "query" or not dialect.text_only
         body = read_body(self._given(received), skill.body, needs_image=needs_image)
         stream = received.stream and skill.streams
@@ -73,8 +60,7 @@ class Endpoints:
             picture = await self._gallery.look(body.image_url) if body.image_url else None
             answer = skill.solve(body, picture)
         self._answered += 1
-        answer.number = self._answered
-        answer.received = started
+        answer.number, answer.received = self._answered, started
         return dialect.events(answer) if stream else Reply(body=dialect.body(answer))
 
     def _given(self, received: ReceivedRequest) -> Any:
@@ -84,12 +70,6 @@ class Endpoints:
             return body
         given = {name: body[name] for name in _STATION_FIELDS if body.get(name)}
         return given | {name: bool(body.get(name)) for name in ("stream", "reasoning")}
-
-    async def _models(self, _: ReceivedRequest) -> Reply:
-        return Reply(body=self._dialect.models())
-
-    async def _health(self, _: ReceivedRequest) -> Reply:
-        return Reply(body=self._dialect.health)
 
     async def _stats(self, _: ReceivedRequest) -> Reply:
         return Reply(
@@ -106,5 +86,10 @@ class Endpoints:
             }
         )
 
-    async def _no_such_function(self, received: ReceivedRequest) -> Reply:
-        return Reply(body={"error": f"Function '{received.params['function']}' not available"})
+
+async def _tell(body: Body, _: ReceivedRequest) -> Reply:
+    return Reply(body=body)
+
+
+async def _no_such_function(received: ReceivedRequest) -> Reply:
+    return Reply(body={"error": f"Function '{received.params['function']}' not available"})

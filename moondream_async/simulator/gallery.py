@@ -1,4 +1,4 @@
-"""Pictures as they come in requests, decoded and measured where they hold nobody up."""
+"""Decodes and measures the pictures of requests, in threads, so that the loop never waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AT_ONCE = 4  # pictures measured together: two gigabytes at worst
 
 
 class Gallery:
-    """Measures pictures, and the same picture once."""
+    """Measures pictures, and remembers the latest ones."""
 
     def __init__(self) -> None:
         self._measured: OrderedDict[bytes, Picture] = OrderedDict()
@@ -30,7 +30,7 @@ class Gallery:
         Cancelling waits for the thread, which takes tenths of a second at most.
 
         Raises:
-            RefusedError: There is no picture in what was sent.
+            RefusedError: The data URL is malformed, or doesn't hold a picture.
         """
         return await anyio.to_thread.run_sync(self.look_blocking, image_url, limiter=self._limiter)
 

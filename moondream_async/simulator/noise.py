@@ -1,7 +1,7 @@
-"""What servers write about requests that are none: nothing.
+"""A logger for aiohttp's servers that is silent about malformed requests.
 
-Anybody can send what is not HTTP, or hang up in the middle. aiohttp answers it well, and then
-writes a traceback, as if it were this program's fault.
+Any client can send bytes that are not HTTP, or hang up in the middle of a body. aiohttp
+answers such a client well, and then logs a traceback as if this program were at fault.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import logging
 
 from aiohttp import web
 
-_PARSER = "aiohttp.http_exceptions"  # whose errors are those of a request, and no others
+_PARSER = "aiohttp.http_exceptions"  # the module whose errors are faults of a request
 
 
-class _OthersFaults(logging.Filter):
-    """Lets a record through but for the senders' own faults."""
+class _ClientsFaults(logging.Filter):
+    """Drops records about faults of clients, and logs a line on each at DEBUG."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether it is worth writing."""
+        """Return whether the record stays."""
         error = record.exc_info[1] if record.exc_info else None
         is_gone = isinstance(error, web.RequestPayloadError | ConnectionError)
         if not is_gone and type(error).__module__ != _PARSER:
@@ -27,5 +27,4 @@ class _OthersFaults(logging.Filter):
 
 
 logger = logging.getLogger("moondream_async.server")
-"""For aiohttp's servers: what they write goes on to whoever listens, less the senders' faults."""
-logger.addFilter(_OthersFaults())
+logger.addFilter(_ClientsFaults())

@@ -1,11 +1,11 @@
 """A picture's bytes in, what can be measured in its pixels out.
 
-Nothing here knows what a picture shows. It knows how large and how bright it
-is, and where its colours lie. That is done on a small copy of the picture, at
-most `GRID` cells wide or high, in which every cell has the name of a colour:
-enough to find a red circle, and fast enough to do for every request.
+Nothing here knows what a picture shows: it measures how large and how bright a picture
+is, and where its colours lie. Colours are measured on a small copy of the picture, at
+most `GRID` cells wide or high, in which every cell has the name of a colour: enough to
+find a red circle, and fast enough for every request.
 
-Everything blocks, for milliseconds to tenths of a second: call it in a thread.
+`measure` blocks, for milliseconds to tenths of a second: call it in a thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import re
 
 import msgspec
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageStat
 
 GRID = 160
 
@@ -74,6 +74,11 @@ class Area(msgspec.Struct, frozen=True):
     """The mean of its cells, x and y, 0-1."""
     outline: tuple[tuple[float, float], ...]
     """Down the right side and up the left one, 0-1: exact for shapes without bays at the sides."""
+
+    def holds(self, x: float, y: float) -> bool:
+        """Whether a place lies in the box."""
+        left, top, right, bottom = self.box
+        return left <= x <= right and top <= y <= bottom
 
 
 class Picture(msgspec.Struct, frozen=True):
@@ -139,12 +144,13 @@ def measure(data: bytes) -> Picture:
             image = opened if opened.mode == "RGB" else opened.convert("RGB")
     except UnreadablePictureError:
         raise
+    # SyntaxError is Pillow's PNG reader's. Bombs are warnings, and errors where warnings are.
     except (
         OSError,
         ValueError,
-        SyntaxError,  # Pillow's PNG reader
+        SyntaxError,
         Image.DecompressionBombError,
-        Image.DecompressionBombWarning,  # where warnings are errors
+        Image.DecompressionBombWarning,
     ) as error:
         raise UnreadablePictureError(f"not a readable picture: {error}") from error
 
@@ -154,37 +160,37 @@ def measure(data: bytes) -> Picture:
     small = image.resize((columns, rows), Image.Resampling.NEAREST)
     nearest = small.quantize(palette=_PALETTE, dither=Image.Dither.NONE)
     cells = nearest.tobytes().translate(_PALETTE_TO_COLOUR)
-    # Where two colours meet, each cell takes the one that most of its neighbours have, as
+    # Where two colours meet, each cell takes the colour that most of its neighbours have, as
     # the median of two numbers is the more frequent one: specks and thin rims vanish. (A mode
-    # filter says that in its name, and takes four times as long.)
-    names = Image.frombytes("L", (columns, rows), cells)
-    cells = names.filter(ImageFilter.MedianFilter(3)).tobytes()
-    shares = {
-        COLOURS[number]: count / len(cells)
-        for number, count in sorted(
-            ((number, cells.count(number)) for number in set(cells)),
-            key=lambda pair: (-pair[1], pair[0]),
-        )
-    }
-    background = COLOURS.index(next(iter(shares)))
+    # filter has the right name, and takes four times as long.)
+    names = Image.frombytes("L", (columns, rows), cells).filter(ImageFilter.MedianFilter(3))
+    cells = names.tobytes()
+    counts = sorted((-count, number) for number, count in enumerate(names.histogram()) if count)
     light = image.convert("L").resize((columns, rows), Image.Resampling.BOX)
     coarse = light.resize((min(8, columns), min(6, rows)), Image.Resampling.BOX)
-    brightnesses = coarse.tobytes()
+    lights = coarse.tobytes()
+    darkest, brightest = min(lights), max(lights)
     return Picture(
         format=picture_format,
         width=width,
         height=height,
         file_bytes=len(data),
-        brightness=sum(light.tobytes()) / len(cells) / 255,
-        brightest=_middle_of_cell(brightnesses.index(max(brightnesses)), coarse.size),
-        darkest=_middle_of_cell(brightnesses.index(min(brightnesses)), coarse.size),
-        evenly_lit=max(brightnesses) - min(brightnesses) < 8,
-        shares=shares,
-        areas=tuple(_find_areas(cells, columns, rows, background)),
+        brightness=ImageStat.Stat(light).mean[0] / 255,
+        brightest=_find(brightest, lights, coarse.size),
+        darkest=_find(darkest, lights, coarse.size),
+        evenly_lit=brightest - darkest < 8,
+        shares={COLOURS[number]: -count / len(cells) for count, number in counts},
+        areas=tuple(_find_areas(cells, columns, rows, counts[0][1])),
         columns=columns,
         rows=rows,
         cells=cells,
     )
+
+
+def _find(value: int, lights: bytes, size: tuple[int, int]) -> tuple[float, float]:
+    """Return the middle of the first pixel with this value, 0-1."""
+    row, column = divmod(lights.index(value), size[0])
+    return (column + 0.5) / size[0], (row + 0.5) / size[1]
 
 
 def _check_cost(opened: Image.Image, data: bytes) -> None:
@@ -201,104 +207,74 @@ def _check_cost(opened: Image.Image, data: bytes) -> None:
         raise UnreadablePictureError(f"too large a picture: {width}x{height}")
 
 
-def _middle_of_cell(number: int, size: tuple[int, int]) -> tuple[float, float]:
-    row, column = divmod(number, size[0])
-    return (column + 0.5) / size[0], (row + 0.5) / size[1]
-
-
-class _Run(msgspec.Struct, gc=False):
-    """Cells of one colour side by side in a row."""
-
-    row: int
-    start: int
-    stop: int
-    colour: int
-    earlier: _Run | None = None
-    """One of the same area that was found before it."""
-
-    def first(self) -> _Run:
-        """Return the first run of its area."""
-        run = self
-        while run.earlier is not None:
-            run = run.earlier
-        if run is not self:
-            self.earlier = run  # the next who asks has a shorter way
-        return run
-
-
+# A row's cells of one colour side by side: row, start, stop, and the colour's number.
+_Run = tuple[int, int, int, int]
 _SAME = re.compile(rb"(.)\1*", re.DOTALL)
 
 
 def _find_areas(cells: bytes, columns: int, rows: int, background: int) -> list[Area]:
     areas: dict[int, list[_Run]] = {}
-    for run in _find_runs(cells, columns, rows):
-        if run.colour != background:
-            areas.setdefault(id(run.first()), []).append(run)
+    for number, run in _find_runs(cells, columns, rows):
+        if run[3] != background:
+            areas.setdefault(number, []).append(run)
     smallest = max(1, math.ceil(len(cells) * _SMALLEST_SHARE))
     described = [
         _describe_area(runs, columns, rows)
         for runs in areas.values()
-        if sum(run.stop - run.start for run in runs) >= smallest
+        if sum(stop - start for _, start, stop, _ in runs) >= smallest
     ]
     return sorted(described, key=lambda area: -area.share)
 
 
-def _find_runs(cells: bytes, columns: int, rows: int) -> list[_Run]:
-    """Return all runs, row by row, each tied to those of its colour that it touches above."""
-    found: list[_Run] = []
-    above: list[_Run] = []
+def _find_runs(cells: bytes, columns: int, rows: int) -> list[tuple[int, _Run]]:
+    """Return all runs, row by row, each with the number of its area's first run."""
+    runs: list[_Run] = []
+    earlier: list[int] = []  # of each run, one of its area that was found before it, or itself
+
+    def first(number: int) -> int:
+        while earlier[number] != number:
+            earlier[number] = number = earlier[earlier[number]]
+        return number
+
+    above: list[int] = []  # the number of the run that each cell of the row above is in
     for row in range(rows):
-        at = row * columns
-        here = [
-            _Run(row, match.start() - at, match.end() - at, match[0][0])
-            for match in _SAME.finditer(cells, at, at + columns)
-        ]
-        upper = 0
-        for run in here if above else ():
-            stop = 0
-            while stop < run.stop:
-                over = above[upper]
-                if over.colour == run.colour:
-                    _tie(over.first(), run.first())
-                stop = over.stop
-                upper += stop <= run.stop  # else it is over the next one, too
-        found += here
+        here: list[int] = []
+        for match in _SAME.finditer(cells, row * columns, (row + 1) * columns):
+            number, colour, start = len(runs), match[0][0], len(here)
+            here += [number] * len(match[0])
+            runs.append((row, start, len(here), colour))
+            earlier.append(number)
+            for over in set(above[start : len(here)]):
+                if runs[over][3] == colour:
+                    one, other = sorted((first(over), first(number)))
+                    earlier[other] = one
         above = here
-    return found
-
-
-def _tie(one: _Run, other: _Run) -> None:
-    if one is not other:
-        earlier, later = sorted((one, other), key=lambda run: (run.row, run.start))
-        later.earlier = earlier
+    return [(first(number), run) for number, run in enumerate(runs)]
 
 
 def _describe_area(found: list[_Run], columns: int, rows: int) -> Area:
     sides: dict[int, tuple[int, int]] = {}  # row: where its cells begin and end
     size = across = down = 0
-    for run in found:
-        sides[run.row] = (sides.get(run.row, (run.start,))[0], run.stop)
-        width = run.stop - run.start
-        size += width
-        across += width * (run.start + run.stop)  # twice the sum of its cells' middles
-        down += width * run.row
-    right = [
-        (stop / columns, (row + edge) / rows) for row, (_, stop) in sides.items() for edge in (0, 1)
+    for row, start, stop, _ in found:
+        sides[row] = (sides.get(row, (start,))[0], stop)
+        size += stop - start
+        across += (stop - start) * (start + stop)  # twice the sum of its cells' middles
+        down += (stop - start) * row
+    # Down the right side, and up the left one.
+    corners = [(stop, row + edge) for row, (_, stop) in sides.items() for edge in (0, 1)]
+    corners += [
+        (start, row + edge) for row, (start, _) in reversed(sides.items()) for edge in (1, 0)
     ]
-    left = [
-        (start / columns, (row + edge) / rows)
-        for row, (start, _) in reversed(sides.items())
-        for edge in (1, 0)
-    ]
+    across_all, down_all = zip(*corners, strict=True)
     return Area(
-        colour=COLOURS[found[0].colour],
+        colour=COLOURS[found[0][3]],
         share=size / (columns * rows),
         box=(
-            min(start for start, _ in sides.values()) / columns,
-            min(sides) / rows,
-            max(stop for _, stop in sides.values()) / columns,
-            (max(sides) + 1) / rows,
+            min(across_all) / columns,
+            min(down_all) / rows,
+            max(across_all) / columns,
+            max(down_all) / rows,
         ),
         centre=(across / size / 2 / columns, (down / size + 0.5) / rows),
-        outline=tuple(right + left),
+        outline=tuple((x / columns, y / rows) for x, y in corners),
     )

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ReceivedRequest:
-    """One request, and what became of it.
+    """One request, and how its answer went.
 
     Attributes:
         method: As ``POST``.
         path: As ``/v1/caption``.
-        origin: The scheme, host and port that it was sent to.
+        origin: The scheme, host and port that the request was sent to.
         params: The variable parts of the path, by name.
         query: The query string, decoded.
         headers: Found by name in any case.
@@ -31,13 +31,13 @@ class ReceivedRequest:
             application runs in a runner other than the simulator's own.
         fault: What went wrong on purpose, if anything.
         scripted: The answer that a script had for it, if any.
-        held: Whether that is held now.
+        held: Whether its answer is held now.
         status: The HTTP status of the answer, once it has begun.
         stream: Whether a stream of events was asked for.
         events_sent: How many writes were made for the stream.
         bytes_sent: How many bytes of the answer's body were handed to the socket.
         ended: Set when nothing more will be sent.
-        ended_at: When that was, by `time.monotonic`.
+        ended_at: The time when `ended` was set, by `time.monotonic`.
         seconds: From its arrival until then.
         disconnected: Whether the client went away before the answer was whole.
     """
@@ -45,15 +45,15 @@ class ReceivedRequest:
     def __init__(self, request: web.Request, connection: int) -> None:
         self.method = request.method
         self.path = request.path
-        self.origin = f"{request.scheme}://{request.host}"  # whatever it says
+        self.origin = f"{request.scheme}://{request.host}"  # of the header Host, unchecked
         self.params: Mapping[str, str] = request.match_info
         self.query: Mapping[str, str] = request.query
         self.headers: Mapping[str, str] = request.headers
         self.body: Any = None
+        self.connection = connection
         self.fault: Fault | None = None
         self.scripted: ScriptedAnswer | None = None
         self.held = False
-        self.connection = connection
         self.status: int | None = None
         self.stream = False
         self.events_sent = 0
@@ -61,8 +61,8 @@ class ReceivedRequest:
         self.ended = asyncio.Event()
         self.ended_at: float | None = None
         self.seconds = 0.0
-        self._began = time.monotonic()
         self.disconnected = False
+        self._began = time.monotonic()
 
     def __repr__(self) -> str:
         state = "disconnected" if self.disconnected else "ended" if self.ended.is_set() else "open"
@@ -77,10 +77,10 @@ class ReceivedRequest:
 
     @property
     def images(self) -> list[bytes]:
-        """The pictures that came in the body, in order, as the files that they are.
+        """The pictures of the body, in order, each as the bytes of its file.
 
         Raises:
-            RefusedError: The body was refused, for one that is none.
+            RefusedError: One is not a picture in base64; the request was refused for it.
         """
         return [decode_image(url) for url in _find_images(self.body)]
 
@@ -113,7 +113,7 @@ class Connections:
         return len(self._open)
 
     def number(self, protocol: object) -> int:
-        """Return the number of an open connection, from 1, or 0 for one that is not known."""
+        """Return the number of an open connection, from 1, or 0 for an unknown one."""
         return self._open.get(protocol, 0)
 
     def watch(self, server: web.Server) -> None:

@@ -1,4 +1,4 @@
-"""The sample picture: drawn by this file, so that anybody may use it for anything.
+"""Draws the sample picture, which is free for any use.
 
 ``python -m moondream_async.simulator.sample`` draws it anew.
 """
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from moondream_async.types import SAMPLE_IMAGE
 
-_FINE = 4  # it is drawn so much larger and then made smaller, which makes its edges smooth
+_FINE = 4  # times as large is the drawing: reducing it makes its edges smooth
 _SIZE = (640, 480)
 
 

@@ -1,4 +1,4 @@
-"""Answers that a test wants, in place of those that the simulator measures.
+"""Answers that a test wants, in place of the answers that the simulator measures.
 
 A script has a method for each skill, named as the client's call is::
 
@@ -18,7 +18,6 @@ A script may be written, and what it holds released, from any thread.
 from __future__ import annotations
 
 import reprlib
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,10 +26,8 @@ import msgspec
 
 from moondream_async.results import Point, Reasoning, Region
 
-from .answers import split_words
-from .dialects import Answer, Body
 from .faults import Fault
-from .steps import Event, Hold, Steps
+from .steps import Answer, Body, Event, Hold, Queue, Steps, say
 
 Text = str | Sequence[str]
 """A text, or the pieces that it is streamed in."""
@@ -76,8 +73,7 @@ class ScriptedAnswer:
         """Return the answer for a request that comes in now."""
         if self.answer is None:
             return None
-        now = time.perf_counter()
-        return msgspec.structs.replace(self.answer, received=now, ready=now)
+        return msgspec.structs.replace(self.answer, ready=time.perf_counter())
 
     def hold(self) -> Iterator[Hold]:
         """Yield what comes before a plain answer, which is held as a whole."""
@@ -97,8 +93,7 @@ class ScriptedAnswer:
     def __repr__(self) -> str:
         parts = []
         if self.answer is not None:
-            [first, *_] = self.answer.result.values()
-            parts.append(reprlib.repr(first))
+            parts.append(reprlib.repr(next(iter(self.answer.result.values()))))
         if self.fault is not None:
             parts.append(f"fault={str(self.fault)!r}")
         if self.times != 1:
@@ -106,24 +101,24 @@ class ScriptedAnswer:
         return f"{self.skill}({', '.join(parts)})"
 
 
-class Script:
+class Script(Queue[ScriptedAnswer]):
     """The scripted answers to come.
 
     What its methods have in common:
 
-    - They return the `ScriptedAnswer`; nobody needs it who holds nothing.
-    - A text that is a list of pieces is streamed in just those, an event each. A text in
-      one is streamed word by word, as the dialect does it. Nothing given is the
-      answer that the simulator measures. Pictures are not looked at for any other.
-    - `times` is how many requests it answers. None is every one for which nothing else
-      is scripted; the latest of that kind stands.
-    - `fault` goes wrong with this answer: see `Fault`. A fault of the simulator's own
-      `faults` that strikes the same request comes before it; one that answers in
-      place of the right answer leaves the scripted one to the next request.
+    - They return the `ScriptedAnswer`, whose `release` ends a hold.
+    - A list of pieces is streamed as it is, an event each; a text is streamed as the
+      dialect does it, word by word. Where neither is given, the simulator measures the
+      answer; a scripted answer does not look at pictures.
+    - `times` is how many requests the answer is for. None is every request for which
+      nothing else is scripted; the latest answer of that kind counts.
+    - `fault` goes wrong with this answer: see `Fault`. A fault in the simulator's own
+      `faults` that strikes the same request comes first; if it replies in place of the
+      right answer, the scripted answer waits for the next request.
     - `hold_after` stops the stream when so many pieces are out, until `release`; 0 is
       before the first. A plain answer is held as a whole.
-    - They raise `ValueError` for a skill that the dialect doesn't serve, a fault that isn't
-      known, or a number that can't be.
+    - They raise `ValueError` for a skill that the dialect doesn't serve, an unknown
+      fault, or a number out of range.
 
     Lines of batches and rollouts of tuning are not scripted.
     """
@@ -131,10 +126,9 @@ class Script:
     def __init__(
         self, skills: Collection[str] = (), on_change: Callable[[], object] = lambda: None
     ) -> None:
+        super().__init__()
         self._skills = skills
         self._on_change = on_change
-        self._lock = threading.Lock()
-        self._waiting: list[ScriptedAnswer] = []
 
     def caption(
         self,
@@ -146,10 +140,8 @@ class Script:
         hold_after: int | None = None,
     ) -> ScriptedAnswer:
         """Answer a caption with this text."""
-        answer = None
-        if text is not None:
-            answer = _say("caption", "caption", text, finish_reason)
-        return self._add("caption", answer, times, fault, hold_after)
+        answer = _say("caption", "caption", text, finish_reason=finish_reason)
+        return self._answer("caption", answer, times, fault, hold_after)
 
     def query(
         self,
@@ -162,13 +154,11 @@ class Script:
         hold_after: int | None = None,
     ) -> ScriptedAnswer:
         """Answer a question with this text, and this reasoning whether it was asked for or not."""
-        answer = None
-        if text is not None:
-            answer = _say("query", "answer", text, finish_reason)
-            if isinstance(reasoning, str):
-                reasoning = Reasoning(reasoning)
-            answer.reasoning = msgspec.to_builtins(reasoning)
-        return self._add("query", answer, times, fault, hold_after)
+        if isinstance(reasoning, str):
+            reasoning = Reasoning(reasoning)
+        thought = msgspec.to_builtins(reasoning)
+        answer = _say("query", "answer", text, finish_reason=finish_reason, reasoning=thought)
+        return self._answer("query", answer, times, fault, hold_after)
 
     def detect(
         self,
@@ -179,11 +169,8 @@ class Script:
         hold_after: int | None = None,
     ) -> ScriptedAnswer:
         """Find these boxes: each a `Region`, or x_min, y_min, x_max and y_max."""
-        answer = None
-        if objects is not None:
-            boxes = [_name_sides(box, Region) for box in objects]
-            answer = Answer(skill="detect", result={"objects": boxes}, tokens=4 * len(boxes))
-        return self._add("detect", answer, times, fault, hold_after)
+        answer = _place("detect", "objects", objects, Region)
+        return self._answer("detect", answer, times, fault, hold_after)
 
     def point(
         self,
@@ -194,11 +181,8 @@ class Script:
         hold_after: int | None = None,
     ) -> ScriptedAnswer:
         """Find these places: each a `Point`, or x and y."""
-        answer = None
-        if points is not None:
-            places = [_name_sides(place, Point) for place in points]
-            answer = Answer(skill="point", result={"points": places}, tokens=2 * len(places))
-        return self._add("point", answer, times, fault, hold_after)
+        answer = _place("point", "points", points, Point)
+        return self._answer("point", answer, times, fault, hold_after)
 
     def segment(
         self,
@@ -212,15 +196,14 @@ class Script:
     ) -> ScriptedAnswer:
         """Outline an object with this path, 0-1 of this box.
 
-        `coarse_path` is what a stream brings before the path itself; the same where
-        it isn't given.
+        A stream brings `coarse_path` before the path itself; where it isn't given, the path.
         """
         answer = None
         if path is not None:
-            answer = _say("segment", "path", coarse_path or path, "stop")
             box = None if bbox is None else _name_sides(bbox, Region)
-            answer.result = {"path": path, "bbox": box}
-        return self._add("segment", answer, times, fault, hold_after)
+            result = {"path": path, "bbox": box}
+            answer = _say("segment", "path", coarse_path or path, result=result)
+        return self._answer("segment", answer, times, fault, hold_after)
 
     def chat(
         self,
@@ -233,21 +216,9 @@ class Script:
         hold_after: int | None = None,
     ) -> ScriptedAnswer:
         """Answer a conversation with this text. Words of the reasoning are pieces too."""
-        answer = None
-        if text is not None:
-            answer = _say("chat", "content", text, finish_reason)
-            answer.reasoning = {"text": reasoning} if reasoning else None
-        return self._add("chat", answer, times, fault, hold_after)
-
-    @property
-    def unused(self) -> list[ScriptedAnswer]:
-        """The answers that requests have yet to take, without those for any number of them."""
-        return [answer for answer in self if answer.times is not None]
-
-    def clear(self) -> None:
-        """Forget all answers that no request has taken yet."""
-        with self._lock:
-            self._waiting.clear()
+        thought = {"text": reasoning} if reasoning else None
+        answer = _say("chat", "content", text, finish_reason=finish_reason, reasoning=thought)
+        return self._answer("chat", answer, times, fault, hold_after)
 
     def take(self, skill: str) -> ScriptedAnswer | None:
         """Return the answer for a request, and count it as taken."""
@@ -261,16 +232,7 @@ class Script:
                     return answer
             return fitting[-1] if fitting else None
 
-    def __iter__(self) -> Iterator[ScriptedAnswer]:
-        return iter(tuple(self._waiting))
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def __repr__(self) -> str:
-        return f"Script({self._waiting})"
-
-    def _add(
+    def _answer(
         self,
         skill: str,
         answer: Answer | None,
@@ -296,21 +258,28 @@ class Script:
             hold_after=hold_after,
             on_change=self._on_change,
         )
-        with self._lock:
-            self._waiting.append(scripted)
+        self._add(scripted)
         return scripted
 
 
-def _say(skill: str, key: str, text: Text, finish_reason: str) -> Answer:
-    pieces = split_words(text) if isinstance(text, str) else list(text)
-    return Answer(
-        skill=skill,
-        result={key: "".join(pieces)},
-        pieces=pieces,
-        piece_by_piece=not isinstance(text, str),
-        tokens=len(pieces),
-        finish_reason=finish_reason,
-    )
+def _say(skill: str, key: str, text: Text | None, **fields: Any) -> Answer | None:
+    if text is None:
+        return None
+    if isinstance(text, str):
+        answer = say(skill, key, text)
+    else:
+        pieces = list(text)
+        result = {key: "".join(pieces)}
+        answer = Answer(skill=skill, result=result, pieces=pieces, piece_by_piece=True)
+    return msgspec.structs.replace(answer, **fields)
+
+
+def _place(
+    skill: str, key: str, places: Iterable[_Place] | None, kind: type[Point | Region]
+) -> Answer | None:
+    if places is None:
+        return None
+    return Answer(skill=skill, result={key: [_name_sides(place, kind) for place in places]})
 
 
 def _name_sides(place: Any, kind: type[Point | Region]) -> Body:

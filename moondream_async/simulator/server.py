@@ -1,13 +1,14 @@
 """The server: it alone knows sockets, and the time.
 
-It receives a request, lets the faults strike, asks the endpoint for an answer
-and writes that at the simulator's rate, until it is told or the client is gone.
+It receives a request, lets faults strike, asks the endpoint for an answer and writes the
+answer at the simulator's rate, until the answer ends or the client is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import ssl
 import struct
@@ -51,7 +52,7 @@ class _CloseDelimitedResponse(web.StreamResponse):
 
 
 class _HungUpError(ConnectionError):
-    """We closed the connection on purpose."""
+    """The simulator closed the connection on purpose."""
 
 
 _NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -69,17 +70,17 @@ class Simulator:
     is entered, or its `app` run, once.
 
     Args:
-        dialect: Which server it speaks like: ``cloud``, ``kestrel``, ``station``
-            or ``old``.
-        rate: Tokens a second; 0 is as fast as it goes.
-        api_key: The only key that the cloud dialect lets in. None lets in any, and none.
+        dialect: The server to speak like: ``cloud``, ``kestrel``, ``station`` or ``old``.
+        rate: Tokens a second; 0 is as fast as possible.
+        api_key: The only key that the cloud dialect lets in. With None it lets in any
+            key, and requests without one.
         faults: What goes wrong, in this order; see `Fault`. More can be appended
             to `faults` at any time.
-        host: Where to listen.
-        port: Where to listen; 0 is any free port.
+        host: The address to listen on.
+        port: The port to listen on; 0 is any free one.
         ssl_context: Serves HTTPS with this.
-        blank_lines: Ends every event with a blank line, as SSE wants it. False leaves
-            them out, as the documentation of the cloud prints it.
+        blank_lines: Ends every event with a blank line, as SSE requires. False leaves
+            the blank lines out, as the documentation of the cloud does.
         keep: How many of the latest requests are remembered in `requests`.
         on_end: Called with each request that has ended.
 
@@ -129,10 +130,11 @@ class Simulator:
         self._changed: asyncio.Event | None = None
         self._answering: set[asyncio.Task[Any]] = set()
         routes = self._routes()
+        for route in routes:
+            handler = functools.partial(self._receive, route)
+            self.app.router.add_route(route.method, route.path, handler)
         skills = dict.fromkeys(route.skill for route in routes if route.skill)
         self.script = Script(tuple(skills), self._notify_soon)
-        for route in routes:
-            self._add_route(route)
 
     def __repr__(self) -> str:
         state = self.endpoint if self._runner else "not listening"
@@ -188,15 +190,15 @@ class Simulator:
             self._runner = None
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` is true; it is asked again at every change.
+        """Wait until `condition` is true; it is called again at every change.
 
         A change is a connection made or lost, a request received, held or ended, and an
         event sent::
 
             await simulator.wait_until(lambda: simulator.connections.open == 0)
         """
-        # Known before the condition is looked at: a change from another thread comes
-        # either early enough to be seen or late enough to find the loop.
+        # The loop is set before the condition is called: a change from another thread comes
+        # either early enough for the condition, or late enough to find the loop.
         self._loop = asyncio.get_running_loop()
         while not condition():
             if self._changed is None:
@@ -211,7 +213,7 @@ class Simulator:
     def _notify_soon(self) -> None:
         """Notify, from any thread."""
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # a closed loop has no waiters
                 self._loop.call_soon_threadsafe(self._notify)
 
     def _routes(self) -> list[Route]:
@@ -225,31 +227,25 @@ class Simulator:
             routes += storage.routes()
         return routes
 
-    def _add_route(self, route: Route) -> None:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            return await self._receive(request, route)
-
-        self.app.router.add_route(route.method, route.path, handle)
-
     @web.middleware
     async def _answer_unrouted(
         self,
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        """Answer what no route answers in the plain text of the real servers."""
+        """Answer a request without a route in the plain text of the real servers."""
         try:
             return await handler(request)
         except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
-            headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
-            reply = Reply(error.status, error.reason, headers)
+            allow = {name: value for name, value in error.headers.items() if name == "Allow"}
+            reply = Reply(error.status, error.reason, allow)
 
         async def answer(_: ReceivedRequest) -> Reply:
             return reply
 
-        return await self._receive(request, Route(request.method, request.path, answer, "none"))
+        return await self._receive(Route(request.method, request.path, answer, "none"), request)
 
-    async def _receive(self, request: web.Request, route: Route) -> web.StreamResponse:
+    async def _receive(self, route: Route, request: web.Request) -> web.StreamResponse:
         """Remember a request, answer it, and notice when its client goes away."""
         received = ReceivedRequest(request, self.connections.number(request.protocol))
         self.requests.append(received)
@@ -265,7 +261,7 @@ class Simulator:
             received.disconnected = not self._closing
             raise
         except ConnectionError as error:
-            # A write failed, or we hung up. aiohttp finds the connection closed and gives up.
+            # A write failed, or a fault hung up. aiohttp finds the connection closed and gives up.
             received.disconnected = not isinstance(error, _HungUpError)
         finally:
             if task is not None:
@@ -303,7 +299,7 @@ class Simulator:
     async def _find_answer(
         self, request: web.Request, received: ReceivedRequest, route: Route
     ) -> Reply | Steps:
-        """Return what a fault answers, or the guard at the door, a script, or the endpoint."""
+        """Return a fault's reply, a refusal, or the answer of a script or of the endpoint."""
         received.fault = self.faults.take(request.path, stream=received.stream)
         reply = await self._strike(request, received) or self._refuse(request, route.auth)
         if reply is not None:
@@ -316,7 +312,7 @@ class Simulator:
         return reply or await route.endpoint(received)
 
     async def _strike(self, request: web.Request, received: ReceivedRequest) -> Reply | None:
-        """Do what a request's fault does before the answer; return what it answers instead."""
+        """Do what a request's fault does before the answer; return its reply, if it has one."""
         if received.fault is None:
             return None
         for step in received.fault.before():
@@ -329,7 +325,7 @@ class Simulator:
         """Return the decoded body, as the dialect reads bodies, or the bytes of an upload.
 
         Raises:
-            RefusedError: It is too long, or no JSON.
+            RefusedError: The body is too long, or not JSON.
         """
         if route.uploads:
             return await _read_upload(request, route.uploads)
@@ -340,11 +336,7 @@ class Simulator:
         except web.RequestPayloadError:
             raise RefusedError("Request body could not be decoded") from None
         if self.dialect.lenient:
-            try:
-                form = dict(await request.post())
-            except (ValueError, LookupError):  # it is none, or of no known encoding
-                form = {}
-            return self._merge(data, dict(request.query) | form)
+            return await _merge(request, data)
         if not data:
             return None
         content_type = request.headers.get(hdrs.CONTENT_TYPE)
@@ -355,22 +347,12 @@ class Simulator:
         except _NO_JSON:
             raise RefusedError("Request body must be valid JSON") from None
 
-    def _merge(self, data: bytes, fields: dict[str, Any]) -> Any:
-        """Add JSON to the query string and the form, as Station does; overlook what is not JSON."""
-        try:
-            decoded = msgspec.json.decode(data)
-        except _NO_JSON:
-            decoded = {}
-        if not isinstance(decoded, dict):
-            raise web.HTTPInternalServerError(text="Internal Server Error")
-        return fields | decoded
-
     def _wants_stream(self, body: Any) -> bool:
         stream = body.get("stream") if isinstance(body, dict) else None
         return bool(stream) if self.dialect.lenient else stream is True
 
     def _refuse(self, request: web.Request, auth: Auth) -> Reply | None:
-        """Return the answer for a client that isn't let in, if it isn't."""
+        """Return the reply to a client that isn't let in, or None for a client that is."""
         if auth == "none" or not self.dialect.hosted:
             return None
         # The gateway before the cloud turns Python's own client away, before any key is looked at.
@@ -379,14 +361,14 @@ class Simulator:
             return Reply(403, "error code: 1010")
         if self._api_key is None:
             return None
+        own = request.headers.get("X-Moondream-Auth") == self._api_key
         bearer = request.headers.get(hdrs.AUTHORIZATION)
+        held = bearer == f"Bearer {self._api_key}"
         if auth == "optional":
-            right = bearer in {None, f"Bearer {self._api_key}"}
-            return None if right else Reply(401, {"error": "Invalid API key"})
-        right = request.headers.get("X-Moondream-Auth") == self._api_key or (
-            auth == "bearer" and bearer == f"Bearer {self._api_key}"
-        )
-        return None if right else Reply(*self.dialect.error(401, "Invalid API key"))
+            return None if held or bearer is None else Reply(401, {"error": "Invalid API key"})
+        if own or (held and auth == "bearer"):
+            return None
+        return Reply(*self.dialect.error(401, "Invalid API key"))
 
     async def _send(
         self, request: web.Request, received: ReceivedRequest, reply: Reply
@@ -444,14 +426,13 @@ class Simulator:
                 await self.wait_until(step.released)
             finally:
                 received.held = False
-        elif isinstance(step, Wait):
-            if step.seconds is None:
-                await asyncio.Event().wait()  # until the client goes away
-            else:
-                await asyncio.sleep(step.seconds)
         elif isinstance(step, HangUp):
             _hang_up(request.transport, reset=step.reset)
             raise _HungUpError
+        elif isinstance(step, Wait) and step.seconds is not None:
+            await asyncio.sleep(step.seconds)
+        elif isinstance(step, Wait):
+            await asyncio.Event().wait()  # until the client goes away
 
 
 async def _read_upload(request: web.Request, limit: int) -> bytes:
@@ -463,15 +444,28 @@ async def _read_upload(request: web.Request, limit: int) -> bytes:
     return bytes(data)
 
 
+async def _merge(request: web.Request, data: bytes) -> dict[str, Any]:
+    """Merge query string, form and JSON, as Station does; overlook what can't be decoded."""
+    try:
+        form = dict(await request.post())
+    except (ValueError, LookupError):  # not a form, or of an unknown encoding
+        form = {}
+    try:
+        decoded = msgspec.json.decode(data)
+    except _NO_JSON:
+        decoded = {}
+    if not isinstance(decoded, dict):
+        raise web.HTTPInternalServerError(text="Internal Server Error")
+    return dict(request.query) | form | decoded
+
+
 def _hang_up(transport: asyncio.Transport | None, *, reset: bool) -> None:
-    if transport is None:
-        return
-    if reset:
+    if transport is not None and reset:
         # Lingering for zero seconds makes the kernel send RST in place of FIN.
         linger = struct.pack("ii", 1, 0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         transport.abort()
-    else:
+    elif transport is not None:
         transport.close()
 
 
@@ -494,7 +488,7 @@ async def serve(
 
     Raises:
         ValueError: There is no such dialect or fault.
-        OSError: It can't listen there.
+        OSError: The simulator can't listen there.
     """
     simulator = Simulator(
         dialect,

@@ -1,6 +1,6 @@
 """The five skills: what was asked and what was measured in, an answer out.
 
-Pure and quick. The pictures have been measured before.
+Pure and quick: the pictures have been measured before.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, Generic
 import msgspec
 
 from . import answers
-from .dialects import Answer, Body
 from .pixels import Area, Picture
-from .validation import BodyT, CaptionBody, ObjectBody, QueryBody, SkillBody
+from .steps import Answer, Body, say, split_words
+from .validation import BodyT, CaptionBody, ObjectBody, QueryBody
 
 _DEFAULT_MAX_OBJECTS = 150
 _COARSE_POINTS = 12
@@ -29,30 +29,27 @@ class Skill(msgspec.Struct, Generic[BodyT], frozen=True):
 
 def _caption(body: CaptionBody, picture: Picture | None) -> Answer:
     text = answers.caption(picture, body.length) if picture else ""
-    return _answer_in_words("caption", "caption", text, body)
+    return say("caption", "caption", text, body.max_tokens)
 
 
 def _query(body: QueryBody, picture: Picture | None) -> Answer:
     text = answers.answer(picture, body.question, body.spatial_refs or [])
-    answer = _answer_in_words("query", "answer", text, body)
-    answer.question_words = len(body.question.split())
-    answer.has_image = picture is not None
+    answer = say("query", "answer", text, body.max_tokens)
+    answer.input_tokens = 6 + len(body.question.split()) + (729 if picture else 0)
     if body.reasoning:
         answer.reasoning = answers.think(picture, body.question)
     return answer
 
 
 def _detect(body: ObjectBody, picture: Picture | None) -> Answer:
-    boxes = [_name_sides(area.box) for area in _find(body, picture)]
-    return Answer(skill="detect", result={"objects": boxes}, tokens=4 * len(boxes))
+    boxes = [_name_sides(area) for area in _find(body, picture)]
+    return Answer(skill="detect", result={"objects": boxes})
 
 
 def _point(body: ObjectBody, picture: Picture | None) -> Answer:
-    points = [
-        {"x": round(area.centre[0], 4), "y": round(area.centre[1], 4)}
-        for area in _find(body, picture)
-    ]
-    return Answer(skill="point", result={"points": points}, tokens=2 * len(points))
+    centres = [area.centre for area in _find(body, picture)]
+    points = [{"x": round(x, 4), "y": round(y, 4)} for x, y in centres]
+    return Answer(skill="point", result={"points": points})
 
 
 def _segment(body: ObjectBody, picture: Picture | None) -> Answer:
@@ -62,9 +59,9 @@ def _segment(body: ObjectBody, picture: Picture | None) -> Answer:
         return Answer(skill="segment", result={"path": "", "bbox": None})
     outline = _relate_to_box(found[0])
     coarse = outline[:: max(1, len(outline) // _COARSE_POINTS)]
-    pieces = answers.split_words(_draw_path(coarse))[: body.max_tokens]
-    result = {"path": _draw_path(outline), "bbox": _name_sides(found[0].box)}
-    return Answer(skill="segment", result=result, pieces=pieces, tokens=len(pieces))
+    pieces = split_words(_draw_path(coarse))[: body.max_tokens]
+    result = {"path": _draw_path(outline), "bbox": _name_sides(found[0])}
+    return Answer(skill="segment", result=result, pieces=pieces)
 
 
 SKILLS: dict[str, Skill[Any]] = {
@@ -76,18 +73,6 @@ SKILLS: dict[str, Skill[Any]] = {
 }
 
 
-def _answer_in_words(skill: str, key: str, text: str, body: SkillBody) -> Answer:
-    words = answers.split_words(text)
-    kept = words[: body.max_tokens]
-    return Answer(
-        skill=skill,
-        result={key: "".join(kept)},
-        pieces=kept,
-        tokens=len(kept),
-        finish_reason="stop" if len(kept) == len(words) else "length",
-    )
-
-
 def _find(body: ObjectBody, picture: Picture | None) -> list[Area]:
     if picture is None:
         return []
@@ -95,29 +80,22 @@ def _find(body: ObjectBody, picture: Picture | None) -> list[Area]:
     return answers.find_areas(picture, body.object, body.spatial_refs or [])[:limit]
 
 
-def _name_sides(box: tuple[float, float, float, float]) -> Body:
-    names = ("x_min", "y_min", "x_max", "y_max")
-    return {name: round(side, 4) for name, side in zip(names, box, strict=True)}
+def _name_sides(area: Area) -> Body:
+    sides = zip(("x_min", "y_min", "x_max", "y_max"), area.box, strict=True)
+    return {name: round(side, 4) for name, side in sides}
 
 
 def _relate_to_box(area: Area) -> list[tuple[float, float]]:
     """Return the outline's corners, 0-1 of the area's box."""
     left, top, right, bottom = area.box
     points = [((x - left) / (right - left), (y - top) / (bottom - top)) for x, y in area.outline]
+    befores, afters = points[-1:] + points[:-1], points[1:] + points[:1]
+    # A point between two others on a horizontal or vertical line is no corner.
     return [
-        point
-        for before, point, after in zip(
-            points[-1:] + points[:-1], points, points[1:] + points[:1], strict=True
-        )
-        if not _lies_between(before, point, after)
+        (x, y)
+        for (x, y), before, after in zip(points, befores, afters, strict=True)
+        if not before[0] == x == after[0] and not before[1] == y == after[1]
     ]
-
-
-def _lies_between(
-    before: tuple[float, float], point: tuple[float, float], after: tuple[float, float]
-) -> bool:
-    """Whether the three are on one horizontal or vertical line: the outline has no other."""
-    return before[0] == point[0] == after[0] or before[1] == point[1] == after[1]
 
 
 def _draw_path(points: list[tuple[float, float]]) -> str:

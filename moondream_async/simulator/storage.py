@@ -6,9 +6,8 @@ import base64
 import hashlib
 from collections.abc import Mapping
 
-from .dialects import Body
 from .received import ReceivedRequest
-from .steps import Reply, Route
+from .steps import Body, Reply, Route
 from .validation import RefusedError
 
 _MAX_PAGE = 100
@@ -17,8 +16,8 @@ _MAX_PAGE = 100
 class Storage:
     """Holds files that are fetched by presigned URL, as from the cloud's object store.
 
-    Such a URL carries its own permission. Like the real store it refuses a
-    request that brings another: a client must not send its key there.
+    Such a URL carries its own permission. Like the real store, this one refuses a
+    request that brings a key as well: a client must not send its key there.
     """
 
     def __init__(self) -> None:
@@ -55,7 +54,7 @@ def take_page(key: str, items: list[Body], query: Mapping[str, str], *, default:
         default: The limit where none is given.
 
     Raises:
-        RefusedError: The limit is out of range, or the cursor is none of ours.
+        RefusedError: The limit is out of range, or the cursor did not come from a page.
     """
     try:
         limit = int(query.get("limit", default))
@@ -66,11 +65,8 @@ def take_page(key: str, items: list[Body], query: Mapping[str, str], *, default:
         raise RefusedError(f"limit must be between 1 and {_MAX_PAGE}", param="limit")
     stop = start + limit
     more = stop < len(items)
-    return {
-        key: items[start:stop],
-        "next_cursor": base64.urlsafe_b64encode(str(stop).encode()).decode() if more else None,
-        "has_more": more,
-    }
+    cursor = base64.urlsafe_b64encode(str(stop).encode()).decode() if more else None
+    return {key: items[start:stop], "next_cursor": cursor, "has_more": more}
 
 
 def make_id(number: int) -> str:

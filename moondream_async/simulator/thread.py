@@ -1,4 +1,4 @@
-"""The simulator for those who have no event loop, or must not share theirs with a server."""
+"""The simulator in a thread of its own, for programs without an event loop to share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class SimulatorThread:
     """A `Simulator` that listens in a thread of its own while this is entered.
 
-    For tests without an event loop, or with one of any kind, and for what runs in
+    For tests without an event loop or with any kind of loop, and for programs that run in
     threads and processes of their own::
 
         with SimulatorThread(Simulator("station")) as simulator:
@@ -31,14 +31,14 @@ class SimulatorThread:
             subprocess.run([...], env={"MOONDREAM_ENDPOINT": simulator.endpoint})
             assert simulator.requests[0].path == "/v1/caption"
 
-    Entering takes a few milliseconds, and so does leaving, which ends open answers. All that
-    can be reached here may be reached from any thread. It is entered once.
+    Entering takes a few milliseconds, and so does leaving, which ends open answers. All
+    attributes may be used from any thread. A `SimulatorThread` is entered once.
 
     Args:
-        simulator: Not entered; None is one with nothing special.
+        simulator: Not entered yet; None makes one with all defaults.
 
     Raises:
-        OSError: On entering: it can't listen there.
+        OSError: On entering: the simulator can't listen on its host and port.
     """
 
     def __init__(self, simulator: Simulator | None = None) -> None:
@@ -90,7 +90,7 @@ class SimulatorThread:
         self._thread.join()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
-        """Block until `condition` is true; it is asked, in the server's thread, at every change.
+        """Block until `condition` is true; the server's thread calls it at every change.
 
         A change is a connection made or lost, a request received, held or ended, and an
         event sent::
@@ -98,15 +98,13 @@ class SimulatorThread:
             simulator.wait_until(lambda: any(each.disconnected for each in simulator.requests))
 
         Raises:
-            TimeoutError: It wasn't so within `timeout` seconds.
-            RuntimeError: An event loop runs in this thread, and this would hold it up,
-                with whatever was to make the condition true; see `until`.
+            TimeoutError: The condition wasn't true within `timeout` seconds.
+            RuntimeError: An event loop runs in this thread: blocking would stop the loop,
+                and all that could make the condition true; see `until`.
         """
         if _runs_a_loop():
             raise RuntimeError("wait_until would hold up this event loop; use `await ...until()`")
-        waiting = asyncio.run_coroutine_threadsafe(
-            self._simulator.wait_until(condition), self._loop
-        )
+        waiting = self._wait(condition)
         concurrent.futures.wait([waiting], timeout)
         if not waiting.done():
             waiting.cancel()
@@ -117,21 +115,21 @@ class SimulatorThread:
         """Wait as `wait_until` does, in any asyncio loop. Cancelling stops the waiting.
 
         Raises:
-            TimeoutError: It wasn't so within `timeout` seconds.
+            TimeoutError: The condition wasn't true within `timeout` seconds.
         """
-        waiting = asyncio.run_coroutine_threadsafe(
-            self._simulator.wait_until(condition), self._loop
-        )
         with anyio.move_on_after(timeout) as limit:
-            await asyncio.wrap_future(waiting)
+            await asyncio.wrap_future(self._wait(condition))
         if limit.cancelled_caught:
             raise self._waited_too_long(timeout)
+
+    def _wait(self, condition: Callable[[], bool]) -> concurrent.futures.Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._simulator.wait_until(condition), self._loop)
 
     def _waited_too_long(self, timeout: float) -> TimeoutError:
         return TimeoutError(f"not so within {timeout} seconds; received: {self.requests}")
 
     def _run(self) -> None:
-        # A loop of this kind whatever the policy: that may make loops for Qt, Trio or libuv.
+        # A selector loop under any policy: a policy may make loops for Qt, Trio or libuv.
         loop = asyncio.SelectorEventLoop()
         with contextlib.closing(loop):
             loop.run_until_complete(self._serve())
@@ -140,15 +138,13 @@ class SimulatorThread:
         self._loop = asyncio.get_running_loop()
         self._left = asyncio.Event()
         try:
-            await self._simulator.__aenter__()
-        except BaseException as error:  # noqa: BLE001 - raised where it was entered
-            self._listening.set_exception(error)
-            return
-        self._listening.set_result(None)
-        try:
-            await self._left.wait()
-        finally:
-            await self._simulator.__aexit__()
+            async with self._simulator:
+                self._listening.set_result(None)
+                await self._left.wait()
+        except BaseException as error:
+            if self._listening.done():
+                raise
+            self._listening.set_exception(error)  # raised where it was entered
 
 
 def _runs_a_loop() -> bool:

@@ -1,6 +1,6 @@
 """The tuning API, under ``/v1/tuning``. Nothing is trained; steps are counted.
 
-What a client can know before it asks is not checked again here.
+What a client can check before it asks is not checked again here.
 
 Rollouts are the simulator's own answers: the first is the right one, and each
 further one is a little worse, so that rewards differ.
@@ -10,105 +10,102 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from .dialects import Answer, Body, Dialect
+from .dialects import Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
-from .steps import Reply, Route
+from .steps import Answer, Body, Reply, Route
 from .storage import Storage, make_id, take_page
 from .validation import RefusedError, read_body, read_typed
 
 _SKILLS = ("query", "point", "detect")
 _NEAR = 0.05  # of the picture: a point this close to the truth is right
-_PAGE = 20
 
 
-class CreateBody(msgspec.Struct, frozen=True):
-    """The body that creates a finetune."""
-
+class _Create(msgspec.Struct, frozen=True):
     name: str
     rank: int
 
 
-class PointTruth(msgspec.Struct, frozen=True):
-    """A place where an object is."""
-
+class _Point(msgspec.Struct, frozen=True):
     x: float
     y: float
 
+    def is_in(self, box: _Box) -> bool:
+        return box.x_min <= self.x <= box.x_max and box.y_min <= self.y <= box.y_max
 
-class BoxTruth(msgspec.Struct, frozen=True):
-    """A box that an object fills."""
+    def around(self) -> _Box:
+        return _Box(self.x - _NEAR, self.y - _NEAR, self.x + _NEAR, self.y + _NEAR)
 
+
+class _Box(msgspec.Struct, frozen=True):
     x_min: float
     y_min: float
     x_max: float
     y_max: float
 
+    def size(self) -> float:
+        return max(0.0, self.x_max - self.x_min) * max(0.0, self.y_max - self.y_min)
 
-class GroundTruth(msgspec.Struct, frozen=True):
-    """What the right answer is, for rewards."""
+    def overlap(self, other: _Box) -> float:
+        """Return the intersection over the union."""
+        left, right = max(self.x_min, other.x_min), min(self.x_max, other.x_max)
+        top, bottom = max(self.y_min, other.y_min), min(self.y_max, other.y_max)
+        common = _Box(left, top, right, bottom).size()
+        union = self.size() + other.size() - common
+        return common / union if union else 0.0
 
-    points: list[PointTruth] = []
-    boxes: list[BoxTruth] = []
+
+class _Truth(msgspec.Struct, frozen=True):
+    points: list[_Point] = []
+    boxes: list[_Box] = []
+
+    def reward(self, output: Body) -> float:
+        """Return how right an output is, 0-1: what was found and is true, of all found or true."""
+        if "objects" in output:
+            found = msgspec.convert(output["objects"], list[_Box])
+            overlaps = [max((box.overlap(one) for one in found), default=0.0) for box in self.boxes]
+            return sum(overlaps) / max(len(found), len(self.boxes), 1)
+        points = msgspec.convert(output.get("points", ()), list[_Point])
+        wanted = [point.around() for point in self.points] + self.boxes
+        hits = sum(any(point.is_in(box) for point in points) for box in wanted)
+        return hits / max(len(points), len(wanted), 1)
 
 
-class RolloutsBody(msgspec.Struct, frozen=True):
-    """The body that asks for rollouts."""
-
+class _Rollouts(msgspec.Struct, frozen=True):
     finetune_id: str
-    num_rollouts: int
-    request: dict[str, Any]
-    ground_truth: GroundTruth | None = None
+    num_rollouts: Annotated[int, msgspec.Meta(ge=1, le=16)]
+    request: Body
+    ground_truth: _Truth | None = None
 
 
-class Group(msgspec.Struct, frozen=True):
-    """Part of a training step."""
-
-    request: dict[str, Any]
+class _Group(msgspec.Struct, frozen=True):
+    request: Body
     mode: Literal["rl", "sft"] = "rl"
     rewards: list[float] = []
 
 
-class TrainStepBody(msgspec.Struct, frozen=True):
-    """The body of a training step."""
-
+class _TrainStep(msgspec.Struct, frozen=True):
     finetune_id: str
-    groups: list[Group]
+    groups: list[_Group]
 
 
-class MetricsBody(msgspec.Struct, frozen=True):
-    """The body that logs a caller's own metrics."""
-
+class _Metrics(msgspec.Struct, frozen=True):
     step: int
     metrics: dict[str, float]
 
 
-class Finetune(msgspec.Struct):
+class _Finetune:
     """A finetune, and how far it is trained."""
 
-    finetune_id: str
-    name: str
-    rank: int
-    created_at_ms: int
-    updated_at_ms: int
-    step: int = 0
-    checkpoints: dict[int, Body] = {}
-    deleted_steps: set[int] = set()
-
-    def body(self) -> Body:
-        """Return it as the API sends it."""
-        return {
-            "finetune_id": self.finetune_id,
-            "name": self.name,
-            "rank": self.rank,
-            "created_at_ms": self.created_at_ms,
-            "updated_at_ms": self.updated_at_ms,
-        }
+    def __init__(self, number: int, name: str, rank: int) -> None:
+        self.body: Body = {"finetune_id": make_id(number), "name": name, "rank": rank, **_times()}
+        self.step = 0
+        self.checkpoints: dict[int, Body | None] = {}  # None is one that was deleted
 
 
 class Tuning:
@@ -118,54 +115,55 @@ class Tuning:
         self._path = f"{dialect.prefix}/tuning"
         self._gallery = gallery
         self._storage = storage
-        self._finetunes: dict[str, Finetune] = {}
+        self._finetunes: dict[str, _Finetune] = {}
         self._created = 0
 
     def routes(self) -> list[Route]:
         """Return the endpoints."""
-        one = f"{self._path}/finetunes/{{id}}"
+        every, one = f"{self._path}/finetunes", f"{self._path}/finetunes/{{id}}"
+        saved = f"{one}/checkpoints"
         return [
-            Route("POST", f"{self._path}/finetunes", self._create),
-            Route("GET", f"{self._path}/finetunes", self._list),
+            Route("POST", every, self._create),
+            Route("GET", every, self._list),
             Route("GET", one, self._get),
             Route("DELETE", one, self._delete),
             Route("POST", f"{self._path}/rollouts", self._roll_out),
             Route("POST", f"{self._path}/train_step", self._train),
             Route("POST", f"{one}/metrics", self._log_metrics),
-            Route("GET", f"{one}/checkpoints", self._list_checkpoints),
-            Route("POST", f"{one}/checkpoints/save", self._save_checkpoint),
-            Route("DELETE", f"{one}/checkpoints/{{step}}", self._delete_checkpoint),
-            Route("GET", f"{one}/checkpoints/{{step}}/download", self._download_checkpoint),
+            Route("GET", saved, self._list_checkpoints),
+            Route("POST", f"{saved}/save", self._save_checkpoint),
+            Route("DELETE", f"{saved}/{{step}}", self._delete_checkpoint),
+            Route("GET", f"{saved}/{{step}}/download", self._download_checkpoint),
         ]
 
     async def _create(self, received: ReceivedRequest) -> Reply:
-        body = read_typed(received.body, CreateBody)
-        for finetune in self._finetunes.values():
-            if finetune.name == body.name:
-                if finetune.rank != body.rank:
-                    raise RefusedError(
-                        f"Finetune {body.name!r} exists with rank {finetune.rank}", status=409
-                    )
-                return Reply(body={"finetune_id": finetune.finetune_id})
+        body = read_typed(received.body, _Create)
+        for finetune_id, finetune in self._finetunes.items():
+            if finetune.body["name"] == body.name:
+                rank = finetune.body["rank"]
+                if rank != body.rank:
+                    message = f"Finetune {body.name!r} exists with rank {rank}"
+                    raise RefusedError(message, status=409)
+                return Reply(body={"finetune_id": finetune_id})
         self._created += 1
-        now = _now_ms()
-        finetune = Finetune(make_id(self._created), body.name, body.rank, now, now)
-        self._finetunes[finetune.finetune_id] = finetune
-        return Reply(body={"finetune_id": finetune.finetune_id})
+        finetune = _Finetune(self._created, body.name, body.rank)
+        self._finetunes[finetune.body["finetune_id"]] = finetune
+        return Reply(body={"finetune_id": finetune.body["finetune_id"]})
 
     async def _list(self, received: ReceivedRequest) -> Reply:
-        finetunes = [finetune.body() for finetune in self._finetunes.values()]
-        return Reply(body=take_page("finetunes", finetunes, received.query, default=_PAGE))
+        finetunes = [finetune.body for finetune in self._finetunes.values()]
+        return Reply(body=take_page("finetunes", finetunes, received.query, default=20))
 
     async def _get(self, received: ReceivedRequest) -> Reply:
-        return Reply(body={"finetune": self._find(received.params["id"]).body()})
+        return Reply(body={"finetune": self._find(received.params["id"]).body})
 
     async def _delete(self, received: ReceivedRequest) -> Reply:
-        del self._finetunes[self._find(received.params["id"]).finetune_id]
+        self._find(received.params["id"])
+        del self._finetunes[received.params["id"]]
         return Reply(body={"ok": True})
 
     async def _roll_out(self, received: ReceivedRequest) -> Reply:
-        body = read_typed(received.body, RolloutsBody)
+        body = read_typed(received.body, _Rollouts)
         self._find(body.finetune_id)
         name = body.request.get("skill")
         if name not in _SKILLS:
@@ -177,19 +175,27 @@ class Tuning:
         # At temperature 0 a model says the same each time.
         varies = not request.settings or request.settings.temperature != 0
         outputs = [_worsen(answer, number * varies) for number in range(body.num_rollouts)]
-        rewards = None
-        if body.ground_truth is not None:
-            rewards = [_reward(output, body.ground_truth) for output in outputs]
-        rollouts = [_describe_rollout(answer, output) for output in outputs]
+        truth = body.ground_truth
+        rewards = None if truth is None else [truth.reward(output) for output in outputs]
+        rollout = {
+            "skill": name,
+            "finish_reason": answer.finish_reason,
+            "answer_tokens": list(range(answer.tokens)),
+            "thinking_tokens": [],
+            "has_answer_separator": False,
+            "coords": [],
+            "sizes": [],
+        }
+        rollouts = [rollout | {"output": output} for output in outputs]
         return Reply(body={"request": body.request, "rollouts": rollouts, "rewards": rewards})
 
     async def _train(self, received: ReceivedRequest) -> Reply:
-        body = read_typed(received.body, TrainStepBody)
+        body = read_typed(received.body, _TrainStep)
         finetune = self._find(body.finetune_id)
         rewards = [reward for group in body.groups for reward in group.rewards]
         tuned = any(group.mode == "sft" for group in body.groups)
         finetune.step += 1
-        finetune.updated_at_ms = _now_ms()
+        finetune.body["updated_at_ms"] = _times()["updated_at_ms"]
         return Reply(
             body={
                 "step": finetune.step,
@@ -197,7 +203,7 @@ class Tuning:
                 "kl": 0.01 if rewards else None,
                 "router_kl": 0.001 if rewards else None,
                 "grad_norm": 1.0,
-                "reward_mean": statistics.fmean(rewards) if rewards else None,
+                "reward_mean": statistics.mean(rewards) if rewards else None,
                 "reward_std": statistics.pstdev(rewards) if rewards else None,
                 "sft_loss": 1 / finetune.step if tuned else None,
             }
@@ -205,126 +211,75 @@ class Tuning:
 
     async def _log_metrics(self, received: ReceivedRequest) -> Reply:
         self._find(received.params["id"])
-        read_typed(received.body, MetricsBody)
+        read_typed(received.body, _Metrics)
         return Reply(body={"ok": True})
 
     async def _list_checkpoints(self, received: ReceivedRequest) -> Reply:
-        saved = list(self._find(received.params["id"]).checkpoints.values())
+        finetune = self._find(received.params["id"])
+        saved = [checkpoint for checkpoint in finetune.checkpoints.values() if checkpoint]
         return Reply(body=take_page("checkpoints", saved, received.query))
 
     async def _save_checkpoint(self, received: ReceivedRequest) -> Reply:
         finetune = self._find(received.params["id"])
-        if finetune.step == 0:
+        step = finetune.step
+        if step == 0:
             raise RefusedError("No checkpoint is available before a step", status=404)
-        checkpoint = finetune.checkpoints.get(finetune.step)
-        if checkpoint is None:
+        if not finetune.checkpoints.get(step):
             self._created += 1
-            now = _now_ms()
-            checkpoint = finetune.checkpoints[finetune.step] = {
+            finetune.checkpoints[step] = {
                 "checkpoint_id": make_id(self._created),
-                "finetune_id": finetune.finetune_id,
-                "step": finetune.step,
-                "created_at_ms": now,
-                "updated_at_ms": now,
+                "finetune_id": received.params["id"],
+                "step": step,
+                **_times(),
             }
-        return Reply(body={"ok": True, "checkpoint": checkpoint})
+        return Reply(body={"ok": True, "checkpoint": finetune.checkpoints[step]})
 
     async def _delete_checkpoint(self, received: ReceivedRequest) -> Reply:
         finetune, step = self._find_checkpoint(received)
-        del finetune.checkpoints[step]
-        finetune.deleted_steps.add(step)
+        finetune.checkpoints[step] = None
         return Reply(body={"ok": True})
 
     async def _download_checkpoint(self, received: ReceivedRequest) -> Reply:
-        finetune, step = self._find_checkpoint(received)
-        name = f"{finetune.finetune_id}-{step}.safetensors"
+        _, step = self._find_checkpoint(received)
+        name = f"{received.params['id']}-{step}.safetensors"
         self._storage.put(name, b"No weights: nothing was trained.")
         return Reply(body={"url": self._storage.url(received.origin, name), "expires_in": 3600})
 
-    def _find(self, finetune_id: str) -> Finetune:
+    def _find(self, finetune_id: str) -> _Finetune:
         finetune = self._finetunes.get(finetune_id)
         if finetune is None:
             raise RefusedError("No such finetune", status=404, param="finetune_id")
         return finetune
 
-    def _find_checkpoint(self, received: ReceivedRequest) -> tuple[Finetune, int]:
+    def _find_checkpoint(self, received: ReceivedRequest) -> tuple[_Finetune, int]:
         finetune = self._find(received.params["id"])
         text = received.params["step"]
         step = int(text) if text.isdecimal() else 0
-        if step in finetune.checkpoints:
+        if finetune.checkpoints.get(step):
             return finetune, step
-        if step in finetune.deleted_steps:
+        if step in finetune.checkpoints:
             raise RefusedError("The checkpoint was deleted", status=410)
         raise RefusedError("No such checkpoint", status=404)
 
 
 def _worsen(answer: Answer, steps: int) -> Body:
     """Return a skill's output, made worse: words are lost, places slide to the right."""
-    shift = 0.02 * steps
     output = dict(answer.result)
     if "answer" in output:
         output["answer"] = "".join(answer.pieces[: max(1, len(answer.pieces) - steps)])
         if answer.reasoning is not None:
             output["reasoning"] = answer.reasoning
-    for kind in ("points", "objects"):
-        if kind in output:
-            output[kind] = [
-                {
-                    side: min(1.0, round(value + shift, 4)) if side.startswith("x") else value
-                    for side, value in found.items()
-                }
-                for found in output[kind]
-            ]
+    for kind in output.keys() & {"points", "objects"}:
+        output[kind] = [
+            {
+                side: min(1.0, round(value + 0.02 * steps, 4)) if side.startswith("x") else value
+                for side, value in found.items()
+            }
+            for found in output[kind]
+        ]
     return output
 
 
-def _describe_rollout(answer: Answer, output: Body) -> Body:
-    return {
-        "skill": answer.skill,
-        "finish_reason": answer.finish_reason,
-        "output": output,
-        "answer_tokens": list(range(answer.tokens)),
-        "thinking_tokens": [],
-        "has_answer_separator": False,
-        "coords": [],
-        "sizes": [],
-    }
-
-
-def _reward(output: Body, truth: GroundTruth) -> float:
-    """Return how right an output is, 0-1: what was found and is true, of all found or true."""
-    if "objects" in output:
-        boxes = [BoxTruth(**box) for box in output["objects"]]
-        right = sum(
-            max((_overlap(box, other) for other in boxes), default=0.0) for box in truth.boxes
-        )
-        return right / max(len(boxes), len(truth.boxes), 1)
-    points = [PointTruth(**point) for point in output["points"]]
-    hits = sum(any(_is_near(point, true) for point in points) for true in truth.points)
-    hits += sum(any(_contains(box, point) for point in points) for box in truth.boxes)
-    return hits / max(len(points), len(truth.points) + len(truth.boxes), 1)
-
-
-def _overlap(one: BoxTruth, other: BoxTruth) -> float:
-    """Return the boxes' intersection over their union."""
-    width = min(one.x_max, other.x_max) - max(one.x_min, other.x_min)
-    height = min(one.y_max, other.y_max) - max(one.y_min, other.y_min)
-    common = max(0.0, width) * max(0.0, height)
-    union = _size(one) + _size(other) - common
-    return common / union if union else 0.0
-
-
-def _size(box: BoxTruth) -> float:
-    return (box.x_max - box.x_min) * (box.y_max - box.y_min)
-
-
-def _is_near(one: PointTruth, other: PointTruth) -> bool:
-    return abs(one.x - other.x) <= _NEAR and abs(one.y - other.y) <= _NEAR
-
-
-def _contains(box: BoxTruth, point: PointTruth) -> bool:
-    return box.x_min <= point.x <= box.x_max and box.y_min <= point.y <= box.y_max
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def _times() -> dict[str, int]:
+    now = time.time_ns() // 1_000_000
+    return {"created_at_ms": now, "updated_at_ms": now}

@@ -7,19 +7,22 @@ are not blank, settings in range, strict base64.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from moondream_async.types import Length
 
 MAX_IMAGE_BYTES = 10 * 1024 * 1024  # the documented limit
 
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
-_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-_Reference = Annotated[list[_Share], msgspec.Meta(min_length=2, max_length=4)]
+Temperature = Annotated[float, Meta(ge=0)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+_Positive = Annotated[int, Meta(ge=1)]
+_NotBlank = Annotated[str, Meta(pattern=r"\S")]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_Reference = Annotated[list[_Share], Meta(min_length=2, max_length=4)]
 
 
 class RefusedError(Exception):
@@ -35,8 +38,8 @@ class RefusedError(Exception):
 class SettingsBody(msgspec.Struct, frozen=True):
     """The settings that the server knows; others are ignored."""
 
-    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     max_tokens: _Positive | None = None
     max_objects: _Positive | None = None
 
@@ -65,14 +68,14 @@ class CaptionBody(SkillBody, frozen=True, kw_only=True):
 class QueryBody(SkillBody, frozen=True, kw_only=True):
     """The body of ``/query``."""
 
-    question: str
+    question: _NotBlank
     reasoning: bool | None = None
 
 
 class ObjectBody(SkillBody, frozen=True, kw_only=True):
     """The body of ``/detect``, ``/point`` and ``/segment``."""
 
-    object: str
+    object: _NotBlank
 
 
 TypedT = TypeVar("TypedT", bound=msgspec.Struct)
@@ -93,7 +96,7 @@ def read_typed(body: Any, kind: type[TypedT]) -> TypedT:
     """Check the types and ranges of a decoded body and return it typed.
 
     Raises:
-        RefusedError: It lacks a field, or one is not what it must be.
+        RefusedError: A field is missing, or of the wrong type or range.
     """
     if not isinstance(body, dict):
         raise RefusedError("Request body must be a JSON object")
@@ -107,15 +110,23 @@ def read_body(body: Any, kind: type[BodyT], *, needs_image: bool = True) -> Body
     """Check the body of a skill and return it typed.
 
     Raises:
-        RefusedError: It lacks a field, or one is not what it must be.
+        RefusedError: A field is missing, or of the wrong type or range.
     """
     typed = read_typed(body, kind)
-    for name in ("question", "object"):
-        if name in kind.__struct_fields__ and not getattr(typed, name).strip():
-            raise RefusedError(f"Field '{name}' must be a non-empty string", param=name)
     if needs_image and not typed.image_url:
         raise RefusedError("Field 'image_url' is required", param="image_url")
-    _check_references(typed)
+    if typed.spatial_refs is not None and not typed.image_url:
+        raise RefusedError("Field 'spatial_refs' requires an image", param="spatial_refs")
+    for reference in typed.spatial_refs or ():
+        match reference:
+            case [_, _]:
+                continue
+            case [left, top, right, bottom] if left <= right and top <= bottom:
+                continue
+        raise RefusedError(
+            "Each of 'spatial_refs' must be [x, y] or [x_min, y_min, x_max, y_max]",
+            param="spatial_refs",
+        )
     return typed
 
 
@@ -125,40 +136,22 @@ def decode_image(image_url: str) -> bytes:
     Raises:
         RefusedError: It is a remote URL, not base64, or a picture over the limit.
     """
+    head, comma, encoded = image_url.rpartition(",")
+    status = 400
     if re.match(r"https?://", image_url):
-        raise RefusedError(
-            "Field 'image_url' must be a data URL; remote URLs are not fetched", param="image_url"
-        )
-    head, comma, encoded = image_url.partition(",")
-    if not comma:
-        encoded = head
-    elif not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
-        raise RefusedError(
-            "Field 'image_url' must begin with data:image/...;base64,", param="image_url"
-        )
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: not ASCII
-        raise RefusedError("Invalid base64 image data", param="image_url") from error
-    if len(data) > MAX_IMAGE_BYTES:
-        raise RefusedError("Image is larger than 10 MB", status=413, param="image_url")
-    return data
-
-
-def _check_references(body: SkillBody) -> None:
-    if body.spatial_refs is None:
-        return
-    if not body.image_url:
-        raise RefusedError("Field 'spatial_refs' requires an image", param="spatial_refs")
-    for reference in body.spatial_refs:
-        ordered = len(reference) == 2 or (
-            len(reference) == 4 and reference[0] <= reference[2] and reference[1] <= reference[3]
-        )
-        if not ordered:
-            raise RefusedError(
-                "Each of 'spatial_refs' must be [x, y] or [x_min, y_min, x_max, y_max]",
-                param="spatial_refs",
-            )
+        fault = "Field 'image_url' must be a data URL; remote URLs are not fetched"
+    elif comma and not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
+        fault = "Field 'image_url' must begin with data:image/...;base64,"
+    else:
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except ValueError:  # not base64, or not even ASCII
+            fault = "Invalid base64 image data"
+        else:
+            if len(data) <= MAX_IMAGE_BYTES:
+                return data
+            fault, status = "Image is larger than 10 MB", 413
+    raise RefusedError(fault, status=status, param="image_url")
 
 
 def _explain(message: str) -> RefusedError:
@@ -169,10 +162,14 @@ def _explain(message: str) -> RefusedError:
     """
     finding, _, path = message.rstrip("`").partition(" - at `$.")
     missing = re.search(r"missing required field `(\w+)", finding)
+    kind = re.match(r"Expected `(\w+)(?: \| null)?`, got", finding)
     if missing:
         path = f"{path}.{missing[1]}" if path else missing[1]
-        return RefusedError(f"Field '{path}' is required", param=path)
-    kind = re.match(r"Expected `(\w+)(?: \| null)?`, got", finding)
-    if kind and kind[1] in _KINDS:
-        return RefusedError(f"Field '{path}' must be {_KINDS[kind[1]]}", param=path)
-    return RefusedError(f"Field '{path}' is invalid: {finding}", param=path)
+        problem = "is required"
+    elif finding.startswith("Expected `str` matching"):
+        problem = "must be a non-empty string"
+    elif kind and kind[1] in _KINDS:
+        problem = f"must be {_KINDS[kind[1]]}"
+    else:
+        problem = f"is invalid: {finding}"
+    return RefusedError(f"Field '{path}' {problem}", param=path)
