@@ -598,6 +598,12 @@ async def test_rollouts_of_another_skill_or_too_many_are_refused(request_body, c
     assert (await roll_out(request_body, count)).status == 400
 
 
+async def test_rollouts_of_a_question_earn_nothing_by_points():
+    truth = {"points": [{"x": 0, "y": 0}]}
+    answer = await roll_out({**QUERY, "skill": "query"}, 2, ground_truth=truth)
+    assert answer.json["rewards"] == [0, 0]
+
+
 # Errors
 
 CUT_SAMPLE = SAMPLE.partition(",")[2][:8000]
