@@ -9,7 +9,8 @@ function before the second of any, the quickest first; if all pass, the rest. A 
 that passes no more within the time, kills the mutant. What runs in another process is not seen.
 
 Mutants are cosmic-ray's, chosen by chance, at most one at a place. Left out is what can't change
-anything: annotations, overloads, what is for type checkers alone, and ``is`` for ``==``.
+anything (annotations, overloads, what is for type checkers alone, and ``is`` for ``==``), and what
+any test would see (operators of bits in place of arithmetic).
 """
 
 import argparse
@@ -52,7 +53,11 @@ OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loa
 FIRST_TESTS, FIRST_SECONDS = 40, 30.0
 REST_TESTS, REST_SECONDS = 400, 90.0
 
-SAME = r"core/(VariableReplacer|VariableInserter|Replace\w*_(Is_Eq|IsNot_NotEq|Eq_Is|NotEq_IsNot))"
+LEFT_OUT = re.compile(
+    r"core/(VariableReplacer|VariableInserter"
+    r"|ReplaceComparisonOperator_(Is_Eq|IsNot_NotEq|Eq_Is|NotEq_IsNot)"
+    r"|ReplaceBinaryOperator_(Add|Sub|Mul|Div|FloorDiv|Mod)_(Pow|.Shift|Bit\w+))"
+)
 
 Position = tuple[int, int]
 
@@ -142,15 +147,18 @@ def make_map(copy: Path, path: Path) -> dict[str, Any]:
         pytest.main([*OPTIONS[1:], "--timeout=120", *chosen], plugins=[seen])
         coverage.stop()
         data = coverage.get_data()
+        passed = [test for test in seen.seconds if test not in seen.failed]
+        numbers = {test: number for number, test in enumerate(passed)}
         lines = {
             Path(file).relative_to(copy).as_posix(): {
-                line: [test for test in tests if test and test not in seen.failed]
+                line: [numbers[test] for test in tests if test in numbers]
                 for line, tests in data.contexts_by_lineno(file).items()
             }
             for file in data.measured_files()
             if any(f"moondream_async/{room}/" in file for room in ROOMS)
         }
-        path.write_text(json.dumps({"lines": lines, "seconds": seen.seconds}), encoding="utf-8")
+        found = {"lines": lines, "tests": [(test, seen.seconds[test]) for test in passed]}
+        path.write_text(json.dumps(found), encoding="utf-8")
         return 0
 
     _, output = in_child(copy, task, 3600.0)
@@ -187,7 +195,7 @@ def mutants(copy: Path, room: str) -> Iterator[Mutant]:
         left_out = list(spans_left_out(source))
         nodes = list(ast_nodes(get_ast(source)))
         for name in operator_names():
-            if re.match(SAME, name):
+            if LEFT_OUT.match(name):
                 continue
             operator = get_operator(name)()
             places = (place for node in nodes for place in operator.mutation_positions(node))
@@ -196,7 +204,7 @@ def mutants(copy: Path, room: str) -> Iterator[Mutant]:
                     yield Mutant(path, name, occurrence, start)
 
 
-def tests_of(source: str, line: int, seen: dict[str, list[str]]) -> list[str]:
+def tests_of(source: str, line: int, seen: dict[str, list[int]]) -> list[int]:
     """The tests that run a line; for one that the import runs, those that run what it makes."""
     if seen.get(str(line)):
         return seen[str(line)]
@@ -239,8 +247,8 @@ def first_of(tests: list[str], seconds: dict[str, float], number: int, most: flo
     return chosen
 
 
-def judge(copy: Path, mutant: Mutant, seen: dict[str, Any]) -> tuple[str, str]:
-    """Return how the mutant died, or "" if it did not, and what it was."""
+def judge(copy: Path, mutant: Mutant, seen: dict[str, Any]) -> tuple[str | None, str]:
+    """Return how the mutant died, "" if it did not, None if it is no Python; and what it was."""
     file = copy / mutant.path
     source = file.read_text(encoding="utf-8")
     mutated = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
@@ -250,9 +258,10 @@ def judge(copy: Path, mutant: Mutant, seen: dict[str, Any]) -> tuple[str, str]:
     try:
         compile(mutated or "", mutant.path, "exec")
     except SyntaxError:
-        return "no Python", what
-    tests = tests_of(source, mutant.start[0], seen["lines"].get(mutant.path, {}))
-    seconds = seen["seconds"]
+        return None, what
+    numbers = tests_of(source, mutant.start[0], seen["lines"].get(mutant.path, {}))
+    tests = [seen["tests"][number][0] for number in numbers]
+    seconds = dict(seen["tests"])
     rest = in_order(tests, seconds)
     try:
         file.write_text(mutated or "", encoding="utf-8")
@@ -297,17 +306,23 @@ def main() -> int:
         found = list(mutants(copy, options.room))
         random.Random(options.seed).shuffle(found)
         places = {(mutant.path, mutant.start): mutant for mutant in reversed(found)}
-        chosen = [mutant for mutant in found if places[mutant.path, mutant.start] is mutant]
-        chosen = chosen[: options.count]
-        print(f"{len(found)} mutants at {len(places)} places, {len(chosen)} chosen", flush=True)
+        print(f"{options.room}: {len(found)} mutants at {len(places)} places", flush=True)
+        judged = 0
         survivors = []
-        for number, mutant in enumerate(chosen, 1):
+        for mutant in found:
+            if judged == options.count:
+                break
+            if places[mutant.path, mutant.start] is not mutant:
+                continue
             death, what = judge(copy, mutant, seen)
-            where = f"{mutant.path}:{mutant.start[0]}"
-            print(f"{number}: {death or 'SURVIVES'}\n    {where}: {what}", flush=True)
+            if death is None:
+                continue
+            judged += 1
+            where = f"{mutant.path}:{mutant.start[0]}: {what}"
+            print(f"{judged}: {death or 'SURVIVES'}\n    {where}", flush=True)
             if not death:
-                survivors.append(f"{where}: {what}")
-        print(f"{options.room}: {len(chosen)} mutants, {len(chosen) - len(survivors)} killed")
+                survivors.append(where)
+        print(f"{options.room}: {judged} mutants, {judged - len(survivors)} killed")
         print("\n".join(survivors))
     return 0
 

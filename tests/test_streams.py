@@ -501,7 +501,7 @@ async def test_an_outline_is_read_as_the_official_sdk_gives_it():
 
 
 async def test_the_text_of_one_answer_has_a_limit(monkeypatch):
-    monkeypatch.setattr("moondream_async._stream.stream.MAX_ANSWER_CHARACTERS", 1000)
+    monkeypatch.setattr("moondream_async._stream.reading.MAX_ANSWER_CHARACTERS", 1000)
     source = Source(*[sse({"chunk": "x" * 100})] * 50)
     stream = opened(source)
 

@@ -1,4 +1,5 @@
 """Answers as they are written.
 
-`stream` has the types, `clock` their deadlines, and `relay` passes them on.
+`stream` is what callers see, `reading` fills and ends it, `clock` has its deadlines, and `relay`
+sends it on to browsers.
 """

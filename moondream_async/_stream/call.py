@@ -1,4 +1,4 @@
-"""A call that gives a stream: awaited for it, or entered with it."""
+"""A call that gives a stream when it is awaited or entered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WAY_OUT = (
 class StreamCall(Coroutine[Any, Any, AnyStream]):
     """A call with ``stream=True``: await it for the stream, or enter it with ``async with``.
 
-    It is a coroutine, and goes wherever one can go, as into ``asyncio.create_task``.
+    The call is a coroutine, and can be used as one, as in ``asyncio.create_task(call)``.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -55,11 +55,11 @@ class StreamCall(Coroutine[Any, Any, AnyStream]):
     ) -> None:
         await self._stream.aclose()
 
-    # -- what is tried on a call, and is for its stream ----------------------------
+    # -- operations of a stream, which a call refuses --------------------------------
 
     def _refuse(self, *_: Any) -> NoReturn:
-        """Say the way out; the call, which is not to be made, complains no more."""
-        self._call.close()
+        """Raise an error that says what to do instead."""
+        self._call.close()  # without the warning that it was never awaited
         raise TypeError(_WAY_OUT)
 
     if not TYPE_CHECKING:  # type checkers say by themselves that there are none
@@ -74,13 +74,13 @@ class StreamCall(Coroutine[Any, Any, AnyStream]):
         raise TypeError("A call can't be copied: it is made once")
 
     def send(self, value: Any) -> Any:
-        """Run the call on; for event loops."""
+        """Resume the call; for event loops."""
         return self._call.send(value)
 
     def throw(self, *args: Any) -> Any:
-        """Raise in the call; for event loops."""
+        """Raise an exception in the call; for event loops."""
         return self._call.throw(*args)
 
     def close(self) -> None:
-        """End a call that was never awaited, without its warning."""
+        """End a call that was never awaited, without a warning."""
         self._call.close()

@@ -1,4 +1,4 @@
-"""Deadlines that cost little to put off, and the one of a stream's reader."""
+"""Deadlines that are cheap to move, and the deadline of a stream's reader."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 NEVER = float("inf")
 
 _ROUNDS = 4
-"""Rounds of the loop between the deadline and its expiring.
+"""Rounds of the event loop between the time of a deadline and its expiry.
 
-A loop that was held up, or whose process was stopped, finds the time over and the bytes that
-came meanwhile at once. One round reads them from the socket and one more gives them to whoever
-waits; asyncio, after a stop, and uvloop look at the timers first and at the sockets after.
+If the loop was blocked, or its process stopped, it finds at once that the time is over and that
+bytes have come meanwhile. One round reads them from the socket, and the next gives them to the
+reader; uvloop, and asyncio after a stop, run timers before they read sockets.
 """
 
 
 class Deadline:
-    """A point in time that may be moved with every event: there is one timer at most.
+    """A point in time that may be moved with every event, with one timer at most.
 
-    The timer is set anew only for an earlier time. When it goes off too early, it is set for
-    the rest. A subclass says in `expired` what happens then.
+    `move` to a later time leaves the timer as it is: a timer that goes off too early is set
+    again for the rest. A subclass defines `expired`.
     """
 
     __slots__ = ("_at", "_loop", "_rings_at", "_timer")
@@ -35,14 +35,14 @@ class Deadline:
         self._loop = loop
         self._at = NEVER
         self._timer: asyncio.Handle | None = None
-        self._rings_at = NEVER  # the timer; not all loops' timers tell it, as qasync's do not
+        self._rings_at = NEVER  # when `_timer` goes off: the timers of qasync have no `when()`
 
     def expired(self) -> None:
-        """The time has come, and the deadline was not moved; called once for that time."""
+        """Called once when the time has come and the deadline was not moved."""
         raise NotImplementedError
 
     def move(self, at: float) -> None:
-        """Set the deadline, by the loop's clock; `NEVER` is none."""
+        """Set the deadline, on the loop's clock; `NEVER` is no deadline."""
         self._at = at
         if at < self._rings_at:
             if self._timer is not None:
@@ -51,11 +51,11 @@ class Deadline:
             self._rings_at = at
 
     def cancel(self) -> None:
-        """Watch no more."""
+        """Remove the deadline and its timer."""
         self._at = NEVER
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None  # whose method leads back here
+            self._timer = None  # it holds this object
             self._rings_at = NEVER
 
     def _ring(self, rounds: int = _ROUNDS) -> None:
@@ -66,23 +66,23 @@ class Deadline:
                 self.move(self._at)
         elif rounds:
             self._timer = self._loop.call_soon(partial(self._ring, rounds - 1))
-            self._rings_at = 0.0  # move() sets no other timer before that
+            self._rings_at = 0.0  # so that `move` sets no other timer meanwhile
         else:
             self._at = NEVER
             self.expired()
 
 
 class Closable(Protocol):
-    """What a clock closes when the time is up."""
+    """What a clock closes when the time is over."""
 
     def close(self) -> None:
-        """Wake whoever waits for it, with an error."""
+        """Close it; a task that waits for it gets an error."""
 
 
 class Clock(Deadline):
-    """Watches one source: closes it when it has kept a reader waiting for too long.
+    """Closes a stream's source when a reader has waited too long for an event.
 
-    The time counts only while somebody waits. Bytes that complete no event change nothing.
+    The time runs only while a reader waits. Bytes that complete no event do not restart it.
     """
 
     __slots__ = ("_idle", "_limit", "_phase", "_runs", "_source", "_total_at", "expired_phase")
@@ -101,7 +101,7 @@ class Clock(Deadline):
         self._runs: Phase = "total"
 
     def start(self) -> None:
-        """Somebody begins to wait for the next event."""
+        """A reader begins to wait for the next event."""
         at = self._loop.time() + self._limit
         self._runs = self._phase
         if at >= self._total_at:
@@ -110,13 +110,13 @@ class Clock(Deadline):
         self.move(at)
 
     def stop(self) -> None:
-        """The next event is there; the ones that follow are waited for less long."""
+        """The next event has come; from now on the limit is `Timeout.idle`."""
         self._at = NEVER
         self._phase = "idle"
         self._limit = self._idle
 
     def expired(self) -> None:
-        """Close the source, so that who waits for it is woken."""
+        """Close the source, which wakes its reader with an error."""
         self.expired_phase = self._runs
         self._source.close()
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, and a notebook's stop button, made the cancellation of a block."""
+"""Let Ctrl-C, and the stop button of a notebook, cancel a block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Handler:
-    """The signal handler while blocks are open: one for all of them, whichever ends first."""
+    """The signal handler while blocks are open: one for all blocks, which end in any order."""
 
     def __init__(self) -> None:
         self.blocks: dict[anyio.CancelScope, asyncio.AbstractEventLoop] = {}
@@ -33,11 +33,11 @@ class _Handler:
         self.interrupted.discard(scope)
         del self.blocks[scope]
         current: object = signal.getsignal(signal.SIGINT)
-        if not self.blocks and current is self:  # else somebody has taken the signal meanwhile
+        if not self.blocks and current is self:  # else other code has set its own handler
             signal.signal(signal.SIGINT, self._previous)
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.interrupted:  # a second time: the block does not end, or not soon enough
+        if self.interrupted:  # a second Ctrl-C: the block has not ended yet
             signal.default_int_handler(number, frame)
         for scope, loop in self.blocks.items():
             self.interrupted.add(scope)
@@ -59,13 +59,13 @@ def interruptible() -> Iterator[None]:
     ...                 pass  # as print(piece, end="", flush=True)
     >>> asyncio.run(main())
 
-    By itself an interrupted cell of IPython is left with what it awaits still running, and
-    its connection open; a kernel notices the stop button only when the next piece arrives.
-    In the block both cancel what is awaited, at once, so that streams close their
+    Without this, a cell of IPython that is interrupted leaves its calls running and their
+    connections open, and a kernel reacts to the stop button only when the next piece arrives.
+    In the block, an interrupt cancels the awaited call at once, so that streams close their
     connections; then the block raises `KeyboardInterrupt`, and the lines after it do not run.
-    A second interrupt while the block is being cancelled raises it wherever the program is.
+    A second interrupt during the cancellation raises `KeyboardInterrupt` at once.
 
-    Python hands signals to the main thread alone: in any other, the block runs as without.
+    Python delivers signals to the main thread only: in other threads, the block has no effect.
 
     Raises:
         KeyboardInterrupt: The block was interrupted.

@@ -63,8 +63,8 @@ class QueryStream(Stream[str]):
 class SegmentStream(Stream[dict[str, Any]]):
     """The outline of an object, as it is drawn.
 
-    The pieces are those of a first, coarse path. `path` is the refined one, which
-    replaces them; it comes with the end.
+    The pieces of text belong to a first, coarse path. `path` is the refined path, which
+    replaces them; the server sends it at the end.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -80,24 +80,24 @@ class SegmentStream(Stream[dict[str, Any]]):
     _items = Updates
 
     def __getitem__(self, key: str) -> Any:
-        """Return the pieces for ``chunk``; ``path`` and ``bbox`` are the attributes."""
+        """Return `chunk` for ``chunk``, or an attribute, as `path` and `bbox`, under its name."""
         if key in ("path", "bbox", "parse_error"):
             return getattr(self, key)
         return super().__getitem__(key)
 
     @property
     def bbox(self) -> Region | None:
-        """Where the object is, as soon as the server has said it."""
+        """The box of the object; None until the server has sent it."""
         return self._decoder.bbox
 
     @property
     def path(self) -> str | None:
-        """SVG path data, whose coordinates are 0-1 of `bbox`; known at the end."""
+        """SVG path data with coordinates 0-1 of `bbox`; None before the end."""
         return self._decoder.path
 
     @property
     def parse_error(self) -> str | None:
-        """What was wrong with the outline that the model wrote, in the server's words."""
+        """The server's message if it could not read the outline that the model wrote."""
         return self._decoder.parse_error
 
     async def result(self) -> SegmentResult:
@@ -110,7 +110,7 @@ class SegmentStream(Stream[dict[str, Any]]):
 class ChatStream(Stream[str]):
     """The next turn of a conversation, as it is written. ``stream["message"]`` is `chunk`.
 
-    `reasoning` grows while the model thinks; `events` has its pieces as they come.
+    `reasoning` grows while the model thinks; `events` gives its pieces as they come.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:

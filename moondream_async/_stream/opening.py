@@ -1,4 +1,4 @@
-"""What a stream starts from, what it reads from, and whom it tells of its end."""
+"""The parts that a stream is made of: its source of bytes, its beginning, its observer."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ class ByteSource(Protocol):
     """Where the bytes of one stream come from."""
 
     async def __anext__(self) -> bytes:
-        """Return the next bytes; StopAsyncIteration at the clean end.
+        """Return the next bytes.
 
         Raises:
-            APIConnectionError: The connection broke. Whatever had arrived before
-                was returned first.
+            StopAsyncIteration: The body ended as it should.
+            APIConnectionError: The connection broke; all bytes before that were returned.
             ClientClosedError: The client closed it.
         """
 
     def close(self) -> None:
-        """Drop the connection now, from any thread; a waiting reader is woken with an error.
+        """Drop the connection at once, from any thread; a waiting reader gets an error.
 
-        Closing twice does nothing.
+        Closing twice does no harm.
         """
 
     async def finish(self) -> None:
-        """Wait, shortly, for the end of a body whose events are complete.
+        """Wait for a short time for the end of a body whose answer is complete.
 
-        So the connection can be used for the next request.
+        At its end, the connection can be used for the next request.
         """
 
     @property
     def closed(self) -> bool:
-        """Whether the connection was given back or dropped."""
+        """Whether the connection was given back to the pool or dropped."""
 
 
 class Opening(NamedTuple):
-    """What a stream starts from, and starts from again when a try fails before its first event."""
+    """The beginning of a stream; another attempt before the first event makes another one."""
 
     decoder: AnswerDecoder
-    source: ByteSource | None = None  # None: the whole answer is in `events`
+    source: ByteSource | None = None  # None if the whole answer is in `events`
     events: Block = NOTHING
     sent_at: float | None = None  # on the loop's clock
-    waited: float = 0.0  # seconds already spent on waiting for the first event
+    waited: float = 0.0  # seconds of `Timeout.first_event` that are over
     headers: Mapping[str, str] = {}  # of the response
 
 
 Reopen = Callable[[MoondreamError], Awaitable[Opening]]
-"""Takes a failure before the first event; returns the next try, or raises it."""
+"""Takes the error of a lost attempt; returns the next attempt, or raises that error."""
 
 
 class Observer(Protocol):
-    """Is told what becomes of a stream."""
+    """Is notified of what happens to a stream."""
 
     def first_chunk(self, request_id: str | None) -> None:
-        """The first piece of text is there."""
+        """The first piece of text has arrived."""
 
     def chunks(self, texts: Sequence[str]) -> None:
-        """Events have arrived together, with these pieces of text; some may be empty."""
+        """A block of events has arrived, with these pieces of text; some may be empty."""
 
     @property
     def wants_answer(self) -> bool:
-        """Whether `ended` is to be given all of the text."""
+        """Whether `ended` needs `answer`, the whole text."""
 
     def ended(
         self,
@@ -80,4 +80,4 @@ class Observer(Protocol):
         ttft: float | None = None,
         answer: str | None = None,
     ) -> None:
-        """It was read to the end, failed, was closed, or was dropped; from any thread."""
+        """The stream was read to the end, failed, was closed or dropped; from any thread."""

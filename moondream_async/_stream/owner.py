@@ -1,12 +1,12 @@
-"""Who a stream belongs to: the task that reads it.
+"""The owner of a stream: the task that reads it.
 
-Code that reads with `async for` can be cancelled while it waits for text, and while it does
-something with the text that it has. The stream sees the first by itself. The second is
-seen here: by the task, when it ends cancelled, and by the loop, when it is left while
-the task is being cancelled, as by ``asyncio.timeout`` or a cancel scope.
+Code in an ``async for`` can be cancelled while it waits for text, and between two pieces. The
+stream notices the first by itself. This module notices the second, in two places: when the task
+ends cancelled, and when the loop is left while the task is being cancelled, as by
+``asyncio.timeout`` or a cancel scope.
 
-The owner keeps neither the task nor the stream alive, and the task keeps an owner no longer
-than it owns the stream: a task may live long, and read many streams.
+An `Owner` keeps neither the task nor the stream alive. A task may live long and read many
+streams, so it holds an `Owner` only as long as it owns the stream.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class Owner:
         task.add_done_callback(self)
 
     def __call__(self, task: Task[Any]) -> None:
-        """Close the stream if `task`, which is over, was cancelled."""
+        """Close the stream if `task`, which has ended, was cancelled."""
         stream = self._stream()
         if stream is not None and task.cancelled():
             stream._close_for_cancelled()  # noqa: SLF001 - a part of the stream
 
     def leave(self) -> None:
-        """Own the stream no more."""
+        """Give up the stream."""
         task = self.task()
         if task is not None:
             task.remove_done_callback(self)
 
 
 class Owned(Protocol):
-    """What of a stream is used here."""
+    """The part of a stream that is used here."""
 
     _owner: Owner | None
 
@@ -50,7 +50,7 @@ class Owned(Protocol):
 
 
 def end_loop(stream: Owned) -> None:
-    """Close the stream if the loop over it that ends here is left by a task that is cancelled."""
+    """Close the stream if its loop, which ends now, is left because its task is cancelled."""
     owner = stream._owner  # noqa: SLF001 - a part of the stream
     task = None if owner is None else owner.task()
     if task is not None and task.cancelling() and running_task() is task:
@@ -58,14 +58,14 @@ def end_loop(stream: Owned) -> None:
 
 
 def cancelled_error() -> BaseException:
-    """Return what is told to observers of a stream whose reader was cancelled."""
+    """Return the error that observers get for a stream whose reader was cancelled."""
     from asyncio import CancelledError  # noqa: PLC0415 - importing the package stays light
 
     return CancelledError()
 
 
 def running_task() -> Task[Any] | None:
-    """Return the task that runs; None where there is none, as under another driver."""
+    """Return the running task; None outside of a task, as when a coroutine is driven by hand."""
     from asyncio import current_task  # noqa: PLC0415 - importing the package stays light
 
     try:

@@ -1,8 +1,8 @@
 """The iterators over a stream: its pieces of text, its events, an outline's updates.
 
-All of them read one and the same stream, each from where another stopped, and each keeps
-it alive. A loop over one of them has an iterator of its own, which ends with the loop: so
-it is seen when a loop is left because its task is cancelled (`owner`).
+All iterators read the same stream, and each goes on where another stopped. Each keeps the
+stream alive. Each loop has its own iterator, which is freed when the loop ends: so the end of a
+loop whose task is cancelled is noticed (`owner`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 
 class Reader(AsyncIterator[Item]):
-    """What the iterators have in common."""
+    """The base of the iterators."""
 
     __slots__ = ("_stream",)
 
@@ -35,12 +35,12 @@ class Reader(AsyncIterator[Item]):
         return type(self)(self._stream)
 
     def __anext__(self) -> Coroutine[Any, Any, Item]:
-        """Return the next one. Cancelling it closes the stream."""
+        """Return the next item. Cancelling it closes the stream."""
         return self.next_of(self._stream)
 
     @staticmethod
     async def next_of(stream: Stream[Any]) -> Item:
-        """Return the next one of a stream, which is all that an iterator knows of."""
+        """Return the next item of a stream."""
         raise NotImplementedError
 
     async def aclose(self) -> None:
@@ -48,17 +48,14 @@ class Reader(AsyncIterator[Item]):
         await self._stream.aclose()
 
     def close(self) -> None:
-        """Close the stream without waiting; from any thread.
-
-        Django calls it at the end of a request.
-        """
+        """Close the stream without waiting, from any thread; Django calls it after a request."""
         self._stream._close()  # noqa: SLF001 - a part of the stream
 
     def __del__(self) -> None:
         try:
             end_loop(self._stream)
         except (AttributeError, ImportError):
-            return  # its construction failed; the interpreter ends
+            return  # `__init__` failed, or the interpreter ends
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{type(self).__name__} objects can't be copied: there is one stream")
@@ -71,7 +68,7 @@ class Pieces(Reader[str]):
 
     async def __anext__(self) -> str:
         """Return the next piece of text. Cancelling it closes the stream."""
-        # As `next_of` says, without the call of another function for each piece.
+        # The same as `next_of`, without another function's call for each piece.
         stream = self._stream
         while True:
             for piece in stream._ready:  # noqa: SLF001 - a part of the stream
@@ -105,7 +102,7 @@ class Events(Reader[StreamEvent]):
 
 
 class Updates(Reader[dict[str, Any]]):
-    """An outline's updates, as the official SDK gives them."""
+    """An outline's updates, in the form of the official SDK."""
 
     __slots__ = ()
 
