@@ -646,3 +646,23 @@ async def test_a_damaged_record_of_batches_is_told_in_a_line(bulk, photos, tmp_p
     assert status == 1
     assert "is damaged" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("output", "others", "said_of_them"),
+    [
+        ("photos/o.csv", [], None),
+        ("photos/o.csv", ["a.pdf"], "1 other file was left out: 1 .pdf"),
+        ("photos/o.jsonl", ["a.pdf", "b.pdf"], "2 other files were left out: 2 .pdf"),
+        ("photos/", [], None),
+    ],
+    ids=["own", "one", "two", "texts"],
+)
+async def test_what_a_run_writes_is_not_left_out_of_it(bulk, photos, output, others, said_of_them):
+    for name in others:
+        (photos / name).write_bytes(b"x")
+    for _ in range(2):  # the second run finds the files of the first
+        _, said = await bulk("photos", "-o", output, "--report", "photos/page.html")
+        assert [line for line in said.splitlines() if "other file" in line] == [
+            line for line in [said_of_them] if line
+        ]

@@ -63,11 +63,15 @@ def encode_json(value: Any) -> bytes:
     >>> encode_json({"caption": "a\x9b2J \u202e cat"})
     b'{"caption":"a\\u009b2J \\u202e cat"}'
     """
+    return _ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], json_text(value)).encode()
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON; halves of surrogate pairs stay in it as they are."""
     try:
-        text = msgspec.json.encode(value).decode()
+        return msgspec.json.encode(value).decode()
     except UnicodeEncodeError:  # half a surrogate pair
-        text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, separators=(",", ":"))
-    return _ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text).encode()
+        return json.dumps(msgspec.to_builtins(value), ensure_ascii=False, separators=(",", ":"))
 
 
 def print_json(value: Any) -> None:

@@ -1,7 +1,7 @@
-"""``bulk --via batch-api``: the job is handed to the server, and its results are fetched.
+"""``bulk --via batch-api``: pictures go to the server in batches, and results are fetched later.
 
-What was handed over is written down beside the journal, so that a run that was
-ended while it waited is not paid for twice: the next one fetches it.
+The batches are recorded in a file beside the journal. When a run is ended while it waits,
+the next run fetches their results, and nothing is paid for twice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Named(msgspec.Struct):
 
 
 class Sent(msgspec.Struct):
-    """A batch that the server has, and the pictures in it: the place of each is its id."""
+    """A batch on the server, and its pictures; the id of a request is the index of its picture."""
 
     batch: str
     pictures: list[tuple[_Named, Contents | None]]
@@ -53,32 +53,31 @@ class Sent(msgspec.Struct):
 
 
 async def ask_by_batch(job: Job) -> None:
-    """Fetch what earlier runs handed over, hand over the rest, and fetch that.
+    """Fetch the batches of earlier runs, send the other pictures, and fetch those batches.
 
     Raises:
-        RequestError: Batches can't be asked that.
+        RequestError: Batches take no settings for this skill.
     """
     if job.questions.skill in ("detect", "point") and "settings" in job.questions.arguments:
         raise RequestError(f"{job.questions.skill} takes no settings with '--via batch-api'")
     record = Path(f"{job.journal.path}.batches")
     waiting = _recorded(record)
-    for sent in list(waiting):
-        await _fetch(job, sent)
-        waiting.remove(sent)
-        _keep(record, waiting)
+    await _fetch_all(job, record, waiting)
     items = job.items()
-    first = await _next_good(job, items)
-    while first is not None:
+    while (first := await _next_good(job, items)) is not None:
         pictures: list[tuple[_Named, Contents | None]] = []
         batch = await job.client.batches.create(_requests(job, first, items, pictures))
         waiting.append(Sent(batch.id, pictures))
-        _keep(record, waiting)
+        _record(record, waiting)
         note(f"Batch {batch.id} has {len(pictures):,} pictures. Ctrl-C leaves it; run again then.")
-        first = await _next_good(job, items)
-    for sent in list(waiting):
-        await _fetch(job, sent)
-        waiting.remove(sent)
-        _keep(record, waiting)
+    await _fetch_all(job, record, waiting)
+
+
+async def _fetch_all(job: Job, record: Path, waiting: list[Sent]) -> None:
+    while waiting:
+        await _fetch(job, waiting[0])
+        del waiting[0]
+        _record(record, waiting)
 
 
 async def _requests(
@@ -87,7 +86,7 @@ async def _requests(
     items: AsyncIterator[Pending],
     pictures: list[tuple[_Named, Contents | None]],
 ) -> AsyncGenerator[BatchRequest, None]:
-    """Yield requests until a batch is full, and note their pictures."""
+    """Yield the requests of one batch, and add their pictures to `pictures`."""
     make: Any = getattr(BatchRequest, job.questions.skill)
     size = 0
     good: _Good | None = first
@@ -105,7 +104,7 @@ async def _requests(
 
 
 async def _next_good(job: Job, items: AsyncIterator[Pending]) -> _Good | None:
-    """Return the next picture that can be sent; the others are written down as failed."""
+    """Return the next picture that can be sent; unreadable ones before it get their error line."""
     async for pending in items:
         try:
             return pending, await job.client.encode_image(cast("Any", pending.file))
@@ -115,10 +114,9 @@ async def _next_good(job: Job, items: AsyncIterator[Pending]) -> _Good | None:
 
 
 async def _fetch(job: Job, sent: Sent) -> None:
-    """Keep what became of a batch's pictures: whatever that is, it is not asked for again.
+    """Write what became of a batch's pictures; a MoondreamError is for a later run to try again.
 
-    Raises:
-        MoondreamError: It can't be told now, but may be later.
+    Where the whole batch failed, or is gone, each of its pictures gets this failure.
     """
 
     def show(batch: Batch) -> None:
@@ -131,7 +129,7 @@ async def _fetch(job: Job, sent: Sent) -> None:
         batch = await job.client.batches.wait(sent.batch, on_poll=show)
         async for line in job.client.batches.results(batch):
             place = _place(line)
-            # After a run that was ended in the middle of this, some are there already.
+            # A run that was ended here has already written some of the results.
             if place in left:
                 found, contents, asked = left.pop(place)
                 if not job.journal.has(found, asked):
@@ -150,7 +148,7 @@ async def _fetch(job: Job, sent: Sent) -> None:
 
 
 def _place(line: BatchResult) -> int | None:
-    """Return which request a line answers, by its id, else by its place in the batch."""
+    """Return the index of the request that a line answers: its id, else the line's index."""
     identity = line.id
     if isinstance(identity, str) and identity.isascii() and identity.isdigit():
         return int(identity[:20])
@@ -162,7 +160,7 @@ def _place(line: BatchResult) -> int | None:
 
 
 def _is_lasting(error: APIStatusError) -> bool:
-    """Tell whether asking again would end in the same way: the batch failed, or is gone."""
+    """Tell whether a later try would fail, too: the batch failed, or is gone."""
     return error.status < 500 and error.status not in (401, 402, 408, 425, 429)
 
 
@@ -178,11 +176,7 @@ def _failure(message: str, code: str | None = None) -> dict[str, Any]:
 
 
 def _recorded(record: Path) -> list[Sent]:
-    """Read which batches earlier runs have handed over.
-
-    Raises:
-        RequestError: The file is damaged.
-    """
+    """Return the batches of earlier runs; RequestError where the record is damaged."""
     try:
         return msgspec.json.decode(record.read_bytes(), type=list[Sent])
     except FileNotFoundError:
@@ -194,7 +188,7 @@ def _recorded(record: Path) -> list[Sent]:
         ) from error
 
 
-def _keep(record: Path, waiting: list[Sent]) -> None:
+def _record(record: Path, waiting: list[Sent]) -> None:
     if waiting:
         with replacing(record) as file:
             file.write(msgspec.json.encode(waiting))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -153,7 +153,7 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         raise UsageError(f"'--skill {skill}' needs '--{needed}'", context)
     if skill == "segment" and by_batch:
         raise UsageError("'--via batch-api' takes no '--skill segment'", context)
-    from .outputs import Output  # noqa: PLC0415 - --help does without
+    from .exports import Output  # noqa: PLC0415 - --help does without
     from .remote import allow_networks  # noqa: PLC0415 - likewise
     from .report import check_report  # noqa: PLC0415 - likewise
     from .video import check_sources  # noqa: PLC0415 - likewise
@@ -188,13 +188,17 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     job = Job(
         client,
         Questions(skill, arguments, asks, server.model),
-        output=wanted,
+        wanted,
+        paths or [],
+        from_file or [],
         report=report,
         overwrite=overwrite,
         limit=limit,
+        include=include or (),
+        exclude=exclude or (),
+        column=column,
+        every=every,
     )
-    which: dict[str, Any] = {"include": include or (), "exclude": exclude or (), "column": column}
-    job.sources(paths or [], from_file or [], every=every, **which)
     if dry_run:
         run(_estimate(job, rate_limit, by_batch=by_batch))
         return
@@ -215,9 +219,10 @@ def _asks(context: typer.Context, given: list[str]) -> dict[str, str]:
     return asks
 
 
-async def _estimate(job: Job, rate_limit: float | None, *, by_batch: bool) -> None:
-    from .estimate import rate_of  # noqa: PLC0415 - --help does without
+async def _estimate(job: Job, rate: float | None, *, by_batch: bool) -> None:
+    from .estimate import CLOUD_RATE  # noqa: PLC0415 - --help does without
 
     estimate = await job.dry_run()
-    for line in estimate.describe(rate_of(job.is_cloud, rate_limit), by_batch=by_batch):
+    rate = rate or (CLOUD_RATE if job.is_cloud else None)
+    for line in estimate.describe(rate, by_batch=by_batch):
         print_text(line)

@@ -1,4 +1,4 @@
-"""What a run would take, for ``--dry-run``: counted where it can be, and else guessed."""
+"""The cost of a run, for ``--dry-run``: counted as far as possible, else estimated."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .remote import is_remote, size_of_remote
 from .sources import Found
 
 _PICTURE = 740
-"""Tokens of a picture: the model sees each as 27 by 27 patches, and some more."""
+"""Tokens of a picture: 27 by 27 patches, and some more."""
 _WRITTEN = {"short": 40, "normal": 100, "long": 250, "query": 30, "detect": 60, "point": 30}
 _WRITTEN["segment"] = 200
-_CLOUD_RATE = 2.0  # requests a second that the cloud allows everybody
+CLOUD_RATE = 2.0  # requests a second that the cloud allows everybody
 
 
 class Estimate:
-    """The sum of what is found."""
+    """How many pictures, requests, bytes and tokens a run would take."""
 
     def __init__(self, questions: Questions) -> None:
         self.pictures = self.done = self.refused = self.requests = self.size = 0
@@ -34,7 +34,7 @@ class Estimate:
         self._written = float(_WRITTEN.get(kind, _WRITTEN["normal"])) * questions.each
 
     def learn(self, records: Iterable[dict[str, Any]]) -> None:
-        """Take the tokens of pictures that are done for those of the others."""
+        """Estimate the tokens of a picture from the pictures that are done."""
         sums: Counter[str] = Counter()
         for record in records:
             if record["input_tokens"] and not record.get("error"):
@@ -45,7 +45,7 @@ class Estimate:
             self._spent, self._written = sums["in"] / sums["n"], sums["out"] / sums["n"]
 
     def add(self, pending: Pending) -> None:
-        """Count a picture. Looks at its file, and so blocks."""
+        """Count a picture, and the size of its file; this blocks."""
         self.pictures += 1
         self.requests += len(pending.items(None))
         data, path = pending.found.data, pending.found.path
@@ -64,7 +64,7 @@ class Estimate:
         self.refused += 1
 
     def describe(self, rate: float | None, *, by_batch: bool) -> list[str]:
-        """Return it in lines; `rate` is of requests a second, None where nobody knows it."""
+        """Return the lines to print. `rate`: requests a second, None where it is unknown."""
         share = self.requests / self._questions.each
         spent, written = self._spent * share, self._written * share
         dollars = cost(spent, written) * (0.5 if by_batch else 1.0)
@@ -80,8 +80,3 @@ class Estimate:
         if rate and not by_batch:
             lines.append(f"about {clock(self.requests / rate)} at {rate:g} requests a second")
         return lines
-
-
-def rate_of(endpoint_is_cloud: bool, limit: float | None) -> float | None:  # noqa: FBT001
-    """Return the requests a second that a run may make; None where only the server knows."""
-    return limit or (_CLOUD_RATE if endpoint_is_cloud else None)

@@ -1,4 +1,4 @@
-"""Finding the pictures while others are asked about, so that a list may be a pipe."""
+"""Finding pictures while others are asked about, so that a list of paths may be a pipe."""
 
 from __future__ import annotations
 
@@ -21,53 +21,49 @@ from .shards import is_shard
 from .sources import Found
 from .tables import is_table
 
-_CHUNK = 64  # files that are looked up in one go of a thread
-_CHUNK_BYTES = 1 << 24  # of pictures that were read when they were found
+_CHUNK = 64  # files that one call of a thread looks up
+_CHUNK_BYTES = 1 << 24  # of frames and samples, which are read when they are found
 _READ_BYTES = 1 << 16
 _STDIN = 0  # by its number, since sys.stdin is None where it is closed
 
 
 class Finder:
-    """Finds what the arguments of the command and the lists mean.
+    """Finds the pictures that the command's arguments and lists name.
 
     Args:
         arguments: Files, folders, patterns; ``-`` is a list on stdin.
-        lists: Files with paths in them. Each is read once, as a pipe can be.
-        complain: Called with what gives no pictures.
-        options: What `Search` takes beside it.
+        lists: Files with paths in them. Each is read once, since it may be a pipe.
+        complain: Called with a sentence about an argument that gives no pictures.
+        options: Further options of `Search`.
     """
 
     def __init__(
         self,
         arguments: list[str],
         lists: list[str],
-        complain: Callable[[str], object] | None = None,
+        complain: Callable[[str], object] = lambda _: None,
         **options: Any,
     ) -> None:
         self.search = Search(complain, **options)
         self._options = options
-        # A table is one, whichever way it is named.
+        # A table is read as a table also where it is named as a list.
         self._named = [each for each in arguments if each != "-"] + list(filter(is_table, lists))
         self._lists = [each for each in lists if not is_table(each)]
         self._stdin = "-" in arguments
 
     @property
     def may_repeat(self) -> bool:
-        """Whether a file may be found twice; one folder holds none twice."""
+        """Whether a file may be found twice; in one folder each is found once."""
         return len(self._named) + len(self._lists) > 1 or any(
             (self._lists, self._stdin, *map(is_table, self._named), *map(is_shard, self._named))
         )
 
     async def chunks(self) -> AsyncGenerator[list[Found], None]:
-        """Yield what is found, some at a time.
-
-        Raises:
-            MoondreamError: A list can't be read.
-        """
+        """Yield what is found, some at a time."""
         async for chunk in _in_chunks(self.search.find(self._named)):
             yield chunk
         for name in self._lists:
-            with told("read", name):
+            with explained("read", name):
                 file = await anyio.to_thread.run_sync(_open, name, abandon_on_cancel=True)
             try:
                 async for chunk in self._listed(file, name):
@@ -79,7 +75,7 @@ class Finder:
                 yield chunk
 
     async def count(self) -> int | None:
-        """Return how many there are; None where that can't be known beforehand."""
+        """Return how many pictures there are; None where that can't be known beforehand."""
         if self._stdin or not all(map(os.path.isfile, self._lists)):
             return None
         search, total = Search(**self._options, at_once=True), 0
@@ -87,7 +83,7 @@ class Finder:
             total = await _length(search.find(self._named))
             for name in self._lists:
                 total += await _length(search.find(_paths_in(name)))
-        except (OSError, MoondreamError):  # whoever asks about them meets it, too
+        except (OSError, MoondreamError):  # `chunks` raises it, too
             return None
         return total
 
@@ -95,11 +91,11 @@ class Finder:
         paths = PathList()
         ended = False
         while not ended:
-            # Not in a thread, where a read that waits could not be ended. A file needs no
-            # waiting, and can't be waited for.
+            # Not in a thread, where a blocked read could not be cancelled. Regular files
+            # never block, and can't be waited for.
             with contextlib.suppress(OSError, NotImplementedError):
                 await anyio.wait_readable(file)
-            with told("read", name):
+            with explained("read", name):
                 piece = os.read(file, _READ_BYTES)
             ended = not piece
             async for chunk in _in_chunks(
@@ -109,12 +105,8 @@ class Finder:
 
 
 @contextlib.contextmanager
-def told(act: str, path: str) -> Iterator[None]:
-    """Say which file it was that failed.
-
-    Raises:
-        MoondreamError: In place of an OSError.
-    """
+def explained(act: str, path: str) -> Iterator[None]:
+    """Turn an OSError into a MoondreamError that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What ``bulk`` does: finds pictures, has them asked about, and keeps what comes of it."""
+"""One run of ``bulk``: find pictures, ask about them, and write the answers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import signal
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -19,9 +20,10 @@ from moondream_async.bulk import BulkItem
 from moondream_async.cli._output import note, print_json
 from moondream_async.errors import APIConnectionError, MoondreamError, RequestError
 
+from .by_batch import ask_by_batch
 from .estimate import Estimate
-from .exports import WRITERS
-from .finding import Finder, told
+from .exports import WRITERS, Output
+from .finding import Finder, explained
 from .journal import Journal
 from .lines import Outcome, fields_of, text_of
 from .names import name_of
@@ -35,40 +37,50 @@ from .texts import TextFolder, write_classes
 if TYPE_CHECKING:
     from moondream_async import MoondreamClient
 
-    from .outputs import Output
-
 _State = Pending | MoondreamError | Literal[True] | None
 
-_AWAY_FIRST, _AWAY_LATER = 3, 30  # failures to reach the server in a row that end a run
+# So many failures in a row to reach the server end a run: before its first answer, and after.
+_AWAY_FIRST, _AWAY_LATER = 3, 30
 _BETWEEN_SHOWS = 0.2  # seconds
-_NAMED = 5  # of many things, in a line of the summary
+_NAMED = 5  # files or endings that a line of the summary names
 
 
 class Job:
     """One run of the command.
 
-    Attributes:
-        interrupted: Whether Ctrl-C ended it.
-        failed: Whether a picture failed, or some could not be found.
+    Args:
+        client: Closed at the end of the run.
+        questions: What is asked about each picture.
+        output: Where the answers go.
+        paths: The command's arguments.
+        lists: Files with paths in them.
+        report: Where the page of pictures and answers goes.
+        overwrite: Whether texts that no run has written are replaced.
+        limit: The most pictures that are asked about.
+        which: The options of `Search`.
     """
 
     def __init__(
         self,
         client: MoondreamClient,
         questions: Questions,
-        *,
         output: Output,
-        report: str | None = None,
-        overwrite: bool = False,
-        limit: int | None = None,
+        paths: list[str],
+        lists: list[str],
+        *,
+        report: str | None,
+        overwrite: bool,
+        limit: int | None,
+        **which: Any,
     ) -> None:
         self.client = client
         self.questions = questions
         self.interrupted = False
+        """Whether Ctrl-C ended the run."""
         self.journal: Journal
         self.progress: Progress
         self.not_again: set[str] = set()
-        """Names of pictures that failed before their turn came."""
+        """Names of pictures that failed before they were looked up."""
         self._output = output
         self._report = report
         self._limit = limit
@@ -77,10 +89,10 @@ class Job:
         self._texts = (
             TextFolder(output.path, labels=self._labels, overwrite=overwrite) if folder else None
         )
-        self._finder: Finder
-        self._seen: set[int] | None = None
+        self._finder = Finder(paths, lists, self._found_fault, is_own=self._is_own, **which)
+        self._seen: set[int] | None = set() if self._finder.may_repeat else None  # hashes
         self._said: set[str] = set()
-        self._faults = 0  # places that gave no pictures
+        self._faults = 0  # arguments that gave no pictures
         self._away = 0  # pictures in a row for which no server could be reached
         self._scope: anyio.CancelScope  # around the asking; made in the loop
         self._stop: Callable[[], None]
@@ -88,20 +100,18 @@ class Job:
 
     @property
     def failed(self) -> bool:
-        """Whether a picture failed, or some could not be found."""
+        """Whether a picture failed, or an argument gave none."""
         return bool(self.progress.failed or self._faults)
 
-    def sources(self, arguments: list[str], lists: list[str], **options: Any) -> None:
-        """Name where the pictures are; the options are those of `Search`."""
-        self._finder = Finder(arguments, lists, self._found_fault, **options)
-        if self._finder.may_repeat:
-            self._seen = set()  # of hashes
+    @property
+    def is_cloud(self) -> bool:
+        """Whether the server takes dollars."""
+        return (urlsplit(self.client.endpoint).hostname or "").endswith("moondream.ai")
 
     async def run(self, grace: float, *, by_batch: bool) -> None:
-        """Do it, and print what came of it.
+        """Ask about all pictures and print a summary; a MoondreamError ends the run early.
 
-        Raises:
-            MoondreamError: It can't go on; what is done is kept.
+        What was answered until then is kept, and the next run goes on from there.
         """
         self._grace = grace
         self._scope = anyio.CancelScope()
@@ -110,17 +120,17 @@ class Job:
             self.journal = self._open(stack)
             price = (BATCH_DISCOUNT if by_batch else 1.0) if self.is_cloud else None
             self.progress = stack.enter_context(Progress(price=price))
-            await self._ask(self._by_batch if by_batch else self._by_requests)
-            with told("write", self.journal.path):
+            await self._ask(partial(ask_by_batch, self) if by_batch else self._by_requests)
+            with explained("write", self.journal.path):
                 self.journal.compact()
             if not self.interrupted:
                 await self._finish()
         for line in (self.progress.summary(), *self.progress.failures()):
             note(line)
-        self._say_what_stayed()
+        self._note_other_files()
 
     async def dry_run(self) -> Estimate:
-        """Return what a run would ask, without asking; nothing is written."""
+        """Return what a run would ask; the server is not asked, and no file is written."""
         estimate = Estimate(self.questions)
         with contextlib.ExitStack() as stack:
             self.journal = self._open(stack, new=False)
@@ -135,7 +145,7 @@ class Job:
     async def items(
         self, refuse: Callable[[Found, MoondreamError], object] | None = None
     ) -> AsyncGenerator[Pending, None]:
-        """Yield what is to be asked about, and count what needs no asking."""
+        """Yield the pictures to ask about; count those that are done or refused."""
         refuse = refuse or (lambda found, error: self.keep(found, None, error))
         given = 0
         async with contextlib.aclosing(self._finder.chunks()) as chunks:
@@ -165,23 +175,26 @@ class Job:
         seconds: float = 0.0,
         usage: Any = None,
     ) -> None:
-        """Write and count what became of a picture.
-
-        Raises:
-            MoondreamError: It can't be written.
-        """
+        """Write and count what became of a picture."""
         fields = fields_of(outcome)
         if usage is not None and not fields.get("metrics"):
             fields["metrics"] = dict(usage)
-        self._append(found, contents, fields, asked=asked, tries=tries, seconds=seconds)
+
+        def append(fields: Mapping[str, Any]) -> None:
+            with explained("write", self.journal.path):
+                self.journal.append(
+                    found, contents, fields, asked=asked, tries=tries, seconds=seconds
+                )
+
+        append(fields)
         if self._texts is not None and "error" not in fields:
-            # Only then: a text that no line knows would pass for somebody else's.
+            # After the line: a text without a line would pass for one that a user wrote.
             try:
-                with told("write", str(self._texts.path(found))):
+                with explained("write", str(self._texts.path(found))):
                     self._texts.write(found, text_of(fields) or "", self.journal)
             except RequestError as error:
                 fields = fields_of(error)
-                self._append(found, contents, fields, asked=asked, tries=tries, seconds=seconds)
+                append(fields)
         self.progress.count(fields.get("metrics"), fields.get("error"))
 
     # -- the ways to ask ----------------------------------------------------------------
@@ -201,11 +214,8 @@ class Job:
             raise failure
 
     async def _by_requests(self) -> None:
-        options = {
-            name: value
-            for name, value in self.questions.arguments.items()
-            if name not in ("model", "question", "object")
-        }
+        own = ("question", "object")  # of each item
+        options = {k: v for k, v in self.questions.arguments.items() if k not in own}
         async with (
             contextlib.aclosing(self._bulk_items()) as items,
             self.client.bulk(items, self.questions.skill, **options) as run,
@@ -215,15 +225,14 @@ class Job:
                 pending, name = each.item.id
                 outcome = pending.take(name, each)
                 if outcome is not None:
-                    self.keep(
-                        pending.found,
-                        pending.file.contents,
-                        outcome,
-                        asked=pending.asked,
-                        tries=pending.tries,
-                        seconds=pending.seconds,
-                    )
-                self._mind(each.error)
+                    self._keep_pending(pending, outcome)
+                self._check_reachable(each.error)
+
+    def _keep_pending(self, pending: Pending, outcome: Outcome) -> None:
+        contents, tries, seconds = pending.file.contents, pending.tries, pending.seconds
+        self.keep(
+            pending.found, contents, outcome, asked=pending.asked, tries=tries, seconds=seconds
+        )
 
     async def _bulk_items(self) -> AsyncGenerator[BulkItem, None]:
         async with contextlib.aclosing(self.items()) as pendings:
@@ -235,18 +244,13 @@ class Job:
             async with contextlib.aclosing(prepared(self.client, pendings)) as pictures:
                 async for pending, image in pictures:
                     if isinstance(image, MoondreamError):
-                        contents, asked = pending.file.contents, pending.asked
-                        self.keep(pending.found, contents, image, asked=asked)
+                        self._keep_pending(pending, image)
                         continue
                     for item in pending.items(image):
                         yield item
 
-    def _mind(self, error: MoondreamError | None) -> None:
-        """Stop where no server can be reached: no other picture would fare better.
-
-        Raises:
-            MoondreamError: It is so.
-        """
+    def _check_reachable(self, error: MoondreamError | None) -> None:
+        """End the run by an error after many failures in a row to reach the server."""
         if error is None:
             self._away = 0
         elif isinstance(error, APIConnectionError):
@@ -257,11 +261,6 @@ class Job:
                     "kept; run again to go on"
                 )
 
-    async def _by_batch(self) -> None:
-        from .by_batch import ask_by_batch  # noqa: PLC0415 - seldom used
-
-        await ask_by_batch(self)
-
     # -- what is written ------------------------------------------------------------------
 
     def _open(self, stack: contextlib.ExitStack, *, new: bool = True) -> Journal:
@@ -269,9 +268,9 @@ class Job:
         if self._output.form == "stdout" or not (new or Path(path).exists()):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moondream-"))
             path, on_line = f"{folder}/lines.jsonl", _print_line
-        with told("create", str(Path(path).parent)):
+        with explained("create", str(Path(path).parent)):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with told("open", path):
+        with explained("open", path):
             return stack.enter_context(
                 Journal(
                     path,
@@ -283,23 +282,21 @@ class Job:
                 )
             )
 
-    def _append(
-        self, found: Found, contents: Contents | None, fields: Outcome, **spent: Any
-    ) -> None:
-        with told("write", self.journal.path):
-            self.journal.append(found, contents, fields, **spent)
-
     async def _finish(self) -> None:
+        """Make the files that are made of the journal."""
         path, form = self._output
         if self._labels:
-            with told("write", f"{path}data.yaml"):
+            with explained("write", f"{path}data.yaml"):
                 write_classes(path, [self.questions.arguments["object"]])
-        if form in WRITERS:
-            with told("write", path):
-                await anyio.to_thread.run_sync(WRITERS[form], self.journal.records, path)
-        if self._report is not None:
-            with told("write", self._report):
-                await anyio.to_thread.run_sync(write_report, self.journal.records, self._report)
+        files = {path: WRITERS.get(form), self._report: write_report}
+        for name, write in files.items():
+            if name is not None and write is not None:
+                with explained("write", name):
+                    await anyio.to_thread.run_sync(write, self.journal.records, name)
+
+    def _is_own(self, path: str) -> bool:
+        own = self._report is not None and Path(self._report).absolute() == Path(path).absolute()
+        return own or self._output.owns(path)
 
     # -- what needs asking ------------------------------------------------------------------
 
@@ -307,7 +304,7 @@ class Job:
         return [self._state(found) for found in chunk]
 
     def _state(self, found: Found) -> _State:
-        """Return a picture to ask about; True if it is done, None if it is to be passed over."""
+        """Return a picture to ask about; True if it is done, None if it is left out."""
         if found.name in self.not_again:
             return None
         try:
@@ -325,16 +322,11 @@ class Job:
         return Pending(found, asked, self.journal.answers(found, asked))
 
     async def _count(self) -> None:
-        """Find how many pictures there are, beside the work."""
+        """Count all pictures, while others are asked about."""
         if self._limit is None:
             self.progress.total = await self._finder.count()
 
-    @property
-    def is_cloud(self) -> bool:
-        """Whether it costs dollars."""
-        return (urlsplit(self.client.endpoint).hostname or "").endswith("moondream.ai")
-
-    # -- what is said ---------------------------------------------------------------------
+    # -- what is printed ---------------------------------------------------------------------
 
     async def _show(self) -> None:
         while True:
@@ -350,7 +342,7 @@ class Job:
         self._faults += 1
         self._say_once(what)
 
-    def _say_what_stayed(self) -> None:
+    def _note_other_files(self) -> None:
         if self._texts is not None and self._texts.kept:
             kept = [name_of(str(each)) for each in self._texts.kept]
             note(
@@ -359,11 +351,14 @@ class Job:
             )
         if left := self._finder.search.left_out:
             kinds = [f"{count:,} {end or 'without'}" for end, count in left.most_common(_NAMED)]
-            note(f"{left.total():,} other files were left out: {', '.join(kinds)}")
+            files = (
+                "1 other file was" if left.total() == 1 else f"{left.total():,} other files were"
+            )
+            note(f"{files} left out: {', '.join(kinds)}")
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C end it well, and the second at once."""
+        """Let the first Ctrl-C finish what is under way, and the second stop at once."""
         loop = asyncio.get_running_loop()
         try:
             loop.add_signal_handler(signal.SIGINT, self._interrupt)

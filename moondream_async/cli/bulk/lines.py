@@ -1,36 +1,39 @@
-"""The lines of a journal: outcomes into JSON, and JSON that may have been edited into records."""
+"""The lines of a journal: results and errors as JSON, and lines that users may have edited."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
+from moondream_async.cli._output import json_text
 from moondream_async.errors import APIStatusError, MoondreamError
 from moondream_async.results import Result
 
 from .sources import Contents
 
 BEGINNING = b'{"path":"'
-"""How each line of ours begins: so does one that was not written to its end."""
+"""How each line of ours begins, also a line that was not written to its end."""
 ASKED = ("skill", "question", "object", "length", "reasoning", "model", "settings", "asks")
-"""What a line says of what was asked."""
+"""The keys of a line that say what was asked."""
 
 Key = bytes
 Outcome = Result | MoondreamError | Mapping[str, Any]
+Records = Callable[[], Iterable[dict[str, Any]]]
+"""Returns the lines of a journal, from the first one at each call."""
 
 _TEXTS: tuple[str, ...] = ("path", *ASKED[:4], "model", "caption", "answer", "reasoning_text")
 _TEXTS += ("request_id", "finish_reason", "outline")
 _DICTS = ("row", "asks")
-_BOX = ("x_min", "y_min", "x_max", "y_max")
+BOX = ("x_min", "y_min", "x_max", "y_max")
 
 
 class Line(msgspec.Struct):
-    """What is looked at in a line when a journal is opened."""
+    """The parts of a line that are needed when a journal is opened."""
 
     path: str
     skill: str
@@ -49,17 +52,17 @@ class Line(msgspec.Struct):
 
     @property
     def key(self) -> Key:
-        """What it is about."""
+        """The picture and the question of the line."""
         return key_of(self.path, msgspec.structs.asdict(self))
 
     @property
     def contents(self) -> Contents | None:
-        """The file it is about; None where it failed, or doesn't say."""
+        """The state of the picture's file; None where the picture failed, or the line is older."""
         return None if self.error is not None else _contents(self.file)
 
 
 def key_of(name: str, asked: Mapping[str, Any]) -> Key:
-    """Return what tells a picture and what is asked about it from all others."""
+    """Return a key for a picture and what is asked about it."""
     about = [name, *(asked.get(each) for each in ASKED)]
     return hashlib.blake2b(encode(about), digest_size=16).digest()
 
@@ -70,11 +73,7 @@ def encode(value: Any) -> bytes:
     >>> encode({"caption": "a \ud83d cat"}).decode()
     '{"caption":"a � cat"}'
     """
-    try:
-        return msgspec.json.encode(value)
-    except UnicodeEncodeError:
-        text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, separators=(",", ":"))
-        return whole(text).encode()
+    return whole(json_text(value)).encode()
 
 
 def whole(text: str) -> str:
@@ -83,11 +82,7 @@ def whole(text: str) -> str:
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """Read a line.
-
-    Raises:
-        ValueError: It is no JSON object.
-    """
+    """Return a line's object; ValueError where the line is none."""
     try:
         value = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -96,16 +91,12 @@ def decode(data: bytes) -> dict[str, Any]:
         except RecursionError as error:
             raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError("it is no object")  # noqa: TRY004 - it is what it holds that is wrong
+        raise ValueError("it is no object")  # noqa: TRY004 - the file's contents are wrong
     return value
 
 
 def read_line(data: bytes) -> Line:
-    """Read what is looked at in a line.
-
-    Raises:
-        ValueError: It is no result.
-    """
+    """Return what a journal needs of a line; ValueError where the line is no result."""
     try:
         return msgspec.json.decode(data, type=Line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -116,13 +107,15 @@ def read_line(data: bytes) -> Line:
 
 
 def fields_of(outcome: Outcome) -> dict[str, Any]:
-    """Return what a line says of an outcome."""
+    """Return the keys of a line that say what became of a picture."""
     if isinstance(outcome, MoondreamError):
-        return {"error": describe(outcome)}
+        error = {"type": type(outcome).__name__, "message": str(outcome)}
+        status = {"status": outcome.status} if isinstance(outcome, APIStatusError) else {}
+        return {"error": error | status}
     fields = dict(outcome)
     if not isinstance(outcome, Result):
         return fields
-    # `reasoning` of a query: what was thought stands under another name than whether to.
+    # In a line, `reasoning` says whether the model was asked to think.
     thought = fields.pop("reasoning", None)
     if thought:
         fields["reasoning_text"] = thought["text"]
@@ -131,27 +124,24 @@ def fields_of(outcome: Outcome) -> dict[str, Any]:
     return fields
 
 
-def describe(error: MoondreamError) -> dict[str, Any]:
-    """Return an error as it stands in a line."""
-    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
-    if isinstance(error, APIStatusError):
-        described["status"] = error.status
-    return described
+def answer_of(record: Mapping[str, Any]) -> Any:
+    """Return the caption or the answer of a line; None where there is neither."""
+    return record.get("caption") if record.get("answer") is None else record["answer"]
 
 
 def text_of(record: Mapping[str, Any]) -> str | None:
-    """Return an answer as it stands in a text file: in one line, or with a line for each box.
+    """Return an answer for a text file: in one line, or with a line for each box.
 
-    Boxes are as YOLO has them: the class, the box's middle, its width and its height, from
-    0 to 1. None is for what has no such form.
+    A box is written as in YOLO's labels: the class, the box's middle, its width and its
+    height, from 0 to 1. None is for points and outlines, which have no such form.
     """
-    text = record.get("caption") if record.get("answer") is None else record["answer"]
+    text = answer_of(record)
     if isinstance(text, str):
         return whole(" ".join(text.split()))
     if not isinstance(objects := record.get("objects"), list):
         return None
-    boxes = [place for each in objects if (place := _place(each, _BOX))]
-    corners = [[box[name] for name in _BOX] for box in boxes]
+    boxes = [place for each in objects if (place := _place(each, BOX))]
+    corners = [[box[name] for name in BOX] for box in boxes]
     return "\n".join(
         f"0 {(left + right) / 2:.6f} {(top + bottom) / 2:.6f} {right - left:.6f} {bottom - top:.6f}"
         for left, top, right, bottom in corners
@@ -159,9 +149,9 @@ def text_of(record: Mapping[str, Any]) -> str | None:
 
 
 def tidy(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a line as who reads it may count on, whatever was edited in it.
+    """Return a line whose known keys have values of their types, also after a user's edits.
 
-    Known keys have values of their types, or are not there.
+    Values of other types are left out.
     """
     tidied = dict(record)
     for name in _TEXTS:
@@ -172,7 +162,7 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     for name in [*(asks if isinstance(asks, dict) else {}), *_DICTS]:
         if name in tidied and not isinstance(tidied[name], dict if name in _DICTS else str):
             del tidied[name]
-    for name, keys in (("objects", _BOX), ("points", ("x", "y"))):
+    for name, keys in (("objects", BOX), ("points", ("x", "y"))):
         if name in tidied:
             each = tidied[name] if isinstance(tidied[name], list) else []
             tidied[name] = [place for one in each if (place := _place(one, keys))]

@@ -1,4 +1,4 @@
-"""A picture on its way: what is asked about it, and what has been answered so far."""
+"""A picture that is being asked about: its questions, and the answers so far."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sources import Found, PictureFile
 if TYPE_CHECKING:
     from moondream_async import EncodedImage, MoondreamClient
 
-_AHEAD = 8  # pictures that are prepared before their turn
+_AHEAD = 8  # pictures that are prepared before they are asked about
 
 
 class Pending:
@@ -24,8 +24,8 @@ class Pending:
 
     Args:
         found: The picture.
-        asked: What is asked about it, as it stands in its line.
-        answers: Answers that an earlier run has got.
+        asked: The skill and its arguments, as they stand in the picture's line.
+        answers: Answers of an earlier run, by the names of the questions.
     """
 
     def __init__(self, found: Found, asked: Mapping[str, Any], answers: dict[str, str]) -> None:
@@ -39,7 +39,7 @@ class Pending:
         self._tokens: dict[str, int] = {}
 
     def items(self, image: Any) -> list[BulkItem]:
-        """Return what is to be asked, of one picture."""
+        """Return a request for each question that is left."""
         if not self._left:
             own = {name: self.asked.get(name) for name in ("question", "object")}
             return [BulkItem(image=image, id=(self, None), **own)]
@@ -47,7 +47,7 @@ class Pending:
         return [BulkItem(image=image, id=(self, name), question=asks[name]) for name in self._left]
 
     def take(self, name: str | None, result: BulkResult[Any, Any]) -> Outcome | None:
-        """Take what became of a question; return the whole outcome when all are through."""
+        """Take the result of a question; return the whole outcome once it was the last one."""
         outcome: Any = result.error or result.result
         self.tries += result.tries
         if name is None:
@@ -69,7 +69,7 @@ class Pending:
 async def prepared(
     client: MoondreamClient, pendings: AsyncIterator[Pending]
 ) -> AsyncGenerator[tuple[Pending, EncodedImage | ImageError], None]:
-    """Yield pictures prepared, once for all their questions, some ahead of their turn."""
+    """Prepare each picture once for all its questions, and some of the next ones ahead."""
     ahead: deque[tuple[Pending, asyncio.Task[EncodedImage | ImageError]]] = deque()
     try:
         async for pending in pendings:

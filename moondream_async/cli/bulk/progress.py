@@ -1,4 +1,4 @@
-"""How far a bulk run is: a bar on a terminal, a line now and then elsewhere; all on stderr."""
+"""The progress of a bulk run, on stderr: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ BATCH_DISCOUNT = 0.5
 
 _REASONS = 5  # in the summary
 _VARYING = re.compile(r"'[^']*'|\b\d[\d,.]*\b")
-"""What of a reason differs from picture to picture: names and numbers."""
-_WINDOW = 15.0  # seconds over which the rate is told
+"""The parts of a reason that differ from picture to picture: names and numbers."""
+_WINDOW = 15.0  # seconds over which the rate is measured
 _BETWEEN_LINES = 5.0  # seconds
 
 
 class Progress:
-    """Counts what becomes of the pictures, and shows it.
+    """Counts answers, failures, tokens and dollars; `show` prints them.
 
-    Used as a context manager; `show` is to be called now and then.
+    A context manager, which takes the bar off the terminal at its end.
     """
 
     def __init__(self, *, price: float | None = 1.0) -> None:
         self.total: int | None = None
-        """How many pictures there are, done before or not; None until that is known."""
+        """How many pictures there are, done before or not; None while unknown."""
         self.answered = self.failed = self.skipped = 0
         self.reasons: Counter[str] = Counter()
-        """How many failed for which reason, as a terminal may show it."""
+        """How many pictures failed for each reason, as a terminal may show it."""
         self.tokens = 0
         self.cost = 0.0
         self._price = price
@@ -64,11 +64,11 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """How many pictures need nothing more, those of earlier runs included."""
+        """How many pictures were answered or failed, in this run or an earlier one."""
         return self.answered + self.failed + self.skipped
 
     def count(self, metrics: Mapping[str, Any] | None, error: Mapping[str, Any] | None) -> None:
-        """Count a picture, with what the server says that it cost, and why it failed."""
+        """Count a picture, the tokens that the server reports, and the reason of a failure."""
         if error is None:
             self.answered += 1
         else:
@@ -81,7 +81,7 @@ class Progress:
         self.cost += cost(spent, written) * (self._price or 0.0)
 
     def show(self) -> None:
-        """Show the state: the bar each time, a line at most every few seconds."""
+        """Draw the bar; or print a line, at most every few seconds."""
         now = time.monotonic()
         self._marks.append((now, self.answered + self.failed))
         while len(self._marks) > 2 and self._marks[0][0] < now - _WINDOW:
@@ -104,7 +104,7 @@ class Progress:
         return ", ".join(parts)
 
     def summary(self) -> str:
-        """Return what came of it all, in a line."""
+        """Return the result of the run in a line."""
         seconds = time.monotonic() - self._began
         parts = [f"{self.answered:,} answered", f"{self.failed:,} failed"]
         if self.skipped:
@@ -127,7 +127,7 @@ class Progress:
         return f" ({count:,}: {why[:60]})"
 
     def _spent(self) -> str:
-        """Only the cloud asks for money."""
+        """Return the tokens, and the dollars where the server is the cloud."""
         dollars = "" if self._price is None else f", ${self.cost:.4f}"
         return f"{self.tokens:,} tokens{dollars}"
 

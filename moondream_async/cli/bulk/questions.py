@@ -1,4 +1,4 @@
-"""What is asked of each picture: the same of all, or what a row of a table makes of it."""
+"""What is asked about each picture: the same for all, or filled in from a table's row."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Questions:
 
     Args:
         skill: The skill.
-        arguments: What holds for all pictures; ``{column}`` in a question or an object
-            stands for what the picture's row has there.
+        arguments: Its arguments; ``{column}`` in a question or an object stands for the
+            value in the picture's row.
         asks: Several questions by their names, in place of one.
-        model: The model, where one is named.
+        model: The model; None for the server's.
     """
 
     def __init__(
@@ -44,12 +44,8 @@ class Questions:
 
     @property
     def varying(self) -> tuple[str, ...]:
-        """Which arguments differ from picture to picture."""
-        return tuple(
-            name
-            for name in _FILLED
-            if self._varies and _COLUMN.search(self.arguments.get(name) or "")
-        )
+        """The arguments that differ from picture to picture."""
+        return tuple(name for name in _FILLED if _COLUMN.search(self.arguments.get(name) or ""))
 
     @property
     def each(self) -> int:
@@ -57,11 +53,7 @@ class Questions:
         return len(self.asks) or 1
 
     def of(self, found: Found) -> dict[str, Any]:
-        """Return what is asked about a picture, as it stands in its line.
-
-        Raises:
-            RequestError: Its row has no such column.
-        """
+        """Return what is asked about a picture; RequestError where its row lacks a column."""
         if self._varies and found.row is not None:
             return self._filled(found)
         if self._same is None:
@@ -69,8 +61,8 @@ class Questions:
         return self._same
 
     def general(self) -> dict[str, Any]:
-        """Return what is the same for all pictures."""
-        return self._fill(lambda text: None if self._varies and _COLUMN.search(text) else text)
+        """Return what is asked about all pictures alike."""
+        return self._fill(lambda text: None if _COLUMN.search(text) else text)
 
     def _filled(self, found: Found) -> dict[str, Any]:
         row = found.row or {}

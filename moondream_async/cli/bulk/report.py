@@ -1,11 +1,11 @@
-"""One page that shows pictures with what was said of them. It needs nothing from anywhere else."""
+"""One page of pictures and answers, which needs no other file and no network."""
 
 from __future__ import annotations
 
 import base64
 import html
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,8 +13,8 @@ from moondream_async._images import encode_image
 from moondream_async.cli._files import replacing
 from moondream_async.errors import MoondreamError, RequestError
 
-from .names import path_of
-from .sources import Contents, read_same
+from .lines import Records, answer_of
+from .sources import picture_of
 
 MOST = 1000
 """Pictures on a page: a browser has to hold them all. Pictures that failed come first."""
@@ -48,23 +48,12 @@ p { margin: 0; }
 """
 
 
-def write_report(
-    records: Callable[[], Iterable[dict[str, Any]]], path: str, *, most: int = MOST
-) -> None:
-    """Write the page. It blocks, and takes some milliseconds a picture.
-
-    Args:
-        records: Gives the lines of a journal; it is asked more than once.
-        path: Where the page goes.
-        most: How many pictures are shown.
-
-    Raises:
-        OSError: It can't be written; what was there stays.
-    """
+def write_report(records: Records, path: str) -> None:
+    """Write the page of a journal's lines. It blocks, and takes some milliseconds a picture."""
     failed = sum(1 for record in records() if record.get("error"))
     total = sum(1 for _ in records())
-    shown = list(islice((r for r in records() if r.get("error")), most))
-    shown += islice((r for r in records() if not r.get("error")), most - len(shown))
+    shown = list(islice((r for r in records() if r.get("error")), MOST))
+    shown += islice((r for r in records() if not r.get("error")), MOST - len(shown))
     asked = shown[0] if shown else {}
     what = [asked.get(name) for name in ("skill", "question", "object", "length")]
     with replacing(path) as file:
@@ -82,17 +71,13 @@ def write_report(
 
 
 def check_report(path: str) -> None:
-    """Refuse to write over what is no such page.
-
-    Raises:
-        RequestError: It is somebody else's.
-    """
+    """Refuse, by a RequestError, to write over a file that is no such page."""
     try:
         regular = os.path.isfile(path)  # noqa: PTH113 - a string
         with open(path if regular else os.devnull, "rb") as file:  # noqa: PTH123
             begun = file.read(len(_HEAD.encode()))
     except OSError:
-        return  # writing it will tell
+        return  # writing the page will fail, and say why
     if begun and b"<title>Moondream report</title>" not in begun:
         raise RequestError(f"'--report {path}' is there already, and is no report: name another")
 
@@ -115,9 +100,8 @@ def _figure(record: dict[str, Any]) -> str:
 def _said(record: dict[str, Any]) -> str:
     if error := record.get("error"):
         return f"{error.get('type')}: {error.get('message')}"
-    for name in ("caption", "answer"):
-        if name in record:
-            return str(record[name])
+    if (answer := answer_of(record)) is not None:
+        return str(answer)
     for name in ("objects", "points"):
         if name in record:
             return f"{len(record[name])} found"
@@ -138,13 +122,12 @@ def _marks(record: dict[str, Any]) -> Iterator[str]:
 def _thumbnail(record: dict[str, Any]) -> str | None:
     """Return a small copy as a data URI, upright as the server saw it; None if there is none.
 
-    A line may name any file, so only the very file that was asked about is shown: made
-    small in the way that the client prepares it, and no other. None that it refused is opened.
+    A line that was edited may name any file: only the file that was asked about is shown,
+    after the client's own preparation, and no file that this preparation refused is opened.
     """
-    file = record.get("file")
-    if file is None or record.get("error", {}).get("type") in _REFUSED:
+    if record.get("error", {}).get("type") in _REFUSED:
         return None
-    data = read_same(path_of(record["path"]), Contents(**file))
+    data = picture_of(record)
     if data is None:
         return None
     try:

@@ -1,7 +1,7 @@
 """WebDataset's shards: tar files whose members are samples, as ``cat/1.jpg`` beside ``cat/1.txt``.
 
-They are read from their beginning to their end, a sample at a time, and so may be packed, or
-elsewhere. What a shard holds is the library's to say: it groups members, and writes them.
+Shards are read from beginning to end, a sample at a time, and so may be compressed, or on
+another machine. The library `webdataset` groups members into samples, and writes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from tarfile import EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
@@ -23,23 +23,21 @@ import msgspec
 from moondream_async._images import can_prepare
 from moondream_async._images.inputs import MAX_FILE_BYTES
 from moondream_async.cli._files import replacing
-from moondream_async.errors import MissingExtraError
 
-from .lines import encode
-from .names import path_of
+from .lines import Records, answer_of, encode
 from .remote import open_remote
-from .sources import Contents, Found, read_same
+from .sources import Contents, Found, needs, picture_of
 
 _ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 _TEXTS = ("txt", "text", "transcript", "caption", "cls", "cls2", "class", "count", "index", "id")
-"""Members that become columns, besides ``json``: those that the library decodes as texts."""
+"""Members that become columns, besides ``json``: the library decodes them as texts."""
 _LONGEST = 1 << 20  # bytes of such a member
 _SAMPLES, _BYTES = 10_000, 1_000_000_000  # in a shard of ours
 _NUMBER = re.compile(r"%0?\d*d")
 
 
 def is_shard(name: str) -> bool:
-    """Tell whether a name is that of a shard, here or elsewhere.
+    """Tell whether a path or an address names a shard.
 
     >>> is_shard("s3://set/{000..009}.tar"), is_shard("tar://a.jpg::a.tar"), is_shard("a.jpg")
     (True, False, False)
@@ -48,21 +46,12 @@ def is_shard(name: str) -> bool:
 
 
 def check_shards() -> None:
-    """Refuse where shards can't be read or written, before anything is asked.
-
-    Raises:
-        MissingExtraError: The library is not installed.
-    """
-    try:
-        import webdataset  # noqa: F401, PLC0415 - an extra
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Shards need webdataset: pip install 'moondream-async[webdataset]' ({error})"
-        ) from None
+    """Refuse, before anything is asked, where the library for shards is not installed."""
+    needs("webdataset", "Shards need webdataset", "webdataset")
 
 
 def expand(name: str) -> list[str]:
-    """Return the shards that a name with braces means; where a file has that name, itself.
+    """Return the shards that a name with braces means; a file of that very name comes first.
 
     >>> expand("{08..10}.tar")
     ['08.tar', '09.tar', '10.tar']
@@ -86,13 +75,9 @@ def find_samples(
 ) -> Iterator[Found]:
     """Yield the samples of a shard, each with its picture read and its texts as its row.
 
-    The row has ``__key__``, what ``.json`` has in it, and each text by the end of its name.
-    Of several pictures of a sample it is the first, or that with the end `picture`. What has
-    none is counted in `left_out`.
-
-    Raises:
-        MissingExtraError: The library is not installed.
-        OSError: It can't be read, or no further.
+    The row has ``__key__``, the keys of ``.json``, and each text by the end of its name. Of
+    several pictures in a sample, the first is taken, or the one with the end `picture`.
+    Samples without a picture are counted in `left_out`; OSError ends a damaged shard.
     """
     check_shards()
     from webdataset.tariterators import group_by_keys  # noqa: PLC0415 - an extra
@@ -117,7 +102,7 @@ def find_samples(
                 f"{stem}/{key}.{end}",
                 {"__key__": key, **_columns(sample)},
                 data=data,
-                # What was too large to be read is refused when its turn comes.
+                # A picture that was too large to be read is refused when its turn comes.
                 contents=data and Contents(len(data), 0, hashlib.sha256(data).hexdigest()),
             )
     except (tarfile.TarError, EOFError, ValueError) as error:
@@ -134,7 +119,7 @@ def _members(shard: str, picture: str | None) -> Iterator[dict[str, Any]]:
         tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive,
     ):
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined] # which it would gather
+            archive.members = []  # type: ignore[attr-defined] # else tarfile keeps them all
             if not member.isreg() or member.name.startswith("__"):
                 continue
             end = member.name.rpartition("/")[2].partition(".")[2].lower()
@@ -147,7 +132,7 @@ def _members(shard: str, picture: str | None) -> Iterator[dict[str, Any]]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member of an archive that has to have an end: to tarfile one that was cut off is whole."""
+    """A member of an archive; a cut archive raises, where tarfile would take it for whole."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -184,13 +169,20 @@ def shard_name(pattern: str, number: int) -> str:
     return _NUMBER.sub(lambda found: found[0] % number, pattern, count=1)
 
 
-def write_shards(records: Callable[[], Iterable[dict[str, Any]]], pattern: str) -> None:
-    """Write a journal's records as shards: the picture as it is, its text, and its line as JSON.
+def is_shard_of(path: str, pattern: str) -> bool:
+    """Tell whether a path is that of a shard which `shard_name` names.
 
-    It reads each picture again; those that failed, or have changed since, are left out.
+    >>> is_shard_of("out/000007.tar", "out/%06d.tar"), is_shard_of("a.tar", "out.tar")
+    (True, False)
+    """
+    name = _NUMBER.sub("\0", pattern, count=1)
+    return re.fullmatch(re.escape(name).replace("\0", r"\d+"), path) is not None
 
-    Raises:
-        OSError: One can't be written; what was there stays.
+
+def write_shards(records: Records, pattern: str) -> None:
+    """Write shards of samples: the picture as it is, its text, and its line as JSON.
+
+    Each picture is read again; pictures that failed, or have changed since, are left out.
     """
     check_shards()
     samples = _samples(records)
@@ -201,7 +193,7 @@ def write_shards(records: Callable[[], Iterable[dict[str, Any]]], pattern: str) 
             break
         with replacing(name) as file:
             first = _write(file, first, samples, limited=several)
-    while several and os.path.exists(name):  # noqa: PTH110 - of a run that had more
+    while several and os.path.exists(name):  # noqa: PTH110 - a shard of a longer run before
         os.unlink(name)  # noqa: PTH108 - likewise
         number += 1
         name = shard_name(pattern, number)
@@ -214,11 +206,11 @@ def _write(
     *,
     limited: bool,
 ) -> dict[str, Any] | None:
-    """Fill a shard; return the sample that is the first of the next one."""
+    """Fill a shard; return the first sample of the next shard."""
     from webdataset.writer import TarWriter  # noqa: PLC0415 - an extra
 
     written = size = 0
-    # Without a time in it: the same records are the same file.
+    # Without a time in the shard: the same records make the same file.
     with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
         while first is not None:
             if limited and (written >= _SAMPLES or size >= _BYTES):
@@ -229,24 +221,23 @@ def _write(
     return first
 
 
-def _samples(records: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def _samples(records: Records) -> Iterator[dict[str, Any]]:
     seen: Counter[int] = Counter()  # of hashes, which are smaller than keys
     for record in records():
-        file = None if record.get("error") else record.get("file")
-        data = file and read_same(path_of(record["path"]), Contents(**file))
+        data = None if record.get("error") else picture_of(record)
         if data is None:
             continue
         key, end = _key_and_end(record)
         seen[hash(key)] += 1
         number = seen[hash(key)]
-        if number > 1:  # as a picture of another folder, or another shard
+        if number > 1:  # a picture of another folder, or of another shard, has this key
             while hash(f"{key}-{number}") in seen:
                 number += 1
             key = f"{key}-{number}"
             seen[hash(key)] += 1
         own = {name: record[name] for name in record if name not in ("file", "metrics")}
         sample = {"__key__": key, end: data, "json": encode(own)}
-        text = record.get("caption") if record.get("answer") is None else record["answer"]
+        text = answer_of(record)
         yield sample if text is None else {**sample, "txt": text.encode()}
 
 
@@ -265,6 +256,6 @@ def _key_and_end(record: dict[str, Any]) -> tuple[str, str]:
     own = record.get("row", {}).get("__key__")
     parts = re.split(r"[/\\]", own if isinstance(own, str) else stem)
     parts = [each for each in parts if each not in ("", ".", "..")] or ["-"]
-    # A dot would end the key, and what begins with two lines is passed over by readers.
+    # A dot would end the key, and readers skip names that begin with two underscores.
     key = "/".join([*parts[:-1], parts[-1].replace(".", "_")])
     return key.removeprefix("_") if key.startswith("__") else key, end[1:].lower() or "jpg"

@@ -1,18 +1,21 @@
 # ruff: noqa: PTH116, PTH123 - strings cost less for each of a million files
-"""A picture on the disk: its names, its contents, and by what it is known to be the same."""
+"""A picture that was found: its names, its bytes, and how a later run recognises it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import msgspec
 
 from moondream_async._images.inputs import MAX_FILE_BYTES
+from moondream_async.errors import MissingExtraError
 
-from .names import name_of
+from .names import name_of, path_of
 from .remote import is_remote, read_remote
 
 
@@ -21,19 +24,19 @@ class Found(msgspec.Struct, frozen=True):
 
     path: str
     below: str
-    """The same, from the folder on that was searched: what a file beside it is named after."""
+    """The path within the folder that was searched; a text about the picture is named after it."""
 
     row: dict[str, Any] | None = None
-    """What else a table has in its row."""
+    """The other columns of its row, where a table names the picture."""
 
     time: float | None = None
-    """Of a video's frame: its seconds, by the file's own timestamps."""
+    """The timestamp of a video's frame, in seconds."""
 
     data: bytes | None = None
-    """The picture, where it was read when it was found: a video's frame, a shard's sample."""
+    """The bytes of a video's frame or a shard's sample, which are read when they are found."""
 
     contents: Contents | None = None
-    """With `data`: the sample's own, or those of the whole video."""
+    """With `data`: the state of the sample, or of the whole video."""
 
     @property
     def name(self) -> str:
@@ -42,7 +45,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Contents(msgspec.Struct, frozen=True):
-    """By what a file is known to be the same as before."""
+    """The state of a file, by which a later run sees whether it has changed."""
 
     size: int
     mtime_ns: int
@@ -50,20 +53,16 @@ class Contents(msgspec.Struct, frozen=True):
 
 
 class PictureFile:
-    """A picture's file, which the client reads when its turn comes; it then knows its contents."""
+    """A picture as a file that the client reads; reading it sets `contents`."""
 
     def __init__(self, found: Found) -> None:
         self.found = found
         self.name = found.path
         self.contents: Contents | None = None
-        """None until it was read."""
+        """None until the picture was read."""
 
     def read(self, _size: int = -1) -> bytes:
-        """Return all of the file, and nothing after that.
-
-        Raises:
-            OSError: It can't be read.
-        """
+        """Return all of the file at the first call, and nothing at the next."""
         if self.contents is not None:
             return b""
         if self.found.data is not None:
@@ -76,19 +75,22 @@ class PictureFile:
         return data
 
 
-def read_same(path: str, contents: Contents) -> bytes | None:
-    """Return a file's bytes if it is what it was, else None."""
+def picture_of(record: Mapping[str, Any]) -> bytes | None:
+    """Return the picture that a line is about; None where it is gone or has changed."""
+    file = record.get("file")
+    if file is None:
+        return None
     try:
-        data, _ = _read(path)
+        data, _ = _read(path_of(record["path"]))
     except (OSError, ValueError):
         return None
-    return data if hashlib.sha256(data).hexdigest() == contents.sha256 else None
+    return data if hashlib.sha256(data).hexdigest() == file["sha256"] else None
 
 
 def is_same(found: Found, contents: Contents) -> bool:
-    """Tell whether a file is what it was. It is read only where its time has changed.
+    """Tell whether a file is unchanged. It is read only where its time has changed.
 
-    What is elsewhere is taken for the same: to ask would cost a request each.
+    A file on another machine counts as unchanged: a look at it would cost a request.
     """
     if found.contents is not None:
         return found.contents.sha256 == contents.sha256
@@ -102,18 +104,32 @@ def is_same(found: Found, contents: Contents) -> bool:
             return True
         return hashlib.sha256(_read(found.path)[0]).hexdigest() == contents.sha256
     except OSError:
-        return True  # it is gone: what is known of it stays
+        return True  # the file is gone, and its line stays
+
+
+def needs(module: str, what: str, extra: str) -> Any:
+    """Return a module; refuse where it is not installed, before anything is paid for.
+
+    Raises:
+        MissingExtraError: It says which extra to install.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what}: pip install 'moondream-async[{extra}]' ({error})"
+        ) from None
 
 
 def _read(path: str) -> tuple[bytes, os.stat_result | None]:
-    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
     if is_remote(path):
         return read_remote(path), None
+    # O_NONBLOCK: to open a pipe without a writer would block for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        raise OSError(error.strerror) from error  # the path is named by who tells of it
+        raise OSError(error.strerror) from error  # callers name the path
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

@@ -11,14 +11,14 @@ from typing import Any
 
 import msgspec
 
-from moondream_async.errors import MissingExtraError, RequestError
+from moondream_async.errors import RequestError
 
 from .names import simplest
-from .sources import Found
+from .sources import Found, needs
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 NAMES = ("path", "image", "image_path", "file", "file_name", "filename", "picture", "url")
-"""What a column of pictures is called, where the user doesn't say."""
+"""Columns that are taken for the column of pictures, where the user names none."""
 
 Row = dict[str, Any]
 
@@ -31,11 +31,11 @@ def is_table(name: str) -> bool:
 def find_in_table(name: str, column: str | None) -> Iterator[Found]:
     """Yield the pictures of a table, each with its row.
 
-    A relative path is one from here, or, where that is no file, from the table's folder.
+    A relative path starts at the working directory, or, where no file is there, at the
+    table's folder.
 
     Raises:
         RequestError: There is no such column, or the file is no such table.
-        OSError: It can't be read.
     """
     ending = os.path.splitext(name)[1].lower()
     read: Callable[[str], Iterator[Row]] = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}.get(
@@ -83,16 +83,12 @@ def _json_lines(name: str) -> Iterator[Row]:
 
 
 def _parquet(name: str) -> Iterator[Row]:
-    try:
-        import pyarrow as pa  # noqa: PLC0415 - an extra, and slow to load
-        import pyarrow.parquet as pq  # noqa: PLC0415 - likewise
-    except ImportError:
-        raise MissingExtraError(
-            "Parquet needs pyarrow: pip install 'moondream-async[parquet]'"
-        ) from None
+    pq = needs("pyarrow.parquet", "Parquet needs pyarrow", "parquet")
+    from pyarrow import ArrowInvalid  # noqa: PLC0415 - an extra, and slow to load
+
     try:
         with pq.ParquetFile(name) as file:
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+    except ArrowInvalid as error:
         raise RequestError(f"{name} is no Parquet file: {error}") from error

@@ -1,4 +1,4 @@
-"""Videos as pictures of bulk: each frame has a line, with its time, and captions are subtitles."""
+"""Videos in ``bulk``: each frame is a picture with a line of its own, and has a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from moondream_async.cli._files import replacing
 from moondream_async.errors import RequestError
 from moondream_async.frames import check_video, decode_video
 
-from .lines import text_of
 from .shards import check_shards, is_shard
 from .sources import Contents, Found
 
@@ -24,7 +22,6 @@ SUFFIXES = (
 )
 SUBTITLES = ("vtt", "srt")
 _QUALITY = 92  # of JPEG
-_LAST = 2.0  # seconds that the only caption is shown
 
 
 def is_video(name: str) -> bool:
@@ -39,11 +36,11 @@ def is_video(name: str) -> bool:
 def check_sources(
     paths: Sequence[str], lists: Sequence[str], form: str, skill: str, via: str
 ) -> None:
-    """Refuse what can't be done with videos, before anything is asked.
+    """Refuse, before anything is asked, what can't be done with videos and shards.
 
     Raises:
-        RequestError: Subtitles of something else, or a video for the Batch API.
-        MissingExtraError: PyAV is not installed.
+        RequestError: Subtitles without exactly one video, or a video for the Batch API.
+        MissingExtraError: What reads them is not installed.
     """
     videos = [each for each in paths if is_video(each)]
     one = len(videos) == len(paths) == 1 and not lists
@@ -58,12 +55,7 @@ def check_sources(
 
 
 def find_frames(path: str, every: float | None) -> Iterator[Found]:
-    """Yield the frames of a video as pictures, in order, each with its own timestamp.
-
-    Raises:
-        MissingExtraError: PyAV is not installed.
-        OSError: It can't be read, or no further.
-    """
+    """Yield the frames of a video as pictures, in order; OSError ends a damaged video."""
     check_video()
     try:
         status = os.stat(path)  # noqa: PTH116 - a string, as it stands in lines
@@ -83,40 +75,6 @@ def find_frames(path: str, every: float | None) -> Iterator[Found]:
         raise
     except Exception as error:  # PyAV's have many kinds
         raise OSError(str(error)) from error
-
-
-def write_subtitles(records: Callable[[], Iterable[dict[str, Any]]], path: str) -> None:
-    """Write the answers as subtitles, WebVTT or SubRip; each stays until the next frame's.
-
-    Raises:
-        OSError: It can't be written; what was there stays.
-    """
-    cues = sorted(
-        (max(0.0, float(record["time"])), text)
-        for record in records()
-        if isinstance(record.get("time"), (int, float)) and (text := text_of(record))
-    )
-    times = [start for start, _ in cues]
-    ends = [*times[1:]]
-    if times:
-        ends.append(times[-1] + (times[-1] - times[-2] if len(times) > 1 else _LAST))
-    vtt = path.lower().endswith(".vtt")
-    with replacing(path) as file:
-        if vtt:
-            file.write(b"WEBVTT\n\n")
-        for number, ((start, text), end) in enumerate(zip(cues, ends, strict=True), 1):
-            if vtt:
-                said = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-                cue = f"{_clock(start, '.')} --> {_clock(end, '.')}\n{said}\n\n"
-            else:
-                said = text.replace("-->", "\N{RIGHTWARDS ARROW}")
-                cue = f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{said}\n\n"
-            file.write(cue.encode())
-
-
-def _clock(seconds: float, point: str) -> str:
-    whole, milliseconds = divmod(round(seconds * 1000), 1000)
-    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{milliseconds:03}"
 
 
 def _encode(image: Any) -> bytes:
