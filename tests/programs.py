@@ -7,6 +7,7 @@ import pty
 import re
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import termios
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import anyio
 import pytest
-from forked import open_program
+from forked import open_program, run_program
 
+PROGRAM = [sys.executable, "-m", "moondream_async"]
 RECIPES = Path(__file__).parent / "recipes"
 STRICT = [sys.executable, "-X", "dev", "-W", "error"]
 
@@ -43,6 +45,16 @@ def _is_there(name):
     return any((Path(place) / part).exists() for place in spec.submodule_search_locations)
 
 
+async def run(*args, stdin=b"", cwd=None, afresh=False, **environment):
+    """Run the command line; return its exit status, and what it says on stdout and on stderr."""
+    env = os.environ | environment
+    if afresh:
+        done = await anyio.run_process([*PROGRAM, *map(str, args)], check=False, cwd=cwd, env=env)
+    else:
+        done = await run_program(args, input=stdin, cwd=cwd, env=env)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
 class Program:
     """A program that runs."""
 
@@ -51,6 +63,11 @@ class Program:
         self._process = process
         self._errors = errors
         self._unread = b""
+        self._looks_away = process.stdout is None
+
+    @property
+    def pid(self):
+        return self._process.pid
 
     @property
     def runs(self):
@@ -59,36 +76,54 @@ class Program:
     async def _read(self):
         return await self._process.stdout.receive()
 
-    async def until(self, condition):
-        """Wait until `condition(said)` is true, or what it says where that is a text."""
-        while not (condition in self.said if isinstance(condition, str) else condition(self.said)):
-            self._unread += await self._read()
-            self.said = self._unread.decode(errors="ignore")
+    async def _read_more(self):
+        """Read what it says next; return whether it said anything before its end."""
+        if self._looks_away:
+            return False
+        try:
+            data = await self._read()
+        except (anyio.EndOfStream, OSError):  # the latter is how a terminal ends
+            return False
+        self._unread += data
+        self.said = self._unread.decode(errors="ignore")  # a character may be on its way
+        return bool(data)
+
+    async def until(self, condition, *, after=0):
+        """Wait until `condition(said)` is true, or a text was said behind the first `after`."""
+        while not (condition(self.said) if callable(condition) else condition in self.said[after:]):
+            assert await self._read_more(), f"not {condition!r}: {self.said!r}"
 
     async def tell(self, line):
         await self._process.stdin.send(f"{line}\n".encode())
+
+    async def look_away(self):
+        """Go, as the reader of what it says."""
+        self._looks_away = True
+        await self._process.stdout.aclose()
 
     def interrupt(self):
         """Do what Ctrl-C does."""
         self._process.send_signal(signal.SIGINT)
 
+    def kill(self):
+        self._process.kill()
+
     async def end(self):
         """Wait for its end; return its exit status, all that it said, and what it complained of."""
-        try:
-            while True:
-                await self.until(lambda _: False)
-        except (anyio.EndOfStream, OSError):
-            status = await self._process.wait()
+        while await self._read_more():
+            pass
+        status = await self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode().splitlines()
         return status, self.said, [line for line in lines if not _NOISE.match(line)]
 
 
 @asynccontextmanager
-async def running(*command, **environment):
+async def running(*command, cwd=None, stdout=subprocess.PIPE, stderr=None, **environment):
     """Start a program; what is still running at the end is killed."""
     with tempfile.TemporaryFile() as errors:
-        process = await _open(command, stderr=errors, env=os.environ | environment)
+        ends = {"stdout": stdout, "stderr": stderr or errors}
+        process = await _open(command, **ends, cwd=cwd, env=os.environ | environment)
         try:
             yield Program(process, errors)
         finally:
@@ -101,6 +136,7 @@ class TerminalProgram(Program):
     def __init__(self, process, terminal):
         super().__init__(process, errors=io.BytesIO())  # they go to the terminal, too
         self._terminal = terminal
+        self._looks_away = False
 
     async def _read(self):
         await anyio.wait_readable(self._terminal)

@@ -1,19 +1,12 @@
 """The command ``bulk``: the real program, over real sockets, and whatever may end it."""
 
-import contextlib
-import csv
-import gzip
-import html.parser
-import io
-import json
 import os
 import signal
 import subprocess
-from collections import Counter
 
 import anyio
 import pytest
-from forked import open_program, run_program
+from bulk_runs import ASKED, Page, make_pictures, paths_of, records, rows_of
 from PIL import Image
 
 from moondream_async.cli.bulk.journal import Journal
@@ -21,82 +14,12 @@ from moondream_async.cli.bulk.search import Search
 from moondream_async.cli.bulk.sources import Contents, Found, PictureFile
 from moondream_async.errors import RequestError
 from moondream_async.results import CaptionResult
-from moondream_async.simulator import Fault, Simulator
+from moondream_async.simulator import Simulator
 
 pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("rich", reason="the extra cli is not installed")
 
 pytestmark = pytest.mark.slow  # each test runs the program several times
-
-ASKED = {"skill": "caption", "length": "normal"}
-
-
-def make_pictures(folder, count):
-    """Put pictures into a folder and one below it, each different from the others."""
-    (folder / "below").mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        file = io.BytesIO()
-        Image.new("RGB", (8 + number % 50, 8), (number % 256, 80, 20)).save(file, "JPEG")
-        path = folder / ("below" if number % 2 else ".") / f"{number:05}.jpg"
-        path.write_bytes(file.getvalue())
-    return folder
-
-
-def records(path):
-    """The lines of a file of results; each has to be whole."""
-    data = path.read_bytes()
-    assert data.endswith(b"\n")
-    return [json.loads(line) for line in data.splitlines()]
-
-
-def paths_of(found):
-    return sorted(record["path"] for record in found)
-
-
-@pytest.fixture
-def photos(tmp_path):
-    return make_pictures(tmp_path / "photos", 20)
-
-
-@pytest.fixture
-def bulk(simulator, tmp_path):
-    """Run the command to its end; return its exit status and what it says on stderr."""
-
-    async def run(*args, stdin=b"", cwd=tmp_path):
-        done = await run_program(
-            ["bulk", *args],
-            input=stdin,
-            cwd=cwd,
-            env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
-        )
-        assert done.stdout == b""
-        return done.returncode, done.stderr.decode()
-
-    return run
-
-
-@contextlib.asynccontextmanager
-async def started(simulator, *args, **options):
-    """Start the command, and see to it that it has ended."""
-    async with await open_program(
-        ["bulk", *args],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
-        **options,
-    ) as process:
-        try:
-            yield process
-        finally:
-            if process.returncode is None:
-                process.kill()
-
-
-async def until(stream, text):
-    """Read a stream until it said `text`."""
-    said = b""
-    while text not in said.decode(errors="replace"):
-        said += await stream.receive()
 
 
 # -- what comes out -----------------------------------------------------------------
@@ -189,7 +112,6 @@ async def test_two_pictures_never_share_a_text(bulk, photos, tmp_path):
     assert "the text of another picture" in failed["error"]["message"]
 
 
-@pytest.mark.slow
 async def test_a_job_by_batch_gives_the_same_answers_at_half_the_price(bulk, photos, tmp_path):
     (photos / "broken.jpg").write_bytes(b"no picture")
     assert (await bulk("photos", "-o", "one.jsonl"))[0] == 1
@@ -205,15 +127,14 @@ async def test_a_job_by_batch_gives_the_same_answers_at_half_the_price(bulk, pho
     assert "0 answered, 1 failed, 20 done before" in said
 
 
-@pytest.mark.slow
 async def test_a_batch_that_was_left_is_fetched_and_not_paid_for_again(
-    simulator, bulk, photos, tmp_path
+    simulator, bulk, started, photos, tmp_path
 ):
     arguments = ("photos", "-o", "out.jsonl", "--via", "batch-api")
-    async with started(simulator, *arguments, cwd=tmp_path) as process:
-        await until(process.stderr, "has 20 pictures")
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == 130
+    async with started(*arguments) as program:
+        await program.until("has 20 pictures")
+        program.interrupt()
+        assert (await program.end())[0] == 130
     assert (tmp_path / "out.jsonl.batches").exists()
     status, said = await bulk(*arguments)
     assert status == 0, said
@@ -221,22 +142,6 @@ async def test_a_batch_that_was_left_is_fetched_and_not_paid_for_again(
     assert len(records(tmp_path / "out.jsonl")) == 20
     created = [each for each in simulator.requests if each.query.get("action") == "mpu-create"]
     assert len(created) == 1
-
-
-class Page(html.parser.HTMLParser):
-    """What a page shows, and what it would load."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.loaded, self.text = Counter(), [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.loaded += [value for name, value in attrs if name in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text += data
 
 
 async def test_the_report_shows_pictures_boxes_and_errors_and_loads_nothing(bulk, photos, tmp_path):
@@ -249,7 +154,7 @@ async def test_the_report_shows_pictures_boxes_and_errors_and_loads_nothing(bulk
         *("--skill", "detect", "--object", "red"),
     )
     boxes = sum(len(line.get("objects", ())) for line in records(tmp_path / "out.jsonl"))
-    page = Page((tmp_path / "report.html").read_text())
+    page = Page(tmp_path / "report.html")
     assert page.tags["figure"] == 22
     assert page.tags["img"] == 21
     assert page.tags["rect"] == boxes >= 1
@@ -279,44 +184,38 @@ async def test_a_picture_that_fails_is_a_line_and_is_tried_again(bulk, photos, t
 
 
 async def test_a_server_that_fails_and_refuses_costs_no_picture(simulator, bulk, photos, tmp_path):
-    make_pictures(photos, 200)
+    make_pictures(photos, 80)
     # A fifth of all requests fails, a tenth is refused.
-    for _ in range(25):
-        simulator.faults.extend(["status=500", "slow_start=0,times=3", "status=429"])
-        simulator.faults.extend(["status=503", "slow_start=0,times=4"])
+    for _ in range(10):
+        simulator.faults.extend(["status=500,retry_after=0", "slow_start=0,times=3"])
+        simulator.faults.extend(["status=429,retry_after=0", "status=503,retry_after=0"])
+        simulator.faults.append("slow_start=0,times=4")
     status, said = await bulk("photos", "-o", "out.jsonl", "--retries", 6)
     assert status == 0, said
     lines = records(tmp_path / "out.jsonl")
-    assert len(lines) == 200
+    assert len(lines) == 80
     assert any(line["tries"] > 1 for line in lines)
 
 
-async def test_a_wrong_key_ends_it_with_one_line_and_is_nobodys_error(photos, tmp_path):
+async def test_a_wrong_key_ends_it_with_one_line_and_is_nobodys_error(bulk, photos, tmp_path):
     async with Simulator(api_key="right") as simulator:
-        done = await run_program(
-            ["bulk", "photos", "-o", "out.jsonl"],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "MOONDREAM_ENDPOINT": simulator.endpoint,
-                "MOONDREAM_API_KEY": "wrong",
-            },
-        )
-    assert done.returncode == 1
-    assert b"Invalid API key" in done.stderr
-    assert b"Traceback" not in done.stderr
+        keys = {"MOONDREAM_ENDPOINT": simulator.endpoint, "MOONDREAM_API_KEY": "wrong"}
+        status, said = await bulk("photos", "-o", "out.jsonl", **keys)
+    assert status == 1
+    assert "Invalid API key" in said
+    assert "Traceback" not in said
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-async def test_a_picture_that_is_removed_before_its_turn_is_told(simulator, photos, tmp_path):
+async def test_a_picture_that_is_removed_before_its_turn_is_told(
+    simulator, started, photos, tmp_path
+):
     simulator.faults.append("slow_start=0.5,times=4")
-    async with started(
-        simulator, "photos", "-o", "out.jsonl", "--concurrency", 1, cwd=tmp_path
-    ) as process:
+    async with started("photos", "-o", "out.jsonl", "--concurrency", 1) as program:
         await simulator.wait_until(lambda: len(simulator.requests) == 1)
         for path in photos.rglob("*.jpg"):
             path.unlink()
-        assert await process.wait() == 1
+        assert (await program.end())[0] == 1
     lines = records(tmp_path / "out.jsonl")
     assert len(lines) == 20
     assert any("No such file" in line.get("error", {}).get("message", "") for line in lines)
@@ -382,39 +281,28 @@ async def test_a_file_that_holds_something_else_is_left_alone(bulk, photos, tmp_
 # -- what ends it, and how it goes on -----------------------------------------------
 
 
-def rows_of(output):
-    """The answers in a file, or a folder of texts, of any form."""
-    if output.suffix == ".gz":
-        with gzip.open(output, "rt", newline="") as file:
-            return [(row["path"], row["caption"]) for row in csv.DictReader(file)]
-    if output.suffix == ".jsonl":
-        return [(line["path"], line["caption"]) for line in records(output)]
-    return [(f"photos/{path.stem}", path.read_text()) for path in output.rglob("*.txt")]
-
-
 @pytest.mark.parametrize(
     ("form", "lines"),
     [("o.jsonl", "o.jsonl"), ("o.csv.gz", "o.csv.gz.jsonl"), ("o/", "o/.moondream.jsonl")],
 )
-async def test_after_kill_9_it_goes_on_and_holds_each_picture_once(tmp_path, form, lines):
-    make_pictures(tmp_path / "photos", 400)
+async def test_after_kill_9_it_goes_on_and_holds_each_picture_once(
+    simulator, bulk, started, tmp_path, *, form, lines
+):
+    make_pictures(tmp_path / "photos", 200)
     output, journal = tmp_path / form, tmp_path / lines
-    async with Simulator(keep=10_000) as simulator:
-        arguments = (simulator, "photos", "-o", form)
-        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-            await simulator.wait_until(lambda: len(simulator.requests) >= 250)
-            process.kill()
-            assert await process.wait() == -signal.SIGKILL
-        first = len(journal.read_bytes().splitlines())
-        assert 0 < first < 400
-        with journal.open("ab") as file:
-            file.write(b'{"path":"photos/00001.jp')  # as if it had been killed within a write
-        asked = len(simulator.requests)
-        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-            assert await process.wait() == 0
-        assert len(simulator.requests) - asked <= 400 - first + 1
-    assert len(records(journal)) == len({path for path, _ in rows_of(output)}) == 400
-    assert len(rows_of(output)) == 400
+    async with started("photos", "-o", form) as program:
+        await simulator.wait_until(lambda: len(simulator.requests) >= 120)
+        program.kill()
+        assert (await program.end())[0] == -signal.SIGKILL
+    first = len(journal.read_bytes().splitlines())
+    assert 0 < first < 200
+    with journal.open("ab") as file:
+        file.write(b'{"path":"photos/00001.jp')  # as if it had been killed within a write
+    asked = len(simulator.requests)
+    assert (await bulk("photos", "-o", form))[0] == 0
+    assert len(simulator.requests) - asked <= 200 - first + 1
+    assert len(records(journal)) == len({path for path, _ in rows_of(output)}) == 200
+    assert len(rows_of(output)) == 200
     assert all(text for _, text in rows_of(output))
 
 
@@ -441,54 +329,47 @@ async def test_another_question_is_another_answer_in_the_same_file(bulk, photos,
 
 
 async def test_ctrl_c_finishes_what_is_under_way_and_the_rest_comes_later(
-    simulator, bulk, photos, tmp_path
+    simulator, bulk, started, photos, tmp_path
 ):
     simulator.faults.append("slow_start=0.3,times=4")
-    async with started(simulator, "photos", "-o", "out.jsonl", cwd=tmp_path) as process:
+    async with started("photos", "-o", "out.jsonl") as program:
         await simulator.wait_until(lambda: len(simulator.requests) == 4)
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == 130
+        program.interrupt()
+        assert (await program.end())[0] == 130
     lines = records(tmp_path / "out.jsonl")
     assert 4 <= len(lines) < 20
     _, said = await bulk("photos", "-o", "out.jsonl")
     assert f"{20 - len(lines)} answered, 0 failed, {len(lines)} done before" in said
 
 
-async def test_a_second_ctrl_c_stops_at_once_and_drops_the_requests(simulator, photos, tmp_path):
+async def test_a_second_ctrl_c_stops_at_once_and_drops_the_requests(
+    simulator, started, photos, tmp_path
+):
     simulator.faults.append("slow_start=60,times=always")
-    async with started(
-        simulator, "photos", "-o", "out.jsonl", "--grace", 60, cwd=tmp_path
-    ) as process:
+    async with started("photos", "-o", "out.jsonl", "--grace", 60) as program:
         await simulator.wait_until(lambda: len(simulator.requests) == 4)
-        process.send_signal(signal.SIGINT)
-        await until(process.stderr, "stop now")
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == 130
+        program.interrupt()
+        await program.until("stop now")
+        program.interrupt()
+        assert (await program.end())[0] == 130
     await simulator.wait_until(lambda: all(each.disconnected for each in simulator.requests))
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-async def test_ctrl_c_waits_for_no_more_than_the_grace(simulator, photos, tmp_path):
-    simulator.faults.append(Fault.parse("slow_start=60,times=always"))
-    async with started(
-        simulator, "photos", "-o", "out.jsonl", "--grace", 0.1, cwd=tmp_path
-    ) as process:
+async def test_ctrl_c_waits_for_no_more_than_the_grace(simulator, started, photos):
+    simulator.faults.append("slow_start=60,times=always")
+    async with started("photos", "-o", "out.jsonl", "--grace", 0.1) as program:
         await simulator.wait_until(lambda: len(simulator.requests) == 4)
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == 130
+        program.interrupt()
+        assert (await program.end())[0] == 130
 
 
-async def test_ctrl_c_ends_waiting_for_paths_on_stdin(simulator, photos, tmp_path):
-    process = await open_program(
-        ["bulk", "-", "-o", "out.jsonl"],
-        cwd=tmp_path,
-        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
-    )
-    async with process:
-        await process.stdin.send(f"{photos / '00000.jpg'}\n".encode())
+async def test_ctrl_c_ends_waiting_for_paths_on_stdin(simulator, started, photos, tmp_path):
+    async with started("-", "-o", "out.jsonl") as program:
+        await program.tell(photos / "00000.jpg")
         await simulator.wait_until(lambda: len(simulator.requests) == 1)
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == 130
+        program.interrupt()
+        assert (await program.end())[0] == 130
     assert len(records(tmp_path / "out.jsonl")) == 1
 
 

@@ -1,25 +1,24 @@
-# ruff: noqa: F811 - fixtures are imported, and taken as arguments
 """What ``bulk`` writes and goes on from: nothing lost, nothing twice, nothing overwritten."""
 
 import contextlib
-import csv
-import gzip
+import errno as errnos
 import hashlib
+import itertools
 import json
 import os
-import sys
-import textwrap
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from forked import run_program
+from bulk_runs import ASKED, Page, make_pictures, records, rows_of
 from PIL import Image
-from test_bulk_cli import ASKED, Page, bulk, found, make_pictures, photos, records  # noqa: F401
+from raw_server import RawServer, whole
 
 from moondream_async.batch.wire import read_batch_result
+from moondream_async.cli import main
 from moondream_async.cli.bulk.by_batch import _place as place_of
 from moondream_async.cli.bulk.journal import Journal
 from moondream_async.cli.bulk.lists import PathList
@@ -33,6 +32,8 @@ pytest.importorskip("typer", reason="the extra cli is not installed")
 pytestmark = pytest.mark.slow  # most tests run the program several times
 
 CONTENTS = Contents(1, 1, "x")
+FOUND = Found("a.jpg", "a.jpg")
+OTHER = Found("b.jpg", "b.jpg")
 
 
 def lines(*texts, newline="\n"):
@@ -42,39 +43,30 @@ def lines(*texts, newline="\n"):
 # -- nothing twice -----------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)  # six runs of the program
-async def test_failures_that_were_mended_leave_no_row_in_any_form(bulk, photos, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+@pytest.mark.parametrize("output", ["o.parquet", "o.csv", "o.jsonl.gz"])
+async def test_failures_that_were_mended_leave_no_row_in_any_form(bulk, photos, tmp_path, output):
     good = (photos / "00000.jpg").read_bytes()
-    for broken in ("00000.jpg", "00002.jpg"):
-        (photos / broken).write_bytes(b"no picture")
-    for output in ("o.parquet", "o.csv", "o.jsonl.gz"):
-        arguments = ("photos", "-o", output, "--report", "report.html")
-        assert (await bulk(*arguments))[0] == 1
-        assert "18 answered, 2 failed." in Page((tmp_path / "report.html").read_text()).text
+    arguments = ("photos", "-o", output, "--report", "report.html")
+    for content, status in ((b"no picture", 1), (good, 0)):
         for broken in ("00000.jpg", "00002.jpg"):
-            (photos / broken).write_bytes(good)
-        assert (await bulk(*arguments))[0] == 0
-        assert "20 answered, 0 failed." in Page((tmp_path / "report.html").read_text()).text
-        assert len(records(tmp_path / f"{output}.jsonl")) == 20
-        for broken in ("00000.jpg", "00002.jpg"):
-            (photos / broken).write_bytes(b"no picture")
-    with (tmp_path / "o.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    packed = gzip.decompress((tmp_path / "o.jsonl.gz").read_bytes()).splitlines()
-    assert len(parquet.read_table(tmp_path / "o.parquet")) == len(rows) == len(packed) == 20
-    assert all(row["caption"] for row in rows)
+            (photos / broken).write_bytes(content)
+        assert (await bulk(*arguments))[0] == status
+        said = f"{20 - 2 * status} answered, {2 * status} failed."
+        assert said in Page(tmp_path / "report.html").text
+    rows = rows_of(tmp_path / output)
+    assert len(records(tmp_path / f"{output}.jsonl")) == len(rows) == 20
+    assert all(caption for _, caption in rows)
 
 
 def test_a_compacted_journal_is_read_written_and_locked_in_its_new_place(tmp_path):
     path = str(tmp_path / "j.jsonl")
     with Journal(path, ASKED) as journal:
-        journal.append(found(), CONTENTS, RequestError("no"))
-        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+        journal.append(FOUND, CONTENTS, RequestError("no"))
+        journal.append(FOUND, CONTENTS, CaptionResult(caption="a"))
         journal.compact()
         with pytest.raises(RequestError, match="Another run"):
             Journal(path, ASKED)
-        journal.append(found("b.jpg"), CONTENTS, CaptionResult(caption="b"))
+        journal.append(OTHER, CONTENTS, CaptionResult(caption="b"))
         assert [each["caption"] for each in journal.records()] == ["a", "b"]
     assert [each["caption"] for each in records(tmp_path / "j.jsonl")] == ["a", "b"]
 
@@ -82,11 +74,11 @@ def test_a_compacted_journal_is_read_written_and_locked_in_its_new_place(tmp_pat
 def test_a_last_line_without_its_line_break_is_as_good_as_any(tmp_path):
     file = tmp_path / "j.jsonl"
     with Journal(str(file), ASKED) as journal:
-        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+        journal.append(FOUND, CONTENTS, CaptionResult(caption="a"))
     file.write_bytes(file.read_bytes().rstrip(b"\n"))
     with Journal(str(file), ASKED) as journal:
         assert [each["caption"] for each in journal.records()] == ["a"]
-        journal.append(found("b.jpg"), CONTENTS, CaptionResult(caption="b"))
+        journal.append(OTHER, CONTENTS, CaptionResult(caption="b"))
     assert len(records(file)) == 2
 
 
@@ -286,7 +278,7 @@ def test_a_file_of_somebody_elses_is_refused_and_left_alone(tmp_path, contents):
 def test_what_a_lost_run_left_behind_its_lines_is_mended(tmp_path, tail):
     file = tmp_path / "j.jsonl"
     with Journal(str(file), ASKED) as journal:
-        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+        journal.append(FOUND, CONTENTS, CaptionResult(caption="a"))
     whole = file.read_bytes()
     file.write_bytes(whole + tail)
     with Journal(str(file), ASKED):
@@ -334,13 +326,9 @@ async def test_links_beside_the_outputs_lead_to_no_other_file(bulk, photos, tmp_
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-async def test_lines_go_to_stdout(simulator, photos, tmp_path):
-    done = await run_program(
-        ["bulk", "photos", "-o", "-"],
-        cwd=tmp_path,
-        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
-    )
-    assert len([json.loads(line)["caption"] for line in done.stdout.splitlines()]) == 20
+async def test_lines_go_to_stdout(cli, photos, tmp_path):
+    _, output, _ = await cli("bulk", "photos", "-o", "-", cwd=tmp_path)
+    assert len([json.loads(line)["caption"] for line in output.splitlines()]) == 20
     assert {path.name for path in tmp_path.iterdir()} == {"photos"}
 
 
@@ -353,14 +341,14 @@ def test_a_journal_that_goes_away_ends_the_run_and_its_lines_are_kept(tmp_path, 
     folder.mkdir()
     file = folder / "j.jsonl"
     with Journal(str(file), ASKED) as journal:
-        journal.append(found(), CONTENTS, CaptionResult(caption="a"))
+        journal.append(FOUND, CONTENTS, CaptionResult(caption="a"))
         file.unlink()
         if how == "replaced":
             file.write_text("new")
         if how == "folder":
             folder.rmdir()
         for act in (
-            lambda: journal.append(found(), CONTENTS, CaptionResult(caption="b")),
+            lambda: journal.append(FOUND, CONTENTS, CaptionResult(caption="b")),
             journal.compact,
         ):
             with pytest.raises(MoondreamError, match="removed or replaced") as caught:
@@ -383,50 +371,42 @@ def test_a_journal_that_goes_away_ends_the_run_and_its_lines_are_kept(tmp_path, 
         ("write", "EIO", False),
     ],
 )
-async def test_a_disk_that_fails_ends_no_more_than_it_must(
-    simulator, photos, tmp_path, *, call, errno, goes_on
+def test_a_disk_that_fails_ends_no_more_than_it_must(
+    moondream_simulator, photos, tmp_path, monkeypatch, capsys, *, call, errno, goes_on
 ):
+    """Run within this process, whose calls of the system can be made to fail."""
     make_pictures(tmp_path / "photos2", 4)
-    program = textwrap.dedent(f"""
-        import errno, fcntl, os, sys
-        from moondream_async.cli import main
-        def fail(*_):
-            raise OSError(errno.{errno}, os.strerror(errno.{errno}))
-        real_scandir, real_write = os.scandir, os.write
-        class Entries:
-            def __init__(self, folder):
-                self.real = real_scandir(folder)
-            def __enter__(self): return self
-            def __exit__(self, *_): self.real.close()
-            def __iter__(self):
-                yield next(self.real)
-                fail()
-        def scandir(folder):
-            if str(folder).endswith("photos"):
-                return fail() if {call!r} == "scandir" else Entries(folder)
-            return real_scandir(folder)
-        if {call!r} == "fsync": os.fsync = fail
-        if {call!r} == "flock": fcntl.flock = fail
-        if {call!r} in ("scandir", "readdir"): os.scandir = scandir
-        if {call!r} == "write":
-            os.write = lambda fd, data: fail() if b"caption" in data else real_write(fd, data)
-        sys.exit(main(["bulk", "photos", "photos2", "-o", "o.jsonl"]))
-    """)
-    done = await anyio.run_process(
-        [sys.executable, "-c", program],
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
-    )
-    said = done.stderr.decode()
+    monkeypatch.chdir(tmp_path)
+    failure = OSError(getattr(errnos, errno), os.strerror(getattr(errnos, errno)))
+    scandir, write = os.scandir, os.write
+
+    def fail(*_):
+        raise failure
+
+    @contextlib.contextmanager
+    def entries(folder):
+        with scandir(folder) as found:
+            yield itertools.chain([next(found)], map(fail, found))
+
+    failing = {
+        "fsync": ("os.fsync", fail),
+        "flock": ("fcntl.flock", fail),
+        "scandir": ("os.scandir", lambda at: fail() if str(at) == "photos" else scandir(at)),
+        "readdir": ("os.scandir", lambda at: entries(at) if str(at) == "photos" else scandir(at)),
+        "write": ("os.write", lambda to, data: fail() if b"caption" in data else write(to, data)),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*failing[call])
+        status = main(["bulk", "photos", "photos2", "-o", "o.jsonl"])
+    said = capsys.readouterr().err
     assert "Traceback" not in said
     if goes_on:
         assert len(records(tmp_path / "o.jsonl")) >= 4
-        assert done.returncode == (1 if call in ("scandir", "readdir") else 0), said
+        assert status == (1 if call in ("scandir", "readdir") else 0), said
         assert "file system" in said or "Can't list photos: Input/output error" in said
         assert said.count("file system") + said.count("Can't list") == 1
     else:
-        assert done.returncode == 1
+        assert status == 1
         assert "Can't write o.jsonl" in said
 
 
@@ -469,44 +449,20 @@ def test_edited_lines_crash_neither_report_nor_tables(tmp_path):
         for ending, write in WRITERS.items():
             write(journal.records, str(tmp_path / f"o.{ending}"))
         write_report(journal.records, str(tmp_path / "report.html"))
-    assert Page((tmp_path / "report.html").read_text()).tags["figure"] == len(EDITED)
+    assert Page(tmp_path / "report.html").tags["figure"] == len(EDITED)
 
 
 @pytest.mark.parametrize("output", ["o.jsonl", "o.csv", "o.parquet", "texts/"])
-async def test_half_a_surrogate_pair_loses_no_answer(photos, tmp_path, output):
-    from aiohttp import web
+async def test_half_a_surrogate_pair_loses_no_answer(bulk, photos, tmp_path, output):
+    async def play(peer):
+        while True:
+            await peer.request()
+            await peer.send(whole(b'{"caption": "a \\ud83d cat"}'))
 
-    async def answer(request):
-        await request.read()
-        return web.Response(body=b'{"caption": "a \\ud83d cat"}', content_type="application/json")
-
-    application = web.Application(client_max_size=1 << 30)
-    application.router.add_post("/v1/caption", answer)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        port = runner.addresses[0][1]
-        done = await run_program(
-            ["bulk", "photos", "-o", output],
-            cwd=tmp_path,
-            env={**os.environ, "MOONDREAM_ENDPOINT": f"http://127.0.0.1:{port}/v1"},
-        )
-    finally:
-        await runner.cleanup()
-    assert done.returncode == 0, done.stderr.decode()
-    if output.endswith("/"):
-        texts = [path.read_text() for path in (tmp_path / output).rglob("*.txt")]
-    elif output.endswith("csv"):
-        with (tmp_path / output).open(newline="") as file:
-            texts = [row["caption"] for row in csv.DictReader(file)]
-    elif output.endswith("parquet"):
-        parquet = pytest.importorskip("pyarrow.parquet")
-        texts = parquet.read_table(tmp_path / output)["caption"].to_pylist()
-    else:
-        texts = [each["caption"] for each in records(tmp_path / output)]
-    assert [text.strip() for text in texts] == ["a \ufffd cat"] * 20
+    async with RawServer(play) as server:
+        status, said = await bulk("photos", "-o", output, MOONDREAM_ENDPOINT=server.endpoint)
+    assert status == 0, said
+    assert [text for _, text in rows_of(tmp_path / output)] == ["a \ufffd cat"] * 20
 
 
 # -- the report ------------------------------------------------------------------------
@@ -524,7 +480,7 @@ async def test_the_report_opens_only_what_was_asked_about(bulk, photos, tmp_path
     with anyio.fail_after(60):
         status, said = await bulk("photos", "-o", "o.jsonl", "--report", "r.html")
     assert status == 1, said
-    page = Page((tmp_path / "r.html").read_text())
+    page = Page(tmp_path / "r.html")
     assert page.tags["figure"] == 24
     assert page.tags["img"] == 20
 
@@ -532,26 +488,14 @@ async def test_the_report_opens_only_what_was_asked_about(bulk, photos, tmp_path
 # -- by batch -----------------------------------------------------------------------------
 
 
-def batch_record(tmp_path):
-    return json.loads((tmp_path / "o.jsonl.batches").read_text())
-
-
 async def test_pictures_of_a_batch_that_came_to_nothing_are_asked_about_again(
     bulk, photos, tmp_path
 ):
     arguments = ("photos", "-o", "o.jsonl", "--via", "batch-api")
-    (tmp_path / "o.jsonl.batches").write_text(
-        json.dumps(
-            [
-                {
-                    "batch": "nobody-knows",
-                    "pictures": [
-                        [{"path": f"photos/{n:05}.jpg", "below": "x.jpg"}, None] for n in (0, 2)
-                    ],
-                }
-            ]
-        )
-    )
+    names = ("photos/00000.jpg", "photos/00002.jpg")
+    pictures = [[{"path": each, "below": "x.jpg"}, None] for each in names]
+    record = [{"batch": "nobody-knows", "pictures": pictures}]
+    (tmp_path / "o.jsonl.batches").write_text(json.dumps(record))
     status, said = await bulk(*arguments)
     assert status == 1
     assert "Traceback" not in said
@@ -576,7 +520,7 @@ def contents(path):
 
 
 @pytest.mark.parametrize("fate", ["failed", "a file of noise"])
-async def test_what_a_batch_lost_is_failed_and_what_it_has_is_kept(tmp_path, fate):
+async def test_what_a_batch_lost_is_failed_and_what_it_has_is_kept(bulk, tmp_path, fate):
     """A batch that failed, and one of whose files of results some lines are no JSON."""
 
     async def state(request):
@@ -600,14 +544,10 @@ async def test_what_a_batch_lost_is_failed_and_what_it_has_is_kept(tmp_path, fat
     pictures = [[{"path": each, "below": "x.jpg"}, contents(tmp_path / each)] for each in names]
     record = json.dumps([{"batch": "b1", "pictures": pictures}])
     (tmp_path / "o.jsonl.batches").write_text(record)
+    arguments = ("photos", "-o", "o.jsonl", "--via", "batch-api")
     async with TestServer(app) as server:
-        done = await run_program(
-            ["bulk", "photos", "-o", "o.jsonl", "--via", "batch-api"],
-            cwd=tmp_path,
-            env={**os.environ, "MOONDREAM_ENDPOINT": str(server.make_url("/v1"))},
-        )
-    said = done.stderr.decode()
-    assert done.returncode == 1, said
+        status, said = await bulk(*arguments, MOONDREAM_ENDPOINT=str(server.make_url("/v1")))
+    assert status == 1, said
     assert "Traceback" not in said
     kept = [each["caption"] for each in records(tmp_path / "o.jsonl") if "caption" in each]
     if fate == "failed":

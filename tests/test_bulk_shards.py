@@ -1,16 +1,13 @@
-# ruff: noqa: F811 - fixtures are imported, and taken as arguments
 """WebDataset's shards in ``bulk``: written and read by that library, and gone on from."""
 
 import io
 import json
-import signal
-import subprocess
 import sys
 import tarfile
 
 import pytest
+from bulk_runs import records
 from PIL import Image
-from test_bulk_cli import bulk, records, started  # noqa: F401
 
 pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
@@ -223,13 +220,15 @@ def test_a_shard_is_replaced_only_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.slow
-async def test_shards_go_on_after_kill_9_with_no_sample_twice_or_lost(simulator, bulk, tmp_path):
+async def test_shards_go_on_after_kill_9_with_no_sample_twice_or_lost(
+    simulator, bulk, started, tmp_path
+):
     write_shard(tmp_path / "in.tar", range(150))
     arguments = ("in.tar", "-o", "out.tar")
-    async with started(simulator, *arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+    async with started(*arguments) as program:
         await simulator.wait_until(lambda: len(simulator.requests) >= 50)
-        process.send_signal(signal.SIGKILL)
-        await process.wait()
+        program.kill()
+        await program.end()
     assert not (tmp_path / "out.tar").exists()
     status, said = await bulk(*arguments)
     assert status == 0, said

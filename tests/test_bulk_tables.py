@@ -1,28 +1,16 @@
-# ruff: noqa: F811 - fixtures are imported, and taken as arguments
 """``bulk`` over tables, with several questions, and what it tells before and afterwards."""
 
 import csv
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import zipfile
 
 import pytest
 from aiohttp import web
-from forked import run_program
+from bulk_runs import make_pictures, paths_of, records
 from PIL import Image
-from test_bulk_cli import (  # noqa: F401
-    bulk,
-    make_pictures,
-    paths_of,
-    photos,
-    records,
-    started,
-    until,
-)
 
 from moondream_async.cli.bulk.estimate import Estimate
 from moondream_async.cli.bulk.pending import Pending
@@ -30,7 +18,6 @@ from moondream_async.cli.bulk.questions import Questions
 from moondream_async.cli.bulk.search import Search
 from moondream_async.cli.bulk.sources import Found, PictureFile
 from moondream_async.errors import MissingExtraError
-from moondream_async.simulator import Simulator
 
 pytestmark = pytest.mark.slow  # each test runs the program several times
 
@@ -111,13 +98,9 @@ async def test_a_column_that_is_not_there_is_told(bulk, photos, tmp_path, option
     assert reason in said
 
 
-async def test_what_a_run_would_take_is_told_and_nothing_asked(simulator, bulk, photos, tmp_path):
-    done = await run_program(
-        ["bulk", "photos", "-o", "o.jsonl", "--dry-run", "--rate-limit", "2", "--limit", "10"],
-        cwd=tmp_path,
-        env={**os.environ, "MOONDREAM_ENDPOINT": simulator.endpoint},
-    )
-    said = done.stdout.decode()
+async def test_what_a_run_would_take_is_told_and_nothing_asked(simulator, cli, photos, tmp_path):
+    options = ("--dry-run", "--rate-limit", 2, "--limit", 10)
+    _, said, _ = await cli("bulk", "photos", "-o", "o.jsonl", *options, cwd=tmp_path)
     assert "10 pictures to ask about" in said
     assert "10 requests; 0 done before" in said
     assert "tokens, which cost $" in said
@@ -156,32 +139,26 @@ async def test_what_gives_no_picture_is_an_error(bulk, tmp_path, what):
     assert what in said
 
 
-async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(photos, tmp_path):
+async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(bulk, photos, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    done = await run_program(
-        ["bulk", "photos", "-o", "o.jsonl", "--retries", "0"],
-        cwd=tmp_path,
-        env={**os.environ, "MOONDREAM_ENDPOINT": f"http://127.0.0.1:{port}/v1"},
-    )
-    assert done.returncode == 1
-    assert b"Stopped after 3 failures in a row" in done.stderr
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+    arguments = ("photos", "-o", "o.jsonl", "--retries", 0)
+    status, said = await bulk(*arguments, MOONDREAM_ENDPOINT=nobody)
+    assert status == 1
+    assert "Stopped after 3 failures in a row" in said
     assert len(records(tmp_path / "o.jsonl")) < 20
 
 
-async def test_a_table_with_two_questions_goes_on_after_kill_9(tmp_path):
-    photos = make_pictures(tmp_path / "photos", 300)
-    table = write_table(tmp_path / "in.csv", rows_of(photos))
-    async with Simulator(keep=10_000) as simulator:
-        arguments = (simulator, table, "-o", "o.jsonl", *ASKS)
-        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-            await simulator.wait_until(lambda: len(simulator.requests) >= 300)
-            process.kill()
-            assert await process.wait() == -signal.SIGKILL
-        async with started(*arguments, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-            assert await process.wait() == 0
+async def test_a_table_with_two_questions_goes_on_after_kill_9(simulator, bulk, started, tmp_path):
+    photos = make_pictures(tmp_path / "photos", 150)
+    arguments = (write_table(tmp_path / "in.csv", rows_of(photos)), "-o", "o.jsonl", *ASKS)
+    async with started(*arguments) as program:
+        await simulator.wait_until(lambda: len(simulator.requests) >= 150)
+        program.kill()
+        assert (await program.end())[0] == -signal.SIGKILL
+    assert (await bulk(*arguments))[0] == 0
     lines = records(tmp_path / "o.jsonl")
-    assert len(lines) == len(set(paths_of(lines))) == 300
+    assert len(lines) == len(set(paths_of(lines))) == 150
     assert all(line["size"] and line["kind"] for line in lines)
 
 

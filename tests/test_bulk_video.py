@@ -1,10 +1,7 @@
 """Videos in ``bulk``: each frame once, with the time that PyAV has, whatever ends the program."""
 
-import signal
-
-import anyio
 import pytest
-from test_bulk_cli import bulk, records, started  # noqa: F401 - a fixture
+from bulk_runs import records
 
 pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("av", reason="the extra video is not installed")
@@ -19,14 +16,15 @@ def clip(tmp_path):
     return make_clip(tmp_path / "clip.mp4", count=30, rate=10)
 
 
-async def test_a_video_that_was_killed_goes_on_in_the_middle(bulk, simulator, clip, tmp_path):  # noqa: F811
+async def test_a_video_that_was_killed_goes_on_in_the_middle(
+    simulator, bulk, started, clip, tmp_path
+):
     arguments = ("clip.mp4", "-o", "out.jsonl", "--concurrency", "1")
     simulator.faults.extend(["slow_start=0"] * 9 + ["slow_start=300"])
-    async with started(simulator, *arguments, cwd=tmp_path) as process:
-        while len(simulator.requests) < 10:
-            await anyio.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        await process.wait()
+    async with started(*arguments) as program:
+        await simulator.wait_until(lambda: len(simulator.requests) == 10)
+        program.kill()
+        await program.end()
     assert len(records(tmp_path / "out.jsonl")) == 9
     status, said = await bulk(*arguments)
     assert status == 0, said
@@ -47,7 +45,7 @@ SUBTITLES = {
 
 
 @pytest.mark.parametrize("ending", SUBTITLES)
-async def test_captions_of_a_video_are_subtitles(bulk, clip, tmp_path, ending):  # noqa: F811
+async def test_captions_of_a_video_are_subtitles(bulk, clip, tmp_path, ending):
     status, said = await bulk("clip.mp4", "--every", "1s", "-o", f"out.{ending}")
     assert status == 0, said
     text = (tmp_path / f"out.{ending}").read_text("utf-8")
@@ -72,7 +70,7 @@ async def test_captions_of_a_video_are_subtitles(bulk, clip, tmp_path, ending): 
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 @pytest.mark.usefixtures("clip")
-async def test_what_gives_no_frames_is_told(bulk, simulator, tmp_path, arguments, words):  # noqa: F811
+async def test_what_gives_no_frames_is_told(bulk, simulator, tmp_path, arguments, words):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     status, said = await bulk(*arguments)
     assert status

@@ -7,17 +7,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
 import anyio
-import anyio.to_thread
 import pytest
-from forked import open_program, run_program
+from programs import PROGRAM, run, running, running_in_terminal
 from raw_server import CHUNKED, DONE, EVENT_STREAM, RawServer, event, head, in_chunks
 
 import moondream_async as md
@@ -28,137 +25,22 @@ from moondream_async.simulator.faults import EFFECTS
 pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("rich", reason="the extra cli is not installed")
 
-PROGRAM = [sys.executable, "-m", "moondream_async"]
 WORDS = "A bright 640\N{MULTIPLICATION SIGN}480"  # the sample picture's first three tokens
-
-PATIENCE = 60  # seconds; less than pytest's, which would leave a program that hangs behind
-
-
-async def run(*args, stdin=b"", afresh=False, **environment):
-    """Run the program to its end; return its exit status, stdout and stderr."""
-    env = {**os.environ, **environment}
-    with anyio.fail_after(PATIENCE):
-        if afresh:
-            done = await anyio.run_process([*PROGRAM, *map(str, args)], check=False, env=env)
-        else:
-            done = await run_program(args, input=stdin, env=env)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-class Running:
-    """A program on its way, whose output is read as it comes."""
-
-    def __init__(self, process):
-        self.process = process
-        self._printed = b""
-
-    @property
-    def output(self):
-        """All of stdout that was read."""
-        return self._printed.decode(errors="replace")  # a character may be on its way
-
-    async def until(self, text):
-        """Read stdout until `text` was printed."""
-        while text not in self.output:
-            try:
-                self._printed += await self.process.stdout.receive()
-            except anyio.EndOfStream:
-                errors = await read(self.process.stderr)
-                raise AssertionError(f"{text!r} not in {self.output!r}; {errors}") from None
-
-    def interrupt(self):
-        """Press Ctrl-C."""
-        self.process.send_signal(signal.SIGINT)
-
-    async def end(self):
-        """Wait for its end; return its exit status, all of stdout, and stderr."""
-        self._printed += await read(self.process.stdout)
-        errors = await read(self.process.stderr)
-        return await self.process.wait(), self.output, errors.decode()
-
-
-async def read(stream):
-    """Read the rest of a stream; None is a stream that goes elsewhere."""
-    return b"".join([data async for data in stream]) if stream else b""
-
-
-@contextlib.asynccontextmanager
-async def start(*args, command=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **environment):
-    """Start the program, and see to it that it has ended; outputs can be a `Screen` each."""
-    screens = {each for each in (stdout, stderr) if isinstance(each, Screen)}
-    outputs = {
-        "stdout": stdout.write_end if stdout in screens else stdout,
-        "stderr": stderr.write_end if stderr in screens else stderr,
-        "env": {**os.environ, **environment},
-    }
-    if command is None:
-        process = await open_program(args, **outputs)
-    else:
-        process = await anyio.open_process([*command, *map(str, args)], **outputs)
-    async with process:
-        try:
-            for screen in screens:
-                screen.hand_over()
-            with anyio.fail_after(PATIENCE):
-                yield Running(process)
-        finally:
-            if process.returncode is None:
-                process.kill()
-
-
-class Screen:
-    """A pipe or a terminal: the program writes to one end of it, the test reads the other."""
-
-    def __init__(self, read_end, write_end):
-        self.write_end = write_end
-        self._read_end = read_end
-        self._shown = b""
-
-    @property
-    def text(self):
-        """What was seen so far."""
-        return self._shown.decode(errors="replace")
-
-    async def until(self, text):
-        """Read until `text` was seen."""
-        while text not in self.text:
-            data = b""
-            with contextlib.suppress(OSError):  # which is how a terminal ends
-                data = await anyio.to_thread.run_sync(os.read, self._read_end, 4096)
-            assert data, f"{text!r} not in {self.text!r}"
-            self._shown += data
-
-    def hand_over(self):
-        """Leave the end to write to to the program, so that the other end sees when it is gone."""
-        os.close(self.write_end)
-        self.write_end = None
-
-    def go_away(self):
-        """Read no more."""
-        os.close(self._read_end)
-        self._read_end = None
-
-    def close(self):
-        for end in (self._read_end, self.write_end):
-            if end is not None:
-                os.close(end)
-
-
-@pytest.fixture
-def terminal():
-    pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
-    with contextlib.closing(Screen(*pty.openpty())) as terminal:
-        yield terminal
-
-
-@pytest.fixture
-def pipe():
-    with contextlib.closing(Screen(*os.pipe())) as pipe:
-        yield pipe
 
 
 def is_one_line(text):
     return text.startswith("moondream-async: ") and text.endswith("\n") and text.count("\n") == 1
+
+
+@pytest.fixture
+def captioning(simulator, photo):
+    """Starts a caption of the sample, in one way or another."""
+
+    def start(start=running, command=("moondream-async",), **options):
+        options = {"TERM": "dumb", "MOONDREAM_ENDPOINT": simulator.endpoint} | options
+        return start(*command, "caption", photo, **options)
+
+    return start
 
 
 # -- starting ---------------------------------------------------------------------------
@@ -210,39 +92,30 @@ async def test_version_is_the_packages():
 
 
 @pytest.mark.slow
-async def test_caption_prints_the_streamed_text_and_ends_the_line(simulator, client, photo):
+async def test_caption_prints_the_streamed_text_and_ends_the_line(cli, simulator, client, photo):
     expected = (await client.caption(photo)).caption
-    assert await run("caption", photo, "--endpoint", simulator.endpoint) == (0, expected + "\n", "")
+    assert await cli("caption", photo) == (0, expected + "\n", "")
     assert simulator.requests[-1].stream is True
 
 
 @pytest.mark.slow
-async def test_no_stream_prints_the_same_text(simulator, photo):
-    arguments = ("caption", photo, "--endpoint", simulator.endpoint)
-    assert await run(*arguments, "--no-stream") == await run(*arguments)
+async def test_no_stream_prints_the_same_text(cli, simulator, photo):
+    assert await cli("caption", photo, "--no-stream") == await cli("caption", photo)
     assert [request.stream for request in simulator.requests] == [False, True]
 
 
 @pytest.mark.slow
-async def test_the_endpoint_can_come_from_the_environment(simulator, photo):
-    status, output, _ = await run("caption", photo, MOONDREAM_ENDPOINT=simulator.endpoint)
-    assert (status, output[: len(WORDS)]) == (0, WORDS)
+async def test_picture_can_come_from_stdin_and_the_endpoint_from_an_option(cli, simulator, photo):
+    arguments = ("caption", "-", "--endpoint", simulator.endpoint)
+    assert await run(*arguments, stdin=photo.read_bytes()) == await cli("caption", photo)
 
 
 @pytest.mark.slow
-async def test_picture_can_come_from_stdin(simulator, photo):
-    arguments = ("--endpoint", simulator.endpoint)
-    piped = await run("caption", "-", *arguments, stdin=photo.read_bytes())
-    assert piped == await run("caption", photo, *arguments)
-
-
-@pytest.mark.slow
-async def test_options_reach_the_server(simulator, photo):
+async def test_options_reach_the_server(cli, simulator, photo):
     settings = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.25}
     options = ["--max-tokens", 5, "--temperature", 0.5, "--top-p", 0.25, "--model", "m"]
-    options += ["--timeout", 60, "--endpoint", simulator.endpoint]
-    await run("caption", photo, "--length", "short", *options)
-    await run("query", photo, "How many?", "--no-reasoning", *options)
+    await cli("caption", photo, "--length", "short", *options, "--timeout", 60)
+    await cli("query", photo, "How many?", "--no-reasoning", *options, "--timeout", 60)
     caption, query = (request.body for request in simulator.requests)
     assert (caption["length"], caption["model"], caption["settings"]) == ("short", "m", settings)
     assert (query["question"], query["model"], query["settings"]) == ("How many?", "m", settings)
@@ -250,9 +123,8 @@ async def test_options_reach_the_server(simulator, photo):
 
 
 @pytest.mark.slow
-async def test_query_without_a_picture_sends_none(simulator):
-    options = ("--no-image", "--endpoint", simulator.endpoint)
-    status, output, errors = await run("query", "What can you do?", *options)
+async def test_query_without_a_picture_sends_none(cli, simulator):
+    status, output, errors = await cli("query", "What can you do?", "--no-image")
     assert (status, errors) == (0, "")
     assert "No picture came" in output
     assert "image_url" not in simulator.requests[-1].body
@@ -260,37 +132,24 @@ async def test_query_without_a_picture_sends_none(simulator):
 
 @pytest.mark.parametrize("how", ["--stream", "--no-stream"])
 @pytest.mark.slow
-async def test_reasoning_goes_to_stderr_and_the_answer_alone_to_stdout(
-    simulator, client, photo, how
-):
+async def test_reasoning_goes_to_stderr_and_the_answer_alone_to_stdout(cli, client, photo, how):
     expected = await client.query(photo, "What colour?", reasoning=True)
-    status, output, errors = await run(
-        "query", photo, "What colour?", "--reasoning", how, "--endpoint", simulator.endpoint
-    )
+    status, output, errors = await cli("query", photo, "What colour?", "--reasoning", how)
     assert (status, output) == (0, expected.answer + "\n")
     assert errors == f"Reasoning: {expected.reasoning.text}\n"
 
 
 @pytest.mark.slow
-async def test_pieces_go_through_a_pipe_as_they_arrive(simulator, photo):
+@pytest.mark.parametrize("where", [running, running_in_terminal], ids=["pipe", "terminal"])
+async def test_pieces_are_shown_as_they_arrive(simulator, captioning, where):
     simulator.faults.append("stall=3")
-    async with start("caption", photo, "--endpoint", simulator.endpoint) as program:
+    async with captioning(where) as program:
         await program.until(WORDS)  # nothing more comes, and nothing has ended
-        assert program.process.returncode is None
+        assert program.runs
 
 
 @pytest.mark.slow
-async def test_pieces_show_on_a_terminal_as_they_arrive(simulator, photo, terminal):
-    simulator.faults.append("stall=3")
-    async with start(
-        "caption", photo, "--endpoint", simulator.endpoint, stdout=terminal
-    ) as program:
-        await terminal.until(WORDS)
-        assert program.process.returncode is None
-
-
-@pytest.mark.slow
-async def test_what_a_terminal_would_obey_does_not_reach_it(photo, terminal):
+async def test_what_a_terminal_would_obey_does_not_reach_it(captioning):
     said = event("a\x1b[2Jb\x07\tc\x9b1md"), DONE
 
     async def play(peer):
@@ -298,50 +157,44 @@ async def test_what_a_terminal_would_obey_does_not_reach_it(photo, terminal):
         await peer.send(head(EVENT_STREAM, CHUNKED), in_chunks(*said))
 
     async with RawServer(play) as server:
-        arguments = ("caption", photo, "--endpoint", server.endpoint)
-        async with start(*arguments, stdout=terminal) as program:
-            await terminal.until("d")
-            assert (await program.end())[0] == 0
-        shown = re.sub(r"\s+", " ", terminal.text).replace("\N{REPLACEMENT CHARACTER}", "?")
+        endpoint = {"MOONDREAM_ENDPOINT": server.endpoint}
+        async with captioning(running_in_terminal, **endpoint) as program:
+            status, shown, _ = await program.end()
+        assert status == 0
+        shown = re.sub(r"\s+", " ", shown).replace("\N{REPLACEMENT CHARACTER}", "?")
         assert shown.startswith("a?[2Jb? c?1md")
-        assert (await run(*arguments))[1] == "a\x1b[2Jb\x07\tc\x9b1md\n"
+        async with captioning(**endpoint) as program:
+            assert (await program.end())[1] == "a\x1b[2Jb\x07\tc\x9b1md\n"
 
 
 @pytest.mark.slow
-async def test_a_reader_who_goes_away_ends_it_quietly(simulator, photo, pipe):
+async def test_a_reader_who_goes_away_ends_it_quietly(simulator, captioning):
     simulator.faults.append("endless")
-    arguments = ("caption", photo, "--endpoint", simulator.endpoint)
-    async with start(*arguments, stdout=pipe) as program:
-        await pipe.until(WORDS)
-        pipe.go_away()
-        assert await program.end() == (141, "", "")
+    async with captioning() as program:
+        await program.until(WORDS)
+        await program.look_away()
+        assert await program.end() == (141, program.said, [])
     await simulator.requests[0].ended.wait()
     assert simulator.requests[0].disconnected
 
 
-@pytest.fixture
-def full():
-    """A file on a full disk."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    with Path("/dev/full").open("wb") as file:
-        yield file
-
-
 @pytest.mark.slow
-async def test_output_that_cannot_be_written_is_an_error(simulator, photo, full):
-    async with start("caption", photo, "--endpoint", simulator.endpoint, stdout=full) as program:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+async def test_output_that_cannot_be_written_is_an_error(captioning):
+    async with (
+        await anyio.open_file("/dev/full", "wb") as full,
+        captioning(stdout=full.wrapped) as program,
+    ):
         status, _, errors = await program.end()
     assert status == 1
-    assert is_one_line(errors)
+    assert len(errors) == 1
 
 
 @pytest.mark.slow
-async def test_a_closed_stdout_is_no_error(simulator, photo):
+async def test_a_closed_stdout_is_no_error(captioning):
     shell = ["sh", "-c", 'exec "$@" >&-', "sh", *PROGRAM]
-    arguments = ("caption", photo, "--endpoint", simulator.endpoint)
-    async with start(*arguments, command=shell) as program:
-        assert await program.end() == (0, "", "")
+    async with captioning(command=shell) as program:
+        assert await program.end() == (0, "", [])
 
 
 # -- answers as JSON --------------------------------------------------------------------
@@ -354,10 +207,10 @@ KEYS = {
 
 @pytest.mark.parametrize("skill", KEYS)
 @pytest.mark.slow
-async def test_json_is_one_object_with_all_keys(skill, simulator, client, photo):
+async def test_json_is_one_object_with_all_keys(skill, cli, client, photo):
     arguments = [skill, photo, *["What colour?"] * (skill == "query")]
     expected = await getattr(client, skill)(*arguments[1:])
-    status, output, errors = await run(*arguments, "--json", "--endpoint", simulator.endpoint)
+    status, output, errors = await cli(*arguments, "--json")
     assert (status, errors, output.count("\n")) == (0, "", 1)
     answer = json.loads(output)
     assert list(answer) == KEYS[skill]
@@ -374,9 +227,8 @@ async def test_json_of_a_stream_is_a_line_for_each_event(skill, client, photo):
     arguments = [skill, photo, *["What colour?"] * (skill == "query")]
     text = (await getattr(client, skill)(*arguments[1:]))[KEYS[skill][0]]
     async with Simulator("kestrel") as simulator:
-        status, output, _ = await run(
-            *arguments, "--json", "--stream", "--endpoint", simulator.endpoint
-        )
+        endpoint = {"MOONDREAM_ENDPOINT": simulator.endpoint}
+        status, output, _ = await run(*arguments, "--json", "--stream", **endpoint)
     assert status == 0
     *events, final = map(json.loads, output.splitlines())
     assert {each["event"] for each in events} == {"chunk"}
@@ -397,9 +249,8 @@ async def test_json_of_a_stream_tells_of_metrics_and_unknown_events(photo):
         await peer.send(head(EVENT_STREAM, CHUNKED), in_chunks(*said))
 
     async with RawServer(play) as server:
-        _, output, _ = await run(
-            "caption", photo, "--json", "--stream", "--endpoint", server.endpoint
-        )
+        endpoint = {"MOONDREAM_ENDPOINT": server.endpoint}
+        _, output, _ = await run("caption", photo, "--json", "--stream", **endpoint)
     assert [json.loads(line) for line in output.splitlines()[:-1]] == [
         {"event": "chunk", "chunk": "Hi"},
         {"event": "metrics", "metrics": {"tokens": 1}},
@@ -408,22 +259,14 @@ async def test_json_of_a_stream_tells_of_metrics_and_unknown_events(photo):
 
 
 @pytest.mark.slow
-async def test_json_is_utf8_in_any_locale(simulator, photo):
-    _, output, _ = await run(
-        *("caption", photo, "--json", "--endpoint", simulator.endpoint),
-        PYTHONIOENCODING="ascii",
-        afresh=True,
-    )
+async def test_json_is_utf8_in_any_locale(cli, photo):
+    _, output, _ = await cli("caption", photo, "--json", PYTHONIOENCODING="ascii", afresh=True)
     assert json.loads(output)["caption"].startswith(WORDS)
 
 
 @pytest.mark.slow
-async def test_text_that_the_locale_cannot_show_is_no_error(simulator, photo):
-    status, output, _ = await run(
-        *("caption", photo, "--endpoint", simulator.endpoint),
-        PYTHONIOENCODING="iso8859-5",
-        afresh=True,
-    )
+async def test_text_that_the_locale_cannot_show_is_no_error(cli, photo):
+    status, output, _ = await cli("caption", photo, PYTHONIOENCODING="iso8859-5", afresh=True)
     assert (status, output[:16]) == (0, "A bright 640?480")
 
 
@@ -442,6 +285,10 @@ async def test_text_that_the_locale_cannot_show_is_no_error(simulator, photo):
         ("caption photo.jpg --timeout 0", "--timeout"),
         ("query photo.jpg", "QUESTION"),
         ("query photo.jpg Why? --no-image", "--no-image"),
+        ("batch", "Missing command"),
+        ("segment photo.jpg", "OBJECT"),
+        ("batch create photo.jpg --skill query", "--question"),
+        ("batch create photo.jpg --skill point", "--object"),
         ("serve --port 65536", "--port"),
         ("serve --fault confetti", "confetti"),
         ("serve --dialect old --api-key word", "--api-key"),
@@ -466,80 +313,52 @@ def test_wrong_usage_is_one_line_however_narrow_the_terminal(args, hint, capsys,
     ],
 )
 @pytest.mark.slow
-async def test_an_error_of_the_server_is_one_line(simulator, photo, fault, hint):
+async def test_an_error_of_the_server_is_one_line(cli, simulator, photo, fault, hint):
     simulator.faults.append(f"{fault},times=always")
-    status, output, errors = await run("caption", photo, "--endpoint", simulator.endpoint)
+    status, output, errors = await cli("caption", photo)
     assert (status, output) == (1, "")
     assert is_one_line(errors)
     assert hint in errors
 
 
-@pytest.mark.parametrize(
-    ("args", "hint"),
-    [
-        ("caption {photo}", "MOONDREAM_API_KEY"),
-        ("caption none.jpg --endpoint {nobody}", "none.jpg"),
-        ("caption {photo} --endpoint nowhere", "nowhere"),
-        ("query {photo} _ --endpoint {nobody}", "{nobody}"),
-    ],
-    ids=["no key", "no picture", "no address", "no server"],
-)
-def test_errors_without_an_answer_are_one_line(args, hint, photo, capsys):
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # and nobody listens
-        nobody = f"http://127.0.0.1:{reserved.getsockname()[1]}"
-        assert main([each.format(photo=photo, nobody=nobody) for each in args.split()]) == 1
-    output, errors = capsys.readouterr()
-    assert output == ""
-    assert is_one_line(errors)
-    assert hint.format(nobody=nobody) in errors
-
-
 @pytest.mark.slow
-async def test_no_picture_on_stdin_is_one_line(simulator):
-    status, output, errors = await run("caption", "-", "--endpoint", simulator.endpoint)
+async def test_no_picture_on_stdin_is_one_line(cli):
+    status, output, errors = await cli("caption", "-")
     assert (status, output) == (1, "")
     assert is_one_line(errors)
 
 
 @pytest.mark.slow
-async def test_a_timeout_is_one_line(simulator, photo):
+async def test_a_timeout_is_one_line(cli, simulator, photo):
     simulator.faults.append("stall=0,times=always")
-    status, _, errors = await run(
-        "caption", photo, "--timeout", "0.05", "--endpoint", simulator.endpoint
-    )
+    status, _, errors = await cli("caption", photo, "--timeout", "0.05")
     assert status == 1
     assert is_one_line(errors)
     assert "0.05 seconds" in errors
 
 
 @pytest.mark.slow
-async def test_a_cut_stream_prints_what_had_arrived_and_then_the_error(simulator, photo):
+async def test_a_cut_stream_prints_what_had_arrived_and_then_the_error(cli, simulator, photo):
     simulator.faults.append("cut=3")
-    status, output, errors = await run("caption", photo, "--endpoint", simulator.endpoint)
+    status, output, errors = await cli("caption", photo)
     assert (status, output) == (1, WORDS + "\n")
     assert is_one_line(errors)
 
 
 @pytest.mark.slow
-async def test_on_a_terminal_the_error_begins_a_line_of_its_own(simulator, photo, terminal):
+async def test_on_a_terminal_the_error_begins_a_line_of_its_own(simulator, captioning):
     simulator.faults.append("cut=3")
-    async with start(
-        *("caption", photo, "--endpoint", simulator.endpoint),
-        stdout=terminal,
-        stderr=terminal,
-    ) as program:
-        assert await program.process.wait() == 1
-        await terminal.until("complete")
-    assert terminal.text.startswith(f"{WORDS}\r\nmoondream-async: ")
+    async with captioning(running_in_terminal) as program:
+        status, shown, _ = await program.end()
+    assert status == 1
+    assert shown.startswith(f"{WORDS}\r\nmoondream-async: ")
 
 
 @pytest.mark.slow
 async def test_no_key_is_ever_shown(photo):
     async with Simulator(api_key="right") as simulator:
-        status, output, errors = await run(
-            *("caption", photo, "--endpoint", simulator.endpoint), MOONDREAM_API_KEY="wr0ng-key"
-        )
+        environment = {"MOONDREAM_ENDPOINT": simulator.endpoint, "MOONDREAM_API_KEY": "wr0ng-key"}
+        status, output, errors = await run("caption", photo, **environment)
     assert (status, output) == (1, "")
     assert is_one_line(errors)
     assert "wr0ng-key" not in errors
@@ -548,43 +367,43 @@ async def test_no_key_is_ever_shown(photo):
 # -- Ctrl-C -----------------------------------------------------------------------------
 
 
-async def test_ctrl_c_while_it_streams_closes_the_connection(simulator, photo, interruptible):
+async def test_ctrl_c_while_it_streams_closes_the_connection(simulator, captioning, interruptible):
     simulator.faults.append("stall=3")
-    arguments = ("caption", photo, "--endpoint", simulator.endpoint)
-    async with start(*arguments, command=PROGRAM) as program:
+    async with captioning(command=PROGRAM) as program:
         await program.until(WORDS)
         program.interrupt()
-        assert await program.end() == (130, WORDS + "\n", "")
+        assert await program.end() == (130, WORDS + "\n", [])
     await simulator.requests[0].ended.wait()
     assert simulator.requests[0].disconnected
 
 
 async def test_ctrl_c_while_it_waits_for_the_answer_closes_the_connection(
-    simulator, photo, interruptible
+    simulator, captioning, interruptible
 ):
     simulator.faults.append("slow_start=3600")
-    async with start("caption", photo, "--endpoint", simulator.endpoint) as program:
+    async with captioning() as program:
         await simulator.wait_until(lambda: simulator.requests)
         program.interrupt()
-        assert await program.end() == (130, "", "")
+        assert await program.end() == (130, "", [])
     await simulator.requests[0].ended.wait()
     assert simulator.requests[0].disconnected
 
 
-async def test_ctrl_c_while_it_waits_for_another_try_ends_it(simulator, photo, interruptible):
+async def test_ctrl_c_while_it_waits_for_another_try_ends_it(simulator, captioning, interruptible):
     simulator.faults.append("status=503,retry_after=60")
-    async with start("caption", photo, "--endpoint", simulator.endpoint) as program:
+    async with captioning() as program:
         await simulator.wait_until(lambda: simulator.requests)
         await simulator.requests[0].ended.wait()
         program.interrupt()
-        assert await program.end() == (130, "", "")
+        assert await program.end() == (130, "", [])
 
 
 async def test_ctrl_c_while_it_reads_stdin_ends_it(simulator, interruptible):
-    async with start("caption", "-", "--endpoint", simulator.endpoint) as program:
-        await program.process.stdin.send(bytes(1_000_000))  # more than a pipe holds
+    command = ("moondream-async", "caption", "-", "--endpoint", simulator.endpoint)
+    async with running(*command) as program:
+        await program.tell("x" * 1_000_000)  # more than a pipe holds
         program.interrupt()
-        assert await program.end() == (130, "", "")
+        assert await program.end() == (130, "", [])
 
 
 # -- demo -------------------------------------------------------------------------------
@@ -592,7 +411,7 @@ async def test_ctrl_c_while_it_reads_stdin_ends_it(simulator, interruptible):
 
 async def test_demo_needs_nothing_and_says_that_no_model_looks(client, photo):
     expected = (await client.caption(photo)).caption
-    status, output, errors = await run("demo", "--rate", "0")
+    status, output, errors = await run("demo", "--rate", "0", TERM="xterm-256color")
     assert (status, output) == (0, expected + "\n")
     server, picture, request, *hints = filter(None, errors.splitlines())
     assert "No model is looking" in server
@@ -601,21 +420,22 @@ async def test_demo_needs_nothing_and_says_that_no_model_looks(client, photo):
     assert [hint for hint in hints if "moondream-async demo --web" in hint]
 
 
-async def test_demo_streams_at_its_rate_until_ctrl_c(interruptible, terminal):
-    async with start("demo", "--rate", "2", stdout=terminal) as program:
-        await terminal.until("A bright")
-        assert program.process.returncode is None
+async def test_demo_streams_at_its_rate_until_ctrl_c(interruptible):
+    command = ("moondream-async", "demo", "--rate", "2")
+    async with running_in_terminal(*command, TERM="dumb") as program:
+        await program.until("A bright")
+        assert program.runs
         program.interrupt()
-        status, _, errors = await program.end()
+        status, said, _ = await program.end()
     assert status == 130
-    assert "Traceback" not in errors
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
-async def test_demo_asks_the_given_server_about_the_given_picture(simulator, tmp_path):
+async def test_demo_asks_the_given_server_about_the_given_picture(cli, simulator, tmp_path):
     picture = tmp_path / "grey.ppm"
     picture.write_bytes(b"P6 2 1 255 " + bytes(6))
-    status, output, errors = await run("demo", picture, MOONDREAM_ENDPOINT=simulator.endpoint)
+    status, output, errors = await cli("demo", picture)
     assert status == 0
     assert "2\N{MULTIPLICATION SIGN}1" in output
     assert simulator.endpoint in errors
@@ -638,12 +458,11 @@ def test_demo_with_a_key_asks_the_cloud(capsys, monkeypatch):
 @contextlib.asynccontextmanager
 async def serving(*args):
     """Run ``serve`` on a free port; yields the program and its endpoint."""
-    async with start("serve", "--port", "0", "--rate", "0", *args) as program:
+    command = ("moondream-async", "serve", "--port", "0", "--rate", "0")
+    async with running(*command, *args) as program:
         await program.until("-d @-\n")
-        yield (
-            program,
-            re.search(r"^export MOONDREAM_ENDPOINT=(\S+)$", program.output, re.MULTILINE)[1],
-        )
+        exported = re.search(r"^export MOONDREAM_ENDPOINT=(\S+)$", program.said, re.MULTILINE)
+        yield program, exported[1]
 
 
 async def test_serve_prints_where_it_listens_and_ends_with_ctrl_c(photo, interruptible):
@@ -652,7 +471,7 @@ async def test_serve_prints_where_it_listens_and_ends_with_ctrl_c(photo, interru
         status, output, _ = await run("caption", photo, MOONDREAM_ENDPOINT=endpoint)
         assert (status, output[: len(WORDS)]) == (0, WORDS)
         program.interrupt()
-        assert await program.end() == (130, program.output, "")
+        assert await program.end() == (130, program.said, [])
 
 
 def test_serve_offers_all_dialects():
@@ -682,7 +501,7 @@ async def test_serve_strikes_with_its_faults_in_turn(photo):
 @pytest.mark.slow
 async def test_serve_lets_in_only_its_key_and_does_not_print_it(photo):
     async with serving("--api-key", "0pen-sesame") as (program, endpoint):
-        assert "0pen-sesame" not in program.output
+        assert "0pen-sesame" not in program.said
         async with md.MoondreamClient("other", endpoint=endpoint) as client:
             with pytest.raises(md.AuthenticationError):
                 await client.caption(photo)
@@ -707,11 +526,11 @@ async def test_the_curl_line_of_serve_prints_events_as_they_are_made(interruptib
     if not all(map(shutil.which, ("sh", "curl", "base64"))):
         pytest.skip("curl, base64 or a shell is not installed")
     async with serving("--fault", "stall=3", "--api-key", "word") as (program, _):
-        line = program.output.splitlines()[-1]
-        async with start(line, command=["sh", "-c"], MOONDREAM_API_KEY="word") as curl:
+        line = program.said.splitlines()[-1]
+        async with running("sh", "-c", line, MOONDREAM_API_KEY="word") as curl:
             await curl.until("640\N{MULTIPLICATION SIGN}480")
-            assert curl.output.count("data:") == 3
-            assert curl.process.returncode is None
+            assert curl.said.count("data:") == 3
+            assert curl.runs
             program.interrupt()
             assert (await program.end())[0] == 130
             await curl.end()

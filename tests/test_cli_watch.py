@@ -6,8 +6,8 @@ from functools import partial
 
 import anyio.to_thread
 import pytest
+from programs import running
 from raw_server import RawServer, head
-from test_cli import start
 
 from moondream_async.cli import main
 from moondream_async.simulator import SAMPLE_IMAGE
@@ -139,9 +139,9 @@ async def test_frames_that_failed_are_told_and_the_next_is_asked_about(watch, cl
 
 async def test_ctrl_c_ends_it(tmp_path, simulator):
     long = make_clip(tmp_path / "long.mp4", count=300, rate=5)
-    arguments = ("watch", long, "--skill", "detect", "--object", "red")
-    async with start(*arguments, MOONDREAM_ENDPOINT=simulator.endpoint) as program:
+    command = ("moondream-async", "watch", long, "--skill", "detect", "--object", "red")
+    async with running(*command, MOONDREAM_ENDPOINT=simulator.endpoint) as program:
         await program.until("s old")
         program.interrupt()
         status, _, errors = await program.end()
-    assert (status, errors) == (130, "")
+    assert (status, errors) == (130, [])

@@ -4,15 +4,13 @@ import asyncio
 import errno
 import io
 import json
-import os
 import re
 import socket
 from contextlib import asynccontextmanager, closing
 
 import aiohttp
-import anyio
 import pytest
-from forked import open_program
+from programs import running
 
 import moondream_async as md
 from moondream_async.simulator import Simulator
@@ -22,7 +20,6 @@ from moondream_async.web.server import MAX_BODY_BYTES, STATIC
 KEY = "the-key-of-the-user"
 FILES = sorted(f"/static/{path.name}" for path in STATIC.iterdir())
 PATHS = ["/", "/about", "/picture", *FILES]
-PATIENCE = 60  # seconds; less than pytest's, which would leave a program that hangs behind
 
 QUESTIONS = {
     "caption": {"skill": "caption", "length": "short"},
@@ -438,24 +435,17 @@ async def test_leaving_the_page_ends_answers_on_their_way(simulator, client, pho
 
 @asynccontextmanager
 async def demo(*args, **environment):
-    """Run ``demo --web``; yields the process and the page's address."""
-    process = await open_program(["demo", "--web", *args], env={**os.environ, **environment})
-    async with process:
-        try:
-            with anyio.fail_after(PATIENCE):
-                printed = b""
-                while not printed.endswith(b"\n"):
-                    printed += await process.stdout.receive()
-                yield process, printed.decode().strip()
-        finally:
-            if process.returncode is None:
-                process.kill()
+    """Run ``demo --web``; yields the program and the page's address."""
+    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
+    command = ("moondream-async", "demo", "--web", "--port", "0", *args)
+    async with running(*command, **environment) as program:
+        await program.until("\n")
+        yield program, program.said.strip()
 
 
 @pytest.mark.slow
 async def test_demo_serves_the_page_until_ctrl_c(interruptible, photo):
-    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
-    async with demo("--port", "0", "--rate", "0") as (process, url):
+    async with demo("--rate", "0") as (program, url):
         origin = url.rstrip("/")
         async with aiohttp.ClientSession(url, headers={"Origin": origin}) as browser:
             async with browser.get("/") as response:
@@ -463,21 +453,19 @@ async def test_demo_serves_the_page_until_ctrl_c(interruptible, photo):
             question = body(QUESTIONS["caption"], photo.read_bytes())
             async with browser.post("/ask", data=question) as response:
                 assert events(await response.text())[-1][0] == "done"
-        process.send_signal(2)
-        status = await process.wait()
-        errors = b"".join([data async for data in process.stderr]).decode()
+        program.interrupt()
+        status, _, errors = await program.end()
     assert status == 130
-    assert "No model is looking" in errors
-    assert "Traceback" not in errors
+    assert "No model is looking" in str(errors)
+    assert "Traceback" not in str(errors)
 
 
 @pytest.mark.slow
 async def test_demo_serves_the_picture_and_the_server_that_it_is_given(simulator, tmp_path, photo):
-    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
     picture = tmp_path / "grey.ppm"
     picture.write_bytes(b"P6 2 1 255 " + bytes(6))
     async with (
-        demo("--port", "0", str(picture), MOONDREAM_ENDPOINT=simulator.endpoint) as (_, url),
+        demo(picture, MOONDREAM_ENDPOINT=simulator.endpoint) as (_, url),
         aiohttp.ClientSession(url) as browser,
     ):
         async with browser.get("/about") as response:
