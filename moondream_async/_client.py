@@ -1,4 +1,4 @@
-"""The client: one object that holds the connections; its calls are in `_skills`."""
+"""The client, which holds the connections; its calls are in `_skills` and `_server`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 from ._checks import check_count, check_positive, check_ssl_context, is_number
 from ._protocol.headers import check_headers
 from ._protocol.secret import Secret, hidden
+from ._server import ServerQuestions
 from ._skills import Skills
 from .errors import RequestError
 from .results import ClientStats
@@ -41,43 +42,43 @@ _DEFAULT_TIMEOUT = Timeout()
 _NO_HOOKS = Hooks()
 
 
-class MoondreamClient(Skills):
-    """A session with a Moondream server: the cloud, Moondream Station, or one that speaks alike.
+class MoondreamClient(Skills, ServerQuestions):
+    """A session with a Moondream server: the cloud, Moondream Station, or a compatible server.
 
-    It may be made anywhere and used from several event loops, also at once, from
-    several threads. `aclose` it, or leave its ``async with``.
+    A client can be made anywhere, also outside of an event loop, and used from several event
+    loops in several threads at once. `aclose` it, or leave its ``async with``.
 
     Args:
-        api_key: The key; else that of the environment variable MOONDREAM_API_KEY.
-            The cloud needs one, other servers don't. White space round it is taken off;
-            nothing else is no key.
-        endpoint: The server's address with its ``/v1``; else MOONDREAM_ENDPOINT,
-            else the cloud.
-        model: The model for all calls that name none; None leaves it to the server.
-        timeout: How long to wait for what, in seconds; a number is the `total`.
+        api_key: The API key; by default the environment variable MOONDREAM_API_KEY. The
+            cloud needs a key, other servers don't. White space around it is removed; a key
+            of white space alone is no key.
+        endpoint: The server's address with its ``/v1``; by default the environment variable
+            MOONDREAM_ENDPOINT, or else the cloud.
+        model: The model for calls that name none; None leaves it to the server.
+        timeout: The time limits, in seconds; a number is the limit `total`.
         max_retries: How often a call that failed before its first event is sent again.
-        max_connections: How many answers may be on their way at once, streams included.
+        max_connections: How many calls and streams may have a request open at once.
         rate_limit: Requests a second, retries included; None is no limit. The cloud
             allows 2, or 10 for funded accounts (docs.moondream.ai/rate-limits).
-        session: An aiohttp session of yours to send with. It is not closed. It
-            belongs to one event loop, and so then does the client. It connects as you
-            set it up: by way of its own proxies, and to what a name resolves to.
+        session: Your own aiohttp session to send with, which is not closed. It belongs to
+            one event loop, and then so does the client. It connects as you have set it up:
+            with its own proxies and its own resolver.
         ssl_context: For servers whose certificate the system doesn't know.
         proxy: The address of an HTTP proxy, as ``http://user:password@proxy:3128``. None
-            takes those of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY),
-            but not for loopback addresses nor with a `session`; False uses none.
-        max_pixels: Width times height to which larger pictures are made smaller; None
-            leaves them. The model looks at less than 2 million
+            takes the proxies of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY,
+            NO_PROXY), except for loopback addresses and with a `session`; False uses none.
+        max_pixels: The highest width times height; larger pictures are made smaller. None
+            leaves pictures as they are. The model looks at less than 2 million pixels
             (docs.moondream.ai: 12 crops of 378 pixels, and a view of the whole).
         hooks: Functions that are notified of requests, first pieces, retries and ends.
-        headers: Sent with each request to the endpoint, beside the client's own.
-        insecure_hosts: Names of hosts, or one, to which the key may go over plain
-            ``http``. Loopback and private addresses, and names of the local network,
-            need not be listed, unless such a name resolves to an address beyond it: the
-            address that is connected to is judged, too.
+        headers: Sent with each request to the endpoint, beside the client's own headers.
+        insecure_hosts: Names of hosts, or one name, to which the key may be sent over plain
+            ``http``. Loopback and private addresses, and names of the local network, need
+            not be listed; but such a name must be if it resolves to a public address, since
+            the address that is connected to is checked, too.
 
     Raises:
-        RequestError: The cloud without a key, or an argument that can't be right.
+        RequestError: An argument is wrong, or the cloud is used without a key.
 
     >>> async def main():
     ...     async with md.MoondreamClient(timeout=90, max_retries=5) as client:
@@ -105,12 +106,12 @@ class MoondreamClient(Skills):
         headers: Mapping[str, str] | None = None,
         insecure_hosts: Collection[str] = (),
     ) -> None:
-        # First of all, since tracebacks may show the values of variables.
+        # First of all, since a traceback may show the values of variables.
         key, where, through = hidden(api_key), hidden_address(endpoint), hidden_address(proxy)
         del api_key, endpoint, proxy
-        # Loads aiohttp, which takes a third of a second: now, and not in the first await,
-        # where it would hold up the event loop; and not with the package, which may be
-        # imported by programs that never get here.
+        # These imports load aiohttp, which takes a third of a second. In the first await they
+        # would block the event loop; at the top of the module they would slow down programs
+        # that import the package and make no client.
         from ._call.call import Caller  # noqa: PLC0415
         from ._call.session import Session  # noqa: PLC0415
         from ._transport.endpoints import read_target  # noqa: PLC0415
@@ -161,7 +162,7 @@ class MoondreamClient(Skills):
 
     @property
     def closed(self) -> bool:
-        """Whether the client was closed, and there can be no more calls."""
+        """Whether the client was closed: every further call raises `ClientClosedError`."""
         return self._caller.closed
 
     def with_options(
@@ -172,13 +173,13 @@ class MoondreamClient(Skills):
         headers: Mapping[str, str] | None = None,
         model: str | None = None,
     ) -> Self:
-        """Return a client for other calls over the same connections, limits and budget.
+        """Return a client with other options over the same connections, limits and budget.
 
-        What is None is as here; `headers` are added to those of this client. Closing what
-        is returned does nothing to this one; closing this one closes both.
+        An option that is None stays as it is; `headers` are added to the headers of this client.
+        Closing the returned client leaves this client open; closing this client closes both.
 
         Raises:
-            RequestError: An option can't be right.
+            RequestError: An option is wrong.
 
         >>> client = MoondreamClient(endpoint="http://127.0.0.1:2020/v1")
         >>> patient = client.with_options(timeout=Timeout(first_event=600), max_retries=0)
@@ -197,8 +198,8 @@ class MoondreamClient(Skills):
 
     @property
     def batches(self) -> Batches:
-        """The server's own batches: many requests in a file, answered when the server has time."""
-        from .batch.batches import Batches  # noqa: PLC0415 - most programs have none
+        """The server's Batch API: many requests in a file, answered when the server has time."""
+        from .batch.batches import Batches  # noqa: PLC0415 - most programs need no batches
 
         return Batches(self._caller, self._model)
 
@@ -245,7 +246,7 @@ class MoondreamClient(Skills):
         max_retries: int | None = None,
         **arguments: Any,
     ) -> BulkRun[ItemT, Any]:
-        """Ask the same about many pictures; iterate over what becomes of each.
+        """Ask the same about many pictures; iterate over their results.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -256,33 +257,34 @@ class MoondreamClient(Skills):
         >>> asyncio.run(main())
         sample.jpg [Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)]
 
-        As many requests are open as the server keeps up with: few at first, more while
-        that goes well, fewer when it fails or grows slow; after a 429 they are also
-        spaced out in time. `max_connections` and `rate_limit` hold. Items are taken only
-        when a request can start, and none while twice as many results wait for the reader.
+        The number of open requests follows the server: few at first, more while it keeps up,
+        fewer when it fails or slows down. After a 429 the run also limits its requests a
+        second. `max_connections` and `rate_limit` apply, too. An item is taken from `items` only
+        when its request can start, and not while twice as many results as open requests wait to
+        be read.
 
-        What fails is tried again as in other calls, and so is what runs out of time. A
-        refusal (429) does not count while the server accepts others; a pause that the server
-        asks for (``Retry-After``) holds up all of the run, for a minute at most
-        (`BulkRun.paused_for`). An item that fails for good is a result with an `error`, and
-        the run goes on; a wrong key, a closed client, a server that refuses every request,
-        and what `items` itself raises end it, after the results that are there.
+        A request that fails is tried again as in other calls; so is one that runs out of time.
+        A refusal (429) does not count as a try while the server accepts other requests. A pause
+        that the server asks for (``Retry-After``) pauses the whole run, for a minute at most
+        (`BulkRun.paused_for`). An item that fails for good gives a result with an `error`, and
+        the run goes on. A wrong key, a closed client, a server that refuses every request, and
+        an error of `items` itself end the run, after the results that have arrived.
 
         Args:
             items: Pictures as `caption` takes them, `BulkItem`s, or mappings with the
-                keys of one; from any iterable or asynchronous iterable. An ordinary one
-                is read in the event loop, and should not block it.
+                keys of a `BulkItem`, in any iterable or asynchronous iterable. An ordinary
+                iterable is read in the event loop, and should not block it.
             skill: ``caption``, ``query``, ``detect``, ``point`` or ``segment``.
             ordered: Whether results come in the order of the items, or as they finish.
-            concurrency: How many requests may be open at most, below `max_connections`.
+            concurrency: The highest number of open requests, if below `max_connections`.
             max_retries: How often an item that failed is tried again; None is the client's.
-            arguments: The skill's own, for all items: `question`, `object`, `length`,
+            arguments: The skill's arguments, for all items: `question`, `object`, `length`,
                 `settings`, `model`, ...
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
+            RequestError: An argument is wrong; nothing was sent.
         """
-        from .bulk.items import Asking  # noqa: PLC0415 - most programs need it not
+        from .bulk.items import Asking  # noqa: PLC0415 - most programs don't need it
         from .bulk.run import BulkRun, check_items  # noqa: PLC0415 - likewise
 
         check_items(items)
@@ -402,38 +404,38 @@ class MoondreamClient(Skills):
         >>> asyncio.run(main())
         True [Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)]
 
-        Frames are read as they come, and a new one takes the place of the one that waits;
-        what was superseded is never prepared nor sent. Which frame a call is about is decided
-        when it has its connection slot, and `rate_limit` lets it send. So an answer is as old
-        as one call and one frame, however slow the server and however fast the camera.
-        Nothing is asked while nobody reads. The last frame of all is always asked about.
+        Frames are read as they come, and a new frame replaces the frame that waits; a
+        superseded frame is never prepared nor sent. A call takes its frame only when it has its
+        connection slot and `rate_limit` lets it send. So the age of an answer is the time of one
+        call and one frame, however slow the server and however fast the camera. No request is
+        made while no task reads the results. The last frame is always asked about.
 
-        Results come in the order of the frames. One that is older than one already given,
+        Results come in the order of the frames. A result that is older than one already given,
         or than `max_age`, is dropped and counted. A frame that failed is not tried again: the
-        next one is asked about, after a pause that grows with each failure in a row.
-        `max_connections`, `rate_limit`, hooks and `stats` are as for any call. A wrong
-        key, a closed client, and what `frames` itself raises end the watch.
+        next frame follows, after a pause that grows with each failure in a row.
+        `max_connections`, `rate_limit`, hooks and `stats` work as for any call. A wrong key, a
+        closed client, and an error of `frames` itself end the watch.
 
         Args:
-            frames: Pictures as `caption` takes them, or `Frame`s, from any iterable or
-                asynchronous iterable. An ordinary one may block: it is read in a thread of its
-                own. It is not closed.
+            frames: Pictures as `caption` takes them, or `Frame`s, in any iterable or
+                asynchronous iterable. An ordinary iterable may block: it is read in a thread
+                of its own. It is not closed.
             skill: ``caption``, ``query``, ``detect``, ``point`` or ``segment``.
             in_flight: How many frames may be asked about at once.
-            max_age: Seconds after which an answer is worth nothing.
-            on_error: What a frame that fails is: ``skip`` gives a result with its `error`, and
-                goes on with the next frame; ``raise`` raises it and ends the watch.
-            supersede: Whether a new frame cancels the oldest that is being asked about,
-                once `in_flight` are. For frames that come seldom, as when something has
-                moved: a camera would let nothing finish.
-            stream: Whether each result is a stream, of the skills that have one. The next
+            max_age: The age in seconds at which an answer is dropped.
+            on_error: What happens when a frame fails: ``skip`` gives a result with its `error`,
+                and goes on with the next frame; ``raise`` raises the error and ends the watch.
+            supersede: Whether a new frame cancels the oldest call when `in_flight` calls are
+                open. For frames that come rarely, as when something has moved: with a camera,
+                no call would ever finish.
+            stream: Whether each result is a stream, for skills that have streams. The next
                 result closes it; with `supersede`, so does the next frame.
-            arguments: The skill's own: `question`, `object`, `length`, `settings`, `model`, ...
+            arguments: The skill's arguments: `question`, `object`, `length`, `settings`, ...
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
+            RequestError: An argument is wrong; nothing was sent.
         """
-        from .watch.asking import Question  # noqa: PLC0415 - most programs need it not
+        from .watch.asking import Question  # noqa: PLC0415 - most programs don't need it
         from .watch.run import Watch, check_frames  # noqa: PLC0415 - likewise
 
         check_frames(frames)
@@ -467,13 +469,13 @@ class MoondreamClient(Skills):
 
     @property
     def tuning(self) -> Tuning:
-        """Finetunes: the cloud's model, trained on tasks of yours."""
-        from .tuning.finetunes import Tuning  # noqa: PLC0415 - most programs have none
+        """Finetunes: the cloud's model, trained on your own tasks."""
+        from .tuning.finetunes import Tuning  # noqa: PLC0415 - most programs need no finetunes
 
         return Tuning(self._caller)
 
     def stats(self) -> ClientStats:
-        """Return what the client is doing and has done, in all its event loops.
+        """Return counts of what the client is doing and has done, in all its event loops.
 
         >>> md.MoondreamClient(endpoint="http://127.0.0.1:2020/v1").stats().open_streams
         0
@@ -482,7 +484,7 @@ class MoondreamClient(Skills):
 
     def __repr__(self) -> str:
         caller = getattr(self, "_caller", None)
-        if caller is None:  # its construction failed; error reports look at it all the same
+        if caller is None:  # `__init__` failed, and an error report shows the object
             return "<MoondreamClient>"
         state = "closed" if caller.closed else f"{caller.session.slots.taken} open"
         return f"<MoondreamClient {caller.endpoint}, {state}>"
@@ -500,11 +502,10 @@ class MoondreamClient(Skills):
         await self.aclose()
 
     async def aclose(self, grace: float | None = None) -> None:
-        """Close all connections in all event loops; from any loop, and again.
+        """Close all connections in all event loops; from any loop, and more than once.
 
-        What still waits or reads gets a `ClientClosedError`. With `grace`, answers
-        that are on their way get so many seconds to finish first; new calls are
-        refused at once.
+        Calls and streams that are still open get a `ClientClosedError`. With `grace`, they have
+        so many seconds to finish first; new calls are refused at once.
 
         >>> async def main():
         ...     client = md.MoondreamClient()
@@ -558,7 +559,7 @@ def photon(*arguments: object, **options: object) -> NoReturn:
         ...
     moondream_async.errors.RequestError: photon would run the model in this process, which needs ...
     """
-    del arguments, options  # there may be a key among them
+    del arguments, options  # the API key may be among them
     raise RequestError(
         "photon would run the model in this process, which needs the official package "
         "'moondream' and a GPU; this one talks to servers: start Moondream Station and pass "
@@ -567,13 +568,13 @@ def photon(*arguments: object, **options: object) -> NoReturn:
 
 
 def check_model(model: Any) -> None:
-    """Raise `RequestError` unless a value is the name of a model, or None."""
+    """Raise `RequestError` unless `model` is the name of a model, or None."""
     if model is not None and not (isinstance(model, str) and model.strip()):
         raise RequestError(f"model must be the name of a model, not {model!r}")
 
 
 def hidden_address(address: Any) -> Any:
-    """Hide an address, which may have a password in it; False stays what it is."""
+    """Return an address as a secret, since it may hold a password; False stays False."""
     if address is False:
         return False
     return hidden(str(address) if hasattr(address, "raw_password") else address)

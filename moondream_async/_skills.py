@@ -1,7 +1,6 @@
 """The calls: what a client can ask a server for.
 
-Each checks its arguments and makes a `Request`; how that is sent, and sent again
-where that helps, is the `Caller`'s business.
+Each call checks its arguments and makes a `Request`; the `Caller` sends it, and retries.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from ._protocol.answers import read_models, read_stats
 from ._protocol.requests import (
     Request,
     caption_request,
@@ -23,18 +22,14 @@ from ._protocol.requests import (
 )
 from ._stream.call import AnyStream, StreamCall
 from ._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
-from .errors import NotFoundError, ServerError
 from .results import (
     CaptionResult,
     ChatMessage,
     ChatResult,
     DetectResult,
-    Health,
-    Model,
     PointResult,
     QueryResult,
     SegmentResult,
-    ServerStats,
     SpatialRefs,
     remember_picture,
 )
@@ -49,23 +44,23 @@ Messages = Sequence[Mapping[str, Any] | ChatMessage]
 
 
 def _awaited(method: _MethodT) -> _MethodT:
-    """Mark a method whose value is to be awaited, for tools that look at functions.
+    """Mark a method as one to await, for tools that inspect functions.
 
-    It is no ``async def``, since what it returns with ``stream=True`` can be entered too.
+    The method is no ``async def``, since with ``stream=True`` its value can be entered, too.
     """
     mark = getattr(inspect, "markcoroutinefunction", None)  # of Python 3.12
     return method if mark is None else mark(method)
 
 
 class Skills:
-    """The calls of a client, as a part of it."""
+    """The calls of `MoondreamClient`."""
 
     _caller: Caller
     _model: str | None
 
     def __init_subclass__(cls) -> None:
-        if Skills in cls.__bases__:  # so that a reference shows the client's calls at the client
-            for name, call in vars(Skills).items():
+        if Skills in cls.__bases__:  # so that a reference lists the calls as the client's
+            for name, call in [each for base in cls.__bases__ for each in vars(base).items()]:
                 if not name.startswith("_"):
                     setattr(cls, name, call)
 
@@ -126,22 +121,22 @@ class Skills:
         """Describe a picture.
 
         Args:
-            image: A path, bytes, an open binary file, a PIL image, or what
-                `encode_image` returned.
+            image: A path, bytes, an open binary file, a PIL image, or a result of
+                `encode_image`.
             length: ``short``, ``normal`` or ``long``.
-            stream: Whether to get the description as it is written.
+            stream: Whether to return a stream of the description as it is written.
             settings: Sampling settings; see `Settings`.
-            model: A model other than the client's.
+            model: A model in place of the client's.
 
         Returns:
             A `CaptionResult`; with ``stream=True`` a `CaptionStream`, as soon as the
             server has accepted the request. Cancelling the call drops its connection.
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
+            RequestError: An argument is wrong; nothing was sent.
+            ImageError: The picture can't be read; nothing was sent.
             APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
+            ClientClosedError: The client was closed before or during the call.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -151,19 +146,10 @@ class Skills:
         >>> asyncio.run(main())
         True
         """
-
-        def request() -> Request:
-            return caption_request(
-                image,
-                length=length,
-                stream=stream,
-                settings=settings,
-                model=self._or_mine(model),
-            )
-
+        request = partial(caption_request, image, length=length, stream=stream, settings=settings)
         if stream is True:
-            return StreamCall(self._stream(CaptionStream, request, _caller_line()))
-        return self._result(request, image)
+            return StreamCall(self._stream(CaptionStream, request, model, _caller_line()))
+        return self._result(request, model, image)
 
     @overload
     def query(
@@ -229,30 +215,26 @@ class Skills:
         *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, QueryResult] | StreamCall[QueryStream]:
-        """Answer a question about a picture, or, on servers that do so, about none.
+        """Answer a question about a picture, or, if the server can, without a picture.
 
         Args:
             image: As for `caption`.
             question: The question.
-            stream: Whether to get the answer as it is written.
-            reasoning: Whether the model is to think first; None leaves it to the
-                server. Where a server can't do that and stream, the answer comes
-                in one piece.
-            spatial_refs: Places that the question speaks of: points ``[x, y]`` and
-                boxes ``[x_min, y_min, x_max, y_max]``, in 0-1 of the picture, or
-                what `point` and `detect` found.
+            stream: Whether to return a stream of the answer as it is written.
+            reasoning: Whether the model thinks first; None leaves it to the server. From
+                a server that can't stream with reasoning, the answer comes in one piece.
+            spatial_refs: The places that the question is about: points ``[x, y]`` and
+                boxes ``[x_min, y_min, x_max, y_max]``, in 0-1 of the picture, or results
+                of `point` and `detect`.
             settings: Sampling settings; see `Settings`.
-            model: A model other than the client's.
+            model: A model in place of the client's.
 
         Returns:
             A `QueryResult`; with ``stream=True`` a `QueryStream`, as soon as the server
             has accepted the request. Cancelling the call drops its connection.
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
+            MoondreamError: The same errors as `caption`.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -260,21 +242,18 @@ class Skills:
         ...         return result.answer, result.reasoning.text
         >>> answer, thoughts = asyncio.run(main())
         """
-
-        def request() -> Request:
-            return query_request(
-                image,
-                question,
-                stream=stream,
-                reasoning=reasoning,
-                spatial_refs=spatial_refs,
-                settings=settings,
-                model=self._or_mine(model),
-            )
-
+        request = partial(
+            query_request,
+            image,
+            question,
+            stream=stream,
+            reasoning=reasoning,
+            spatial_refs=spatial_refs,
+            settings=settings,
+        )
         if stream is True:
-            return StreamCall(self._stream(QueryStream, request, _caller_line()))
-        return self._result(request, image)
+            return StreamCall(self._stream(QueryStream, request, model, _caller_line()))
+        return self._result(request, model, image)
 
     @_awaited
     def detect(
@@ -289,18 +268,15 @@ class Skills:
 
         Args:
             image: As for `caption`.
-            object: What to look for, as ``person`` or ``red car``.
-            settings: Sampling settings; `max_objects` limits how many are found.
-            model: A model other than the client's.
+            object: The name of the objects, as ``person`` or ``red car``.
+            settings: Sampling settings; `max_objects` limits their number.
+            model: A model in place of the client's.
 
         Returns:
             The boxes, in 0-1 of the picture. Cancelling the call drops its connection.
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
+            MoondreamError: The same errors as `caption`.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -309,11 +285,8 @@ class Skills:
         >>> asyncio.run(main())
         [Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)]
         """
-
-        def request() -> Request:
-            return detect_request(image, object, settings=settings, model=self._or_mine(model))
-
-        return self._result(request, image)
+        request = partial(detect_request, image, object, settings=settings)
+        return self._result(request, model, image)
 
     @_awaited
     def point(
@@ -329,19 +302,16 @@ class Skills:
 
         Args:
             image: As for `caption`.
-            object: What to look for.
-            spatial_refs: Places that `object` speaks of; see `query`.
-            settings: Sampling settings; `max_objects` limits how many are found.
-            model: A model other than the client's.
+            object: The name of the objects.
+            spatial_refs: The places that `object` is about; see `query`.
+            settings: Sampling settings; `max_objects` limits their number.
+            model: A model in place of the client's.
 
         Returns:
             The points, in 0-1 of the picture. Cancelling the call drops its connection.
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
+            MoondreamError: The same errors as `caption`.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -350,17 +320,10 @@ class Skills:
         >>> asyncio.run(main())
         [Point(x=0.2184, y=0.5412)]
         """
-
-        def request() -> Request:
-            return point_request(
-                image,
-                object,
-                spatial_refs=spatial_refs,
-                settings=settings,
-                model=self._or_mine(model),
-            )
-
-        return self._result(request, image)
+        request = partial(
+            point_request, image, object, spatial_refs=spatial_refs, settings=settings
+        )
+        return self._result(request, model, image)
 
     @overload
     def segment(
@@ -425,11 +388,11 @@ class Skills:
 
         Args:
             image: As for `caption`.
-            object: What to outline.
-            stream: Whether to get the outline as it is drawn.
-            spatial_refs: Places that `object` speaks of; see `query`.
+            object: The name of the object.
+            stream: Whether to return a stream of the outline as it is drawn.
+            spatial_refs: The places that `object` is about; see `query`.
             settings: Sampling settings; see `Settings`.
-            model: A model other than the client's.
+            model: A model in place of the client's.
 
         Returns:
             A `SegmentResult`; with ``stream=True`` a `SegmentStream`, as soon as the
@@ -437,10 +400,7 @@ class Skills:
             object's box, not of the picture. Cancelling the call drops its connection.
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
+            MoondreamError: The same errors as `caption`.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -449,20 +409,17 @@ class Skills:
         >>> asyncio.run(main())
         Region(x_min=0.0938, y_min=0.375, x_max=0.3438, y_max=0.7083)
         """
-
-        def request() -> Request:
-            return segment_request(
-                image,
-                object,
-                stream=stream,
-                spatial_refs=spatial_refs,
-                settings=settings,
-                model=self._or_mine(model),
-            )
-
+        request = partial(
+            segment_request,
+            image,
+            object,
+            stream=stream,
+            spatial_refs=spatial_refs,
+            settings=settings,
+        )
         if stream is True:
-            return StreamCall(self._stream(SegmentStream, request, _caller_line()))
-        return self._result(request, image)
+            return StreamCall(self._stream(SegmentStream, request, model, _caller_line()))
+        return self._result(request, model, image)
 
     @overload
     def chat(
@@ -507,29 +464,26 @@ class Skills:
         *,
         model: str | None = None,
     ) -> Coroutine[Any, Any, ChatResult] | StreamCall[ChatStream]:
-        """Go on with a conversation, with pictures or without.
+        """Continue a conversation, with or without pictures.
 
         Args:
-            messages: OpenAI-style: each a mapping with a ``role`` (``system``, first
-                only, ``user`` or ``assistant``) and ``content``, a string or a list of
-                parts. A part is text or a picture: ``{"type": "image_url", "image_url":
-                {"url": picture}}`` or just the picture, given as for `caption` (a path
-                as a ``pathlib.Path``, since a string is text). An earlier result's
-                `message` goes in as it is.
-            stream: Whether to get the answer as it is written.
-            reasoning: Whether the model is to think first; None leaves it to the server.
+            messages: In OpenAI's form: mappings with a ``role`` (``user``, ``assistant``, or
+                for the first message ``system``) and ``content``, a string or a list of
+                parts. A part is text or a picture. A picture is ``{"type": "image_url",
+                "image_url": {"url": picture}}`` or the picture alone, given as for `caption`
+                (a path as a ``pathlib.Path``, since a string is text). The `message` of an
+                earlier result can be used as it is.
+            stream: Whether to return a stream of the answer as it is written.
+            reasoning: Whether the model thinks first; None leaves it to the server.
             settings: Sampling settings; see `Settings`.
-            model: A model other than the client's.
+            model: A model in place of the client's.
 
         Returns:
             A `ChatResult`; with ``stream=True`` a `ChatStream`, as soon as the server
             has accepted the request. Cancelling the call drops its connection.
 
         Raises:
-            RequestError: An argument can't be right; nothing was sent.
-            ImageError: The picture can't be; nothing was sent.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
+            MoondreamError: The same errors as `caption`.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -539,103 +493,26 @@ class Skills:
         >>> asyncio.run(main())
         'assistant'
         """
-
-        def request() -> Request:
-            return chat_request(
-                messages,
-                stream=stream,
-                reasoning=reasoning,
-                settings=settings,
-                model=self._or_mine(model),
-            )
-
+        request = partial(
+            chat_request, messages, stream=stream, reasoning=reasoning, settings=settings
+        )
         if stream is True:
-            return StreamCall(self._stream(ChatStream, request, _caller_line()))
-        return self._result(request)
-
-    async def models(self) -> list[Model]:
-        """Return the models that the server offers.
-
-        The cloud's list is known to leave out models that work.
-
-        Raises:
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
-
-        >>> async def main():
-        ...     async with md.MoondreamClient() as client:
-        ...         return await client.models()
-        >>> "moondream3-preview" in [model.id for model in asyncio.run(main())]
-        True
-        """
-        request = Request(None, "/models", method="GET", bearer=True)
-        return read_models(await self._caller.call(request).json())
-
-    async def health(self) -> Health:
-        """Ask the server how it is. It is asked once; nothing is retried.
-
-        Moondream Station and the open engine have an address for this. A server that
-        has none, like the cloud, is asked for its models instead.
-
-        Raises:
-            APIConnectionError, APITimeoutError: It can't be reached.
-            APIStatusError: It refuses.
-            ClientClosedError: The client was closed before or meanwhile.
-
-        >>> async def main():
-        ...     async with md.MoondreamClient() as client:
-        ...         return await client.health()
-        >>> asyncio.run(main())
-        Health(ok=True, status='ok')
-        """
-        for path in ("/health", "/healthz"):
-            request = Request(None, path, method="GET", at_root=True)
-            try:
-                raw = await self._caller.call(request, max_retries=0).json()
-            except NotFoundError:
-                continue
-            except ServerError as error:
-                if isinstance(error.body, dict) and isinstance(error.body.get("status"), str):
-                    return Health(ok=False, status=error.body["status"], raw=error.body)
-                raise
-            return Health(ok=True, status=str(raw.get("status", "ok")), raw=raw)
-        request = Request(None, "/models", method="GET", bearer=True)
-        raw = await self._caller.call(request, max_retries=0).json()
-        return Health(ok=True, status="ok", raw=raw)
-
-    async def server_stats(self) -> ServerStats:
-        """Ask a Moondream Station how busy it is.
-
-        Raises:
-            NotFoundError: The server is none.
-            APIConnectionError, APITimeoutError, APIStatusError: See `errors`.
-            ClientClosedError: The client was closed before or meanwhile.
-
-        >>> async def main():
-        ...     async with md.MoondreamClient() as client:
-        ...         try:
-        ...             return (await client.server_stats()).queue_size
-        ...         except md.NotFoundError:
-        ...             return "not a Moondream Station"
-        >>> asyncio.run(main())
-        'not a Moondream Station'
-        """
-        return read_stats(await self._caller.call(Request(None, "/stats", method="GET")).json())
+            return StreamCall(self._stream(ChatStream, request, model, _caller_line()))
+        return self._result(request, model)
 
     async def encode_image(
         self, image: ImageInput, *, max_pixels: int | None = None
     ) -> EncodedImage:
         """Prepare a picture once, to use it in many calls.
 
-        The work is done in a worker thread. Cancelling returns at once and lets the
-        thread finish by itself.
+        A worker thread does the work. Cancelling returns at once; the thread finishes by itself.
 
         Args:
             image: As for `caption`.
-            max_pixels: Width times height at most; None is the client's own limit.
+            max_pixels: The highest width times height; None is the client's limit.
 
         Raises:
-            ImageError: It can't be read, or is no picture.
+            ImageError: The picture can't be read, or is no picture.
 
         >>> async def main():
         ...     async with md.MoondreamClient() as client:
@@ -649,19 +526,22 @@ class Skills:
         self._caller.check_open()
         return await self._caller.encode(image, max_pixels=max_pixels)
 
-    async def _result(self, make: Callable[[], Request], image: Any = None) -> Any:
-        result = await self._caller.call(make()).result()
+    async def _result(
+        self, make: Callable[..., Request], model: str | None, image: Any = None
+    ) -> Any:
+        result = await self._caller.call(make(model=self._or_mine(model))).result()
         remember_picture(result, image)
         return result
 
-    def _or_mine(self, model: str | None) -> str | None:
-        return self._model if model is None else model
-
     async def _stream(
-        self, stream: type[AnyStream], request: Callable[[], Request], opened_at: str
+        self,
+        kind: type[AnyStream],
+        make: Callable[..., Request],
+        model: str | None,
+        opened_at: str,
     ) -> AnyStream:
-        call = self._caller.call(request())
-        return stream(
+        call = self._caller.call(make(model=self._or_mine(model)))
+        return kind(
             await call.opening(),
             timeout=self._caller.timeout,
             total_at=call.total_at,
@@ -670,8 +550,11 @@ class Skills:
             observer=call.observer,
         )
 
+    def _or_mine(self, model: str | None) -> str | None:
+        return self._model if model is None else model
+
 
 def _caller_line() -> str:
-    """Return the file and line that called into this module."""
+    """Return the file and line of the code that called a method of this module."""
     frame = sys._getframe(2)  # noqa: SLF001 - the documented way there, and a fast one
     return sys.intern(f"{frame.f_code.co_filename}:{frame.f_lineno}")  # one for many streams

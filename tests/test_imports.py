@@ -31,6 +31,7 @@ ROOMS = [
     "_transport",
     "_stream",
     "_call",
+    "_server",
     "_skills",
     "batch",
     "tuning",
