@@ -1,6 +1,6 @@
-"""`ft`: fine-tuning by the names of the official SDK's finetune object, awaited.
+"""`ft`: the official SDK's finetune object, with methods to await.
 
-`client.tuning` is the whole of it; this is for programs that are written for the SDK.
+It is for programs that are written for the SDK; others use `client.tuning`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class FinetuneClient:
     """A finetune with a client of its own, and the methods of the official SDK's object.
 
-    Leave its ``async with``, or `aclose` it, at the end. What its methods raise, and what
-    cancelling one does, is described at `Tuning`.
+    Use it in an ``async with``, or call `aclose` at the end. `Tuning` describes the errors
+    of the methods, and the effect of cancelling them.
 
     >>> async def main():
     ...     async with await md.ft(name="windows", rank=8) as finetune:
@@ -59,12 +59,12 @@ class FinetuneClient:
 
     @property
     def finetune_id(self) -> str:
-        """The server's id for it."""
+        """The server's id of the finetune."""
         return self._finetune.finetune_id
 
     @property
     def name(self) -> str | None:
-        """What it is called."""
+        """The name of the finetune."""
         return self._finetune.name
 
     @property
@@ -84,7 +84,7 @@ class FinetuneClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close its client. May be called twice."""
+        """Close the client. May be called twice."""
         await self._client.aclose()
 
     async def rollouts(
@@ -100,27 +100,25 @@ class FinetuneClient:
         spatial_refs: Sequence[Any] | None = None,
         ground_truth: Mapping[str, Any] | None = None,
     ) -> Rollouts:
-        """Let the model try a request; see `Tuning.rollouts`.
+        """Let the model answer a request; see `Tuning.rollouts`.
 
         Raises:
-            RequestError: An argument can't be right, or is none of this skill's.
-            ImageError: The picture can't be read, or is none.
+            RequestError: An argument is invalid, or the skill does not have it.
+            ImageError: The picture can't be read.
         """
-        request = _request(
-            {
-                "skill": skill,
-                "image": image,
-                "question": question,
-                "object": object,
-                "settings": settings,
-                "reasoning": reasoning,
-                "spatial_refs": spatial_refs,
-                "ground_truth": ground_truth,
-            }
-        )
-        return await self._client.tuning.rollouts(
-            self._finetune, request, num_rollouts=num_rollouts
-        )
+        arguments = {
+            "skill": skill,
+            "image": image,
+            "question": question,
+            "object": object,
+            "settings": settings,
+            "reasoning": reasoning,
+            "spatial_refs": spatial_refs,
+            "ground_truth": ground_truth,
+        }
+        tuning = self._client.tuning
+        request = _request(arguments)
+        return await tuning.rollouts(self._finetune, request, num_rollouts=num_rollouts)
 
     async def rollout_stream(
         self,
@@ -129,17 +127,17 @@ class FinetuneClient:
         max_concurrency: int = 4,
         buffer_size: int = 8,
     ) -> AsyncGenerator[tuple[Any, Rollouts], None]:
-        """Let the model try many requests; yield each context with its attempts as they are done.
+        """Let the model answer many requests; yield each context with its answers when done.
 
         Args:
-            requests: Pairs of a context, which is passed through, and the arguments of
+            requests: Pairs of a context, which is yielded again, and the arguments of
                 `rollouts`.
-            max_concurrency: Requests that are tried at once, or wait for the reader.
-            buffer_size: Taken for the SDK's sake; `max_concurrency` bounds what waits too.
+            max_concurrency: The most requests under way or waiting for the reader.
+            buffer_size: Without effect: an argument of the SDK's.
 
         Raises:
-            RequestError: An argument can't be right.
-            ImageError: A picture can't be read, or is none.
+            RequestError: An argument is invalid.
+            ImageError: A picture can't be read.
         """
         check_count("buffer_size", buffer_size)
 
@@ -160,18 +158,18 @@ class FinetuneClient:
     async def train_step(
         self, groups: Sequence[Any], lr: float = LEARNING_RATE, **kwargs: Any
     ) -> TrainStep:
-        """Let the model learn, one step; see `Tuning.train_step`.
+        """Train the model by one step; see `Tuning.train_step`.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
         """
         return await self._client.tuning.train_step(self._finetune, groups, lr=lr, **kwargs)
 
     async def log_metrics(self, step: int, metrics: Mapping[str, float]) -> MetricsLog:
-        """Keep numbers of yours with a step, for the dashboard.
+        """Log your own metrics of a step, for the dashboard.
 
         Raises:
-            RequestError: One of them is no finite number.
+            RequestError: A value is not a finite number.
         """
         return await self._client.tuning.log_metrics(self._finetune, step, metrics)
 
@@ -184,10 +182,10 @@ class FinetuneClient:
         return await self._client.tuning.checkpoint_page(self._finetune, limit=limit, cursor=cursor)
 
     async def save_checkpoint(self) -> dict[str, Any]:
-        """Save it as it is after its last step; return ``{"ok": True, "checkpoint": ...}``.
+        """Save the state after the last step; return ``{"ok": True, "checkpoint": ...}``.
 
         Raises:
-            NotFoundError: It was never trained.
+            NotFoundError: The finetune was never trained.
         """
         checkpoint = await self._client.tuning.save_checkpoint(self._finetune)
         return {"ok": True, "checkpoint": checkpoint}
@@ -196,7 +194,7 @@ class FinetuneClient:
         """Delete a checkpoint.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is no such checkpoint.
         """
         await self._client.tuning.delete_checkpoint(self._finetune, step)
 
@@ -204,12 +202,12 @@ class FinetuneClient:
         """Delete the finetune with its checkpoints.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: The finetune was deleted before.
         """
         await self._client.tuning.delete(self._finetune)
 
     def model(self, step: int) -> str:
-        """Return what to pass as ``model=`` to use what it had learnt at a saved step."""
+        """Return the name of its state at a saved step, to pass as ``model=``."""
         return self._finetune.model(step)
 
 
@@ -222,14 +220,14 @@ async def ft(
     endpoint: str | URL | None = None,
     **options: Any,
 ) -> FinetuneClient:
-    """Return a finetune, made if there is none of that name; as the official SDK's ``ft``.
+    """Return a finetune, by its id or by its name, as the official SDK's ``ft`` does.
 
     Args:
         api_key: As for `MoondreamClient`.
-        name: What it is called, with its `rank`; or else:
+        name: The name of the finetune, which is created if there is none. Needs `rank`.
         rank: 8, 16, 24 or 32.
-        finetune_id: The id of one that is there.
-        endpoint: As for `MoondreamClient`, with ``/tuning`` behind it or not.
+        finetune_id: The id of a finetune, in place of `name` and `rank`.
+        endpoint: As for `MoondreamClient`, with or without ``/tuning`` at its end.
         options: Further arguments of `MoondreamClient`.
 
     Raises:
@@ -242,7 +240,7 @@ async def ft(
     >>> asyncio.run(main())
     ('roofs', 8)
     """
-    # First of all, since tracebacks may show the values of variables.
+    # Secrets are hidden first, since tracebacks may show the values of variables.
     key, where = hidden(api_key), _without_tuning(hidden_address(endpoint))
     del api_key, endpoint
     if "proxy" in options:
@@ -265,7 +263,7 @@ def _without_tuning(endpoint: Secret | None) -> Secret | None:
 
 
 def _request(arguments: Mapping[str, Any]) -> TuningRequest:
-    """Make a request of the SDK's arguments; those that say nothing are left out."""
+    """Make a request of the SDK's arguments, without those that are None or False."""
     given = {
         key: value for key, value in arguments.items() if value is not None and value is not False
     }
@@ -275,5 +273,5 @@ def _request(arguments: Mapping[str, Any]) -> TuningRequest:
     make: Callable[..., TuningRequest] = getattr(TuningRequest, skill)
     try:
         return make(given.pop("image", None), **given)
-    except TypeError as error:  # an argument that is another skill's
+    except TypeError as error:  # another skill's argument
         raise RequestError(f"{skill}: {error}") from None

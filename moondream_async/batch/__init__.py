@@ -1,5 +1,4 @@
 """The server's own Batch API.
 
-`batches` has the calls, `uploads` the way of a file up, `wire` the format, and `records`
-what comes back.
+`batches` has the calls, `uploads` sends files, `wire` has the format, `records` the results.
 """

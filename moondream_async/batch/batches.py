@@ -1,6 +1,6 @@
 """The server's own Batch API: a file of requests goes up, files of results come down.
 
-For what can wait: the price is half of that of calls (docs.moondream.ai/batch)::
+A batch takes longer than calls and costs half as much (docs.moondream.ai/batch)::
 
     async with md.MoondreamClient() as client:
         batch = await client.batches.create(
@@ -10,10 +10,9 @@ For what can wait: the price is half of that of calls (docs.moondream.ai/batch):
         async for line in client.batches.results(batch):
             print(line.id, line.result.caption if line.ok else line.error.message)
 
-A batch is one file. It is written to the disk as it is built, checked to its last
-line, and sent from there in parts, so that its size costs no memory and a part
-that fails is sent again by itself. What breaks off leaves nothing on the server:
-the upload is aborted.
+A batch is one file. The client writes the file to the disk, checks every line, and
+uploads the file in parts: its size costs no memory, and only a part that fails is sent
+again. An upload that does not succeed is aborted, and leaves nothing on the server.
 """
 
 from __future__ import annotations
@@ -52,19 +51,19 @@ if TYPE_CHECKING:
     from moondream_async._call.call import Call, Caller
     from moondream_async._transport.bodies import Body
 
-PART_BYTES = 50_000_000  # what the documentation advises
+PART_BYTES = 50_000_000  # the documentation's advice
 MAX_PART_BYTES = 99_999_999  # the documented limit is 100 MB
-MAX_PARTS = 10_000  # S3's limit, and in all else the server's uploads are like S3's
+MAX_PARTS = 10_000  # S3's limit; the server's uploads are like those of S3 in all else
 
-_FAILED_POLLS = 5  # one after the other, before `wait` gives up
+_FAILED_POLLS = 5  # in a row, after which `wait` gives up
 
 
 class Batches:
     """Batches of a client: ``client.batches``.
 
     All methods raise APIConnectionError, APITimeoutError and APIStatusError as other
-    calls do (see `errors`), and ClientClosedError where the client was closed before
-    or meanwhile.
+    calls do (see `errors`), and ClientClosedError if the client is closed before the
+    call or during it.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -93,33 +92,33 @@ class Batches:
         part_bytes: int = PART_BYTES,
         on_progress: Progress | None = None,
     ) -> Batch:
-        """Upload a batch; return once the server has it and begins.
+        """Upload a batch; return when the server has the whole file and begins its work.
 
         The file is built in the directory for temporary files (see `tempfile`), which
-        must have room for it, and gone afterwards; pictures are prepared as for other
-        calls, and made smaller where a line would pass its limit. Nothing is sent
-        before the last request is checked.
+        must have room for it, and deleted afterwards. Pictures are prepared as for other
+        calls, and made smaller where a line would pass its limit. The upload begins
+        after the last request is checked.
 
-        Cancelling it, like any failure, aborts the upload, which may take a moment. Only
-        at its ends is there nothing to abort: while the server is first asked for an
-        upload, which then may stay there empty, and when it has all and begins.
+        Cancelling, like any failure, aborts the upload, which may take a moment. Two
+        moments are exceptions: cancelled while it asks the server for an upload, it may
+        leave an empty upload there; cancelled while the server accepts the whole file,
+        it may leave a batch.
 
         Args:
             requests: The requests, from any iterable or asynchronous iterable; or the
                 path of a JSONL file in the server's format, sent as it is.
-            model: A model other than the client's, for all lines, as a finetune's (see
-                `Finetune.model`). Where neither is named it is ``moondream3-preview``: by
-                the documentation's latest word batches must name one.
-            part_bytes: How much goes up in one part.
-            on_progress: Called with the bytes that the server has and those of the whole
-                file, after each part. What it raises ends the upload.
+            model: A model for all lines, for example a finetune's (see `Finetune.model`).
+                None is the client's model, or ``moondream3-preview`` if the client has
+                none: the documentation wants every batch to name its model.
+            part_bytes: The size of the parts of the upload.
+            on_progress: Called after each part with two numbers of bytes: the server's
+                so far, and the whole file's. An exception in it ends the upload.
 
         Raises:
             RequestError: The server would refuse the file: over 2 GB, 100,000 lines or
-                10 MB a line; a blank line, one that is no JSON, a query without a
-                picture, or an id that is there twice. The message names the line,
-                counted from 1.
-            ImageError: A picture can't be read, or is none; the message names the line.
+                10 MB a line; a blank line, a line that is not JSON, a query without a
+                picture, or the same id twice. The message names the line, counted from 1.
+            ImageError: A picture can't be read; the message names the line.
         """
         check_count("part_bytes", part_bytes)
         if part_bytes > MAX_PART_BYTES:
@@ -138,7 +137,7 @@ class Batches:
                 return await self._complete(upload, model or self._model or BASE_MODEL)
 
     async def get(self, batch: Batch | str) -> Batch:
-        """Return a batch as it is now. One that failed is returned like any other."""
+        """Return the present state of a batch, also of one that failed."""
         request = Request(None, f"/batch/{_quoted_id(batch)}", method="GET")
         return read_batch(await self._caller.call(request).record())
 
@@ -148,8 +147,8 @@ class Batches:
         """Iterate over the batches of the account.
 
         Args:
-            limit: How many to ask for at a time, up to 100.
-            cursor: Where to begin; a ``next_cursor`` of the server's.
+            limit: The number of batches in one request to the server, up to 100.
+            cursor: A ``next_cursor`` of the server, to begin at its page.
         """
         async for entry in entries(self._caller, "/batch", "batches", limit=limit, cursor=cursor):
             yield read_batch(entry)
@@ -163,21 +162,21 @@ class Batches:
         max_interval: float = 30.0,
         on_poll: Callable[[Batch], object] | None = None,
     ) -> Batch:
-        """Return a batch when it has ended, well or not: see its `status` and `error`.
+        """Return a batch when it has completed or failed: see its `status` and `error`.
 
-        The server is asked again and again, less often as time goes by. A few times
-        in a row it may fail to answer. Cancelling it leaves the batch alone.
+        The client polls the server, less often as time goes by. Up to five polls in a row
+        may fail. Cancelling does nothing to the batch.
 
         Args:
             batch: The batch, or its id.
-            timeout: Seconds to wait at most; None is for ever.
-            interval: Seconds before the server is asked a second time.
-            max_interval: Seconds between two times at most; between these two it grows.
-            on_poll: Called with each answer, the last included.
+            timeout: The longest wait, in seconds; None is no limit.
+            interval: Seconds between the first two polls; later intervals are longer.
+            max_interval: The longest interval, in seconds.
+            on_poll: Called with the batch of each poll, the last included.
 
         Raises:
-            RequestError: A time is not a number over 0, or `on_poll` is no function.
-            APITimeoutError: It has not ended; the server goes on with it.
+            RequestError: A time is not a number over 0, or `on_poll` is not a function.
+            APITimeoutError: The batch has not ended; the server continues its work.
         """
         check_positive("interval", interval, "a number of seconds over 0")
         check_positive("max_interval", max_interval, "a number of seconds over 0")
@@ -200,7 +199,7 @@ class Batches:
                         on_poll(state)
                     if state.done:
                         return state
-                # A little at random, so that those who began together do not go on so.
+                # Random, so that clients that began together do not poll together.
                 await anyio.sleep(interval * random.uniform(0.75, 1.0))  # noqa: S311 - no secret
                 interval = min(interval * 1.5, max_interval)
         raise APITimeoutError(
@@ -208,16 +207,15 @@ class Batches:
         )
 
     async def results(self, batch: Batch | str) -> AsyncGenerator[BatchResult, None]:
-        """Iterate over the results of a batch that has completed, as they are downloaded.
+        """Iterate over the results of a completed batch, while they are downloaded.
 
-        They come in no order: the `id` and the `line_index` of each say which request it
-        answers. Each comes once, also where a download breaks off and is begun again.
-        Lines that failed are among them, with their `error`, and so are those that are no
-        result at all (their code is ``invalid_line``). Nothing is downloaded
-        ahead of the reader, and no more than a line is kept.
+        Results come in any order: `id` and `line_index` name the request. Each comes once,
+        also if the download is interrupted and begins again. A line that failed has an
+        `error`; so has a line of the file that is not a result (its code is
+        ``invalid_line``). The download keeps the reader's pace and at most a line in memory.
 
-        The addresses of the files hold for a time only; where they have expired, the
-        server is asked for new ones. The key is not sent there.
+        The addresses of the files expire; the client then asks the server for new ones.
+        The API key is not sent to these addresses.
 
         Raises:
             RequestError: The batch has not ended yet.
@@ -238,8 +236,8 @@ class Batches:
         try:
             return read_batch(await upload.complete(model))
         except (APIConnectionError, APITimeoutError, APIStatusError):
-            # An answer that was lost may have been a yes. Then there is no such upload any
-            # more, but a batch, under the id of its file.
+            # The server may have accepted the file, and its answer was lost. Then there is
+            # a batch with the id of the file.
             with contextlib.suppress(MoondreamError):
                 return await self.get(upload.file_id)
             raise
@@ -247,7 +245,7 @@ class Batches:
     async def _output(
         self, batch: Batch, place: int
     ) -> AsyncGenerator[tuple[int, BatchResult], None]:
-        """Yield the results of one file, numbered; ask for its address where that has expired."""
+        """Yield the numbered results of one file; get a new address if the old one expired."""
         renewed = False
         while True:
             call = self._call_for(batch, place)
@@ -264,7 +262,7 @@ class Batches:
                 return
 
     async def _download(self, call: Call) -> AsyncGenerator[tuple[int, BatchResult], None]:
-        """Yield the results of one file, numbered; again from the first where it broke off."""
+        """Yield the numbered results of one file; after a lost connection, from the first again."""
         failure: MoondreamError | None = None
         try:
             while True:
@@ -291,7 +289,7 @@ class Batches:
         return self._caller.call(Request(None, url, method="GET", elsewhere=True))
 
     async def _read(self, body: Body) -> AsyncGenerator[tuple[int, BatchResult], None]:
-        """Yield the results in the body of a download, numbered; close it."""
+        """Yield the numbered results in the body of a download, then close the body."""
         splitter = LineSplitter(MAX_RESULT_BYTES)
         number = 0
         try:
@@ -311,7 +309,7 @@ class Batches:
             yield number, _read_last(rest)
 
     async def _next(self, body: Body) -> bytes | None:
-        """Return the next bytes, or None at the end; wait no longer than between two events."""
+        """Return the next bytes, or None at the end; `Timeout.idle` limits the wait."""
         idle = self._caller.timeout.idle
         with anyio.move_on_after(idle):
             return await anext(body, None)
@@ -321,7 +319,7 @@ class Batches:
 
 
 def _read_line(line: bytes) -> BatchResult:
-    """Read a line of results; what is none is a failure of that line, and of no other."""
+    """Read a line of results; an invalid line becomes a failed result."""
     try:
         return read_batch_result(line)
     except (ServerError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What the server keeps of a batch. What it leaves out is None here, or empty."""
+"""The server's records of batches. Fields that it leaves out are None, or empty."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class BatchProgress(Value[Literal["total", "completed", "failed"], int], kw_only
     __slots__ = ()
 
     total: int = 0
-    """How many there are; 0 until the server has counted them."""
+    """All lines; 0 until the server has counted them."""
     completed: int = 0
     failed: int = 0
 
 
 class BatchUsage(Value[Literal["input_tokens", "output_tokens"], int], kw_only=True):
-    """How many tokens a batch, or a line of one, took."""
+    """The tokens of a batch, or of one line."""
 
     __slots__ = ()
 
@@ -32,12 +32,12 @@ class BatchUsage(Value[Literal["input_tokens", "output_tokens"], int], kw_only=T
 
 
 class BatchFailure(Value[Literal["code", "message"], str], kw_only=True):
-    """Why a batch, or a line of one, came to nothing."""
+    """Why a batch, or one line of it, failed."""
 
     __slots__ = ()
 
     code: str | None = None
-    """The server's name for it, as ``validation_error`` or ``image_decode_failed``."""
+    """The server's name for the reason, as ``validation_error`` or ``image_decode_failed``."""
     message: str = ""
     """In the server's words."""
 
@@ -49,9 +49,9 @@ class BatchOutput(Value[Literal["index"], int, Literal["url"], str], kw_only=Tru
 
     index: int | None = None
     url: str
-    """Whoever has this address can read the file, until the address expires."""
+    """Secret: this address alone is enough to read the file, until it expires."""
 
-    _hidden = frozenset({"url"})  # whoever knows it can read the file
+    _hidden = frozenset({"url"})
 
 
 _Told = Literal["progress", "usage", "outputs", "error", "size"]
@@ -59,32 +59,32 @@ _Times = Literal["created_at", "completed_at", "expires_at"]
 
 
 class Batch(Record[Literal["id", "status", "model"], str, _Told | _Times, Any], kw_only=True):
-    """A batch, as it was when the server was asked."""
+    """The state of a batch at the time of the call."""
 
     __slots__ = ()
 
     id: str
     status: str = "unknown"
-    """``chunking`` (the file is being checked), ``processing``, ``completed`` or ``failed``;
-    or what a later server may say."""
+    """``chunking`` (the server checks the file), ``processing``, ``completed`` or ``failed``;
+    or a word of a later server."""
     model: str | None = None
     progress: BatchProgress = msgspec.field(default_factory=BatchProgress)
     usage: BatchUsage | None = None
-    """Known when it is completed."""
+    """Known when the batch is completed."""
     outputs: list[BatchOutput] = msgspec.field(default_factory=list)
-    """Where the results are; ``batches.results`` reads them."""
+    """The files of results; ``batches.results`` reads them."""
     created_at: dt.datetime | None = None
     completed_at: dt.datetime | None = None
     expires_at: dt.datetime | None = None
-    """When the results will be deleted: 7 days after the end, says docs.moondream.ai/batch."""
+    """When the server deletes the results: 7 days after the end (docs.moondream.ai/batch)."""
     error: BatchFailure | None = None
-    """Why it failed, if it did."""
+    """Why the batch failed, if it did."""
     size: int | None = None
-    """Bytes that were uploaded; told once, by ``batches.create``."""
+    """Bytes that were uploaded; set by ``batches.create`` alone."""
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the batch has ended: it is completed, or it failed."""
         ended = self.status in ("completed", "failed")
         return ended or self.completed_at is not None or self.error is not None
 
@@ -93,16 +93,16 @@ class BatchResult(
     Record[Literal["result"], Result, Literal["id", "line_index", "error", "usage"], Any],
     kw_only=True,
 ):
-    """What became of one line of a batch."""
+    """The result of one line of a batch: an answer or an error."""
 
     __slots__ = ()
 
     id: Any = None
-    """The id that the request had."""
+    """The id of the request."""
     line_index: int | None = None
     """The request's place in the batch, from 0."""
     result: Result | None = None
-    """The answer, typed as that of the skill; None where the line failed."""
+    """The answer, of the skill's type; None if the line failed."""
     error: BatchFailure | None = None
     """Why the line failed, if it did."""
     usage: BatchUsage | None = None

@@ -1,4 +1,4 @@
-"""A batch on its way up: requests into a file, and the file to the server in parts."""
+"""The upload of a batch: writes requests into a file, and sends the file in parts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ from moondream_async._protocol.requests import Request
 from moondream_async._transport.files import FileSlice, SharedFile
 from moondream_async.errors import ImageError, MoondreamError, RequestError, ServerError
 
-from .wire import (
-    MAX_FILE_BYTES,
-    MAX_IMAGE_BYTES,
-    BatchLine,
-    BatchRequest,
-    FileChecker,
-    Tally,
-)
+from .wire import MAX_FILE_BYTES, MAX_IMAGE_BYTES, BatchLine, BatchRequest, FileChecker, Tally
 
 if TYPE_CHECKING:
     from moondream_async._call.call import Caller
@@ -35,18 +28,18 @@ if TYPE_CHECKING:
 Requests: TypeAlias = Iterable[BatchRequest] | AsyncIterable[BatchRequest]
 Progress: TypeAlias = Callable[[int, int], object]
 
-_PICTURES_AT_ONCE = 4  # prepared together, and in memory
-_PARTS_AT_ONCE = 3  # one that is slow, or waits to be sent again, does not hold up the others
-_CHECK_BYTES = 1024 * 1024  # of a file, read and checked at once
+_PICTURES_AT_ONCE = 4  # prepared together, and in memory together
+_PARTS_AT_ONCE = 3  # so that the others continue while one is slow or waits for a retry
+_CHECK_BYTES = 1024 * 1024  # read and checked in one step
 _ABORT_TIMEOUT = 10.0  # seconds
 
 
 @contextlib.asynccontextmanager
 async def open_checked(path: str | os.PathLike[str]) -> AsyncIterator[SharedFile]:
-    """Open a file of requests, and check it from one end to the other.
+    """Open a file of requests, and check every line.
 
     Raises:
-        RequestError: It can't be opened, or the server would refuse it.
+        RequestError: The file can't be opened, or the server would refuse it.
     """
     async with _closing(_open(Path(path))) as file:
         size = os.fstat(file.fileno()).st_size
@@ -62,14 +55,14 @@ async def open_checked(path: str | os.PathLike[str]) -> AsyncIterator[SharedFile
 
 def _open(path: Path) -> BinaryIO:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe might never end
-            raise RequestError(f"{str(path)!r} is not a regular file")
-        return path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or the one above
-        if isinstance(error, RequestError):
-            raise
+        # A pipe is not opened: that might block for ever.
+        file = path.open("rb") if stat.S_ISREG(path.stat().st_mode) else None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"{str(path)!r} can't be opened: {reason}") from error
+    if file is None:
+        raise RequestError(f"{str(path)!r} is not a regular file")
+    return file
 
 
 def _check(file: SharedFile, start: int, checker: FileChecker) -> None:
@@ -78,12 +71,12 @@ def _check(file: SharedFile, start: int, checker: FileChecker) -> None:
 
 @contextlib.asynccontextmanager
 async def spooled(caller: Caller, requests: Requests) -> AsyncIterator[SharedFile]:
-    """Write requests to a temporary file, which has no name and is gone when it is closed.
+    """Write requests to a temporary file without a name, which closing deletes.
 
     Raises:
         RequestError: The server would refuse the file.
         ImageError: A picture can't be sent.
-        MoondreamError: The disk is full.
+        MoondreamError: The file can't be written, for example since the disk is full.
     """
     tally = Tally()
     async with (
@@ -107,7 +100,7 @@ async def spooled(caller: Caller, requests: Requests) -> AsyncIterator[SharedFil
 async def _write(
     caller: Caller, requests: list[BatchRequest], file: BinaryIO, tally: Tally
 ) -> None:
-    """Prepare the pictures of some requests together, and write the lines in their order."""
+    """Prepare the pictures of some requests together; write the lines in order."""
 
     async def prepare(request: BatchRequest) -> BatchLine:
         caller.check_open()
@@ -137,7 +130,7 @@ def _write_line(file: BinaryIO, line: BatchLine) -> None:
 
 @contextlib.asynccontextmanager
 async def _closing(file: Any) -> AsyncIterator[BinaryIO]:
-    """Close a file in a thread: freeing the room of a large one takes a while."""
+    """Close a file in a thread: to delete a large file takes a while."""
     try:
         yield file
     finally:
@@ -146,7 +139,7 @@ async def _closing(file: Any) -> AsyncIterator[BinaryIO]:
 
 
 class Upload:
-    """A file that goes up in parts, and is aborted if it does not get there."""
+    """The upload of one file in parts."""
 
     def __init__(self, caller: Caller, created: dict[str, Any]) -> None:
         file_id, upload_id = created.get("fileId"), created.get("uploadId")
@@ -160,7 +153,7 @@ class Upload:
     @classmethod
     @contextlib.asynccontextmanager
     async def begin(cls, caller: Caller) -> AsyncIterator[Upload]:
-        """Begin an upload; it is aborted if the block is left by an exception."""
+        """Begin an upload; leaving the block by an exception aborts the upload."""
         upload = cls(caller, await caller.call(Request(None, "/batch?action=mpu-create")).json())
         try:
             yield upload
@@ -169,7 +162,7 @@ class Upload:
             raise
 
     async def send(self, parts: list[FileSlice], on_progress: Progress | None) -> None:
-        """Send all parts, a few at once; each is tried as often as the client tries calls."""
+        """Send all parts, a few at once; each is a call with the client's retries."""
         total = sum(part.size for part in parts)
         sent = 0
         waiting = enumerate(parts, 1)
@@ -183,7 +176,7 @@ class Upload:
                     sent += part.size
                     if on_progress is not None:
                         on_progress(sent, total)
-            except Exception as error:  # noqa: BLE001 - raised below, in no group of exceptions
+            except Exception as error:  # noqa: BLE001 - raised below, without an ExceptionGroup
                 failures.append(error)
                 group.cancel_scope.cancel()
 
@@ -194,7 +187,7 @@ class Upload:
             raise failures[0]
 
     async def complete(self, model: str) -> dict[str, Any]:
-        """Tell the server that all parts are there; return what it says of the batch."""
+        """Complete the upload; return the server's record of the batch."""
         parts = [
             {"partNumber": number, "etag": self._etags[number]} for number in sorted(self._etags)
         ]
@@ -210,7 +203,7 @@ class Upload:
         self._etags[number] = etag
 
     async def _abort(self) -> None:
-        """Tell the server to forget the upload, if it can be told."""
+        """Ask the server to abort the upload; a failure of this is ignored."""
         request = Request(None, self._path("mpu-abort"), method="DELETE")
         with (
             anyio.move_on_after(_ABORT_TIMEOUT, shield=True),

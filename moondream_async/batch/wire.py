@@ -1,8 +1,8 @@
-"""The Batch API, without I/O: requests into the lines of a file, lines into results.
+"""The format of the Batch API, without I/O: requests become lines, and lines results.
 
-A file is JSONL: one JSON object a line, UTF-8, no blank lines. What a file may be
-is checked here line by line, since the server says it only after all of it has
-been uploaded. Limits and fields are those of docs.moondream.ai/batch.
+A file is JSONL: one JSON object a line, UTF-8, no blank lines. The client checks each
+line, since the server would report an error only after the whole upload. Limits and
+fields come from docs.moondream.ai/batch.
 """
 
 from __future__ import annotations
@@ -27,26 +27,20 @@ from moondream_async.errors import RequestError, ServerError
 from moondream_async.results import Result
 from moondream_async.types import EncodedImage, Length, Settings
 
-from .records import (
-    Batch,
-    BatchFailure,
-    BatchProgress,
-    BatchResult,
-    BatchUsage,
-)
+from .records import Batch, BatchFailure, BatchProgress, BatchResult, BatchUsage
 
-# The documentation says GB and MB. Taken as powers of ten they keep either limit.
+# The documentation says GB and MB: powers of ten keep the limit in either meaning.
 MAX_FILE_BYTES = 2_000_000_000
 MAX_LINE_BYTES = 10_000_000
 MAX_LINES = 100_000
 
 MAX_IMAGE_BYTES = 7_400_000
-"""Of a request's pictures together, which in base64 leaves 130 kB of the line for the rest."""
+"""For all pictures of a line: base64 of them leaves 130 kB of the line for other fields."""
 
 MAX_RESULT_BYTES = 16 * 1024 * 1024
-"""Of a line of results; they hold no pictures, so this is far above any."""
+"""For a line of results: far above any, since results hold no pictures."""
 
-_SLICE_BYTES = 768 * 1024  # of a picture, turned into base64 at once; a multiple of 3
+_SLICE_BYTES = 768 * 1024  # of a picture, encoded as base64 in one step; a multiple of 3
 _SKILL_OF_KEY: dict[str, Skill] = {
     "caption": "caption",
     "answer": "query",
@@ -56,11 +50,11 @@ _SKILL_OF_KEY: dict[str, Skill] = {
 
 
 class BatchRequest(msgspec.Struct, frozen=True, eq=False):
-    """One line of a batch: a call that the server makes when it likes.
+    """One line of a batch: the arguments of a call.
 
     Made by `caption`, `query`, `detect` and `point`, which check their arguments as
-    the client's methods do. An `id` of yours comes back with the result; without
-    one, the result's `line_index` tells which it belongs to.
+    the client's methods do. The result has the same `id`; without an id, the result's
+    `line_index` names the request.
 
     >>> BatchRequest.detect("street.jpg", "red car", id="street")
     BatchRequest(skill='detect', id='street', fields={'object': 'red car'})
@@ -69,9 +63,9 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     skill: str
     id: str | int | None
     fields: dict[str, Any]
-    """What goes into the line beside the pictures, under the API's names."""
+    """All fields of the line except the pictures, under the API's names."""
     images: tuple[Any, ...]
-    """The pictures, as they were given."""
+    """The pictures, as they were passed."""
     several: bool = False
     """Whether the pictures were given as `images`."""
 
@@ -87,7 +81,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         """Describe a picture.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
 
         >>> BatchRequest.caption("photo.jpg", length="short", id=7)
         BatchRequest(skill='caption', id=7, fields={'length': 'short'})
@@ -109,16 +103,15 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         """Answer a question about a picture, or about several.
 
         Args:
-            image: The picture; or else
+            image: One picture. A batch needs `image` or `images`.
             question: The question.
-            images: several pictures. Batches take no question about none.
-            reasoning: Whether the model is to think first. Other than elsewhere, it
-                does so in a batch unless told not to.
+            images: Several pictures, in place of `image`.
+            reasoning: Whether the model thinks first. In a batch None means that it does.
             settings: Sampling settings; see `Settings`.
-            id: See above.
+            id: The id of the result.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
 
         >>> BatchRequest.query("photo.jpg", "How many people?", id="a")
         BatchRequest(skill='query', id='a', fields={'question': 'How many people?'})
@@ -152,7 +145,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         """Find objects in a picture and put a box around each. There are no settings.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
 
         >>> BatchRequest.detect("photo.jpg", "person")
         BatchRequest(skill='detect', id=None, fields={'object': 'person'})
@@ -170,7 +163,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         """Find objects in a picture and put a point in each. There are no settings.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
 
         >>> BatchRequest.point("photo.jpg", "person")
         BatchRequest(skill='point', id=None, fields={'object': 'person'})
@@ -204,13 +197,13 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
 
 
 class BatchLine:
-    """A line that is still to be written, piece by piece: most of it is base64."""
+    """The bytes of a line, made piece by piece: base64 of the pictures is most of them."""
 
     def __init__(
         self,
         fields: Mapping[str, Any],
         images: Sequence[EncodedImage],
-        several: bool,  # noqa: FBT001 - the one way to make one is above
+        several: bool,  # noqa: FBT001 - called above alone
     ) -> None:
         start = msgspec.json.encode(fields).removesuffix(b"}")
         key, end = (b',"images":[', b"]}\n") if several else (b',"image":', b"}\n")
@@ -236,7 +229,7 @@ class BatchLine:
 
 
 class Tally:
-    """Counts the lines of a file, and refuses the one that is too many, too long or a double."""
+    """Counts the lines of a file, and checks the limits and the ids."""
 
     def __init__(self) -> None:
         self.lines = 0
@@ -245,14 +238,14 @@ class Tally:
 
     @property
     def where(self) -> str:
-        """What messages call the next line."""
+        """The name of the next line in messages."""
         return f"line {self.lines + 1} of the batch"
 
     def add(self, size: int, id: Any) -> None:  # noqa: A002 - the API's word
         """Count a line of `size` bytes, line break included.
 
         Raises:
-            RequestError: It breaks one of the server's limits.
+            RequestError: The line breaks a limit of the server, or repeats an id.
         """
         if self.lines == MAX_LINES:
             raise RequestError(f"{self.where} is one too many: the limit is {MAX_LINES:,} lines")
@@ -265,7 +258,7 @@ class Tally:
                 f"{self.where} makes the file too large: the limit is {MAX_FILE_BYTES:,} bytes"
             )
         if id is not None:
-            key = msgspec.json.encode(id)  # any JSON may be one
+            key = msgspec.json.encode(id)  # any JSON value may be an id
             if key in self._ids:
                 raise RequestError(f"{self.where} has the id of line {self._ids[key]}: {id!r:.100}")
             self._ids[key] = self.lines + 1
@@ -273,29 +266,28 @@ class Tally:
         self.size += size
 
     def check_any(self) -> None:
-        """Refuse a file without lines.
+        """Check that there was a line.
 
         Raises:
-            RequestError: There was none.
+            RequestError: The file has no lines.
         """
         if not self.lines:
             raise RequestError("a batch needs at least one request")
 
 
 class _Line(msgspec.Struct):
-    """What is looked at in a line that somebody else has written."""
+    """The fields of a line in a user's file that are checked."""
 
     skill: str
     id: Any = None
-    image: msgspec.Raw = msgspec.Raw()  # left as it is, since it is most of the line
+    image: msgspec.Raw = msgspec.Raw()  # not decoded, since it is most of the line
     images: msgspec.Raw = msgspec.Raw()
 
 
 class FileChecker:
-    """Checks a file that somebody else has written, as its bytes come by.
+    """Checks a user's file while it is read.
 
-    Skills and fields that are not known are the server's business: it fails those
-    lines, and no others.
+    Unknown skills and fields are not checked: the server fails only their lines.
     """
 
     def __init__(self) -> None:
@@ -307,7 +299,7 @@ class FileChecker:
         """Check the lines that are complete with these bytes.
 
         Raises:
-            RequestError: One of them makes the server refuse the file.
+            RequestError: The server would refuse the file for one of them.
         """
         try:
             for line in self._lines.feed(data):
@@ -318,10 +310,10 @@ class FileChecker:
             ) from None
 
     def close(self) -> None:
-        """Check what is left; the last line needs no line break.
+        """Check the last line, which needs no line break.
 
         Raises:
-            RequestError: It makes the server refuse the file.
+            RequestError: The server would refuse the file for it.
         """
         rest = self._lines.rest()
         if rest:
@@ -334,7 +326,7 @@ class FileChecker:
             raise RequestError(f"{where} is blank")
         try:
             if not data.isascii():
-                data.decode()  # msgspec does not look at what it leaves as it is
+                data.decode()  # msgspec does not check the UTF-8 of `Raw` fields
             line = self._decoder.decode(data)
         except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
             raise RequestError(f"{where} is no request: {error}") from error
@@ -373,7 +365,7 @@ class LineSplitter:
             self._begin(line)
 
     def rest(self) -> bytes:
-        """Return the line that has begun, and forget it."""
+        """Return the incomplete line, and forget it."""
         rest = b"".join(self._begun)
         self._begun, self._size = [], 0
         return rest
@@ -390,7 +382,7 @@ def read_batch(raw: Any) -> Batch:
     """Read the state of a batch.
 
     Raises:
-        ServerError: It has no id.
+        ServerError: The server's record has no id.
     """
     fields = raw if isinstance(raw, Mapping) else {}
     error = fields.get("error")
@@ -408,7 +400,7 @@ def read_batch_result(line: bytes) -> BatchResult:
     """Read a line of results.
 
     Raises:
-        ServerError: It is no JSON object.
+        ServerError: The line is not a JSON object.
     """
     raw = decode_object(line)
     error = raw.get("error")
@@ -425,7 +417,7 @@ def read_batch_result(line: bytes) -> BatchResult:
 
 
 def _read_answer(raw: Any) -> Result:
-    """Read an answer; it does not say of which skill it is, but looks like it."""
+    """Read an answer; its fields show the skill, which the server does not name."""
     if not isinstance(raw, dict):
         return Result(raw={"result": raw})
     for key, skill in _SKILL_OF_KEY.items():

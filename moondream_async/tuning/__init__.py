@@ -1,1 +1,1 @@
-"""Fine-tuning: `finetunes` has the calls, `wire` the format, `records` what comes back."""
+"""Fine-tuning: `finetunes` has the calls, `wire` the format, `records` the results."""

@@ -1,7 +1,7 @@
 """Finetunes: train the cloud's model on your own tasks.
 
-A step of reinforcement: the model answers several times, each attempt is rewarded, and the model
-learns which were better::
+A step of reinforcement learning: the model answers several times, each answer gets a
+reward, and the model learns which answers are better::
 
     async with md.MoondreamClient() as client:
         finetune = await client.tuning.create("find-doors", rank=16)
@@ -14,7 +14,7 @@ learns which were better::
         checkpoint = await client.tuning.save_checkpoint(finetune)
         print(await client.point("hall.jpg", "door handle", model=checkpoint.model()))
 
-Where the right answer is known, `TrainGroup.sft` teaches that instead.
+`TrainGroup.sft` teaches a right answer instead.
 """
 
 from __future__ import annotations
@@ -33,14 +33,7 @@ from moondream_async._protocol.requests import Request
 from moondream_async._protocol.values import read_value
 from moondream_async.errors import RequestError
 
-from .records import (
-    Checkpoint,
-    CheckpointDownload,
-    Finetune,
-    MetricsLog,
-    Rollouts,
-    TrainStep,
-)
+from .records import Checkpoint, CheckpointDownload, Finetune, MetricsLog, Rollouts, TrainStep
 from .wire import (
     LEARNING_RATE,
     TrainGroup,
@@ -57,19 +50,19 @@ if TYPE_CHECKING:
     from moondream_async._call.call import Caller
 
 TRAIN_TIMEOUT = 900.0
-"""Seconds. A step takes up to minutes; the figure is the official SDK's."""
+"""Seconds: a step can take minutes, and the official SDK waits as long."""
 
 
 class Tuning:
     """Finetunes of an account: ``client.tuning``.
 
-    A finetune is given as a `Finetune` or by its id. All methods raise
+    A finetune is passed as a `Finetune` or by its id. All methods raise
     APIConnectionError, APITimeoutError and APIStatusError as other calls do (see
-    `errors`), and ClientClosedError where the client was closed before or meanwhile.
-    Cancelling one drops its connection; what the server has begun it may finish.
+    `errors`), and ClientClosedError if the client is closed before the call or during
+    it. Cancelling a method drops its connection; the server may finish the work.
 
-    Calls are sent again as all others are, but for `train_step`. So where a deletion
-    was answered but the answer was lost, it may end with `NotFoundError`.
+    All calls but `train_step` are retried. So a deletion may raise `NotFoundError`
+    although it succeeded: the first answer was lost, and the retry found nothing.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -103,24 +96,24 @@ class Tuning:
     # -- finetunes ----------------------------------------------------------------
 
     async def create(self, name: str, *, rank: int) -> Finetune:
-        """Return the finetune of that name; it is made if there is none.
+        """Return the finetune with this name; create it if there is none.
 
         Args:
             name: Letters, digits, dots, hyphens and underscores.
             rank: 8, 16, 24 or 32; see `Finetune.rank`.
 
         Raises:
-            RequestError: An argument can't be right.
-            APIStatusError: With status 409: there is one of another rank.
+            RequestError: An argument is invalid.
+            APIStatusError: With status 409: the finetune has another rank.
         """
         raw = await self._caller.call(create_request(name, rank)).json()
         return read_finetune(raw, name=name, rank=rank)
 
     async def get(self, finetune: Finetune | str) -> Finetune:
-        """Return a finetune as it is now.
+        """Return the present state of a finetune.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is no such finetune.
         """
         return read_finetune(await self._get(_path(finetune)))
 
@@ -130,8 +123,8 @@ class Tuning:
         """Iterate over the finetunes of the account, the oldest first.
 
         Args:
-            limit: How many to ask for at a time, up to 100.
-            cursor: Where to begin; a ``next_cursor`` of the server's.
+            limit: The number of finetunes in one request to the server, up to 100.
+            cursor: A ``next_cursor`` of the server, to begin at its page.
         """
         path = "/tuning/finetunes"
         async for entry in entries(self._caller, path, "finetunes", limit=limit, cursor=cursor):
@@ -141,7 +134,7 @@ class Tuning:
         """Delete a finetune with its checkpoints.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is no such finetune.
         """
         await self._delete(_path(finetune))
 
@@ -150,14 +143,14 @@ class Tuning:
     async def rollouts(
         self, finetune: Finetune | str, request: TuningRequest, *, num_rollouts: int = 1
     ) -> Rollouts:
-        """Let the model try a request, 1 to 16 times.
+        """Let the model answer a request 1 to 16 times.
 
         Returns:
-            The attempts; with `rewards` where the request has its ground truth.
+            The answers, with `rewards` if the request has a ground truth.
 
         Raises:
-            RequestError: An argument can't be right.
-            ImageError: The picture can't be read, or is none.
+            RequestError: An argument is invalid.
+            ImageError: The picture can't be read.
         """
         tries = getattr(request, "num_rollouts", None) or num_rollouts
         made = rollouts_request(_id_of(finetune), request, tries)
@@ -171,22 +164,22 @@ class Tuning:
         num_rollouts: int = 1,
         max_concurrency: int = 4,
     ) -> AsyncGenerator[tuple[TuningRequest, Rollouts], None]:
-        """Let the model try many requests, and yield each with its attempts as they are done.
+        """Let the model answer many requests; yield each request with its answers when done.
 
-        While the reader is busy, say with a `train_step`, those that were begun go on; new
-        ones are begun when it comes back. Requests are taken from `requests` as they are
-        needed, so it may go on for ever. Breaking off drops what was begun, at once where
-        the iterator is closed (`contextlib.aclosing`).
+        While the reader is busy, for example with a `train_step`, requests under way
+        continue, and no new ones begin. `requests` may be endless: the method takes the
+        next one when it can begin. Closing the iterator (`contextlib.aclosing`) cancels
+        the requests under way at once.
 
         Args:
             finetune: The finetune.
             requests: The requests, from any iterable or asynchronous iterable.
-            num_rollouts: Tries at each, 1 to 16.
-            max_concurrency: Requests that are tried at once, or wait for the reader.
+            num_rollouts: Answers to each request, 1 to 16.
+            max_concurrency: The most requests under way or waiting for the reader.
 
         Raises:
-            RequestError: An argument can't be right.
-            ImageError: A picture can't be read, or is none.
+            RequestError: An argument is invalid.
+            ImageError: A picture can't be read.
         """
         check_count("max_concurrency", max_concurrency)
         source = each(requests)
@@ -227,28 +220,26 @@ class Tuning:
         timeout: float | None = None,
         **fields: Any,
     ) -> TrainStep:
-        """Let the model learn, one step.
+        """Train the model by one step.
 
-        A step that is sent twice may be made twice, and nothing in the protocol prevents
-        it: there is no key to tell a repetition by. (The official SDK takes that risk: it
-        sends a step again up to ten times, also after a timeout.) So a step is sent again
-        only where the server can't have begun with it: no connection was made, or it
-        turned the step away with status 425 or 429. After any other error it is unknown
-        whether the step was made; the next one's `TrainStep.step` tells, by its count.
+        The protocol has no key by which a server could recognize a retry: a step that is
+        sent twice may be done twice. (The official SDK takes this risk, up to ten times.)
+        So a step is retried only if the server can't have begun it: the connection
+        failed, or the server refused the step with status 425 or 429. After any other
+        error the count in the next `TrainStep.step` shows whether the step was done.
 
         Args:
             finetune: The finetune.
-            groups: What to learn from; or mappings in the server's own format, in whose
-                request a picture may stand under ``image``.
+            groups: The examples to learn from; or mappings in the server's format, whose
+                request may hold its picture as ``image``.
             lr: The learning rate.
-            timeout: Seconds to wait for the answer. Else it is the client's
-                `Timeout.first_event`, or 900 where that is shorter; its `total` holds here
-                too.
-            fields: What else to send, for servers that know more.
+            timeout: Seconds to wait for the answer. None is the client's
+                `Timeout.first_event`, but at least 900. `Timeout.total` limits both.
+            fields: Further fields to send.
 
         Raises:
-            RequestError: An argument can't be right.
-            ImageError: A picture can't be read, or is none.
+            RequestError: An argument is invalid.
+            ImageError: A picture can't be read.
         """
         request = train_step_request(_id_of(finetune), groups, lr, fields)
         limits = self._caller.timeout
@@ -263,10 +254,10 @@ class Tuning:
     async def log_metrics(
         self, finetune: Finetune | str, step: int, metrics: Mapping[str, float]
     ) -> MetricsLog:
-        """Keep numbers of yours with a step, for the dashboard.
+        """Log your own metrics of a step, for the dashboard.
 
         Raises:
-            RequestError: One of them is no finite number.
+            RequestError: A value is not a finite number.
         """
         request = metrics_request(f"{_path(finetune)}/metrics", step, metrics)
         raw = await self._caller.call(request).record()
@@ -281,8 +272,8 @@ class Tuning:
 
         Args:
             finetune: The finetune.
-            limit: How many to ask for at a time, up to 100.
-            cursor: Where to begin; a ``next_cursor`` of the server's.
+            limit: The number of checkpoints in one request to the server, up to 100.
+            cursor: A ``next_cursor`` of the server, to begin at its page.
         """
         path = f"{_path(finetune)}/checkpoints"
         async for entry in entries(self._caller, path, "checkpoints", limit=limit, cursor=cursor):
@@ -303,7 +294,7 @@ class Tuning:
         return {**page, "checkpoints": saved}
 
     async def save_checkpoint(self, finetune: Finetune | str) -> Checkpoint:
-        """Save the finetune as it is after its last step; again, it is the same checkpoint.
+        """Save the state after the last step. Saved twice, a step is one checkpoint.
 
         Raises:
             NotFoundError: There is no such finetune, or it was never trained.
@@ -313,20 +304,20 @@ class Tuning:
         return _read_checkpoint(raw.get("checkpoint", raw), finetune)
 
     async def delete_checkpoint(self, finetune: Finetune | str, step: int) -> None:
-        """Delete a checkpoint. Without its latest one a finetune can't be trained further.
+        """Delete a checkpoint. Without its latest checkpoint a finetune can't be trained further.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is no such checkpoint.
             APIStatusError: With status 410, on some servers: it was deleted before.
         """
         await self._delete(_checkpoint_path(finetune, step))
 
     async def checkpoint_url(self, finetune: Finetune | str, step: int) -> CheckpointDownload:
-        """Return an address to fetch a checkpoint from, for an hour or so.
+        """Return an address from which a checkpoint can be downloaded for about an hour.
 
         Raises:
-            NotFoundError: There is none.
-            APIStatusError: With status 410: it has expired or was deleted.
+            NotFoundError: There is no such checkpoint.
+            APIStatusError: With status 410: the checkpoint has expired or was deleted.
         """
         raw = await self._get(f"{_checkpoint_path(finetune, step)}/download")
         return read_value(CheckpointDownload, raw, raw=raw)

@@ -1,4 +1,4 @@
-"""What the server keeps of a finetune. What it leaves out is None here, or empty."""
+"""The server's records of finetunes. Fields that it leaves out are None, or empty."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Finetune(
     finetune_id: str
     name: str | None = None
     rank: int | None = None
-    """Of the adapter: 8, 16, 24 or 32. A higher one learns more, and more slowly."""
+    """Of the adapter: 8, 16, 24 or 32. A higher rank learns more, and more slowly."""
     created_at_ms: int | None = None
-    """Milliseconds since the epoch, as all of these."""
+    """Milliseconds since the epoch, like all fields in ``_ms``."""
     updated_at_ms: int | None = None
 
     def model(self, step: int, *, base_model: str = BASE_MODEL) -> str:
-        """Return what to pass as ``model=`` to use what it had learnt at a saved step.
+        """Return the name of its state at a saved step, to pass as ``model=``.
 
         >>> Finetune(finetune_id="01HXYZ").model(500)
         'moondream3-preview/01HXYZ@500'
@@ -47,7 +47,7 @@ class Checkpoint(
     ],
     kw_only=True,
 ):
-    """A state of a finetune that was saved."""
+    """A saved state of a finetune."""
 
     __slots__ = ()
 
@@ -59,7 +59,7 @@ class Checkpoint(
     expires_at_ms: int | None = None
 
     def model(self, *, base_model: str = BASE_MODEL) -> str:
-        """Return what to pass as ``model=`` to use it.
+        """Return its name, to pass as ``model=``.
 
         >>> Checkpoint(finetune_id="01HXYZ", step=500).model()
         'moondream3-preview/01HXYZ@500'
@@ -73,22 +73,22 @@ def _name_model(base_model: str, finetune_id: str, step: int) -> str:
 
 
 class CheckpointDownload(Record[Literal["url"], str, Literal["expires_in"], float], kw_only=True):
-    """Where a checkpoint can be fetched from for a while."""
+    """The address of a checkpoint, which expires."""
 
     __slots__ = ()
 
     url: str
-    """Whoever has this address can fetch it. It takes no key."""
+    """Secret: this address alone is enough to fetch the checkpoint."""
     expires_in: float | None = None
     """Seconds."""
 
-    _hidden = frozenset({"url"})  # whoever knows it can fetch the file
+    _hidden = frozenset({"url"})
 
 
 class RolloutOutput(
     Record[Literal["answer"], str, Literal["reasoning", "points", "objects"], Any], kw_only=True
 ):
-    """The answer of a rollout; which fields it has depends on the skill."""
+    """The answer of a rollout, in the fields of its skill."""
 
     __slots__ = ()
 
@@ -103,7 +103,7 @@ _Lists = Literal["answer_tokens", "thinking_tokens", "coords", "sizes"]
 
 
 class Rollout(Record[Literal["output"], RolloutOutput, _Words | _Lists, Any], kw_only=True):
-    """One try of a model that is being trained, and what training wants to know of it."""
+    """One answer of a model in training, with its tokens."""
 
     __slots__ = ()
 
@@ -120,15 +120,15 @@ class Rollout(Record[Literal["output"], RolloutOutput, _Words | _Lists, Any], kw
 class Rollouts(
     Record[Literal["rollouts"], list[Rollout], Literal["request", "rewards"], Any], kw_only=True
 ):
-    """All attempts at one request."""
+    """All answers to one request."""
 
     __slots__ = ()
 
     request: dict[str, Any] = msgspec.field(default_factory=dict)
-    """The request, as the server says it back; pictures included."""
+    """The request as the server returns it, pictures included."""
     rollouts: list[Rollout] = msgspec.field(default_factory=list)
     rewards: list[float] | None = None
-    """How good each is, where the request came with its ground truth."""
+    """The reward of each rollout, if the request had a ground truth."""
 
     _hidden = frozenset({"request"})  # has the pictures
 
@@ -142,14 +142,14 @@ class TrainStep(
     ],
     kw_only=True,
 ):
-    """What a step of training did."""
+    """The result of a step of training."""
 
     __slots__ = ()
 
     step: int
-    """How many there were, this one included."""
+    """The number of steps so far, this one included."""
     applied: bool | None = None
-    """Whether it changed the model."""
+    """Whether the step changed the model."""
     kl: float | None = None
     router_kl: float | None = None
     grad_norm: float | None = None
@@ -159,7 +159,7 @@ class TrainStep(
 
 
 class MetricsLog(Record[Literal["ok"], bool, Literal["step", "logged_count"], int], kw_only=True):
-    """What became of metrics that were logged."""
+    """The server's answer to logged metrics."""
 
     __slots__ = ()
 

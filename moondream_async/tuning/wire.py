@@ -1,7 +1,7 @@
-"""The tuning API, without I/O: what goes into rollouts and training, and what comes out.
+"""The format of the tuning API, without I/O: requests and answers.
 
-Facts are those of docs.moondream.ai (finetuning, HTTP API reference) and of the
-official SDK, moondream 2.6.1.
+It follows docs.moondream.ai (finetuning, HTTP API reference) and the official SDK,
+moondream 2.6.1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SpatialRefs = Sequence[Sequence[float]]
 
 
 class TuningRequest(msgspec.Struct, frozen=True, eq=False):
-    """What a model is asked while it is trained, and what would be right.
+    """A request to a model in training, and its right answer.
 
     Made by `query`, `detect` and `point`, which check their arguments as the client's
     methods do.
@@ -47,14 +47,14 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
 
     skill: str
     fields: dict[str, Any]
-    """What is sent beside the picture, under the API's names."""
+    """All fields to send except the picture, under the API's names."""
     image: Any = None
-    """The picture, as it was given."""
+    """The picture, as it was passed."""
     ground_truth: Mapping[str, Any] | None = None
     context: Any = None
-    """Yours; it is not sent."""
+    """Any value of the caller's, which is not sent."""
     num_rollouts: int | None = None
-    """How often it is to be tried, where that is not said for all."""
+    """The number of answers to this request, if it differs from the others'."""
 
     @classmethod
     def query(
@@ -67,10 +67,10 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
         settings: Settings | None = None,
         context: Any = None,
     ) -> TuningRequest:
-        """Ask a question about a picture, or about none. The server computes no rewards for it.
+        """Ask a question, with a picture or without. The server computes no rewards for it.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
 
         >>> TuningRequest.query("photo.jpg", "How many people?")
         TuningRequest(skill='query', fields={'question': 'How many people?'})
@@ -100,14 +100,14 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
 
         Args:
             image: The picture.
-            object: What to look for.
-            ground_truth: ``{"boxes": [...]}``, each a `Region` or a mapping like one, if
-                the server is to compute rewards.
-            settings: Sampling settings; `max_objects` limits how many are found.
-            context: Anything, to tell requests apart by.
+            object: A name of the objects.
+            ground_truth: ``{"boxes": [...]}``, each a `Region` or a mapping like one. With
+                it the server computes rewards.
+            settings: Sampling settings; `max_objects` limits the number of boxes.
+            context: Any value, to tell requests apart.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
 
         >>> TuningRequest.detect("photo.jpg", "person", ground_truth={"boxes": []})
         TuningRequest(skill='detect', fields={'object': 'person'})
@@ -130,16 +130,16 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
 
         Args:
             image: The picture.
-            object: What to look for.
+            object: A name of the objects.
             ground_truth: ``{"points": [...]}``, each a `Point` or a mapping like one, or
-                ``{"boxes": [...]}``, in which points are right, if the server is to
-                compute rewards.
-            spatial_refs: Places that `object` speaks of.
-            settings: Sampling settings; `max_objects` limits how many are found.
-            context: Anything, to tell requests apart by.
+                ``{"boxes": [...]}`` that right points lie in. With it the server computes
+                rewards.
+            spatial_refs: Places that `object` refers to.
+            settings: Sampling settings; `max_objects` limits the number of points.
+            context: Any value, to tell requests apart.
 
         Raises:
-            RequestError: An argument can't be right.
+            RequestError: An argument is invalid.
         """
         request = point_request(
             image, object, spatial_refs=spatial_refs, settings=settings, model=None
@@ -161,24 +161,24 @@ class TuningRequest(msgspec.Struct, frozen=True, eq=False):
         return f"TuningRequest(skill={self.skill!r}, fields={self.fields!r})"
 
     def payload(self) -> dict[str, Any]:
-        """Return what is sent of it, with a place for the picture."""
+        """Return the fields to send, with the picture to be encoded."""
         picture = {} if self.image is None else {"image_url": Picture(self.image)}
         return {"skill": self.skill, **self.fields, **picture}
 
 
 class TrainGroup(msgspec.Struct, frozen=True, eq=False):
-    """What a training step learns from one request: from rewards (`rl`) or a target (`sft`)."""
+    """An example for a training step: one request with rewards (`rl`) or a target (`sft`)."""
 
     payload: dict[str, Any]
-    """What is sent of it."""
+    """The fields to send."""
 
     @classmethod
     def rl(cls, rollouts: Rollouts, rewards: Iterable[float] | None = None) -> TrainGroup:
-        """Learn which of some rollouts were better.
+        """Learn which rollouts are better.
 
         Args:
-            rollouts: All attempts at one request, as the server gave them.
-            rewards: How good each was, in their order; else those that came with them.
+            rollouts: All answers to one request, as the server returned them.
+            rewards: A reward for each, in the same order; None is the server's rewards.
 
         Raises:
             RequestError: There are no rewards, or not one for each rollout.
@@ -198,7 +198,7 @@ class TrainGroup(msgspec.Struct, frozen=True, eq=False):
             {
                 "mode": "rl",
                 "request": rollouts.request,
-                # As they came, with whatever this version doesn't know.
+                # As the server sent them, with fields that this version doesn't know.
                 "rollouts": [rollout.raw for rollout in rollouts.rollouts],
                 "rewards": numbers,
             }
@@ -209,13 +209,13 @@ class TrainGroup(msgspec.Struct, frozen=True, eq=False):
         """Learn the right answer.
 
         Args:
-            request: What is asked; its ground truth is not sent.
+            request: The request; its ground truth is not sent.
             target: The answer: ``{"answer": ...}`` for a query, with ``"reasoning"`` if
-                the request wants that; ``{"points": [...]}`` or ``{"boxes": [...]}`` for
-                a point; ``{"boxes": [...]}`` for detect.
+                the request has `reasoning`; ``{"points": [...]}`` or ``{"boxes": [...]}``
+                for a point; ``{"boxes": [...]}`` for detect.
 
         Raises:
-            RequestError: The target is no mapping.
+            RequestError: The target is not a mapping, or is empty.
 
         >>> TrainGroup.sft(TuningRequest.query(question="How many?"), {"answer": "two"})
         TrainGroup(mode='sft')
@@ -277,7 +277,7 @@ def _group_payload(group: Any) -> dict[str, Any]:
     if not isinstance(group, Mapping):
         raise RequestError(f"a group must be a TrainGroup or a mapping, not {group!r:.100}")
     tries = group.get("rollouts")
-    if isinstance(tries, (list, tuple)):  # as they came, with whatever this version doesn't know
+    if isinstance(tries, (list, tuple)):  # with fields that this version doesn't know
         tries = [(isinstance(each, Rollout) and each.raw) or each for each in tries]
         group = {**group, "rollouts": tries}
     request = group.get("request")
@@ -299,10 +299,10 @@ def metrics_request(path: str, step: int, metrics: Mapping[str, float]) -> Reque
 
 
 def finite_number(what: str, value: Any) -> float:
-    """Return a number of any kind as one that JSON can say.
+    """Return a number of any type as a float.
 
     Raises:
-        RequestError: It is none, or not finite.
+        RequestError: The value is not a number, or not finite.
     """
     try:
         number = float(value)
@@ -317,7 +317,7 @@ def read_finetune(raw: Mapping[str, Any], **known: Any) -> Finetune:
     """Read a finetune; newer servers wrap it in ``{"finetune": ...}``.
 
     Raises:
-        ServerError: It has no id.
+        ServerError: The server's record has no id.
     """
     inner = raw.get("finetune")
     return read_value(Finetune, inner if isinstance(inner, Mapping) else raw, raw=raw, **known)
