@@ -104,6 +104,7 @@ REFUSED = {  # by what is said at the beginning: whoever reads on finds no pixel
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_costs_too_much_is_refused_undecoded(name):
     data = REFUSED[name]()

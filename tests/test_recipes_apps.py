@@ -22,14 +22,6 @@ STREAMLIT = ("streamlit", ["run", "streamlit_app.py", "--server.headless=true"],
 GRADIO = ("gradio", ["gradio_app.py"], "{}")
 NICEGUI = ("nicegui", ["nicegui_app.py"], "{}")
 
-on_each = pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param(STREAMLIT, id="streamlit", marks=needs("streamlit")),
-        pytest.param(NICEGUI, id="nicegui", marks=needs("nicegui")),
-    ],
-)
-
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -74,32 +66,36 @@ async def opened(recipe, simulator, folder):
         await browser.close()
 
 
-@on_each
-async def test_app_shows_the_answer_while_it_is_written(recipe, simulator, tmp_path):
+async def stop(page):
+    await page.get_by_text("Stop", exact=True).click()
+
+
+async def leave(page):
+    await page.close()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "end"),
+    [
+        pytest.param(STREAMLIT, stop, id="streamlit", marks=needs("streamlit")),
+        pytest.param(NICEGUI, leave, id="nicegui", marks=needs("nicegui")),
+    ],
+)
+async def test_app_shows_the_answer_while_it_is_written_and_who_leaves_ends_the_request(
+    recipe, end, simulator, tmp_path
+):
     held = simulator.script.caption(["A red", " circle."], hold_after=1)
+    simulator.script.caption(["word "] * 10_000)
+    simulator.rate = 20
     async with opened(recipe, simulator, tmp_path) as page:
         await expect(page.get_by_text("A red")).to_be_visible(timeout=PATIENCE_MS)
         held.release()
         await expect(page.get_by_text("A red circle.")).to_be_visible(timeout=PATIENCE_MS)
-
-
-@needs("nicegui")
-async def test_browser_that_leaves_nicegui_ends_the_request(simulator, tmp_path):
-    simulator.script.caption(["A red", " circle."], hold_after=1)
-    async with opened(NICEGUI, simulator, tmp_path) as page:
-        await expect(page.get_by_text("A red")).to_be_visible(timeout=PATIENCE_MS)
-        await page.close()
-        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
-
-
-@needs("streamlit")
-async def test_stop_button_of_streamlit_ends_the_request(simulator, tmp_path):
-    simulator.script.caption(["word "] * 10_000)
-    simulator.rate = 20
-    async with opened(STREAMLIT, simulator, tmp_path) as page:
+        other = shutil.copy(md.SAMPLE_IMAGE, tmp_path / "other.jpg")
+        await page.locator("input[type=file]").set_input_files(other)
         await expect(page.get_by_text("word word").first).to_be_visible(timeout=PATIENCE_MS)
-        await page.get_by_text("Stop", exact=True).click()
-        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+        await end(page)
+        await simulator.wait_until(lambda: simulator.requests[1].disconnected)
 
 
 @needs("gradio")
