@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import typer
 
-from moondream_async import CallEvent, Hooks, MoondreamClient
+from moondream_async import CallEvent, Hooks, MoondreamClient, types
 from moondream_async import Timeout as Limits
-from moondream_async.types import Length
 
 from ._output import note
 
@@ -177,9 +176,10 @@ def _settings(
             help="Choose only among the likeliest words, which make up this share.",
         ),
     ] = None,
-) -> dict[str, Any] | None:
+) -> types.Settings | None:
     settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    return {name: value for name, value in settings.items() if value is not None} or None
+    given = {name: value for name, value in settings.items() if value is not None}
+    return cast("types.Settings", given) if given else None
 
 
 def _asked(
@@ -195,7 +195,9 @@ def _asked(
         str | None,
         typer.Option(metavar="TEXT", help="What to look for, for detect, point and segment."),
     ] = None,
-    length: Annotated[Length | None, typer.Option(help="How much to say, for caption.")] = None,
+    length: Annotated[
+        types.Length | None, typer.Option(help="How much to say, for caption.")
+    ] = None,
     reasoning: Annotated[
         bool | None,
         typer.Option("--reasoning/--no-reasoning", help="Let the model think first, for query."),
@@ -238,7 +240,7 @@ def _server_alone(*, endpoint: Endpoint = None, timeout: Timeout = None) -> Serv
     return Server(endpoint, None, timeout)
 
 
-Settings = Annotated[dict[str, Any] | None, Group(_settings)]
+Settings = Annotated[types.Settings | None, Group(_settings)]
 """How the model writes; None where the user leaves it to the server."""
 Asked = Annotated[tuple[str, dict[str, Any]], Group(_asked)]
 """A skill, and the arguments that were given for it."""

@@ -19,7 +19,7 @@ import typer
 from moondream_async._version import __version__
 from moondream_async.errors import MoondreamError
 
-from . import batch, chat, demo, places, serve, skills, watch
+from . import batch, chat, demo, serve, skills, watch
 from ._options import UsageError, expand
 from ._output import one_line
 from ._words import NAME, in_words, own_name
@@ -36,9 +36,9 @@ for _command in (
     demo.demo,
     skills.caption,
     skills.query,
-    places.detect,
-    places.point,
-    places.segment,
+    skills.detect,
+    skills.point,
+    skills.segment,
     chat.chat,
     skills.models,
     bulk.bulk,

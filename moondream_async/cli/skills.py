@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
-from typing import Annotated, Any, cast
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from moondream_async import MoondreamClient
+from moondream_async import ImageInput, MoondreamClient, MoondreamError
+from moondream_async._stream.kinds import SegmentStream
 from moondream_async._stream.stream import Stream
-from moondream_async.results import Result
+from moondream_async.results import DetectResult, PointResult, SegmentResult
 from moondream_async.types import Length
-from moondream_async.types import Settings as Sent
 
 from . import _options as options
+from ._files import replacing
 from ._options import UsageError
-from ._output import note, print_events, print_json, print_pieces, print_text
-from ._session import read_image, run
+from ._output import coordinates, note, print_events, print_json, print_pieces, print_text
+from ._session import at_home, read_image, run
 
-_ABOUT_IT = ("request_id", "finish_reason", "metrics", "ttft")
+_ABOUT_IT = ("request_id", "finish_reason", "metrics")
+_KEYS = {
+    "caption": ("caption", *_ABOUT_IT, "ttft"),
+    "query": ("answer", "reasoning", *_ABOUT_IT, "ttft"),
+    "detect": ("objects", *_ABOUT_IT),
+    "point": ("points", *_ABOUT_IT),
+    "segment": ("path", "bbox", "transform", "parse_error", *_ABOUT_IT),
+}
+"""The keys of a skill's answer in JSON; the first one is the answer itself."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Object = Annotated[
+    str,
+    typer.Argument(metavar="OBJECT", help="What to look for, as 'red car'.", show_default=False),
+]
+MaxObjects = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Stop after so many. [default: the server's]")
+]
+Save = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help=f"Draw what was found over the picture and write it there ({', '.join(_PICTURES)}).",
+        show_default=False,
+    ),
+]
 
 
 def caption(
@@ -40,14 +68,9 @@ def caption(
     "chunk": ...}, {"event": "metrics", "metrics": ...} or {"event": "unknown",
     "name": ..., "raw": ...}; the last is {"event": "final", ...} with the keys above.
     """
-    client = server.client()
-    answer = client.caption(
-        read_image(image),
-        length=length,
-        stream=_is_streamed(stream=stream, as_json=as_json),
-        settings=cast("Sent | None", settings),
-    )
-    run(_show(client, answer, ("caption", *_ABOUT_IT), as_json=as_json))
+    asked: dict[str, Any] = {"length": length, "settings": settings}
+    asked["stream"] = _is_streamed(stream=stream, as_json=as_json)
+    run(_ask(server.client(), "caption", read_image(image), as_json=as_json, **asked))
 
 
 def query(
@@ -83,15 +106,110 @@ def query(
         question = image
     elif question is None:
         raise UsageError("Missing argument 'QUESTION'", context)
+    asked: dict[str, Any] = {"question": question, "reasoning": reasoning, "settings": settings}
+    asked["stream"] = _is_streamed(stream=stream, as_json=as_json)
     client = server.client()
-    answer = client.query(
-        None if no_image else read_image(image),
-        question,
-        stream=_is_streamed(stream=stream, as_json=as_json),
-        reasoning=reasoning,
-        settings=cast("Sent | None", settings),
-    )
-    run(_show(client, answer, ("answer", "reasoning", *_ABOUT_IT), as_json=as_json))
+    picture = None if no_image else read_image(image)
+    run(_ask(client, "query", picture, as_json=as_json, **asked))
+
+
+def detect(
+    context: typer.Context,
+    *,
+    image: options.Image,
+    object: Object,
+    max_objects: MaxObjects = None,
+    save: Save = None,
+    as_json: options.AsJson = False,
+    server: options.OfModel,
+) -> None:
+    """Find objects in a picture and put a box around each.
+
+    Prints a line for each: left, top, right and bottom, from 0 to 1 of the picture.
+
+    With --json, the answer is one object with the keys objects, request_id,
+    finish_reason and metrics.
+    """
+    asked: dict[str, Any] = {
+        "save": _checked(context, save),
+        "settings": _limit(max_objects),
+        "object": object,
+    }
+    run(_ask(server.client(), "detect", read_image(image), as_json=as_json, **asked))
+
+
+def point(
+    context: typer.Context,
+    *,
+    image: options.Image,
+    object: Object,
+    max_objects: MaxObjects = None,
+    save: Save = None,
+    as_json: options.AsJson = False,
+    server: options.OfModel,
+) -> None:
+    """Find objects in a picture and put a point in each.
+
+    Prints a line for each: x and y, from 0 to 1 of the picture.
+
+    With --json, the answer is one object with the keys points, request_id,
+    finish_reason and metrics.
+    """
+    asked: dict[str, Any] = {
+        "save": _checked(context, save),
+        "settings": _limit(max_objects),
+        "object": object,
+    }
+    run(_ask(server.client(), "point", read_image(image), as_json=as_json, **asked))
+
+
+def segment(
+    context: typer.Context,
+    *,
+    image: options.Image,
+    object: Object,
+    save: Save = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Print the pieces of a first, coarse outline as they are drawn, and the "
+            "refined one on a line of its own.",
+        ),
+    ] = False,
+    as_json: options.AsJson = False,
+    server: options.OfModel,
+) -> None:
+    """Draw the outline of an object.
+
+    Prints it as SVG path data, from 0 to 1 of the object's box; the box is told on
+    stderr, as an SVG transform that puts the outline in its place.
+
+    With --json, the answer is one object with the keys path, bbox, transform,
+    parse_error, request_id, finish_reason and metrics. With --json --stream, every
+    event is a line as it arrives, and the last is {"event": "final", ...} with these.
+    """
+    save = _checked(context, save)
+    if save is not None and find_spec("svg") is None:
+        raise MoondreamError("--save of an outline needs: pip install 'moondream-async[cli]'")
+    asked: dict[str, Any] = {"object": object, "stream": stream}
+    run(_ask(server.client(), "segment", read_image(image), as_json=as_json, save=save, **asked))
+
+
+def _limit(max_objects: int | None) -> dict[str, int] | None:
+    return None if max_objects is None else {"max_objects": max_objects}
+
+
+def _checked(context: typer.Context, save: Path | None) -> Path | None:
+    """Refuse, before the server is asked, a file that could not be written afterwards."""
+    if save is None:
+        return None
+    save = Path(at_home(str(save)))
+    if save.suffix.lower() not in _PICTURES:
+        raise UsageError(f"--save takes a file that ends in {', '.join(_PICTURES)}", context)
+    if not save.parent.is_dir():
+        raise UsageError(f"--save: there is no folder {save.parent}", context)
+    return save
 
 
 def models(*, as_json: options.AsJson = False, server: options.OfServer) -> None:
@@ -99,46 +217,80 @@ def models(*, as_json: options.AsJson = False, server: options.OfServer) -> None
 
     With --json, a line is an object as the server sent it.
     """
-    run(_models(server.client(), as_json=as_json))
+
+    async def show() -> None:
+        async with server.client() as client:
+            for model in await client.models():
+                if as_json:
+                    print_json(model.raw)
+                else:
+                    said = [model.id, model.name, model.description]
+                    print_text("  ".join(each for each in said if each))
+
+    run(show())
 
 
-async def _show(
+async def _ask(
     client: MoondreamClient,
-    call: Coroutine[Any, Any, Result | Stream],
-    keys: Sequence[str],
+    skill: str,
+    picture: Any,
     *,
     as_json: bool,
+    save: Path | None = None,
+    **asked: Any,
 ) -> None:
-    """Print the answer of a call. The first of `keys` is its text; the others go into JSON."""
+    """Ask, and print the answer; a stream is printed as it arrives."""
     async with client:
-        answer = await call
+        answer = result = await getattr(client, skill)(picture, **asked)
         if isinstance(answer, Stream):
             async with answer:
                 await (print_events(answer) if as_json else print_pieces(answer))
-            text = answer.text_so_far
-        else:
-            text = str(answer.get(keys[0]))
-            if not as_json:
-                print_text(text)
+                result = await answer.result()
+    keys = _KEYS[skill]
     if as_json:
-        values = {name: getattr(answer, name, None) for name in keys}
         last = {"event": "final"} if isinstance(answer, Stream) else {}
-        print_json(last | values | {keys[0]: text})
-    elif reasoning := getattr(answer, "reasoning", None):
-        note(f"Reasoning: {reasoning.text}")
+        said = {name: getattr(result, name, getattr(answer, name, None)) for name in keys}
+        print_json(last | said)
+    else:
+        if not isinstance(answer, Stream) or isinstance(answer, SegmentStream):
+            for line in _lines(result, keys[0]):
+                print_text(line)
+        for remark in _remarks(result):
+            note(remark)
+    if save is not None:
+        await _draw(result, picture, save)
+
+
+def _lines(result: Any, key: str) -> list[str]:
+    answer = result.get(key)
+    return [coordinates(place) for place in answer] if isinstance(answer, list) else [str(answer)]
+
+
+def _remarks(result: Any) -> Iterator[str]:
+    if isinstance(result, SegmentResult):
+        if result.transform is not None:
+            yield f"Transform: {result.transform}"
+        if result.parse_error is not None:
+            yield f"The server could not read all of the outline: {result.parse_error}"
+    elif isinstance(result, (DetectResult, PointResult)):
+        if not any(result.get(name) for name in ("objects", "points")):
+            yield "Nothing found."
+    elif reasoning := getattr(result, "reasoning", None):
+        yield f"Reasoning: {reasoning.text}"
+
+
+async def _draw(found: Any, picture: ImageInput, path: Path) -> None:
+    """Write the picture with the marks over it; the file there stays until the new one is whole."""
+    from asyncio import to_thread  # noqa: PLC0415 - --help does without
+
+    drawn = await to_thread(found.draw, picture)
+    kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:].upper()
+    with replacing(path) as file:
+        await to_thread(drawn.save, file, kind)
+    note(f"Drawn: {path}")
 
 
 def _is_streamed(*, stream: bool | None, as_json: bool) -> bool:
     # A plain answer tells more of itself than a stream does on some servers, and a program
     # that reads one object has no use for its pieces.
     return not as_json if stream is None else stream
-
-
-async def _models(client: MoondreamClient, *, as_json: bool) -> None:
-    async with client:
-        for model in await client.models():
-            if as_json:
-                print_json(model.raw)
-            else:
-                said = [model.id, model.name, model.description]
-                print_text("  ".join(each for each in said if each))
