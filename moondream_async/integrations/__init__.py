@@ -1,1 +1,1 @@
-"""Moondream inside other people's frameworks: a module for each, loaded by whoever uses it."""
+"""Moondream inside other frameworks: a module for each, which only its users load."""

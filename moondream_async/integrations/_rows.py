@@ -1,9 +1,9 @@
-"""One question about every row of a table: what the libraries for tables share here.
+"""One question about every row of a table: the common part of the libraries for tables.
 
-A `Job` says what is asked, of which column and by what client. It is checked
-where it is made, and travels to workers as data. There an `Asker` carries it out:
-rows go in, a mapping of answer columns comes out for each, in which a row that
-failed has its error as a value.
+A `Job` holds the skill with its arguments, the columns to read and the options of the
+client. It is checked when it is made, and sent to workers as data. In a worker an
+`Asker` answers rows: each becomes a mapping of new columns, with the error as a value
+if the row failed.
 """
 
 from __future__ import annotations
@@ -43,20 +43,23 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
 
 CONNECTIONS = 32
-"""Requests that a worker has open at once, by default. The cloud's 10 requests a second at
-three seconds an answer keep 30 of them busy."""
+"""The default of requests that a worker has open at once: at the cloud's 10 requests a
+second and three seconds an answer, 30 are under way."""
 
-_ADDRESSES = frozenset({"endpoint", "proxy"})
+Row = Callable[[], tuple[Any, Any]]
+
+PLACES = {"objects": ("x_min", "y_min", "x_max", "y_max"), "points": ("x", "y")}
+"""The fields of the answers that are lists of places."""
 
 
 def kept(api_key: object, options: Mapping[str, Any]) -> tuple[Secret | None, dict[str, Any]]:
-    """Return a key and options that show no secret, before anything can go wrong."""
-    addresses = {name: hidden_address(options[name]) for name in options.keys() & _ADDRESSES}
-    return hidden(api_key), {**options, **addresses}
+    """Return a key and options that show no secret, before an error can show them."""
+    secret = options.keys() & {"endpoint", "proxy"}
+    return hidden(api_key), {**options, **{name: hidden_address(options[name]) for name in secret}}
 
 
 class Options(TypedDict, total=False):
-    """What a skill takes for all rows alike, and what `MoondreamClient` takes in each worker."""
+    """Arguments of the skill for all rows, and of `MoondreamClient` in each worker."""
 
     length: Length
     question: str
@@ -75,15 +78,19 @@ class Options(TypedDict, total=False):
     insecure_hosts: Sequence[str]
 
 
+_SKILL_OPTIONS = {"length", "question", "reasoning", "object", "settings"}
+_CLIENT_OPTIONS = Options.__annotations__.keys() - _SKILL_OPTIONS
+
+
 class _Skill(NamedTuple):
     request: Callable[..., Request]
     """Checks the arguments."""
     answer: str
-    """The field of the result that is the answer, and the name of its column."""
+    """The field of the result with the answer, and the name of its column."""
     text: str | None = None
-    """The argument that may differ from row to row."""
+    """The argument that a column may give for each row."""
     arguments: Mapping[str, Any] = {}
-    """The other options, with their defaults."""
+    """The other arguments, with their defaults."""
 
 
 _SKILLS = {
@@ -102,10 +109,10 @@ _SKILLS = {
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked about every row, and by what client.
+    """The question about every row, and the client that asks it.
 
     Raises:
-        RequestError: Something in it can't be right. No I/O was done.
+        RequestError: An argument is invalid. No I/O was done.
     """
 
     skill: str
@@ -113,7 +120,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     text_column: str | None = None
     prefix: str = ""
     workers: int = 1
-    """Clients that carry it out at once, and share the rate limit."""
+    """The number of clients, which share the rate limit."""
     api_key: Secret | None = None
     options: dict[str, Any] = {}
 
@@ -128,8 +135,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             raise RequestError(f"prefix must be a string, not {self.prefix!r}")
         check_count("the number of workers", self.workers)
         self._check_arguments()
-        # What a worker finds in its environment is not known here: any address will do
-        # in place of that, as long as a key may be sent there.
+        # A worker's environment may name another endpoint: here any address will do that
+        # a key may be sent to.
         self._client(endpoint=self.options.get("endpoint") or "http://localhost/v1")
 
     def _check_arguments(self) -> None:
@@ -151,7 +158,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the skill is called with for every row."""
+        """The skill's arguments for every row."""
         return {k: v for k, v in self.options.items() if k not in _CLIENT_OPTIONS}
 
     @property
@@ -161,7 +168,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The names of the columns that it adds, by the names of what is in them."""
+        """The names of the new columns, by the fields that they hold."""
         answers = [_SKILLS[self.skill].answer]
         if self.options.get("reasoning"):
             answers.append("reasoning")
@@ -169,10 +176,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return {field: self.prefix + field for field in fields}
 
     def check_columns(self, present: Sequence[str]) -> None:
-        """Check that the rows have the columns that are read, and none that would be lost.
+        """Check that the columns to read are there, and those to add are not.
 
         Raises:
-            RequestError: They don't.
+            RequestError: A column is missing, or would be overwritten.
         """
         for column in (self.image_column, self.text_column):
             if column is not None and column not in present:
@@ -185,7 +192,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def client(self) -> MoondreamClient:
-        """Return a worker's client, which takes what it isn't given from its environment."""
+        """Return a worker's client; missing options come from the worker's environment."""
         return self._client()
 
     def _client(self, **other: Any) -> MoondreamClient:
@@ -197,10 +204,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return MoondreamClient(self.api_key, **(options | other))
 
     async def ask(self, client: MoondreamClient, image: Any, text: Any) -> dict[str, Any]:
-        """Return the columns of one row.
+        """Return the new columns of one row.
 
         Raises:
-            MoondreamError: There is no answer.
+            MoondreamError: The call or the picture failed.
         """
         arguments = self.arguments
         if self.text_column is not None:
@@ -209,73 +216,61 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self._named({field: _plain(result, field) for field in self.columns})
 
     def failed(self, error: MoondreamError) -> dict[str, Any]:
-        """Return the columns of a row that came to nothing."""
+        """Return the new columns of a row that failed."""
         return self._named({"error_type": type(error).__name__, "error_message": str(error)})
 
     def _named(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return {column: fields.get(field) for field, column in self.columns.items()}
 
 
-_CLIENT_OPTIONS = frozenset(
-    {
-        "endpoint",
-        "model",
-        "timeout",
-        "max_retries",
-        "max_connections",
-        "rate_limit",
-        "proxy",
-        "max_pixels",
-        "insecure_hosts",
-    }
-)
-
-
 class Asker:
-    """Carries a job out, with a client on an event loop of its own.
+    """Answers rows for a job, with a client on an event loop of its own.
 
-    That loop runs in a thread. The loops of libraries for tables won't do: they stand
-    still while the library reads and writes, for minutes where what follows is slow,
-    and answers that wait meanwhile would run out of time.
+    The loop runs in a thread. The loops of libraries for tables are not used: they stop
+    while the library reads and writes, for minutes if the next step is slow, and calls
+    on them would time out.
 
-    A pickle of it is a new one with the same job. Thread and client are made when the
-    first row comes, so that a process may be forked until then.
+    A pickle of an asker is a new one with the same job. Thread and client are made for
+    the first row; until then the process may be forked.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._lock = threading.Lock()
         self._closed = False
-        self._open: tuple[BlockingPortal, _Desk] | None = None
+        self._portal: BlockingPortal | None = None
+        self._client: MoondreamClient
+        self._slots: Semaphore  # rows that wait for a slot of the client's would time out
+        self._refusal: AuthenticationError | None = None
         self._stack = ExitStack()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Asker, (self._job,)
 
-    async def ask(self, rows: Sequence[Callable[[], tuple[Any, Any]]]) -> list[dict[str, Any]]:
-        """Ask about rows, all at once, and return their columns in the same order.
+    async def ask(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Answer rows, all at once, and return their columns in the same order.
 
-        It may be called from any loop. Each row is a function that gives the picture
-        and the text; it is called in a worker thread when the row's turn has come, so
-        that no more pictures are in memory than requests are open. Cancelling it
-        drops the requests.
+        It may be called from any loop. A row is a function that returns the picture and
+        the text. A worker thread calls the function when a connection is free, so that
+        memory holds no more pictures than requests are open. Cancelling drops the
+        requests.
 
         Raises:
-            AuthenticationError: The server refuses the key. Nothing more is asked.
-            ClientClosedError: It was closed before or meanwhile.
+            AuthenticationError: The server refuses the key. No later row is sent.
+            ClientClosedError: The asker is closed before or meanwhile.
         """
-        portal, desk = self.start()
+        portal = self.start()
         answers = []
-        for answer in await asyncio.wrap_future(portal.start_task_soon(desk.answer, rows)):
+        for answer in await asyncio.wrap_future(portal.start_task_soon(self._answer_all, rows)):
             if isinstance(answer, AuthenticationError):
-                # It comes as a value, and goes as a copy: an error that is kept, by the desk
-                # or by the portal, keeps all the frames that it went through.
+                # The error comes as a value, and goes as a copy: the original is kept here
+                # and by the portal, and would keep all the frames that it went through.
                 raise copy(answer)
             answers.append(answer)
         return answers
 
     async def ask_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Ask about one row, as `ask` does."""
+        """Answer one row, as `ask` does."""
         self._job.check_columns(tuple(row))
         return (await self.ask([partial(self._read, row)]))[0]
 
@@ -283,12 +278,12 @@ class Asker:
         text = None if self._job.text_column is None else row[self._job.text_column]
         return row[self._job.image_column], text
 
-    def start(self) -> tuple[BlockingPortal, _Desk]:
+    def start(self) -> BlockingPortal:
         """Make the thread and the client, if there are none yet.
 
         Raises:
-            RequestError: There is no key for the cloud, say.
-            ClientClosedError: It is closed.
+            RequestError: The client can't be made, for example without a key.
+            ClientClosedError: The asker is closed.
         """
         from anyio import Semaphore  # noqa: PLC0415 - not in the process that makes the plan
         from anyio.from_thread import start_blocking_portal  # noqa: PLC0415 - likewise
@@ -296,42 +291,28 @@ class Asker:
         with self._lock, ExitStack() as stack:
             if self._closed:
                 raise ClientClosedError("The rows' client is closed")
-            if self._open is None:
+            if self._portal is None:
                 client = self._job.client()
                 portal = stack.enter_context(start_blocking_portal("asyncio", name="moondream"))
                 stack.enter_context(portal.wrap_async_context_manager(client))
-                places = portal.call(Semaphore, self._job.connections)
-                self._open = portal, _Desk(self._job, client, places)
+                self._slots = portal.call(Semaphore, self._job.connections)
+                self._client, self._portal = client, portal
                 self._stack = stack.pop_all()
-            return self._open
+            return self._portal
 
     def close(self) -> None:
-        """Close the client, end the thread and wait for that; again, too."""
+        """Close the client and wait for the end of the thread. May be called twice."""
         with self._lock:
             self._closed = True
-            self._open = None
+            self._portal = None
             stack = self._stack.pop_all()
         stack.close()
 
-
-class _Desk:
-    """Where the rows are answered, on the asker's own loop."""
-
-    def __init__(self, job: Job, client: MoondreamClient, places: Semaphore) -> None:
-        self._job = job
-        self._client = client
-        self._places = places  # the client's own would make a long line wait into a timeout
-        self._refusal: AuthenticationError | None = None
-
-    async def answer(
-        self, rows: Sequence[Callable[[], tuple[Any, Any]]]
-    ) -> list[dict[str, Any] | AuthenticationError]:
+    async def _answer_all(self, rows: Sequence[Row]) -> list[dict[str, Any] | AuthenticationError]:
         return await asyncio.gather(*map(self._answer, rows))
 
-    async def _answer(
-        self, row: Callable[[], tuple[Any, Any]]
-    ) -> dict[str, Any] | AuthenticationError:
-        async with self._places:
+    async def _answer(self, row: Row) -> dict[str, Any] | AuthenticationError:
+        async with self._slots:
             if self._refusal is not None:
                 return self._refusal
             try:
@@ -346,21 +327,21 @@ class _Desk:
                 return self._job.failed(error)
 
 
-async def _in_thread(row: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+async def _in_thread(row: Row) -> tuple[Any, Any]:
     from anyio.to_thread import run_sync  # noqa: PLC0415 - as above
 
     try:
         return await run_sync(row)
     except Exception as error:
-        # It may be decoded here, by the library that has the row, which raises anything.
+        # The library of the row may decode the picture here, and raise any exception.
         raise ImageError(f"The picture can't be read: {error or type(error).__name__}") from error
 
 
 def _picture(value: Any) -> Any:
-    """Return what a client takes, of what tables hold.
+    """Return the picture in a cell of a table, as a client takes pictures.
 
     Raises:
-        RequestError: There is no picture, or there are several.
+        ImageError: The cell is empty, or holds a list.
     """
     if isinstance(value, Mapping):  # as Hugging Face stores pictures: either may be None
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -372,6 +353,6 @@ def _picture(value: Any) -> Any:
 
 
 def _plain(result: Result, field: str) -> Any:
-    """Return a field as data that any table can hold."""
+    """Return a field as plain data."""
     value = result.get(field)
     return value.text if field == "reasoning" and value is not None else value

@@ -3,25 +3,25 @@
 `ask` adds them to a dataset::
 
     from datasets import Image, load_dataset
-    from .datasets import ask
+    from moondream_async.integrations.datasets import ask
 
     photos = load_dataset("imagefolder", data_dir="photos", split="train")
     photos = photos.cast_column("image", Image(decode=False))
     captioned = ask(photos, "caption", length="short", rate_limit=10)
     failed = captioned.filter(lambda row: row["error_type"] is not None)
 
-With ``decode=False`` the files are sent as they are; without, they are decoded here,
-and encoded anew.
+With ``decode=False`` the files are sent as they are; without, pictures are decoded and
+encoded again.
 
-`asking` gives the function alone, for ``map`` with options of its own, and for datasets
-that are streamed::
+`asking` gives the function alone, for ``map`` with other options, and for streamed
+datasets::
 
     with asking("detect", object="person") as ask_row:
         for row in streamed.map(ask_row):
             print(row["objects"])
 
-``map`` runs an async function on an event loop that it starts itself. Where one runs
-already, as in notebooks, it can't: there, ``await asyncio.to_thread(ask, photos)``.
+``map`` starts an event loop for an async function. In a notebook, where a loop runs
+already, use ``await asyncio.to_thread(ask, photos)``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moondream_async._checks import check_count
 from moondream_async._protocol.secret import Secret
 from moondream_async.errors import RequestError
 
-from ._rows import Asker, Job, Options, kept
+from ._rows import PLACES, Asker, Job, Options, kept
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -56,38 +56,38 @@ def ask(
     map_options: Mapping[str, Any] | None = None,
     **options: Unpack[Options],
 ) -> Dataset:
-    """Return the dataset with a column for the answers, and some about them.
+    """Return the dataset with columns for the answers.
 
-    These are ``caption``, ``answer``, ``objects`` or ``points``, with places in 0-1 of
-    the picture; ``reasoning``, where it was asked for; ``request_id`` and
-    ``finish_reason``; ``error_type`` and ``error_message``, which are None where
-    there is an answer.
+    The new columns are ``caption``, ``answer``, ``objects`` or ``points``, with places in
+    0-1 of the picture; ``reasoning``, if it was asked for; ``request_id`` and
+    ``finish_reason``; ``error_type`` and ``error_message``, which are None in a row with
+    an answer.
 
     A picture that is missing or broken, and a request that fails after its retries,
-    become errors in their rows. Like any ``map``, it is done once: the same dataset
-    asked the same again comes from the cache of `datasets`, errors included, unless
-    ``map_options={"load_from_cache_file": False}`` says otherwise. A key that is
-    passed is part of what is the same; one in the environment isn't.
+    become errors in their rows. Results of ``map`` are cached: the same call on the same
+    dataset returns the first answers and errors, unless ``map_options`` has
+    ``{"load_from_cache_file": False}``. The cache's key includes `api_key`, but not a key
+    in the environment.
 
     Args:
-        dataset: Rows with pictures, in memory or on disk. For one that is streamed
-            see `asking`.
+        dataset: Rows with pictures, in memory or on disk. For a streamed dataset see
+            `asking`.
         skill: ``caption``, ``query``, ``detect`` or ``point``.
-        image_column: Holds the pictures, as an ``Image`` feature or as paths.
-        text_column: Holds each row's question or object, in place of `question` or
-            `object` for all.
-        prefix: What the names of the new columns begin with.
-        num_proc: How many processes do it; one is seldom too few, since it mostly
-            waits. They share the rate limit equally.
-        api_key: The key; else that of the environment variable MOONDREAM_API_KEY.
-        map_options: More for ``map``.
-        **options: The skill's own (`length`, `question`, `reasoning`, `object`,
-            `settings`) and the client's; see `Options`. `rate_limit` is that of all
-            processes together, `max_connections` that of each, 32 by default.
+        image_column: The column of pictures, an ``Image`` feature or paths.
+        text_column: The column of questions or objects, in place of `question` or
+            `object` for all rows.
+        prefix: The beginning of the new columns' names.
+        num_proc: The number of processes, which share the rate limit equally. One is
+            usually enough, since a process mostly waits.
+        api_key: The key. None is the environment variable MOONDREAM_API_KEY.
+        map_options: Further arguments of ``map``.
+        **options: Arguments of the skill (`length`, `question`, `reasoning`, `object`,
+            `settings`) and of the client; see `Options`. `rate_limit` is for all
+            processes together, `max_connections` for each, 32 by default.
 
     Raises:
-        RequestError: An argument can't be right, or a column isn't there, or is
-            there already and would be lost. Nothing was read or sent.
+        RequestError: An argument is invalid, or a column is missing or would be
+            overwritten. Nothing was read or sent.
         AuthenticationError: The server refuses the key.
     """
     api_key, kept_options = kept(api_key, options)
@@ -129,18 +129,18 @@ def asking(
     api_key: str | Secret | None = None,
     **options: Unpack[Options],
 ) -> Iterator[Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
-    """Give an async function for ``map``, which asks about one row and returns its columns.
+    """Give an async function for ``map``, which takes a row and returns its new columns.
 
-    Leaving the ``with`` closes its client; so rows of a dataset that is streamed are to
-    be read within. The arguments are those of `ask`; `num_proc` has to be given here,
-    too. Not for ``batched=True``: it has many rows under way at once as it is.
+    Leaving the ``with`` closes the client: read the rows of a streamed dataset inside.
+    The arguments are those of `ask`; pass `num_proc` here as well as to ``map``. Do not
+    use ``batched=True``: ``map`` runs the function for many rows at once anyway.
 
-    The columns' types are guessed by `datasets` from the first thousand rows, unless
-    ``map`` is given ``features``. `ask` does that.
+    Without ``features``, ``map`` guesses the types of the new columns from the first
+    thousand rows. `ask` passes them.
 
     Raises:
-        RequestError: An argument can't be right; nothing was read or sent. In ``map``:
-            a column isn't there, or is there already and would be lost.
+        RequestError: An argument is invalid; nothing was read or sent. In ``map``: a
+            column is missing or would be overwritten.
         AuthenticationError: In ``map``: the server refuses the key.
     """
     api_key, kept_options = kept(api_key, options)
@@ -163,7 +163,7 @@ def asking(
 def _open(job: Job) -> Iterator[Asker]:
     asker = Asker(job)
     try:
-        job.client()  # what the environment lacks is reported before the first row is read
+        job.client()  # so that a missing key is reported before the first row is read
         yield asker
     finally:
         asker.close()
@@ -172,11 +172,8 @@ def _open(job: Job) -> Iterator[Asker]:
 def _features(old: Features, job: Job) -> Features:
     from datasets import Features, Value  # noqa: PLC0415 - not needed to refuse arguments
 
-    def struct(*names: str) -> list[dict[str, Value]]:
-        return [{name: Value("float64") for name in names}]
-
-    # Told and not guessed: `datasets` takes a column without any error for one of nulls, and
-    # breaks off at the first one that comes later.
-    types = {"objects": struct("x_min", "y_min", "x_max", "y_max"), "points": struct("x", "y")}
+    # Types are passed and not guessed: `datasets` guesses "null" for a column of errors
+    # without an error, and fails at the first error that comes later.
+    types = {field: [{name: Value("float64") for name in names}] for field, names in PLACES.items()}
     new = {name: types.get(field, Value("string")) for field, name in job.columns.items()}
     return Features({**old, **new})

@@ -7,17 +7,16 @@
     async with md.MoondreamClient() as client:
         instrument(client)
 
-Programs started by ``opentelemetry-instrument`` need not even that: the package has an
-entry point, and all their clients are followed.
+A program started by ``opentelemetry-instrument`` does not need this line: the package has
+an entry point, which follows all clients of the program.
 
-A span covers a call over all its attempts. It ends when the answer is read, or the call
-fails, is cancelled or dropped; for a stream that is when the stream ends. Attempts and
-retries are events in it. Names are those of OpenTelemetry's semantic conventions for
-generative AI (open-telemetry/semantic-conventions-genai, as of October 2026), which call
-themselves unstable: ``gen_ai.operation.name`` is the skill, since the conventions prefer a
-system's own names. ``moondream.outcome`` is how the call ended: ``complete``,
-``interrupted``, ``abandoned``, ``cancelled`` or ``failed``; only the second and the last are
-errors.
+A span covers a call over all its attempts. It ends when the answer is read, when the
+stream ends, or when the call fails, is cancelled or dropped. Attempts and retries are
+events of the span. Names follow OpenTelemetry's semantic conventions for generative AI
+(open-telemetry/semantic-conventions-genai, as of October 2026, unstable):
+``gen_ai.operation.name`` is the skill, since the conventions prefer a system's own names.
+``moondream.outcome`` is how the call ended: ``complete``, ``interrupted``, ``abandoned``,
+``cancelled`` or ``failed``; ``interrupted`` and ``failed`` are errors.
 
 No prompt, answer or picture is recorded, unless ``capture_content=True``.
 """
@@ -27,8 +26,9 @@ from __future__ import annotations
 import json
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -54,6 +54,24 @@ _ENDED_BADLY = ("interrupted", "failed")
 # The buckets that the conventions advise, in seconds.
 _DURATIONS = [0.01 * 2**power for power in range(14)]
 _CHUNK_TIMES = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8]
+_HISTOGRAMS = (
+    ("duration", "Duration of calls, retries included", _DURATIONS),
+    (
+        "time_to_first_chunk",
+        "From the sending of a request to the first piece of its stream",
+        _CHUNK_TIMES,
+    ),
+    (
+        "time_per_output_chunk",
+        "Between two pieces; those that arrive together share the time",
+        _CHUNK_TIMES,
+    ),
+)
+_GAUGES = (
+    ("open_streams", "{stream}", "Streams and plain calls that hold a connection slot"),
+    ("waiting_calls", "{call}", "Calls that wait for a connection slot"),
+    ("pooled_connections", "{connection}", "Connections that are open and idle"),
+)
 
 
 def instrument(
@@ -63,31 +81,31 @@ def instrument(
     tracer_provider: TracerProvider | None = None,
     meter_provider: MeterProvider | None = None,
 ) -> Callable[[], None]:
-    """Follow the calls of a client, and of those made of it by `with_options`.
+    """Follow the calls of a client, and of the clients that its `with_options` returns.
 
     Args:
-        client: The client; calls that have begun already are not followed.
+        client: The client; calls under way are not followed.
         capture_content: Whether questions, messages and answers become attributes of spans:
             ``gen_ai.input.messages`` and ``gen_ai.output.messages``. Pictures never do.
-        tracer_provider: Where spans go; None is the program's own provider.
-        meter_provider: Where metrics go; None is the program's own provider.
+        tracer_provider: The provider for spans; None is the program's own.
+        meter_provider: The provider for metrics; None is the program's own.
 
     Returns:
-        A function that ends this. Calls that are under way are followed to their end.
+        A function that ends the instrumentation. Calls under way are followed to their end.
     """
     instrumentation = _Instrumentation(capture_content, tracer_provider, meter_provider)
     return instrumentation.follow(client._caller.session)  # noqa: SLF001 - one package
 
 
 class MoondreamInstrumentor(BaseInstrumentor):  # type: ignore[misc]
-    """Follows all clients that a program makes; for ``opentelemetry-instrument``.
+    """Follows all clients of a program; for ``opentelemetry-instrument``.
 
-    ``MoondreamInstrumentor().instrument(capture_content=…, tracer_provider=…,
-    meter_provider=…)`` does the same in a program; `uninstrument` ends it.
+    A program can call ``MoondreamInstrumentor().instrument(capture_content=…,
+    tracer_provider=…, meter_provider=…)``; `uninstrument` ends the instrumentation.
     """
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """Return what must be installed: nothing else than this package."""
+        """Return the packages to be instrumented: none but this one, which is installed."""
         return ()
 
     def _instrument(self, **options: Any) -> None:
@@ -111,7 +129,7 @@ class MoondreamInstrumentor(BaseInstrumentor):  # type: ignore[misc]
 
 
 class _Instrumentation:
-    """What the followed sessions share: where spans and metrics go."""
+    """The tracer and the instruments, for all followed sessions."""
 
     def __init__(
         self,
@@ -122,23 +140,14 @@ class _Instrumentation:
         self.capture_content = capture_content
         self.tracer: Tracer = trace.get_tracer(NAME, __version__, tracer_provider)
         meter = metrics.get_meter(NAME, __version__, meter_provider)
-        self.duration = meter.create_histogram(
-            "gen_ai.client.inference.duration",
-            unit="s",
-            description="Duration of calls, retries included",
-            explicit_bucket_boundaries_advisory=_DURATIONS,
-        )
-        self.first_chunk = meter.create_histogram(
-            "gen_ai.client.inference.time_to_first_chunk",
-            unit="s",
-            description="From the sending of a request to the first piece of its stream",
-            explicit_bucket_boundaries_advisory=_CHUNK_TIMES,
-        )
-        self.per_chunk = meter.create_histogram(
-            "gen_ai.client.inference.time_per_output_chunk",
-            unit="s",
-            description="Between two pieces; those that arrive together share the time",
-            explicit_bucket_boundaries_advisory=_CHUNK_TIMES,
+        self.duration, self.first_chunk, self.per_chunk = (
+            meter.create_histogram(
+                f"gen_ai.client.inference.{name}",
+                unit="s",
+                description=description,
+                explicit_bucket_boundaries_advisory=buckets,
+            )
+            for name, description, buckets in _HISTOGRAMS
         )
         self.tokens = {
             kind: meter.create_counter(
@@ -149,41 +158,29 @@ class _Instrumentation:
             for kind in ("input", "output")
         }
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        for name, unit, description in (
-            ("open_streams", "{stream}", "Streams and plain calls that hold a connection slot"),
-            ("waiting_calls", "{call}", "Calls that wait for a connection slot"),
-            ("pooled_connections", "{connection}", "Connections that are open and idle"),
-        ):
+        for name, unit, description in _GAUGES:
             meter.create_observable_gauge(
                 f"moondream.client.{name}",
-                callbacks=[self._observe(name)],
+                callbacks=[partial(self._observe, name)],
                 unit=unit,
                 description=description,
             )
 
-    def _observe(self, name: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        def observe(_: CallbackOptions) -> Iterable[Observation]:
-            for endpoint, total in self._totals(name).items():
-                yield Observation(total, _server(endpoint))
-
-        return observe
-
-    def _totals(self, name: str) -> dict[str, int]:
-        totals: dict[str, int] = {}
+    def _observe(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
+        totals: Counter[str] = Counter()
         for session in list(self._sessions):
-            value = getattr(session.stats(), name)
-            totals[session.endpoint] = totals.get(session.endpoint, 0) + value
-        return totals
+            totals[session.endpoint] += getattr(session.stats(), name)
+        return [Observation(total, _server(endpoint)) for endpoint, total in totals.items()]
 
     def follow(self, session: Session) -> Callable[[], None]:
-        """Follow the calls of a session; return what ends that."""
+        """Follow the calls of a session; return a function that ends this."""
 
         def start(call: CallStart) -> Probe:
             return _Call(self, call)
 
         session.instruments += (start,)
         self._sessions.add(session)
-        followed = weakref.ref(session)  # what ends this keeps no client
+        followed = weakref.ref(session)  # so that `stop` keeps no client alive
 
         def stop() -> None:
             session = followed()
@@ -244,7 +241,7 @@ class _Call:
         return carrier
 
     def chunks(self, count: int) -> None:
-        """Measure the time since the pieces before."""
+        """Measure the time since the last pieces."""
         if not self._span.is_recording():
             return
         now = time.perf_counter()
@@ -255,13 +252,13 @@ class _Call:
         self._last_chunk = now
 
     def answer(self, answer: str | Mapping[str, Any]) -> None:
-        """Take what the answer says, before its end is reported."""
+        """Record the answer, before its end is reported."""
         text = answer if isinstance(answer, str) else json.dumps(answer, default=str)
         message = {"role": "assistant", "parts": [{"type": "text", "content": text}]}
         self._span.set_attribute("gen_ai.output.messages", json.dumps([message]))
 
     def report(self, kind: Kind, event: CallEvent) -> None:
-        """Take what a hook of this kind is given."""
+        """Record an event that hooks of this kind get."""
         if kind == "end":
             self._ended(event)
         elif self._span.is_recording():
@@ -289,7 +286,7 @@ class _Call:
             ):
                 if value is not None:
                     span.set_attribute(name, value)
-            # The conventions put "error" where an answer had begun, and its reason did not come.
+            # The conventions' reason for an answer that began and was cut off is "error".
             had_begun = event.ttft is not None or event.outcome == "interrupted"
             is_cut = had_begun and event.outcome != "complete"
             reason = event.finish_reason or ("error" if is_cut else None)
@@ -329,7 +326,7 @@ def _error_type(error: BaseException) -> str:
 
 
 def _settings(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling settings that a request has, by the names of the conventions."""
+    """Return the sampling settings of a request, under the names of the conventions."""
     given = payload.get("settings")
     places = [payload, given] if isinstance(given, Mapping) else [payload]
     found = {
@@ -344,7 +341,7 @@ def _settings(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input(payload: Mapping[str, Any]) -> str:
-    """Return what was asked, as the conventions write messages; of a picture, that it is there."""
+    """Return the question or the messages in the conventions' format; pictures as a mark alone."""
     messages = payload.get("messages")
     if messages is None:
         said = payload.get("question") or payload.get("object") or payload.get("length")

@@ -1,7 +1,7 @@
-"""For users' tests: a fixture with a server of the test's own, that says what it is told to.
+"""A fixture for users' tests: a simulator that gives the answers that a test scripts.
 
-pytest finds this module by itself wherever the package is installed. A test that takes
-`moondream_simulator` has a `SimulatorThread` to itself, on a free port of this machine::
+pytest loads this module wherever the package is installed. A test that takes the fixture
+`moondream_simulator` has a `SimulatorThread` of its own, on a free port of this machine::
 
     def test_text_is_passed_on_while_it_is_written(http, moondream_simulator, photo):
         answer = moondream_simulator.script.caption(["A red", " circle."], hold_after=1)
@@ -11,36 +11,34 @@ pytest finds this module by itself wherever the package is installed. A test tha
             answer.release()
             assert "".join(pieces) == " circle."
 
-There `http` is a client of the user's own application, run in any way: in the test's
-event loop, in a thread, in another process. A response that streams needs a real
-socket, as the in-memory transports of httpx and Starlette wait for its end. The
-application needs to know nothing of the test: while that runs, ``MOONDREAM_ENDPOINT``
-is the simulator's, and ``MOONDREAM_API_KEY`` is not set, for every client that is made
-without `endpoint` and `api_key`.
+Here `http` is an HTTP client of the user's application, which runs in the test's event
+loop, in a thread or in another process. A test of a streamed response needs a real socket,
+since the in-memory transports of httpx and Starlette wait for the response's end. The
+application needs no change: during the test ``MOONDREAM_ENDPOINT`` names the simulator and
+``MOONDREAM_API_KEY`` is not set, for every client made without `endpoint` and `api_key`.
 
-What the test can do, from plain functions and from ``async def`` under any plugin:
+Plain tests and ``async def`` tests under any plugin can use these attributes:
 
-- `script` says what is answered: ``script.caption("A red circle.")``, likewise for every
-  skill. What isn't scripted is answered with measurements of the picture. With
+- `script` has a method for each skill: ``script.caption("A red circle.")`` is the answer to
+  the next caption. Without a script the answer is a measurement of the picture. With
   `hold_after` an answer stops in the middle until its `release`.
-- `faults` says what goes wrong: ``faults.append("status=503,retry_after=1")``; so does
-  `fault` with a scripted answer. ``moondream-async serve --help`` lists the faults.
-- `requests` tells what came: each has its `path`, its decoded `body`, its `images` as the
-  files that they are, and what became of it: `disconnected` if its client went away.
-- `wait_until` blocks until a condition on these is true; ``await ...until`` is for the tests
-  that are coroutines.
+- `faults` takes failures: ``faults.append("status=503,retry_after=1")``. A scripted answer
+  takes them as `fault`. ``moondream-async serve --fault help`` lists all faults.
+- `requests` holds the requests received: each has its `path`, its decoded `body`, its
+  `images` as bytes of files, and `disconnected`, which is true if its client went away.
+- `wait_until` blocks until a condition is true; ``await ...until`` is for coroutines.
 
-A scripted answer that no request took is an error of the test that it was scripted in, and
-so is a fault that never struck, unless the test has failed before. Those for any number of
-requests (``times=None``, ``times=always``) are exempt.
+A test fails if a scripted answer was not taken by a request, or a fault did not strike,
+unless the test has failed before. Answers and faults for any number of requests
+(``times=None``, ``times=always``) are exempt.
 
 The marker takes the arguments of `Simulator`, and `allow_unused`::
 
     @pytest.mark.moondream_simulator(dialect="station", allow_unused=True)
 
-An `api_key` that is given there is the one that the simulator wants to see, and then
-``MOONDREAM_API_KEY`` is set to it. For a server that several tests share, make a fixture
-of your own around `SimulatorThread`.
+With an `api_key` in the marker the simulator accepts this key alone, and
+``MOONDREAM_API_KEY`` is set to it. For a server that several tests share, write a fixture
+around `SimulatorThread`.
 """
 
 from __future__ import annotations
@@ -63,12 +61,12 @@ _has_failed = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Register the marker."""
     config.addinivalue_line("markers", _MARKER)
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """Remember whether a test was left by an exception: then more is left over than it meant."""
+    """Remember whether a test failed: then unused answers are no further failure."""
     item.stash[_has_failed] = call.excinfo is not None
 
 
@@ -76,11 +74,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def moondream_simulator(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[SimulatorThread]:
-    """A server of the Moondream API that says what it is told to.
+    """A server of the Moondream API with scripted answers.
 
     Its endpoint is in the environment while the test runs.
     """
-    # Every session of pytest loads this module; only those that use it wait for the server's.
+    # Every session of pytest loads this module; the simulator is loaded when it is used.
     from moondream_async.simulator import Simulator, SimulatorThread  # noqa: PLC0415
 
     marker = request.node.get_closest_marker("moondream_simulator")

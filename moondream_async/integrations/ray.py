@@ -3,7 +3,7 @@
 `ask` adds columns to a dataset::
 
     import ray
-    from .ray import ask
+    from moondream_async.integrations.ray import ask
 
     photos = ray.data.read_parquet("s3://bucket/photos")  # with a column "path"
     photos = ask(photos, "caption", image_column="path", actors=4, rate_limit=10)
@@ -12,11 +12,11 @@
     photos = ask(photos, "detect", object="person", image_column="path", prefix="person_")
     failed = photos.filter(expr="person_error_type is not None")
 
-The key is read from MOONDREAM_API_KEY in the workers' environment, or passed as
-`api_key`. Set it where the machines are started: Ray shows a ``runtime_env``
-on its dashboard.
+The key is passed as `api_key`, or comes from MOONDREAM_API_KEY in the workers'
+environment. Set the variable where the machines are started: Ray shows a
+``runtime_env`` on its dashboard.
 
-Where more is to be said about the stage than `ask` can, it is `SkillStage`::
+`SkillStage` is the stage alone, for further arguments of ``map_batches``::
 
     photos.map_batches(
         SkillStage,
@@ -40,7 +40,7 @@ from moondream_async._checks import check_count
 from moondream_async._protocol.secret import Secret
 from moondream_async.errors import RequestError
 
-from ._rows import Asker, Job, Options, kept
+from ._rows import PLACES, Asker, Job, Options, kept
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -64,46 +64,44 @@ def ask(
     ray_options: Mapping[str, Any] | None = None,
     **options: Unpack[Options],
 ) -> Dataset:
-    """Return the dataset with a column for the answers, and some about them.
+    """Return the dataset with columns for the answers.
 
-    These are ``caption``, ``answer``, ``objects`` or ``points``, with places in 0-1 of
-    the picture; ``reasoning``, where it was asked for; ``request_id`` and
-    ``finish_reason``; ``error_type`` and ``error_message``, which are null where
-    there is an answer. Like everything in Ray Data, it is done when somebody wants
-    the rows.
+    The new columns are ``caption``, ``answer``, ``objects`` or ``points``, with places in
+    0-1 of the picture; ``reasoning``, if it was asked for; ``request_id`` and
+    ``finish_reason``; ``error_type`` and ``error_message``, which are null in a row with
+    an answer. Like everything in Ray Data, the work begins when the rows are read.
 
     A picture that is missing or broken, and a request that fails after its retries,
     become errors in their rows. Only a key that the server refuses ends the run: Ray
     raises its ``UserCodeException``, whose text names our `AuthenticationError`.
 
-    When a worker dies, Ray starts another and does the blocks anew that were under
-    way: no row is lost, none comes twice, but some are asked for, and paid, twice.
-    With fewer rows to a block they are fewer.
+    When a worker dies, Ray starts another and repeats the blocks under way: each row has
+    one result, but some rows are asked, and paid for, twice. Smaller blocks repeat fewer
+    rows.
 
     Args:
         dataset: Rows with pictures.
         skill: ``caption``, ``query``, ``detect`` or ``point``.
-        image_column: Holds the pictures: paths that the workers can open, bytes of
+        image_column: The column of pictures: paths that the workers can open, bytes of
             files, arrays (height x width x 3, of uint8), or mappings of these as
             Hugging Face stores them (``bytes`` and ``path``).
-        text_column: Holds each row's question or object, in place of `question` or
-            `object` for all.
-        prefix: What the names of the new columns begin with.
-        actors: How many workers there are. They share the rate limit equally, each
-            keeping to its part: a worker that idles leaves that unused.
-        batch_size: Rows that a worker takes up together; None is as many as it has
-            requests open. Arrays of large pictures may want fewer.
-        api_key: The key. None leaves it to the environment of each worker.
-        ray_options: More for ``map_batches``, as ``num_cpus``: each worker reserves a
-            quarter of a CPU, since it mostly waits.
-        **options: The skill's own (`length`, `question`, `reasoning`, `object`,
-            `settings`) and the client's; see `Options`. `rate_limit` is that of all
-            workers together, `max_connections` that of each, 32 by default.
+        text_column: The column of questions or objects, in place of `question` or
+            `object` for all rows.
+        prefix: The beginning of the new columns' names.
+        actors: The number of workers. Each has an equal part of the rate limit, and an
+            idle worker's part stays unused.
+        batch_size: Rows that a worker takes together; None is the number of its open
+            requests. With arrays of large pictures, fewer save memory.
+        api_key: The key. None is the variable in each worker's environment.
+        ray_options: Further arguments of ``map_batches``, as ``num_cpus``: a worker
+            reserves a quarter of a CPU, since it mostly waits.
+        **options: Arguments of the skill (`length`, `question`, `reasoning`, `object`,
+            `settings`) and of the client; see `Options`. `rate_limit` is for all workers
+            together, `max_connections` for each, 32 by default.
 
     Raises:
-        RequestError: An argument can't be right; nothing was read or sent. When the
-            run has begun, it ends with one for a column that isn't there, or that
-            is there already and would be lost.
+        RequestError: An argument is invalid; nothing was read or sent. During the run:
+            a column is missing or would be overwritten.
     """
     api_key, kept_options = kept(api_key, options)
     del options
@@ -135,17 +133,17 @@ def ask(
 
 
 class SkillStage:
-    """The stage of `ask`, for ``map_batches``: a client, and what it asks about each row.
+    """The stage of `ask`, for ``map_batches``: a client, and its question about each row.
 
-    It takes and gives batches in the format ``pyarrow``, and has many requests open at
-    once, of several batches. Ray makes one in each actor; when the actor goes, the
+    It takes and returns batches in the format ``pyarrow``, and has many requests open at
+    once, of several batches. Ray makes a stage in each actor; at the actor's end the
     client is closed.
 
-    The arguments are those of `ask`. `actors` has to be given here, too, and `api_key`
-    has to be a `Secret`.
+    The arguments are those of `ask`. Pass the number of `actors` here as well as to Ray;
+    `api_key` must be a `Secret`.
 
     Raises:
-        RequestError: An argument can't be right, or there is no key for the cloud.
+        RequestError: An argument is invalid, or there is no key for the cloud.
     """
 
     def __init__(
@@ -175,7 +173,7 @@ class SkillStage:
         )
         self._asker = Asker(self._job)
         self._asker.start()
-        # Ray drops the stage when it is done with the actor.
+        # Ray drops the stage at the end of the actor.
         weakref.finalize(self, self._asker.close)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -183,9 +181,9 @@ class SkillStage:
 
         Raises:
             AuthenticationError: The server refuses the key. No later batch is sent.
-            RequestError: The batch lacks a column, or has one that would be lost.
+            RequestError: A column is missing or would be overwritten.
         """
-        if not batch.num_rows:  # some of Ray's operators give none, without columns
+        if not batch.num_rows:  # some of Ray's operators pass empty batches without columns
             return batch
         self._job.check_columns(batch.column_names)
         rows = [partial(_read, self._job, batch, number) for number in range(batch.num_rows)]
@@ -208,13 +206,13 @@ def _read(job: Job, batch: pa.Table, number: int) -> tuple[Any, Any]:
 def _with_answers(
     batch: pa.Table, columns: Mapping[str, str], answers: list[dict[str, Any]]
 ) -> pa.Table:
-    import pyarrow as pa  # noqa: PLC0415 - the worker has it, and who only plans needs it not
+    import pyarrow as pa  # noqa: PLC0415 - workers have it; the planning process may not
 
-    def struct(*names: str) -> pa.DataType:
-        return pa.list_(pa.struct([(name, pa.float64()) for name in names]))
-
-    # Told and not guessed: a batch in which all is well has no errors to guess a type from.
-    types = {"objects": struct("x_min", "y_min", "x_max", "y_max"), "points": struct("x", "y")}
+    # Types are passed and not guessed: a batch without errors would not show theirs.
+    types = {
+        field: pa.list_(pa.struct([(name, pa.float64()) for name in names]))
+        for field, names in PLACES.items()
+    }
     for field, name in columns.items():
         values = [answer[name] for answer in answers]
         batch = batch.append_column(name, pa.array(values, types.get(field, pa.string())))
