@@ -7,17 +7,23 @@ client slower, or knows why it is worth it, and moves the bound. Times are measu
 `benchmarks`.
 """
 
+import asyncio
 import contextlib
 import gc
 import sys
+import threading
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
 import raw_server
+from pictures import save
+from PIL import Image
 from sources import Source, opened
 
 import moondream_async as md
+from moondream_async._transport.workers import ShortJobs, Workers
 
 PACKAGE = str(Path(md.__file__).parent)
 PICTURE = md.EncodedImage(b"a picture that nobody looks at", "image/jpeg", 8, 8)
@@ -32,6 +38,7 @@ DIALECTS = {"caption": (CAPTION, DONE), "chat": (CHAT, b"data: [DONE]\n\n")}
 PER_EVENT = 1.15  # 1.0 when it was set: to hand it out
 PER_BLOCK = 22  # 21, with one event in it
 PER_CALL = 170  # 147, a look whether its connection is quiet included
+PER_PICTURE = 292  # 250, of a file, in a bulk run
 PER_STREAM = 396  # 340, with four events in four blocks
 PER_UNSAMPLED_CALL = 92  # 80, of them the metrics, which count all calls
 BYTES_PER_STREAM = 2_200  # 1,890, without the connection's
@@ -108,6 +115,45 @@ async def test_a_plain_call_takes_no_more_calls_than_it_did():
         md.MoondreamClient(endpoint=server.endpoint) as client,
     ):
         assert await calls_of(lambda: client.caption(PICTURE), 10) <= PER_CALL
+
+
+async def test_a_picture_of_a_bulk_run_takes_no_more_calls_than_it_did(tmp_path):
+    paths = [tmp_path / f"{number}.jpg" for number in range(200)]
+    for path in paths:
+        path.write_bytes(save(Image.new("RGB", (40, 30)), "JPEG"))
+
+    async def run():
+        async for each in client.bulk(paths, "caption", concurrency=16):
+            assert each.ok
+
+    async with (
+        raw_server.RawServer(raw_server.answer_all) as server,
+        md.MoondreamClient(endpoint=server.endpoint) as client,
+    ):
+        assert await calls_of(run, 1) / len(paths) <= PER_PICTURE
+
+
+async def test_small_files_that_are_wanted_at_once_share_hops_to_a_thread(tmp_path):
+    loop, hops = asyncio.get_running_loop(), []
+    wake, jobs = loop.call_soon_threadsafe, ShortJobs(Workers("test", 4))
+    loop.call_soon_threadsafe = lambda *args: hops.append(args) or wake(*args)
+    try:
+        waiting = [jobs.submit(partial(str, number)) for number in range(100)]
+        assert await asyncio.gather(*waiting) == [str(number) for number in range(100)]
+    finally:
+        del loop.call_soon_threadsafe
+    assert len(hops) <= 14  # one alone, and then eight at a time
+
+
+async def test_a_file_that_takes_long_holds_no_other_up():
+    arrived, jobs = threading.Event(), ShortJobs(Workers("test", 4))
+    slow = jobs.submit(lambda: arrived.wait(60))
+    try:
+        assert await jobs.submit(lambda: "read") == "read"
+        assert not slow.done()
+    finally:
+        arrived.set()
+    assert await slow
 
 
 async def test_opening_a_stream_takes_no_more_calls_than_it_did():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from multidict import CIMultiDict
 
+from moondream_async._images import is_path
 from moondream_async._protocol.answers import (
     decode_json,
     decode_object,
@@ -437,7 +438,10 @@ class Call:
                     if not is_held:
                         await self._acquire_preparing(deadline)
                         is_held = True
-                    image = await session.encode_later(part.source)
+                    if is_path(part.source):
+                        image = await session.encode_small(part.source, deadline.pool.short_jobs)
+                    if image is None:
+                        image = await session.encode_later(part.source)
                 parts[place] = image
         except BaseException:
             if is_held:

@@ -6,16 +6,17 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from yarl import URL
 
-from moondream_async._images import encode_at_once, encode_image
+from moondream_async._images import encode_at_once, encode_image, encode_small_file
 from moondream_async._protocol import USER_AGENT
 from moondream_async._protocol.headers import joined
 from moondream_async._protocol.secret import Redactor, Secret
 from moondream_async._transport.pools import NO_SECRETS, Transport
-from moondream_async._transport.workers import Workers
+from moondream_async._transport.workers import ShortJobs, Workers
 from moondream_async.errors import ClientClosedError
 from moondream_async.results import ClientStats
 from moondream_async.types import EncodedImage, Hooks
@@ -171,6 +172,10 @@ class Session:
                 return ready
         more = {} if max_bytes is None else {"max_bytes": max_bytes}
         return await _preparing.submit(encode_image, image, max_pixels=limit, **more)
+
+    def encode_small(self, image: Any, jobs: ShortJobs) -> asyncio.Future[EncodedImage | None]:
+        """Begin to prepare what is perhaps a small file; await what is returned: None if not."""
+        return jobs.submit(partial(encode_small_file, image, max_pixels=self.max_pixels))
 
     def encode_later(self, image: Any) -> asyncio.Future[EncodedImage]:
         """Begin to prepare a picture in a thread; await what is returned."""

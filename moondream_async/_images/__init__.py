@@ -23,15 +23,26 @@ from moondream_async.types import EncodedImage
 from . import gif, inputs, jpeg, png, webp
 from .formats import can_prepare
 from .header import Header, check_size
-from .inputs import ImageSource
+from .inputs import ImageSource, is_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageSource", "can_prepare", "decode_image", "encode_at_once", "encode_image"]
+__all__ = [
+    "ImageSource",
+    "can_prepare",
+    "decode_image",
+    "encode_at_once",
+    "encode_image",
+    "encode_small_file",
+    "is_path",
+]
 
 _AT_ONCE_BYTES = 16 * 1024
 """Files up to here are walked in 0.1 ms, and in a few ms if made to be slow."""
+
+_SMALL_FILE_BYTES = 256 * 1024
+"""Files up to here are read several at a time."""
 
 _AT_ONCE_PIXELS = 100_000
 """Pictures up to here are inflated in a ms, and decoded in a few, where that must be done."""
@@ -116,6 +127,18 @@ def encode_at_once(image: object, *, max_pixels: int | None = None) -> EncodedIm
     """
     if not isinstance(image, bytes) or len(image) > _AT_ONCE_BYTES:
         return None
+    return _encode_small(image, max_pixels)
+
+
+def encode_small_file(path: object, *, max_pixels: int | None = None) -> EncodedImage | None:
+    """Do the same for a small file that has still to be read: work for a thread, but of a ms."""
+    try:
+        return _encode_small(inputs.read(path, _SMALL_FILE_BYTES), max_pixels)
+    except Exception:  # noqa: BLE001 - see above
+        return None
+
+
+def _encode_small(image: bytes, max_pixels: int | None) -> EncodedImage | None:
     try:
         if image.startswith(png.SIGNATURE):
             width, height = struct.unpack(">II", image[16:24])
@@ -126,7 +149,7 @@ def encode_at_once(image: object, *, max_pixels: int | None = None) -> EncodedIm
             few = header.width * header.height <= _AT_ONCE_PIXELS
             if not few or "moondream_async._images.convert" not in sys.modules:
                 return None
-        return _as_it_is(data, header, max_pixels, _AT_ONCE_BYTES)
+        return _as_it_is(data, header, max_pixels, len(image))
     except Exception:  # noqa: BLE001 - see above
         return None
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES: Final = 256_000_000
 """Larger files are refused unread: the largest camera files have half of it."""
 
+_READ_BYTES: Final = 1 << 26  # a call; some systems read no more than 2 GiB at once
 _STEP: Final = 1 << 18  # bytes a call that holds the GIL may work on: about a millisecond
 _WHITE_SPACE: Final = b" \t\r\n\f\v"
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -68,13 +69,14 @@ def _shorten(name: str) -> str:
     return repr(name) if len(name) <= 200 else f"{name[:100]!r}... ({len(name)} characters)"
 
 
-def read(image: Any) -> bytes:
+def read(image: Any, most: int = MAX_FILE_BYTES) -> bytes:
     """Return the bytes of a path, a file, a data URI or a buffer.
 
     Raises:
-        ImageError: They can't be had, are none, or are more than `MAX_FILE_BYTES`.
+        ImageError: They can't be had, are none, or are more than `MAX_FILE_BYTES`; or
+            the file at a path has more than `most`.
     """
-    if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
+    if isinstance(image, str) and _is_address(image):
         raise ImageError(
             "is an address, and this client fetches none by itself: "
             "`await moondream_async.fetch_image(url)` gives a picture to pass here"
@@ -84,7 +86,7 @@ def read(image: Any) -> bytes:
     elif isinstance(image, str) and _is_data_uri(image):
         data = _from_data_uri(image)
     elif isinstance(image, (str, os.PathLike)):
-        data = _from_path(image)
+        data = _from_path(image, most)
     elif callable(getattr(image, "read", None)):
         data = _from_file(image)
     else:
@@ -97,9 +99,9 @@ def read(image: Any) -> bytes:
     return data
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise ImageError(f"is too large: {size:,} bytes, and {MAX_FILE_BYTES:,} are the limit")
+def _check_size(size: int, most: int = MAX_FILE_BYTES) -> None:
+    if size > most:
+        raise ImageError(f"is too large: {size:,} bytes, and {most:,} are the limit")
 
 
 def _from_buffer(buffer: bytes | bytearray | memoryview) -> bytes:
@@ -110,12 +112,15 @@ def _from_buffer(buffer: bytes | bytearray | memoryview) -> bytes:
         raise ImageError(f"can't be read: {error}") from error
 
 
-def _from_path(path: str | os.PathLike[Any]) -> bytes:
+def _from_path(path: str | os.PathLike[Any], most: int) -> bytes:
     # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-            return _from_regular_file(file)
+        number = os.open(path, flags)  # not `open`: each of its calls of the system costs a
+        try:  # turn of the lock that Python's threads share
+            return _from_regular_file(number, most)
+        finally:
+            os.close(number)
     except ImageError:
         raise  # it is a ValueError too
     except FileNotFoundError as error:
@@ -129,12 +134,19 @@ def _from_path(path: str | os.PathLike[Any]) -> bytes:
         raise ImageError(f"can't be opened: {reason}") from error
 
 
-def _from_regular_file(file: BinaryIO) -> bytes:
-    status = os.fstat(file.fileno())
+def _from_regular_file(number: int, most: int) -> bytes:
+    status = os.fstat(number)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("is a directory")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("is not a regular file")
-    _check_size(status.st_size)
-    return file.read(status.st_size)  # and no more, should it grow meanwhile
+    _check_size(status.st_size, most)
+    pieces: list[bytes] = []
+    left = status.st_size  # and no more, should it grow meanwhile
+    while left and (piece := os.read(number, min(left, _READ_BYTES))):
+        pieces.append(piece)
+        left -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _from_file(file: Any) -> bytes:
@@ -158,6 +170,17 @@ def _from_file(file: Any) -> bytes:
         pieces.append(bytes(piece))
         size += len(piece)
         _check_size(size)
+
+
+def is_path(image: object) -> TypeGuard[str | os.PathLike[Any]]:
+    """Tell a path from all else that may be given, as other strings."""
+    if isinstance(image, str):
+        return not _is_address(image) and not _is_data_uri(image)
+    return isinstance(image, os.PathLike)
+
+
+def _is_address(text: str) -> bool:
+    return text[:8].lower().startswith(("http://", "https://"))
 
 
 def _is_data_uri(text: str) -> bool:

@@ -33,11 +33,14 @@ from .resolver import Resolver
 from .sockets import Guard, begin, end, open_socket
 from .unseen import Unseen
 from .uploads import Part, Upload
+from .workers import ShortJobs, Workers
 
 if TYPE_CHECKING:
     import ssl
 
     from moondream_async._protocol.secret import Secret
+
+_short = Workers("short jobs", 4)
 
 NO_SECRETS: Mapping[str, Secret] = {}
 
@@ -174,6 +177,7 @@ class Pool:
         self.closed = False
         self.calls: set[Closable] = set()
         """What waits on this loop; closed with the client."""
+        self.short_jobs = ShortJobs(_short)
         self.bodies: set[Body] = set()
         self._ssl = ssl_context or True
         self._proxies = proxies

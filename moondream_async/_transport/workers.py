@@ -14,9 +14,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+_MANY = 8  # short jobs that wait, so that they are worth a thread of their own
+_LONG = 0.005  # seconds: no short job, but one that waits, as for a drive of the network
 
 _KEPT = 2.0  # seconds that a thread waits for its next job; to start one costs more than a job
 
@@ -92,6 +96,55 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+class ShortJobs:
+    """Short jobs of one event loop, as the reading of a small file: several in one hop.
+
+    A hop to a thread and back costs more than such a job. The first goes at once; those that
+    come meanwhile go together when it is back, or on another thread where it takes long, or
+    where there are many.
+    """
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._waiting: list[tuple[asyncio.Future[Any], Callable[[], Any]]] = []
+        self._hops = 0  # under way
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, job: Callable[[], _T]) -> asyncio.Future[_T]:
+        """Begin a job that raises nothing; await what is returned for its outcome."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+        self._waiting.append((future, job))
+        if not self._hops or len(self._waiting) >= _MANY:
+            self._hop()
+        elif self._timer is None:
+            self._timer = loop.call_later(_LONG, self._hop)
+        return future
+
+    def _hop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wanted = [each for each in self._waiting if not each[0].cancelled()]
+        self._waiting = []
+        if wanted:
+            self._hops += 1
+            outcome = self._workers.submit(_do_all, [job for _, job in wanted])
+            outcome.add_done_callback(partial(self._landed, [future for future, _ in wanted]))
+
+    def _landed(self, futures: list[asyncio.Future[Any]], outcome: asyncio.Future[Any]) -> None:
+        self._hops -= 1
+        if not self._hops:
+            self._hop()
+        for future, result in zip(futures, outcome.result(), strict=True):
+            if not future.done():  # cancelled
+                future.set_result(result)
+
+
+def _do_all(jobs: list[Callable[[], Any]]) -> list[Any]:
+    return [job() for job in jobs]
 
 
 _all: weakref.WeakSet[Workers] = weakref.WeakSet()
