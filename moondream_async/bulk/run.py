@@ -201,9 +201,12 @@ class _Work:
         self._ordered = ordered
         self._most = most
         self._max_retries = max_retries
-        self._asked = 0  # requests that are on their way, and pictures that are prepared for one
-        self._door = asyncio.Lock()  # one at a time looks whether it may start, in line
-        self._ready, self._room, self._free = _Bell(), _Bell(), _Bell()
+        self._asked = 0  # requests that are on their way
+        self._queue: deque[asyncio.Future[None]] = deque()  # of attempts that may not start yet
+        self._timer: asyncio.TimerHandle | None = None  # where the rate alone holds them up
+        self._resting: list[asyncio.Future[tuple[int, Any] | None]] = []  # tasks without an item
+        self._is_fed = False
+        self._ready, self._room = _Bell(), _Bell()
         self._hopeless: MoondreamError | None = None
         self._is_exhausted = False  # the iterable
         self._feeding: anyio.CancelScope | None = None
@@ -260,21 +263,32 @@ class _Work:
             if self._hopeless is not None and not self._is_exhausted:
                 self._fail(self._hopeless)
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             self._ended = True
             self._ready.ring()
 
     async def _feed(self, group: anyio.abc.TaskGroup) -> None:
         following = _reader(self._items)
-        for index in itertools.count():
-            await self._room.until(self._has_room)
-            if self._stopped:
-                return
-            item = await following()
-            if item is _END:
-                self._is_exhausted = True
-                return
-            self.open += 1
-            group.start_soon(self._do, index, item)
+        try:
+            for index in itertools.count():
+                await self._room.until(self._has_room)
+                if self._stopped:
+                    return
+                item = await following()
+                if item is _END:
+                    self._is_exhausted = True
+                    return
+                self.open += 1
+                if self._resting:
+                    self._resting.pop().set_result((index, item))
+                else:
+                    group.start_soon(self._do_all, index, item)
+        finally:
+            self._is_fed = True
+            for task in self._resting:
+                if not task.done():  # cancelled, like this one
+                    task.set_result(None)
 
     def _has_room(self) -> bool:
         """Tell whether another item may be taken.
@@ -285,6 +299,17 @@ class _Work:
         waiting = len(self._done) + len(self._out_of_order)
         room = 2 * (self._most if self._ordered else self.control.limit)
         return self.open + waiting < room
+
+    async def _do_all(self, index: int, item: Any) -> None:
+        """Do one item, and then those that `_feed` hands over."""
+        given: tuple[int, Any] | None = (index, item)
+        while given is not None:
+            await self._do(*given)
+            if self._is_fed:
+                return
+            rest = asyncio.get_running_loop().create_future()
+            self._resting.append(rest)
+            given = await rest
 
     async def _do(self, index: int, item: Any) -> None:
         began = time.monotonic()
@@ -348,16 +373,45 @@ class _Work:
             self.stop()
 
     async def enter(self) -> None:
-        """Wait until a request may start."""
-        async with self._door:
-            while True:
-                await self._free.until(lambda: self._asked < self.control.limit)
-                delay = self.control.delay(time.monotonic())
-                if delay <= 0:
-                    break
-                await anyio.sleep(delay)
-            self.control.started(time.monotonic())
-            self._asked += 1
+        """Wait, in a queue, until a request may start."""
+        if not self._queue and self._starts():
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._queue.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled():  # it was let in at the same moment
+                self._asked -= 1
+                self._let_in()
+            raise
+
+    def _starts(self) -> bool:
+        """Start a request, if one may start now; or else see to it that this is asked again."""
+        if self._asked >= self.control.limit:
+            return False  # until `leave`
+        now = time.monotonic()
+        delay = self.control.delay(now)
+        if delay > 0:
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(delay, self._let_in_later)
+            return False
+        self.control.started(now)
+        self._asked += 1
+        return True
+
+    def _let_in_later(self) -> None:
+        self._timer = None
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Let in those who wait, in their order, as many as may start now."""
+        while self._queue:
+            if not self._queue[0].done():  # cancelled
+                if not self._starts():
+                    return
+                self._queue[0].set_result(None)
+            self._queue.popleft()
 
     def leave(self, error: MoondreamError | None, sent_at: float, *, answered: bool) -> None:
         """Let the control know what became of a request, and others have its place."""
@@ -375,7 +429,7 @@ class _Work:
         elif isinstance(error, (APITimeoutError, APIConnectionError)):
             self.control.overloaded(now, sent_at=sent_at)
         self._asked -= 1
-        self._free.ring()
+        self._let_in()
         self.ring_for_room()
 
     def ring_for_room(self) -> None:
