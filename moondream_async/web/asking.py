@@ -1,4 +1,4 @@
-"""A question of the page, and the call that it becomes."""
+"""Turns questions of the page into calls."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the page asks; each skill looks at its own fields.
+    """A question of the page; each skill uses its own fields.
 
-    Whether the values can be right is for the client to say: its errors are shown.
+    The client checks the values, and the page shows the client's errors.
     """
 
     skill: Literal["caption", "query", "detect", "point", "segment", "chat"]
@@ -38,11 +38,11 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def read_question(request: web.Request) -> tuple[Question, bytes]:
-    """Return what a body holds: the question as a line of JSON, and then the picture's file.
+    """Read a body: the question as a line of JSON, and then the picture's file.
 
     Raises:
-        RequestError: There is no such line.
-        web.HTTPRequestEntityTooLarge: It is larger than the application takes.
+        RequestError: The first line is not a question.
+        web.HTTPRequestEntityTooLarge: The body is larger than the application takes.
     """
     question, _, picture = (await request.read()).partition(b"\n")
     try:
@@ -52,12 +52,12 @@ async def read_question(request: web.Request) -> tuple[Question, bytes]:
 
 
 async def ask(client: MoondreamClient, question: Question, picture: bytes) -> Stream | Result:
-    """Ask the server; return a stream for the skills that have one, else the whole answer.
+    """Ask the server; return a stream, or the whole answer of a skill without streams.
 
-    Cancelling it drops the connection to the server, however long the model thinks.
+    Cancelling drops the connection to the server.
 
     Raises:
-        MoondreamError: Whatever the call raises.
+        MoondreamError: The call failed.
     """
     settings = cast("Settings | None", question.settings or None)
     if question.skill == "caption":

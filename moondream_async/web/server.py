@@ -1,4 +1,4 @@
-"""The server of the page. The key stays on this side of it."""
+"""The server of the page. The API key stays here, and never reaches the browser."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ HOST = "127.0.0.1"
 USUAL_PORT = 8020
 STATIC = Path(__file__).with_name("static")
 
-# Over what any server takes (the cloud: 10 MB), since the client can make pictures smaller.
-# The page refuses a larger one before it sends it.
+# More than any server takes (the cloud: 10 MB), since the client makes pictures smaller.
+# The page does not send a larger file.
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class About(msgspec.Struct, frozen=True):
-    """What the page has to know before it asks."""
+    """The facts that the page loads at its start."""
 
     endpoint: str
     simulated: bool
@@ -58,15 +58,15 @@ class DemoPage:
 
     Args:
         client: Asks the server. It stays open.
-        picture: The picture that is there at the start.
-        name: What its file is called in the Python lines; None is the package's sample.
-        simulated: Whether no model is behind the client, so that the page says so.
-        model: The client's, for the Python lines.
-        port: Where to listen; 0 is any free port, None is 8020 where that is free.
+        picture: The first picture.
+        name: The picture's file name in the Python program; None is the package's sample.
+        simulated: Whether the client's server is a simulator; the page says so.
+        model: The client's model, for the Python program.
+        port: The port to listen on; 0 is any free port, None is 8020 or a free one.
 
     Raises:
         ImageError: The picture can't be read; on entering.
-        OSError: It can't listen there; on entering.
+        OSError: The server can't listen on the port; on entering.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class DemoPage:
 
     @property
     def url(self) -> str:
-        """Where the page is.
+        """The address of the page.
 
         Raises:
             RuntimeError: The server isn't listening.
@@ -98,7 +98,7 @@ class DemoPage:
         return f"http://{HOST}:{self._runner.addresses[0][1]}/"
 
     async def __aenter__(self) -> Self:
-        # As it will be sent: upright, and of a kind that browsers can show.
+        # Encoded as for a call, the picture is upright and in a format that browsers show.
         self._picture = await self._client.encode_image(self._given)
         # With handler_cancellation, a reader who goes away ends the call to the server at once.
         runner = web.AppRunner(
@@ -158,7 +158,7 @@ class DemoPage:
 
 
 async def _pass_on(stream: Stream, request: web.Request) -> web.StreamResponse:
-    """Write a stream's events as they come; what goes wrong from here on is one of them."""
+    """Write a stream's events as they come; a later error is an event, too."""
     events = stream.sse()
     response = web.StreamResponse(headers=events.headers)
     await response.prepare(request)
@@ -178,11 +178,9 @@ async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:
 
 @web.middleware
 async def _answer_for_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Answer what is refused, and what fails before a stream has begun, with a sentence."""
-    refused = refusal(request)
-    if refused is not None:
-        status, sentence = refused
-        return _error(status, "Refused", sentence)
+    """Answer refused requests, and errors before a stream begins, with a message in JSON."""
+    if refused := refusal(request):
+        return _error(refused[0], "Refused", refused[1])
     try:
         return await handler(request)
     except web.HTTPRequestEntityTooLarge:
@@ -197,7 +195,7 @@ async def _answer_for_errors(request: web.Request, handler: _Handler) -> web.Str
 
 
 def _status(error: MoondreamError) -> int:
-    """Return the status that says whose fault it was: the page's, or the server's behind us."""
+    """Return 400 for a fault of the page, and the server's status or 50x for its own."""
     if isinstance(error, RequestError):
         return 400
     if isinstance(error, APIStatusError) and error.status >= 400:
@@ -206,7 +204,7 @@ def _status(error: MoondreamError) -> int:
 
 
 def _error(status: int, kind: str, message: str) -> web.Response:
-    message = message.encode(errors="replace").decode()  # a request's own bytes may be in it
+    message = message.encode(errors="replace").decode()  # it may hold raw bytes of a request
     return _json({"error": {"type": kind, "message": message}}, status=status)
 
 

@@ -1,10 +1,9 @@
-// Text that grows, and is shown with the little of Markdown that models write: paragraphs,
-// headings, lists, code, emphasis. It is put together of elements and texts, and never of
-// HTML: what a server says can't become anything else.
+// Growing text with the part of Markdown that models write: paragraphs, headings, lists, code,
+// emphasis. It is made of elements and text nodes, and never of HTML: a server's text can't
+// become markup.
 //
-// A screen reader is to hear each sentence once, and not every chunk: the element is a live
-// region, the unfinished sentence in it is hidden from it, and a finished one becomes a new,
-// audible piece.
+// A screen reader reads each sentence once, and not every chunk: the element is a live region,
+// the unfinished sentence is hidden from the reader, and a finished one becomes a new element.
 
 const SENTENCE_ENDS = /^[^]*?[.!?…:;\n]["'”’)\]*_`]*\s+/;
 const FENCE = /^\s*```/;
@@ -14,7 +13,7 @@ const BLOCKS = [
   { begins: /^\s*\d{1,3}[.)]\s+/, tag: "ol" },
   { begins: /^\s*>\s?/, tag: "blockquote" },
 ];
-// The beginning of a line that could still become one of these.
+// The beginning of a line that could still become a block.
 const UNDECIDED = /^\s*(#{1,6}\s*|[-*+•]\s*|\d{1,3}[.)]?\s*|>\s?|`{1,2}|`{3}[^\n]*)?$/;
 
 export class GrowingText {
@@ -23,10 +22,10 @@ export class GrowingText {
     this.text = "";
     this.tail = document.createElement("span");
     this.tail.ariaHidden = "true";
-    this.block = null; // what the tail is in
-    this.unsaid = ""; // what is in the tail
-    this.line = ""; // the beginning of a line, while it may still become another block
-    this.begun = false; // whether it is known what the line is part of
+    this.block = null; // the element of the tail
+    this.unsaid = ""; // the text of the tail
+    this.line = ""; // the beginning of a line, while its block is undecided
+    this.begun = false; // whether the block of the line is decided
     this.fenced = false;
     element.replaceChildren(this.tail);
     element.classList.add("growing");
@@ -45,7 +44,7 @@ export class GrowingText {
     this.element.classList.remove("growing");
   }
 
-  // Take a piece of a line; only its last character may be the line's end.
+  // Take a piece of a line; a line break may only be its last character.
   #take(piece) {
     const ended = piece.endsWith("\n");
     if (this.begun) this.unsaid += piece;
@@ -59,7 +58,7 @@ export class GrowingText {
     if (["H3", "LI"].includes(this.block?.tagName)) this.#close();
   }
 
-  // Find out what a line is part of, and put the tail there.
+  // Decide the block of a line, and put the tail there.
   #begin() {
     const { line } = this;
     [this.line, this.begun] = ["", true];
@@ -67,7 +66,7 @@ export class GrowingText {
       this.#close();
       this.fenced = !this.fenced;
       if (this.fenced) this.#open("pre");
-      return; // the name of the language is nothing to read
+      return; // the name of the language is not shown
     }
     if (this.fenced) {
       this.unsaid += line;
@@ -119,7 +118,7 @@ export class GrowingText {
     this.block = null;
   }
 
-  // Show what is unfinished, and say what is finished of it.
+  // Say the finished sentences, and show the unfinished one.
   #show() {
     if (this.block?.tagName !== "PRE") {
       for (let end; (end = sentence(this.unsaid)) > 0;) this.#say(this.unsaid.slice(0, end));
@@ -145,7 +144,7 @@ export class GrowingText {
   }
 }
 
-// The end of the first sentence, in which nothing is emphasised that goes on behind it; or 0.
+// The end of the first sentence that ends outside code and emphasis; or 0.
 function sentence(text) {
   let end = 0;
   for (;;) {
@@ -157,7 +156,7 @@ function sentence(text) {
   }
 }
 
-// Code; strong; emphasis; a link, of which the address is told and not made one; an escape.
+// An escape; code; strong; emphasis; a link, which is shown as text with its address.
 const INLINE = new RegExp(
   [
     String.raw`\\([\\\`*_{}[\]()#+.!|>~-])`,
@@ -171,7 +170,7 @@ const INLINE = new RegExp(
   "g",
 );
 
-// Texts and elements for a piece of text. In an unfinished one, what has begun is shown as begun.
+// Texts and elements for a piece of text. Unfinished code or emphasis is closed at its end.
 function inline(text, unfinished = false) {
   const nodes = [];
   let end = 0;

@@ -1,7 +1,7 @@
-// Asks our own server, and yields what it answers as {type, data}, one at a time: `chunk`,
+// Asks the page's own server, and yields the events of the answer as {type, data}: `chunk`,
 // `reasoning`, `bbox`, `done` and `error`, as Stream.sse in Python has them. Aborting the signal
-// closes the connection, on which the server closes its own to the model. JSON has no line
-// breaks of its own, so one ends it.
+// closes the connection; then the server closes its own to the model. The body is a line of JSON,
+// which holds no line breaks, and then the picture's file.
 
 export async function* ask(question, picture, signal) {
   const body = new Blob([JSON.stringify(question), "\n", picture], { type: "application/octet-stream" });
@@ -38,6 +38,6 @@ function read(block) {
     if (line.startsWith("event: ")) event.type = line.slice(7);
     if (line.startsWith("data: ")) event.data += line.slice(6);
   }
-  // What has no data is a comment: a heartbeat.
+  // A block without data is a comment: a heartbeat.
   return event.data && { type: event.type, data: JSON.parse(event.data) };
 }

@@ -1,4 +1,4 @@
-// Questions worth asking: of the picture that comes along, and of any other.
+// Example questions, about the sample picture and about any other.
 
 const OF_THE_SAMPLE = {
   query: ["How many coloured shapes are there?", "Where is the yellow sun?", "How bright is it?"],

@@ -1,11 +1,11 @@
-// Keeps the end of a growing text in view, until the reader scrolls away from it; scrolling
-// back to it, the reader is followed again.
+// Keeps the end of a growing text in view. It stops when the reader scrolls away from the end,
+// and begins again when the reader scrolls back.
 
 const NEAR = 48; // pixels
 
 export class Follower {
   constructor(covered) {
-    this.covered = covered; // how much of the window's top is covered, in pixels
+    this.covered = covered; // returns the covered height at the window's top, in pixels
     this.target = null;
     this.follows = false;
     addEventListener("scroll", () => {

@@ -1,4 +1,4 @@
-// Pictures out of what moves: the camera's, or a video file's.
+// Frames of a camera or of a video file.
 
 const MOST_PIXELS_A_SIDE = 1280; // more than the model looks at
 
@@ -12,7 +12,7 @@ export function closeCamera(video) {
   video.srcObject = null;
 }
 
-// Return what a video shows now as a JPEG.
+// Return a video's present frame as a JPEG.
 export function frame(video, side = MOST_PIXELS_A_SIDE) {
   return smaller(video, video.videoWidth, video.videoHeight, side);
 }
@@ -30,7 +30,7 @@ export function smaller(source, width, height, side) {
   });
 }
 
-// Wait until a video shows a frame that it did not show before; return when that was.
+// Wait for a video's next frame; return its time.
 export function nextFrame(video, signal) {
   return new Promise((resolve, reject) => {
     const end = () => {

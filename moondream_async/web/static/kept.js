@@ -1,4 +1,4 @@
-// What was asked, kept for when the page is loaded again: in this tab, until it is closed.
+// Keeps the form, the conversation and the picture when the page is reloaded, until the tab closes.
 
 import { smaller } from "./frames.js";
 
@@ -15,7 +15,7 @@ export function keep(fields, turns) {
   store(FORM, { values, turns });
 }
 
-// Fill in what was kept; return the turns of the conversation.
+// Fill in the form as it was; return the turns of the conversation.
 export function fillIn(fields) {
   const { values = [], turns = [] } = restore(FORM) ?? {};
   for (const field of fields) {
@@ -29,7 +29,7 @@ export function fillIn(fields) {
   return turns;
 }
 
-// A tab may keep some megabytes: a picture over that is kept at a smaller size.
+// A tab can keep some megabytes: a larger picture is kept at a smaller size.
 export async function keepPicture(blob, name) {
   sessionStorage.removeItem(PICTURE);
   if (store(PICTURE, { name, url: await dataUrl(blob) })) return;
@@ -59,7 +59,7 @@ function store(key, value) {
     sessionStorage.setItem(key, JSON.stringify(value));
     return true;
   } catch {
-    return false; // full, or forbidden: then a reload forgets it
+    return false; // the storage is full or forbidden, and a reload forgets the value
   }
 }
 

@@ -1,28 +1,28 @@
-// Moving pictures. The newest frame wins: one question is on its way at a time, and the next
-// frame is taken when the answer is there. What the camera shows meanwhile is neither encoded
-// nor sent, so that an answer is as old as one call, however slow the server is.
+// Moving pictures. The newest frame wins: one question is under way at a time, and the next
+// frame is taken when its answer has come. Frames in between are neither encoded nor sent, so
+// that an answer is only as old as its call, also with a slow server.
 
 import { closeCamera, frame, nextFrame, openCamera } from "./frames.js";
 import { fault } from "./picture.js";
 import { seconds } from "./shown.js";
 
 const $ = (id) => document.getElementById(id);
-const WINDOW = 12; // answers, of which the speed is told
+const WINDOW = 12; // answers, for the speed
 const PAUSE = 1000; // milliseconds after an error
 
-// Kinds of errors that the next frame would meet again.
+// Errors that the next frame would have as well.
 const LASTING = new Set([
   "AuthenticationError", "PermissionDeniedError", "NotFoundError", "BadRequestError",
   "RequestError", "ImageError", "Refused",
 ]);
 
 const video = $("moving");
-let address = null; // of the file that is played
-let still = ""; // what the picture is called that stands still
+let address = null; // the video file's
+let still = ""; // the still picture's caption
 
-// Show the camera, or a video file, and call `answer(blob, draw)` for frame after frame until
-// the signal aborts or the tab is hidden; `answer` is to call `draw` when it has one. Returns
-// why it ended.
+// Show the camera, or a video file, and call `answer(blob, signal, drawn)` for frame after frame
+// until the signal aborts or the tab is hidden; `answer` calls `drawn` when the answer is shown.
+// Returns the reason of the end.
 export async function live({ file, signal, answer, complain, started }) {
   const ends = new AbortController();
   const end = (why) => ends.abort(why);
@@ -62,7 +62,7 @@ async function ask({ signal }, answer, complain) {
     } catch (error) {
       if (signal.aborted) return;
       if (LASTING.has(error.type) || error instanceof TypeError) throw error;
-      complain(error); // and the next frame may fare better
+      complain(error); // the next frame may succeed
       await pause(signal);
     }
   }
@@ -97,7 +97,7 @@ function close() {
   address = null;
 }
 
-// Show the moving picture under its name; null shows the still one again.
+// Show the moving picture with its name; null shows the still picture again.
 function show(name) {
   const caption = $("picture-name");
   if (name !== null) [still, caption.textContent] = [caption.textContent, name];

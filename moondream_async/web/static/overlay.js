@@ -1,5 +1,5 @@
-// What was found, drawn over the picture. The drawing's unit is the picture itself, 0-1 each
-// way, as the answers have it; strokes keep their width whatever its size.
+// Draws boxes, points and outlines over the picture. The drawing's unit is the picture, 0-1 each
+// way, as in the answers; strokes have the same width at any size.
 
 const shapes = document.getElementById("shapes");
 const labels = document.getElementById("labels");
@@ -43,13 +43,13 @@ export function drawPoints(points, name) {
   });
 }
 
-// Let one of several stand out; `null` is none of them.
+// Highlight one of several shapes; `null` is none.
 export function pickOut(index) {
   labels.querySelector(".picked-out")?.remove();
   const drawn = [...shapes.children, ...labels.querySelectorAll("i")];
   drawn.forEach((each, number) => each.classList.toggle("picked", number === index));
   if (index === null || labels.querySelector("span")) return;
-  const text = document.createElement("span"); // which there are too many of to have one each
+  const text = document.createElement("span"); // a crowd has no other labels
   text.textContent = index + 1;
   text.className = "picked-out";
   const [at, frame] = [drawn[index].getBoundingClientRect(), labels.getBoundingClientRect()];
@@ -66,7 +66,7 @@ function crowd(count) {
   }
 }
 
-// A path's coordinates are 0-1 of its box. A coarse one may end anywhere.
+// A path's coordinates are 0-1 of its box. A coarse path may be cut anywhere.
 export function drawOutline(path, box, name, { coarse = false } = {}) {
   clear();
   if (!box) return;
@@ -81,12 +81,12 @@ export function drawOutline(path, box, name, { coarse = false } = {}) {
 
 const OPERANDS = { M: 2, L: 2, T: 2, H: 1, V: 1, S: 4, Q: 4, C: 6, A: 7, Z: 0 };
 
-// The longest beginning of a path that is whole: browsers report any other as an error. The
-// last number may go on with the next piece, and so counts only once something follows it.
+// The longest beginning of a path with whole commands: browsers report other paths as errors.
+// The last number may go on in the next piece, and counts only if text follows it.
 export function wholeCommands(path) {
   let end = 0;
-  let operands; // that the command takes
-  let count; // of those that it has
+  let operands; // of the command
+  let count; // of operands so far
   for (const { 0: token, index } of path.matchAll(/[a-z]|[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?/gi)) {
     const after = index + token.length;
     if (/^[a-z]$/i.test(token)) {
@@ -104,7 +104,7 @@ export function wholeCommands(path) {
   return path.slice(0, end);
 }
 
-// Each shape in white and then, narrower, in the accent colour: seen on any picture.
+// A shape in white and, narrower, in the accent colour: visible on any picture.
 function twice(tag, attributes) {
   const group = svg("g", {});
   for (const name of ["halo", "edge"]) group.append(svg(tag, { class: name, ...attributes }));
@@ -117,8 +117,8 @@ function svg(tag, attributes) {
   return element;
 }
 
-// Above its box; where there is no room, below it, or else inside. Along the side that is
-// further from the picture's own.
+// A label above its box; without room there, below the box, or else inside it. It starts at the
+// left side of a box in the left half, and ends at the right side of any other.
 function label(box, text) {
   const element = document.createElement("span");
   element.textContent = text;

@@ -1,4 +1,4 @@
-// The page: what is chosen becomes a question, and what comes back is shown.
+// The page: it makes questions of the form, and shows the answers.
 
 import { ask } from "./asking.js";
 import { GrowingText } from "./answer.js";
@@ -23,9 +23,9 @@ const DRAWN = ["detect", "point", "segment"];
 
 let about = null;
 let turns = []; // of the conversation
-let running = null; // an AbortController while an answer is on its way, or a moving picture
-let ended = Promise.resolve(); // when it has been put away
-let chosen = null; // the skill, whose answer is shown
+let running = null; // the AbortController of an answer or a moving picture under way
+let ended = Promise.resolve(); // its end
+let chosen = null; // the skill of the answer that is shown
 const isLive = () => $("live").getAttribute("aria-pressed") === "true";
 
 // -- the question --------------------------------------------------------------------------
@@ -33,7 +33,7 @@ const isLive = () => $("live").getAttribute("aria-pressed") === "true";
 function question() {
   const skill = fields.skill.value;
   const asked = { skill, settings: {} };
-  if (skill === "caption") asked.length = fields.namedItem("length").value; // not how many there are
+  if (skill === "caption") asked.length = fields.namedItem("length").value; // fields.length is a number
   if (skill === "query") asked.question = fields.question.value;
   if (DRAWN.includes(skill)) asked.object = fields.object.value;
   if (skill === "chat") asked.messages = messages();
@@ -47,7 +47,7 @@ function question() {
   return asked;
 }
 
-// The conversation with the next message; until there is one, as it was last asked.
+// The conversation with the next message; without a message, the conversation last sent.
 function messages() {
   const content = fields.message.value;
   return content.trim() || turns.length === 0
@@ -64,7 +64,7 @@ function arrange() {
   const skill = fields.skill.value;
   for (const part of document.querySelectorAll("[data-for]")) {
     part.hidden = !isFor(part, skill);
-    // What is hidden takes no part in the form: the browser must not ask to fill it in.
+    // Hidden inputs are disabled: the browser must not require them.
     for (const input of part.querySelectorAll("input")) input.disabled = part.hidden;
   }
   $("restart").hidden = skill !== "chat" || turns.length === 0;
@@ -78,7 +78,7 @@ function arrange() {
   tellPython();
 }
 
-// Offer questions that are worth asking; what is pressed is asked.
+// Offer example questions as buttons, which ask them.
 function offer(skill) {
   const { field, questions } = examples(skill, picture.source === null);
   $("examples").replaceChildren(...questions.map((text) => {
@@ -102,7 +102,7 @@ function tellPython() {
 
 // -- the answer ----------------------------------------------------------------------------
 
-// How much of the window's top the picture covers, where it stays there.
+// The height in pixels of a sticky picture at the window's top.
 function covered() {
   const { position } = getComputedStyle($("view"));
   return position === "sticky" ? $("view").offsetHeight : 0;
@@ -110,7 +110,7 @@ function covered() {
 
 const follower = new Follower(covered);
 
-// Show where the answer will be: on a phone, the button is at the bottom of the screen.
+// Scroll to the answer's place: on a phone it is below the screen.
 function reveal() {
   const { top } = $("answering").getBoundingClientRect();
   if (top > innerHeight * 0.7 || top < covered()) {
@@ -181,7 +181,7 @@ function failure({ error }) {
   return fault(error.type, error.message);
 }
 
-// Show the end of an answer; return what there is to say of it.
+// Show the end of an answer; return a sentence about it.
 function finish(asked, data, text, clock) {
   shown.showRequest(data.request_id);
   if (data.reasoning?.text) shown.think(data.reasoning);
@@ -205,7 +205,7 @@ async function goLive(file) {
   await stop();
   const mine = new AbortController();
   running = mine;
-  if (fields.skill.value === "chat") fields.skill.value = "detect"; // each frame stands for itself
+  if (fields.skill.value === "chat") fields.skill.value = "detect"; // frames are no conversation
   shown.clear();
   restart();
   setLive(true);
@@ -238,10 +238,10 @@ function setLive(moves) {
   $("ask").hidden = moves;
   $("stop").hidden = !moves;
   if (hadFocus) (moves ? $("stop") : $("ask")).focus({ preventScroll: true });
-  $("answer").ariaLive = moves ? "off" : "polite"; // nobody wants to hear every frame
+  $("answer").ariaLive = moves ? "off" : "polite"; // a screen reader must not read every frame
 }
 
-// Ask about a frame, and show the answer when it is whole: half of one would flicker.
+// Ask about a frame, and show the answer when it is whole: partial answers would flicker.
 async function answerFrame(blob, signal, drawn) {
   const asked = question();
   if (asked.skill === "chat") return;
@@ -283,8 +283,7 @@ function paragraph(text) {
   return made;
 }
 
-// An answer that did not come whole is kept as far as it came. One that never began is no turn,
-// and its question goes back into the field.
+// A partial answer is kept. Without an answer the question stays in the field.
 function keepTurns(asked, text) {
   if (text.text) {
     turns = [...asked.messages, { role: "assistant", content: text.text }];
@@ -329,13 +328,13 @@ async function take(blob, name) {
   await stop();
   try {
     await show(blob, name, { source: JSON.stringify(name), maxBytes: about.max_bytes });
-    restart(); // it was about the picture before
+    restart(); // the conversation was about the last picture
     await keepPicture(blob, name);
   } catch (error) {
     refuse(error);
   }
   arrange();
-  offer(fields.skill.value); // other questions are worth asking
+  offer(fields.skill.value); // questions for any picture, not those for the sample
 }
 
 function refuse(error) {

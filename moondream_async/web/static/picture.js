@@ -1,4 +1,4 @@
-// The picture that is asked about: chosen, dropped, pasted or photographed.
+// The picture of the questions: chosen, dropped, pasted or photographed.
 
 import { closeCamera, frame as photo, openCamera } from "./frames.js";
 
@@ -13,7 +13,7 @@ export function fault(type, message) {
 
 export const picture = { blob: null, name: "", source: null };
 
-// Show a picture; throws, with a sentence, what can't be one. `source` is its Python expression.
+// Show a picture, or throw an error with a sentence. `source` is its Python expression.
 export async function show(blob, name, { source = null, maxBytes = Infinity } = {}) {
   if (blob.size > maxBytes) {
     throw fault("TooLarge", `${name} has ${megabytes(blob.size)} MB; up to ${megabytes(maxBytes)} MB can be sent.`);
@@ -37,8 +37,8 @@ export async function show(blob, name, { source = null, maxBytes = Infinity } = 
   Object.assign(picture, { blob, name, source });
 }
 
-// Call `take(blob, name)` for each picture or video that the user brings, and `refuse(error)`
-// for what is neither.
+// Call `take(blob, name)` for each picture or video of the user, and `refuse(error)` for
+// anything else.
 export function watchSources(take, refuse) {
   for (const [button, input] of [["choose", "file"], ["photograph", "capture"]]) {
     const field = document.getElementById(input);
@@ -61,7 +61,7 @@ export function watchSources(take, refuse) {
 }
 
 function watchDrops(take, refuse) {
-  let depth = 0; // every element entered is told, and every one left
+  let depth = 0; // of nested elements: each has an event for entering and for leaving
   const mark = (change) => {
     depth = Math.max(0, depth + change);
     document.body.classList.toggle("dropping", depth > 0);
@@ -78,7 +78,7 @@ function watchDrops(take, refuse) {
   });
 }
 
-// A phone has an app for it; elsewhere, the camera is shown here.
+// A phone takes a photo with its own app; elsewhere, the page shows the camera.
 function watchCamera(take, refuse) {
   const dialog = document.getElementById("camera");
   const video = dialog.querySelector("video");

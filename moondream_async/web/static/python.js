@@ -1,11 +1,11 @@
 // The Python program that asks the same question.
 
-// JSON's strings are Python's, as far as JSON.stringify goes.
+// Strings of JSON.stringify are Python's, too.
 const quote = JSON.stringify;
 
 const WIDTH = 58;
 
-// `picture` is a Python expression; `sample` stands for the picture that comes along.
+// `picture` is a Python expression; null is the package's sample.
 export function program(question, { about, picture }) {
   const sample = picture === null;
   const isPath = !sample && question.skill === "chat"; // in a message, a string would be text
@@ -82,7 +82,7 @@ function settings(question) {
   return pairs.length > 0 && `settings={${pairs.join(", ")}}`;
 }
 
-// A call in one line, or with a line for each argument where that would be too long to see.
+// A call in one line, or, if the line would be too long, with a line for each argument.
 function call(before, options, after, level) {
   const given = options.filter(Boolean);
   const line = `${before}(${given.join(", ")})${after}`;

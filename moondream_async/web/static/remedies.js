@@ -1,4 +1,4 @@
-// What can be done about an error, by its kind as the client in Python names it.
+// Advice for each kind of error, as the Python client names the kinds.
 
 const AGAIN = "Ask again.";
 const BUSY = "Wait a few seconds, then ask again.";

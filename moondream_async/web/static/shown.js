@@ -1,4 +1,4 @@
-// What is shown of an answer beside its text: its state, its numbers, its places, its errors.
+// Shows the parts of an answer beside its text: its state, numbers, places and errors.
 
 import * as overlay from "./overlay.js";
 import { remedy } from "./remedies.js";
@@ -60,11 +60,11 @@ export function tell(state) {
   $("state").textContent = state;
 }
 
-// Show an error, and what can be done about it; null takes it away.
+// Show an error with advice; null removes the last error.
 export function complain(error, endpoint) {
   $("error").replaceChildren();
   if (error === null) return;
-  // fetch has no words for it that a reader could use.
+  // The TypeError of fetch has no helpful message.
   const gone = error instanceof TypeError;
   const said = gone ? "The page’s own server can’t be reached. Is it still running?" : error.message;
   for (const sentence of [said, remedy(gone ? "OwnServer" : error.type, endpoint)]) {
@@ -80,7 +80,7 @@ export function showRequest(id) {
   $("request").parentElement.hidden = !id;
 }
 
-// Draw what was found, and return the sentence that says so. `listed` says where, too.
+// Draw the objects found, and return a sentence about them; `listed` lists their places, too.
 export function showFound(skill, data, name, { listed = true } = {}) {
   if (skill === "segment") return showOutline(data, name);
   const found = skill === "detect" ? data.objects : data.points;
@@ -112,7 +112,7 @@ function spot(x, y) {
   return `(${x.toFixed(2)}, ${y.toFixed(2)})`;
 }
 
-// One line for each place, of which the keyboard reaches one, and the arrow keys the others.
+// A line for each place. Tab reaches one line, and the arrow keys reach the others.
 function list(descriptions) {
   $("places").replaceChildren(...descriptions.map((description, index) => {
     const [item, button] = [document.createElement("li"), document.createElement("button")];
@@ -140,7 +140,7 @@ $("places").addEventListener("focusin", ({ target }) => {
   overlay.pickOut(buttons().indexOf(target));
 });
 $("places").addEventListener("pointermove", ({ target, movementX, movementY }) => {
-  const moved = movementX || movementY; // and not only the list, under it
+  const moved = movementX || movementY; // the pointer, and not the list under it
   if (moved && target.closest("button")) overlay.pickOut(buttons().indexOf(target.closest("button")));
 });
 $("places").addEventListener("focusout", () => overlay.pickOut(null));
@@ -149,7 +149,7 @@ $("places").addEventListener("pointerleave", () => {
   overlay.pickOut(at < 0 ? null : at);
 });
 
-// Show a piece of what the model thinks, or all of it, with the places that it speaks of.
+// Show a piece of the model's reasoning, or the whole of it with its places.
 export function think(thought) {
   const text = $("thoughts").querySelector("p");
   $("thoughts").hidden = false;
