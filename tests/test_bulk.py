@@ -4,15 +4,18 @@ import asyncio
 import gc
 import heapq
 import io
+import math
 
 import anyio
 import anyio.lowlevel
 import pytest
+from own_clock import OwnClock
 from PIL import Image
 from tqdm.asyncio import tqdm
 
 import moondream_async as md
 from moondream_async.bulk import BulkItem, BulkResult, Control
+from moondream_async.bulk.progress import BulkProgress
 from moondream_async.simulator import Simulator
 
 
@@ -447,6 +450,57 @@ def test_a_good_minute_is_forgotten():
     assert control.limit == 64
 
 
+def test_one_slow_answer_among_eight_says_nothing():
+    control = Control(64)
+    for _ in range(20):
+        for seconds in [*[0.5] * 7, 4.0]:
+            control.succeeded(0, seconds, full=True)
+    assert control.limit == 64
+
+
+@pytest.mark.parametrize(("accepted", "rate"), [([], 1.0), ([0.0, 0.8, 0.9], 8.0)], ids=str)
+def test_the_first_rate_is_what_the_server_took_just_before_it_refused(accepted, rate):
+    control = Control(10)
+    for moment in accepted:
+        control.took(moment)
+    control.refused(1.0, sent_at=0.5)
+    assert control.rate == rate
+    assert control.delay(1.0) == 1 / rate
+
+
+def test_the_rate_falls_more_with_each_refusal_in_a_row_but_for_what_was_sent_before():
+    control = Control(10)
+    rates = []
+    for moment in range(8):
+        control.refused(moment, sent_at=moment)
+        control.refused(moment, sent_at=moment - 0.5)
+        rates.append(control.rate)
+    falls = [0.96, 0.92, 0.84, 0.68, 0.5]
+    assert rates[:6] == pytest.approx([math.prod(falls[:count]) for count in range(6)])
+    assert rates[6:] == [0.2, 0.2]
+
+
+def test_the_rate_grows_only_while_it_holds_requests_up():
+    control = Control(10)
+    control.refused(0.0, sent_at=0.0)
+    control.started(1.1)  # a little late: it may be made up for
+    assert (control.rate, control.delay(1.1)) == (2.0, pytest.approx(0.9))
+    control.started(50.0)
+    assert (control.rate, control.delay(50.0)) == (2.0, 0.375)
+
+
+def test_the_rate_grows_the_faster_the_longer_the_server_has_refused_nothing():
+    control, now = Control(10), 1.0
+    control.refused(0.0, sent_at=0.0)
+    control.refused(now, sent_at=now)
+    while now < 30.0:
+        now += control.delay(now)
+        before = control.rate
+        control.started(now)
+        growth = min(0.006 * 2 ** max(0.0, now - 16.0), 1 / before)
+        assert control.rate / before - 1 == pytest.approx(growth)
+
+
 def test_retry_after_is_kept():
     control = Control(10)
     control.refused(5.0, sent_at=4.5, retry_after=7.0)
@@ -493,15 +547,27 @@ def test_the_rate_settles_at_what_the_server_allows(allowed, seconds):
     assert refusals < items / 3  # most of them while the limit is looked for
 
 
+def test_rate_and_time_left_are_those_of_the_last_fifteen_seconds(monkeypatch):
+    clock, progress = OwnClock(monkeypatch), BulkProgress(10)
+    seen = []
+    for seconds in (0, 2, 2, 14, 22):
+        seen.append((progress.rate, progress.eta))
+        clock.now += seconds
+        progress.count(BulkResult(item=0, index=0))
+    seen.append((progress.rate, progress.eta))
+    assert seen == [(0, None), (0, None), (0.5, 16), (0.5, 14), (1 / 14, 84), (1 / 22, 110)]
+    assert BulkProgress(None).eta is None
+
+
 async def test_a_run_tells_how_far_it_is(client, photo):
-    async with client.bulk([photo, b"no picture"], "caption") as run:
+    async with client.bulk([photo, b"no picture", b"none"], "caption") as run:
         bar = tqdm(run, total=run.progress.total, file=io.StringIO())
         results = [each async for each in bar]
-        assert len(results) == bar.n == bar.total == 2
+        assert len(results) == bar.n == bar.total == 3
         progress = run.progress
-        assert (progress.total, progress.done, progress.failed) == (2, 2, 1)
+        assert (progress.total, progress.done, progress.failed) == (3, 3, 2)
         assert progress.tokens > 0
-        assert "2 of 2 done, 1 failed" in repr(run)
+        assert "3 of 3 done, 2 failed" in repr(run)
 
 
 @pytest.mark.parametrize("call", ["bulk", "watch"])

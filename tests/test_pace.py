@@ -628,16 +628,16 @@ async def test_stream_lost_before_its_first_event_is_asked_for_again(clock, begi
 # -- a bulk run that is refused --------------------------------------------------------
 
 
-def refusing(times):
-    """Refuse so many requests for 31 years, and answer the others."""
+def refusing(times, said="Retry-After: 999999999"):  # 31 years
+    """Refuse so many requests, and answer the others."""
     left = [times]
 
     async def play(peer):
         while True:
             await peer.request()
             left[0] -= 1
-            years = whole({"error": "later"}, "Retry-After: 999999999", status="429 Too Many")
-            await peer.send(years if left[0] >= 0 else whole(ANSWER))
+            later = whole({"error": "later"}, said, status="429 Too Many")
+            await peer.send(later if left[0] >= 0 else whole(ANSWER))
 
     return play
 
@@ -665,6 +665,27 @@ async def test_refusals_without_end_are_the_end_of_all_items_and_of_the_run(cloc
         with pytest.raises(md.RateLimitError):
             assert not any([result.ok async for result in many])
         assert clock.now - started < 3600
+
+
+@pytest.mark.parametrize(
+    ("said", "tries"),
+    [("Retry-After: 999999999", 4), ("Retry-After: 40", 6), ("X-Nothing: said", 10)],
+    ids=["as long as a call would wait", "the time of three retries", "three for each retry"],
+)
+async def test_a_picture_that_is_always_refused_is_given_up(clock, said, tries):
+    delays = []
+    hooks = md.Hooks(retry=lambda event: delays.append(event.delay))
+    async with RawServer(refusing(10**9, said)) as server, client_of(server, hooks=hooks) as client:
+        (result,) = [each async for each in client.bulk([IMAGE], max_retries=3)]
+    assert (type(result.error), result.tries, len(delays)) == (md.RateLimitError, tries, tries - 1)
+    limits = [min(0.5 * 2**count, 30) for count in range(len(delays))]
+    assert all(0.5 <= delay / limit <= 1 for delay, limit in zip(delays, limits, strict=True))
+
+
+async def test_an_item_that_may_not_be_refused_does_not_end_the_run_with_itself(clock):
+    async with RawServer(refusing(1)) as server, client_of(server) as client:
+        run = client.bulk([IMAGE] * 5, max_retries=0, concurrency=1, ordered=True)
+        assert [each.ok async for each in run] == [False, *[True] * 4]
 
 
 async def test_a_picture_that_is_tried_again_is_one_call_in_a_run(clock):
