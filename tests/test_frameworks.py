@@ -19,6 +19,7 @@ import aiohttp
 import backends
 import pytest
 from backends import BACKENDS, bound, own, running
+from browsers import chromium
 from raw_server import EVENTS, STREAM, STREAM_HEAD, TEXT, WORDS, RawServer, event, in_chunks
 from sources import no_cycles
 from test_docs import SNIPPETS
@@ -246,14 +247,8 @@ WAIT = """question => new Promise(resolve => {
 
 @pytest.mark.parametrize(("backend", "server"), [BACKENDS["fastapi-uvicorn"]], ids=["fastapi"])
 async def test_an_event_source_reads_it_and_its_tab_ends_it_by_closing(place, disconnect_report):
-    needs = "needs: python -m pip install '.[browser]'"
-    playwright = pytest.importorskip("playwright.async_api", reason=needs)
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs a browser: apt-get install chromium")
-    async with playwright.async_playwright() as driver:
-        chromium = await driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        tab = await chromium.new_page()
+    async with chromium() as browser:
+        tab = await browser.new_page()
         await tab.goto(f"{place.address}/text?question=answer")
 
         opened, *chunks, (last, done) = await tab.evaluate(LISTEN, "answer")
@@ -269,7 +264,6 @@ async def test_an_event_source_reads_it_and_its_tab_ends_it_by_closing(place, di
         await tab.close()
         seconds = await place.api.gone.get() - began
         disconnect_report.append(f"{'a tab of Chromium':60} {seconds * 1000:6.1f} ms")
-        await chromium.close()
 
 
 # -- the README --------------------------------------------------------------------------

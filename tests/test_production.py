@@ -11,8 +11,8 @@ import sys
 import aiohttp
 import anyio
 import pytest
+from browsers import chromium
 from programs import RECIPES, running
-from test_web_page import BROWSERS
 
 from moondream_async._protocol.sse import SSEParser
 
@@ -221,20 +221,11 @@ async def test_pieces_and_leaving_and_sockets_go_through_nginx(front, simulator,
 
 
 async def test_page_reads_the_answer_to_its_post_while_it_is_written(backend, simulator, photo):
-    playwright = pytest.importorskip(
-        "playwright.async_api", reason="needs: python -m pip install '.[browser]'"
-    )
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip("needs a browser: apt-get install chromium")
     held = simulator.script.caption(["A red", " circle."], hold_after=1)
-    async with playwright.async_playwright() as driver:
-        chromium = await driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        page = await chromium.new_page()
+    async with chromium() as browser:
+        page = await browser.new_page()
         await page.goto(backend.address)
         await page.set_input_files("input", photo)
-        said = page.locator("p")
-        await playwright.expect(said).to_have_text("A red")
+        await page.get_by_text("A red", exact=True).wait_for()
         held.release()
-        await playwright.expect(said).to_have_text("A red circle.")
-        await chromium.close()
+        await page.get_by_text("A red circle.", exact=True).wait_for()

@@ -1,20 +1,22 @@
 """The demo page in a real browser.
 
-The states it passes through are photographed: into a folder of the test run, or into the one
-that the environment variable MOONDREAM_SCREENSHOTS names.
+The states it passes through are photographed into the folder that the environment variable
+MOONDREAM_SCREENSHOTS names, if it does.
 """
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import re
 import runpy
-import shutil
 from pathlib import Path
 
 import pytest
 from backends import uvicorn
+from browsers import NEEDS, PATIENCE_MS, chromium
+from canned import client_of
 from PIL import Image
 from raw_server import DONE, EVENTS, STREAM_HEAD, TEXT, WORDS, RawServer, event, in_chunks
 
@@ -22,20 +24,16 @@ import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE, Simulator
 from moondream_async.web import DemoPage
 
-playwright = pytest.importorskip(
-    "playwright.async_api", reason="needs: python -m pip install '.[browser]'"
-)
-expect = playwright.expect
+expect = pytest.importorskip("playwright.async_api", reason=NEEDS).expect
 
 pytestmark = pytest.mark.slow  # to start a browser takes seconds
 
-PATIENCE_MS = 30_000  # on a busy machine
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SKILLS = ("caption", "query", "detect", "point", "segment", "chat")
 CIRCLE = (60, 180, 220, 340)  # where the red circle is in the sample, in pixels
 SIZE = (640, 480)
 TIMES = "\N{MULTIPLICATION SIGN}"
 MARK = (0x7C, 0x3A, 0xED)
+SCREENSHOTS = os.environ.get("MOONDREAM_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +42,15 @@ def anyio_backend():
 
 
 @pytest.fixture(scope="module")
-def executable():
-    found = [*filter(None, map(shutil.which, BROWSERS))]
-    if not found:
-        pytest.skip("needs a browser: apt-get install chromium")
-    return found[0]
-
-
-@pytest.fixture(scope="module")
-async def window(executable):
+async def window():
     """One for all tests: it is opening windows and tabs that takes the time."""
-    expect.set_options(timeout=PATIENCE_MS)
     camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     names = ["--host-resolver-rules=MAP rebound.example 127.0.0.1"]
-    async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", *camera, *names]
-        )
+    async with chromium(*camera, *names) as browser:
         window = await browser.new_context(permissions=["clipboard-read", "clipboard-write"])
         window.set_default_timeout(PATIENCE_MS)
         await window.new_page()
         yield window
-        await browser.close()
-
-
-@pytest.fixture(scope="session")
-def screenshots(tmp_path_factory):
-    named = os.environ.get("MOONDREAM_SCREENSHOTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @pytest.fixture
@@ -85,11 +62,10 @@ async def page(client, photo):
 class Tab:
     """A tab with the page in it, and what a test does there."""
 
-    def __init__(self, tab, screenshots):
+    def __init__(self, tab):
         self.tab = tab
         self.complaints = []
         self.hosts = set()
-        self._screenshots = screenshots
         self._listeners = {
             "console": self._note,
             "pageerror": lambda error: self.complaints.append(str(error)),
@@ -156,7 +132,8 @@ class Tab:
         )
 
     async def photograph(self, name, *, full=True):
-        await self.tab.screenshot(path=self._screenshots / f"{name}.png", full_page=full)
+        if SCREENSHOTS:
+            await self.tab.screenshot(path=f"{SCREENSHOTS}/{name}.png", full_page=full)
 
 
 def origin(url):
@@ -164,9 +141,9 @@ def origin(url):
 
 
 @pytest.fixture
-async def bare_tab(window, screenshots, page):  # the page is there until the tab has left it
+async def bare_tab(window, page):  # the page is there until the tab has left it
     """A tab with nothing in it yet, whose complaints nobody minds."""
-    tab = Tab(window.pages[0], screenshots)
+    tab = Tab(window.pages[0])
     await tab.tab.set_viewport_size({"width": 1280, "height": 800})
     await tab.tab.emulate_media(color_scheme="light", reduced_motion="no-preference")
     yield tab
@@ -180,6 +157,37 @@ async def tab(bare_tab, page):
     yield bare_tab
     assert bare_tab.complaints == []
     assert bare_tab.hosts == {origin(page.url)}
+
+
+def writes(*events, rest=()):
+    """Play: write some events, and the rest when `go_on` is set."""
+    go_on = asyncio.Event()
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD, in_chunks(*events, end=not rest))
+        if rest:
+            await go_on.wait()
+            await peer.send(in_chunks(*rest))
+
+    play.go_on = go_on
+    return play
+
+
+@pytest.fixture
+async def tab_of(bare_tab, photo):
+    """Opens a page in the tab whose answers are played by a server of bare sockets."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def tab_of(play):
+            server = await stack.enter_async_context(RawServer(play))
+            client = await stack.enter_async_context(client_of(server))
+            page = await stack.enter_async_context(DemoPage(client, photo, port=0))
+            stack.push_async_callback(bare_tab.leave)
+            await bare_tab.open(page.url)
+            return bare_tab
+
+        yield tab_of
 
 
 def assert_near(box, expected, by=6):
@@ -213,62 +221,35 @@ async def test_page_names_the_server_that_answers(bare_tab, client, photo):
 # -- an answer being written --------------------------------------------------------------
 
 
-async def test_text_grows_as_it_is_written_and_then_is_counted(bare_tab, photo):
-    tab = bare_tab
-    may_go_on = asyncio.Event()
-
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD, in_chunks(EVENTS[0], end=False))
-        await may_go_on.wait()
-        await peer.send(in_chunks(*EVENTS[1:], DONE))
-
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-        DemoPage(client, photo, port=0) as page,
-    ):
-        await tab.open(page.url)
-        await tab.ask()
-        await expect(tab.answer).to_have_text(WORDS[0])
-        await expect(tab.state).to_have_text("Writing")
-        await expect(tab.stop).to_be_visible()
-        await tab.photograph("writing")
-        may_go_on.set()
-        await expect(tab.answer).to_have_text(TEXT)
-        await expect(tab.state).to_have_text("Done")
-        await expect(tab.tab.locator("#first")).to_have_text(re.compile(r"^\d+\.\d\d s$"))
-        await expect(tab.tab.locator("#pace")).to_have_text(re.compile(r"^\d+\.\d chunks/s$"))
-        await expect(tab.tab.locator("#count")).to_have_text("3")
-        await expect(tab.tab.locator("#request")).to_have_text("r-1")
+async def test_text_grows_as_it_is_written_and_then_is_counted(tab_of):
+    play = writes(EVENTS[0], rest=(*EVENTS[1:], DONE))
+    tab = await tab_of(play)
+    await tab.ask()
+    await expect(tab.answer).to_have_text(WORDS[0])
+    await expect(tab.state).to_have_text("Writing")
+    await expect(tab.stop).to_be_visible()
+    await tab.photograph("writing")
+    play.go_on.set()
+    await expect(tab.answer).to_have_text(TEXT)
+    await expect(tab.state).to_have_text("Done")
+    await expect(tab.tab.locator("#first")).to_have_text(re.compile(r"^\d+\.\d\d s$"))
+    await expect(tab.tab.locator("#pace")).to_have_text(re.compile(r"^\d+\.\d chunks/s$"))
+    await expect(tab.tab.locator("#count")).to_have_text("3")
+    await expect(tab.tab.locator("#request")).to_have_text("r-1")
 
 
-async def test_a_screen_reader_hears_whole_sentences_and_each_once(bare_tab, photo):
-    tab = bare_tab
-    may_go_on = asyncio.Event()
-
-    async def play(peer):
-        await peer.request()
-        begun = [event(chunk) for chunk in ("A c", "at. ", "It sl")]
-        await peer.send(STREAM_HEAD, in_chunks(*begun, end=False))
-        await may_go_on.wait()
-        await peer.send(in_chunks(event("eeps."), DONE))
-
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-        DemoPage(client, photo, port=0) as page,
-    ):
-        await tab.open(page.url)
-        heard = tab.answer.locator("span:not([aria-hidden])")  # in a live region
-        await expect(tab.answer).to_have_attribute("aria-live", "polite")
-        await tab.ask()
-        await expect(tab.answer).to_have_text("A cat. It sl")
-        assert await heard.all_text_contents() == ["A cat. "]
-        may_go_on.set()
-        await tab.until_done()
-        assert await heard.all_text_contents() == ["A cat. ", "It sleeps."]
-        await expect(tab.answer).to_have_text("A cat. It sleeps.")
+async def test_a_screen_reader_hears_whole_sentences_and_each_once(tab_of):
+    play = writes(*map(event, ("A c", "at. ", "It sl")), rest=(event("eeps."), DONE))
+    tab = await tab_of(play)
+    heard = tab.answer.locator("span:not([aria-hidden])")  # in a live region
+    await expect(tab.answer).to_have_attribute("aria-live", "polite")
+    await tab.ask()
+    await expect(tab.answer).to_have_text("A cat. It sl")
+    assert await heard.all_text_contents() == ["A cat. "]
+    play.go_on.set()
+    await tab.until_done()
+    assert await heard.all_text_contents() == ["A cat. ", "It sleeps."]
+    await expect(tab.answer).to_have_text("A cat. It sleeps.")
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
@@ -304,9 +285,9 @@ async def test_stop_ends_a_call_whose_model_still_thinks(skill, tab, simulator):
     await expect(tab.state).to_have_text("Done")
 
 
-async def test_closing_the_tab_closes_the_connection(window, page, screenshots, simulator):
+async def test_closing_the_tab_closes_the_connection(window, page, simulator):
     simulator.faults.append("stall=3")
-    tab = Tab(await window.new_page(), screenshots)
+    tab = Tab(await window.new_page())
     await tab.open(page.url)
     await tab.ask()
     await expect(tab.answer).not_to_be_empty()
@@ -334,38 +315,25 @@ async def test_what_is_answered_is_in_view_on_every_screen(skill, tab, page):
         await tab.photograph(f"view-{width}-{skill}", full=False)
 
 
-async def test_a_long_answer_is_followed_until_the_reader_scrolls_away(bare_tab, photo):
-    tab = bare_tab
-    may_go_on = asyncio.Event()
+async def test_a_long_answer_is_followed_until_the_reader_scrolls_away(tab_of):
     line = "It goes on, and on, and on, over more than one line of the page. "
-
-    async def play(peer):
-        await peer.request()
-        said = [event(f"{number}. {line}\n\n") for number in range(60)]
-        await peer.send(STREAM_HEAD, in_chunks(*said, end=False))
-        await may_go_on.wait()
-        await peer.send(in_chunks(*said, event("The end."), DONE))
-
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-        DemoPage(client, photo, port=0) as page,
-    ):
-        await tab.tab.set_viewport_size({"width": 360, "height": 740})
-        await tab.open(page.url)
-        await tab.ask()
-        await expect(tab.answer.locator("li").nth(59)).to_be_in_viewport()
-        await expect(tab.stop).to_be_in_viewport(ratio=1)
-        await expect(tab.tab.locator("#frame")).to_be_in_viewport(ratio=1)
-        await tab.photograph("following", full=False)
-        await tab.tab.mouse.wheel(0, -1500)
-        await expect(tab.answer.locator("li").nth(59)).not_to_be_in_viewport()
-        seen = tab.answer.locator("li").nth(10)
-        where = await seen.bounding_box()
-        may_go_on.set()
-        await tab.until_done()
-        await expect(tab.answer).to_contain_text("The end.")
-        assert await seen.bounding_box() == where
+    said = [event(f"{number}. {line}\n\n") for number in range(60)]
+    play = writes(*said, rest=(*said, event("The end."), DONE))
+    tab = await tab_of(play)
+    await tab.tab.set_viewport_size({"width": 360, "height": 740})
+    await tab.ask()
+    await expect(tab.answer.locator("li").nth(59)).to_be_in_viewport()
+    await expect(tab.stop).to_be_in_viewport(ratio=1)
+    await expect(tab.tab.locator("#frame")).to_be_in_viewport(ratio=1)
+    await tab.photograph("following", full=False)
+    await tab.tab.mouse.wheel(0, -1500)
+    await expect(tab.answer.locator("li").nth(59)).not_to_be_in_viewport()
+    seen = tab.answer.locator("li").nth(10)
+    where = await seen.bounding_box()
+    play.go_on.set()
+    await tab.until_done()
+    await expect(tab.answer).to_contain_text("The end.")
+    assert await seen.bounding_box() == where
 
 
 MARKDOWN = """# Two cats
@@ -397,30 +365,19 @@ SHOWN = (
 
 
 @pytest.mark.parametrize("cut", [1, 1000])
-async def test_markdown_is_shown_as_it_is_meant_however_it_is_cut(cut, bare_tab, photo):
-    tab = bare_tab
+async def test_markdown_is_shown_as_it_is_meant_however_it_is_cut(cut, tab_of):
     pieces = [MARKDOWN[at : at + cut] for at in range(0, len(MARKDOWN), cut)]
-
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD, in_chunks(*map(event, pieces), DONE))
-
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-        DemoPage(client, photo, port=0) as page,
-    ):
-        await tab.open(page.url)
-        await tab.ask()
-        await tab.until_done()
-        await expect(tab.state).to_have_text("Done")
-        html = re.sub(r"</?span>|\n(?=</)", "", await tab.answer.inner_html())
-        assert [each for each in SHOWN if each not in html] == []
-        tags = set(re.findall(r"<(\w+)", html))
-        assert tags == {"h3", "p", "strong", "em", "code", "ol", "ul", "li", "blockquote", "pre"}
-        heard = await tab.answer.locator("span:not([aria-hidden])").all_text_contents()
-        assert "The first sleeps." in map(str.strip, heard)
-        await tab.photograph("markdown")
+    tab = await tab_of(writes(*map(event, pieces), DONE))
+    await tab.ask()
+    await tab.until_done()
+    await expect(tab.state).to_have_text("Done")
+    html = re.sub(r"</?span>|\n(?=</)", "", await tab.answer.inner_html())
+    assert [each for each in SHOWN if each not in html] == []
+    tags = set(re.findall(r"<(\w+)", html))
+    assert tags == {"h3", "p", "strong", "em", "code", "ol", "ul", "li", "blockquote", "pre"}
+    heard = await tab.answer.locator("span:not([aria-hidden])").all_text_contents()
+    assert "The first sleeps." in map(str.strip, heard)
+    await tab.photograph("markdown")
 
 
 # -- what goes wrong ----------------------------------------------------------------------
@@ -1135,7 +1092,7 @@ async def test_other_pages_of_this_machine_cannot_ask(bare_tab, page, simulator)
 
 
 async def test_docs_of_a_fastapi_backend_show_what_an_answer_consists_of(
-    window, screenshots, simulator, monkeypatch
+    window, simulator, monkeypatch
 ):
     offline = pytest.importorskip("fastapi_offline", reason="needs: pip install '.[browser]'")
     monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
@@ -1160,4 +1117,4 @@ async def test_docs_of_a_fastapi_backend_show_what_an_answer_consists_of(
             await expect(schema.get_by_text(key, exact=True)).to_be_visible()
         await expect(schema).to_contain_text("Where in the picture the objects are.")
         await expect(schema).not_to_contain_text("headers")
-        await tab.screenshot(path=screenshots / "fastapi_docs.png", full_page=True)
+        await Tab(tab).photograph("fastapi_docs")
