@@ -795,12 +795,14 @@ def cut(*lines):
 
 async def test_results_are_fetched_without_the_key_from_the_address_as_it_is():
     async with Storage(file(output_line(0))) as storage:
-        assert [result.line_index for result in await storage.results()] == [0]
+        results = await storage.results(headers={"X-Team": "birds"})
+        assert [result.line_index for result in results] == [0]
         [request] = storage.server.requests
     assert request.target == "/out%2F0.jsonl?sig=%7E1+a%2Bb"
     assert KEY not in str(request.headers)
-    assert not {"authorization", "x-moondream-auth"} & set(request.headers)
-    assert storage.api.requests[0].headers["x-moondream-auth"] == KEY
+    assert not {"authorization", "x-moondream-auth", "x-team"} & set(request.headers)
+    sent = storage.api.requests[0].headers
+    assert (sent["x-moondream-auth"], sent["x-team"]) == (KEY, "birds")
 
 
 async def test_redirect_of_results_is_followed_to_another_origin_without_the_key():

@@ -7,6 +7,7 @@ time is exact.
 import asyncio
 import contextlib
 import socket
+import types
 
 import pytest
 from canned import IMAGE
@@ -26,6 +27,7 @@ from raw_server import (
 )
 
 import moondream_async as md
+from moondream_async._call.deadline import CallDeadline
 
 DAY = 86_400.0
 FOR_EVER = {"pool": None, "connect": None, "first_event": None, "idle": None, "total": None}
@@ -512,3 +514,22 @@ async def test_a_complete_answer_waits_a_quarter_of_a_second_for_the_end_of_its_
                 assert await stream.text() == TEXT
         assert clock.now - started == pytest.approx(2 * min(seconds, 0.25), abs=0.01)
         assert len(server.peers) == (1 if kept else 2)
+
+
+@pytest.mark.parametrize("also", ["cancelled", "failed"])
+async def test_deadline_that_runs_out_hides_nothing_else_that_ends_the_call(also):
+    pool = types.SimpleNamespace(loop=asyncio.get_running_loop())
+    task = asyncio.current_task()
+
+    async def ends():
+        with CallDeadline(pool, only(total=1), None, None) as deadline:
+            deadline.expired()
+            if also == "failed":
+                raise ValueError
+            task.cancel()
+            await asyncio.sleep(0)
+
+    with pytest.raises(asyncio.CancelledError if also == "cancelled" else ValueError):
+        await ends()
+    while task.cancelling():
+        task.uncancel()
