@@ -1,7 +1,7 @@
 """The command ``moondream-async``; it needs the extra ``cli``.
 
-This file only finds out whether the extra is there. The program is in
-`_program`, and each group of commands in a file of its own.
+This file only checks that the extra is installed. The program is in `_program`, and each
+group of commands in a file of its own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line with `args`, else the process's own; return the exit status.
 
-    That is 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, and 141 when
-    nobody reads the output any more.
+    The status is 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C, and 141 when the
+    reader of the output has gone.
     """
     try:
         try:
-            import rich  # noqa: F401, PLC0415 - here its absence can be told
+            import rich  # noqa: F401, PLC0415 - here a missing extra is an error in one line
             import typer  # noqa: F401, PLC0415 - likewise
         except ImportError:
             hint = "moondream-async: the command line needs: pip install 'moondream-async[cli]'"

@@ -16,15 +16,11 @@ UNSUPPORTED = {
     for name in ("EINVAL", "ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOTTY")
     if hasattr(errno, name)
 }
-"""What a file system answers that has no locks, or nothing to flush."""
+"""The errors of a file system that can't lock or flush."""
 
 
 def flush(descriptor: int) -> bool:
-    """Have a file's contents on the disk; False where the file system knows no such thing.
-
-    Raises:
-        OSError: They can't be written.
-    """
+    """Write a file's contents to the disk; False where the file system can't flush."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -36,15 +32,11 @@ def flush(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Any]:
-    """Open a binary file that takes the place of `path` when it is complete, at once.
+    """Open a new binary file that replaces `path` at the end of the block, in one step.
 
-    The new file is a new one, under a short name that no link leads away from, and gets
-    the permissions of the old one. Where `path` is a link, the file it leads to is replaced.
-    With `sync`, the contents are on the disk before that. What is no regular file, as a
-    terminal or a pipe, is written to as it is.
-
-    Raises:
-        OSError: It can't be written; `path` is as it was.
+    After an error in the block, `path` is as it was. The new file gets the old one's
+    permissions. Where `path` is a link, its target is replaced; a terminal or a pipe is
+    written to directly. With `sync`, the contents are on the disk before the old file goes.
     """
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):  # noqa: PTH110, PTH113

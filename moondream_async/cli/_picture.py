@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from moondream_async import EncodedImage
     from moondream_async._stream.stream import Stream
 
-_BESIDES = 9  # lines that what is said about the picture takes
+_BESIDES = 9  # lines of text around the picture
 _WIDEST = 72  # columns; lines longer than that are hard to read
 
 
 def width() -> int:
-    """How many columns are written in."""
-    # A terminal that says that it has no columns has some.
+    """Return how many columns the text takes."""
+    # At least 20: some terminals report 0 columns.
     return max(20, min(shutil.get_terminal_size().columns - 1, _WIDEST))
 
 
 def show_picture(picture: EncodedImage) -> None:
-    """Draw a picture, two pixels to a character, where the terminal has the colours for it."""
+    """Draw a picture, two pixels to a character, where the terminal has colours."""
     from PIL import Image  # noqa: PLC0415 - takes a while to load, as rich does
     from rich.console import Console  # noqa: PLC0415
     from rich.segment import Segment, Segments  # noqa: PLC0415
@@ -66,10 +66,10 @@ class Wrapper:
     def __init__(self, columns: int) -> None:
         self._columns = columns
         self._at = 0
-        self._word = ""  # which may go on, with the space before it
+        self._word = ""  # not complete yet; with the space before it
 
     def feed(self, piece: str) -> str:
-        """Take a piece; return what can be written: all but a word that may go on."""
+        """Take a piece; return the text up to the last complete word."""
         written = ""
         for character in piece:
             if character.isspace() and self._word.strip():

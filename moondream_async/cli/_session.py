@@ -33,8 +33,8 @@ def read_image(path: str) -> str | bytes | EncodedImage:
         return run(fetch_image(path))
     if path != "-":
         return at_home(path)
-    # Not left to the client, where Ctrl-C could not end a read in a thread. And piece by
-    # piece, since a signal between two reads of one call would wait for the second to end.
+    # Read here: the client would read in a thread, which Ctrl-C can't end. And in pieces: a
+    # signal between two reads within one call would wait for the end of the second.
     pieces = []
     while piece := os.read(_STDIN, _READ_BYTES):
         pieces.append(piece)

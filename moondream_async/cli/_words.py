@@ -1,4 +1,4 @@
-"""The words of the command line for what the library says in Python's: options, variables."""
+"""Error messages of the library in words of the command line: options and variables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STATION_PORT = 2020
 
 
 def in_words(error: MoondreamError) -> str:
-    """Return what an error says, as the command line names things.
+    """Return an error's message with options and variables in place of Python's arguments.
 
     >>> in_words(RequestError("endpoint must be an http or https address, not 'x'"))
     "--endpoint, or MOONDREAM_ENDPOINT, must be an http or https address, not 'x'"
@@ -51,7 +51,7 @@ def in_words(error: MoondreamError) -> str:
 
 
 def own_name() -> str:
-    """Return what starts this program when it is typed: a path, where no shell would find it."""
+    """Return the name that starts this program; a path, where the shell would not find it."""
     called = sys.argv[0]
     if os.path.basename(called) == NAME and os.path.dirname(called):  # noqa: PTH119, PTH120 - as typed
         found = shutil.which(NAME)
@@ -61,7 +61,7 @@ def own_name() -> str:
 
 
 def _what_starts_one(message: str) -> str:
-    """Return how a server is started where nothing listens on this machine."""
+    """Return a hint how to start a server, where nothing listens on this machine."""
     found = re.search(r"^Could not connect to (http\S+?):? ", message)
     if found is None:
         return ""

@@ -19,7 +19,7 @@ from ._session import run
 if TYPE_CHECKING:
     from moondream_async.simulator import ReceivedRequest, Simulator
 
-# The simulator's own list of them can't be had without aiohttp, which --help does without.
+# The simulator's own list would load aiohttp, and --help does without.
 Dialect = Literal["cloud", "kestrel", "station", "old"]
 
 
@@ -73,19 +73,19 @@ def serve(
     except ValueError as error:
         raise UsageError(f"Invalid value for '--fault': {error}", context) from error
     simulator = Simulator(
-        dialect, rate, api_key, faults, host=host, port=port, keep=0, on_end=_tell_request
+        dialect, rate, api_key, faults, host=host, port=port, keep=0, on_end=_report_request
     )
     run(_serve(simulator, f"{host}:{port}", needs_key=api_key is not None))
 
 
-def _tell_request(request: ReceivedRequest) -> None:
-    """Write a line about a request that has ended."""
+def _report_request(request: ReceivedRequest) -> None:
+    """Print a line about a request that has ended."""
     said = f"{request.method} {request.path} {request.status or '-'}"
     if request.stream:
         said += f" {request.events_sent} events"
     if request.disconnected:
         said += " hung up"
-    with contextlib.suppress(OSError):  # a reader of the lines who goes away ends no answer
+    with contextlib.suppress(OSError):  # where stdout is closed, the server goes on
         print_text(f"{time.strftime('%H:%M:%S')} {one_line(said)} {request.seconds:.2f} s")
 
 
@@ -109,8 +109,7 @@ def _announce(simulator: Simulator, *, needs_key: bool) -> None:
 
     picture = shlex.quote(str(SAMPLE_IMAGE))
     key = """ -H "X-Moondream-Auth: $MOONDREAM_API_KEY\"""" if needs_key else ""
-    # printf is part of the shell: a picture of any size goes through it, as it would not
-    # through an argument of curl.
+    # printf is part of the shell: its arguments, unlike curl's, may have any size.
     body = """'{"stream": true, "image_url": "data:image/jpeg;base64,%s"}'"""
     curl = f"curl -N {simulator.endpoint}/caption -H 'Content-Type: application/json'{key} -d @-"
     lines = [

@@ -264,7 +264,7 @@ class Job:
     # -- what is written ------------------------------------------------------------------
 
     def _open(self, stack: contextlib.ExitStack, *, new: bool = True) -> Journal:
-        path, on_line = self._output.journal, None
+        path, on_line = self._output.journal, _print_no_line
         if self._output.form == "stdout" or not (new or Path(path).exists()):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moondream-"))
             path, on_line = f"{folder}/lines.jsonl", _print_line
@@ -382,3 +382,7 @@ class Job:
 
 def _print_line(data: bytes) -> None:
     print_json(msgspec.Raw(data))
+
+
+def _print_no_line(_: bytes) -> None:
+    """Print nothing: the lines go to a file."""

@@ -1,13 +1,12 @@
 # ruff: noqa: PTH120, PTH123 - paths are strings here, as they stand in lines
-r"""The file that a bulk run writes and goes on from: JSONL, a line for each picture.
+r"""The journal of a bulk run: JSONL, a line for each picture, from which the next run goes on.
 
-A line is appended with one write when its picture is done, so that whatever ends
-the program leaves whole lines, but for the last one at most. That is repaired
-when the file is opened next. A line is superseded by a later one for the same
-picture and the same question; `compact` then drops the first.
+A line is appended with one write when its picture is done. Whatever ends the program, only
+the last line can be incomplete; it is repaired when the file is opened next. A later line
+for the same picture and question supersedes an earlier one, which `compact` removes.
 
-A picture is known by its path. It is done where its file's size and time are
-those of the line, or, if only the time has changed, its SHA-256.
+A picture is done where its path has a line, and the file's size and time are those in the
+line; or, if only the time has changed, the file's SHA-256.
 """
 
 from __future__ import annotations
@@ -44,18 +43,18 @@ _READ_BYTES = 1 << 20
 
 
 class Journal:
-    """The file, open and locked.
+    """The journal's file, open and locked.
 
     Args:
-        path: Where it is, or is to be.
-        asked: What this run asks: the skill and its arguments, as they stand in lines.
-        complain: Called with what the file system can't do, though the run goes on.
-        on_line: Called with each record that is written, encoded.
-        varying: What of `asked` differs from picture to picture.
-        with_texts: Whether `wrote` will be asked; that takes memory for each picture.
+        path: The file; it is made where it is missing.
+        asked: The skill and its arguments, as they stand in lines.
+        complain: Called with a sentence about what the file system lacks; the run goes on.
+        on_line: Called with each line that is written.
+        varying: The arguments that differ from picture to picture.
+        with_texts: Whether `wrote` will be called; it takes memory for each picture.
 
     Raises:
-        RequestError: It holds something else, or another run writes it.
+        RequestError: The file holds something else, or another run writes it.
         OSError: It can't be opened or repaired.
     """
 
@@ -64,19 +63,19 @@ class Journal:
         path: str,
         asked: Mapping[str, Any],
         *,
-        complain: Callable[[str], object] | None = None,
-        on_line: Callable[[bytes], object] | None = None,
+        complain: Callable[[str], object] = lambda _: None,
+        on_line: Callable[[bytes], object] = lambda _: None,
         with_texts: bool = False,
         varying: Container[str] = (),
     ) -> None:
         self.path = path
         self.asked = {name: value for name, value in asked.items() if value is not None}
-        self._complain = complain or (lambda _: None)
+        self._complain = complain
         self._on_line = on_line
-        self._known: dict[Key, Contents | None] = {}  # None for what failed
+        self._known: dict[Key, Contents | None] = {}  # None: the picture failed
         self._varying = varying
-        self._in_part: dict[Key, int] = {}  # where a line has answers to some questions
-        self._again: set[Key] = set()  # what has more than one line
+        self._in_part: dict[Key, int] = {}  # starts of lines with some answers missing
+        self._again: set[Key] = set()  # with more than one line
         self._with_texts = with_texts
         self._texts: dict[bytes, tuple[bytes, bytes | None]] = {}  # hashes of names and texts
         self._file = -1
@@ -100,12 +99,12 @@ class Journal:
         self.close()
 
     def has(self, found: Found, asked: Mapping[str, Any] | None = None) -> bool:
-        """Tell whether a picture is done. Looks at its file, and so blocks."""
+        """Tell whether a picture is done; this looks at its file, and blocks."""
         contents = self._known.get(key_of(found.name, asked or self.asked))
         return contents is not None and is_same(found, contents)
 
     def answers(self, found: Found, asked: Mapping[str, Any]) -> dict[str, str]:
-        """Return the answers there are to some of several questions, where others failed."""
+        """Return the answers that an earlier run got, where other questions failed."""
         start = self._in_part.get(key_of(found.name, asked))
         if start is None:
             return {}
@@ -117,7 +116,7 @@ class Journal:
         return {name: record[name] for name in asked.get("asks", ()) if name in record}
 
     def wrote(self, found: Found, text: str) -> Literal["last", "before"] | None:
-        """Tell whether a text is the last that a line has about a picture, or the one before."""
+        """Tell whether a text is that of a picture's last line, or of the line before."""
         last, before = self._texts.get(_hash(found.name), (None, None))
         digest = _hash(text)
         return "last" if digest == last else "before" if digest == before else None
@@ -132,11 +131,11 @@ class Journal:
         tries: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Write what became of a picture: whole, or not at all.
+        """Write a picture's line; a line that fails half-way, as on a full disk, is removed.
 
         Raises:
-            OSError: It can't be written, as on a full disk.
-            MoondreamError: The file is no longer where it was.
+            OSError: It can't be written.
+            MoondreamError: The file was removed or replaced.
         """
         asked = self.asked if asked is None else asked
         record: dict[str, Any] = {"path": found.name, **asked, **fields_of(outcome)}
@@ -153,29 +152,28 @@ class Journal:
         failed = "error" in record
         self._learn(key_of(found.name, asked), None if failed else contents)
         self._remember_text(found.name, text_of(record))
-        if self._on_line is not None:
-            self._on_line(data)
+        self._on_line(data)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of what this run asks, those that were superseded left out."""
+        """Yield the current lines with this run's questions."""
         for data in self._current():
             record = decode(data)
             if all(map(self._is_asked, ASKED, map(record.get, ASKED))):
                 yield tidy(record)
 
     def _is_asked(self, name: str, value: Any) -> bool:
-        """Tell whether a line says what this run asks, as far as that is the same for all."""
+        """Tell whether an argument in a line is this run's; one that varies always is."""
         own = self.asked.get(name)
         if name == "asks" and isinstance(own, dict) and isinstance(value, dict):
             return own.keys() == value.keys()
         return name in self._varying or value == own
 
     def compact(self) -> None:
-        """Drop the lines that were superseded. What was there stays until all of it is ready.
+        """Remove superseded lines. The file is replaced only once the new one is whole.
 
         Raises:
-            OSError: It can't be written.
-            MoondreamError: The file is no longer where it was.
+            OSError: The new file can't be written.
+            MoondreamError: The file was removed or replaced.
         """
         self._check_in_place()
         if not flush(self._file):
@@ -185,7 +183,7 @@ class Journal:
         import fcntl  # noqa: PLC0415 - see _lock
 
         with replacing(self.path) as file:
-            # The next run must find the new file locked, as this one finds the old.
+            # Locked before it takes the old file's place, so that no other run opens it between.
             new = os.dup(file.fileno())
             try:
                 self._lock(new)
@@ -205,13 +203,13 @@ class Journal:
         while True:
             self._file = os.open(self.path, flags, 0o666)
             self._lock(self._file)
-            if self._in_place():  # else another run has just compacted it
+            if self._in_place():  # else another run has just replaced the file
                 return
             self.close()
 
     def _lock(self, descriptor: int) -> None:
         try:
-            import fcntl  # noqa: PLC0415 - not on Windows, where two runs are the user's care
+            import fcntl  # noqa: PLC0415 - missing on Windows, where nothing stops a second run
         except ImportError:
             return
         try:
@@ -232,11 +230,7 @@ class Journal:
             return False
 
     def _check_in_place(self) -> None:
-        """Refuse to go on writing where nobody will find it.
-
-        Raises:
-            MoondreamError: The file was removed or replaced; it says where the lines are.
-        """
+        """Copy the lines elsewhere and raise, where the file was removed or replaced."""
         if not self._in_place():
             raise MoondreamError(
                 f"{self.path} was removed or replaced while this run wrote it; "
@@ -268,18 +262,14 @@ class Journal:
             self._mend(rest, end)
 
     def _mend(self, rest: bytes, end: int) -> None:
-        """Mend a last line that has no end.
-
-        Raises:
-            RequestError: It is nothing that a run leaves behind.
-        """
+        """Repair a last line that has no end; RequestError where no run leaves such a line."""
         try:
             line = read_line(rest)
         except ValueError:
             if not _is_torn(rest, first=not end):
                 raise RequestError(f"{self.path} has other things in it than results") from None
             os.ftruncate(self._file, end)
-        else:  # an editor took the line break
+        else:  # an editor has removed the line break
             self._write(b"\n")
             self._take(line, end)
 
@@ -307,7 +297,7 @@ class Journal:
             yield data
 
     def _lines(self, start: int = 0) -> Iterator[tuple[int, bytes]]:
-        """Yield the whole lines from one on, without their ends, and where they start."""
+        """Yield the complete lines from `start` on, without line breaks, and their starts."""
         rest = b""
         for data in self._pieces(start):
             *whole, rest = (rest + data).split(b"\n")
@@ -330,7 +320,7 @@ class Journal:
         before = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, data)
-            while written < len(data):  # a full disk takes a part, and fails the next write
+            while written < len(data):  # a full disk takes a part, then the next write fails
                 written += os.write(self._file, data[written:])
         except OSError:
             with contextlib.suppress(OSError):
@@ -339,10 +329,10 @@ class Journal:
 
 
 def _is_torn(rest: bytes, *, first: bool) -> bool:
-    """Tell whether a line was not written to its end; or, when the power was lost, not at all."""
+    """Tell whether a run was ended within this line; after a power failure it may be zeros."""
     with contextlib.suppress(ValueError):
         decode(rest)
-        return False  # it is whole, and nothing of ours
+        return False  # the line is whole, and not a run's
     if first:
         return rest.startswith(BEGINNING)
     return rest[: len(BEGINNING)] == BEGINNING[: len(rest)] or not rest.strip(b"\0")

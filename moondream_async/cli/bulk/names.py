@@ -1,5 +1,5 @@
 # ruff: noqa: PTH114, PTH118, PTH206 - paths are strings here, as they stand in lines
-"""The names of files, as JSON can say them, and back."""
+"""Paths as JSON can hold them, and back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LOOKS_ESCAPED = re.compile(rb"\\x[0-9a-f]{2}")
 
 
 def name_of(path: str) -> str:
-    r"""Return a path as JSON can say it; no two paths share a name.
+    r"""Return a path as JSON can hold it; no two paths share a name.
 
-    Bytes that are no UTF-8 are escaped, and then backslashes, too. So is a path that only
-    looks as if it had such escapes.
+    Bytes that are not UTF-8 are escaped, and in such a path backslashes, too; likewise in a
+    path that looks as if it had such escapes.
 
     >>> name_of("cats/1.jpg"), name_of(r"a\b.jpg")
     ('cats/1.jpg', 'a\\b.jpg')
@@ -47,9 +47,9 @@ def path_of(name: str) -> str:
 
 
 def simplest(path: str) -> str:
-    """Return the same path without what leads nowhere: ``.``, ``//``, and ``a/..``.
+    """Return the same path without its needless parts: ``.``, ``//``, and ``a/..``.
 
-    A ``..`` behind a link stays: it leads out of the folder that the link leads to.
+    A ``..`` after a link stays: it leads to the parent of the link's target.
     """
     if ".." not in path.split("/"):
         return os.path.normpath(path)

@@ -1,8 +1,7 @@
-"""Pictures that are elsewhere: ``s3://``, ``gs://``, ``https://``, members of a zip or tar file.
+"""Pictures at addresses: ``s3://``, ``gs://``, ``https://``, and members of zip and tar files.
 
-A folder is listed folder by folder, and a picture is read when its turn comes. That is
-fsspec's work, but for the web: a table may come from somebody else, and name what is
-inside this network, so that web addresses are fetched as `fetch_image` does.
+fsspec lists and reads them, but for the web: a table from a stranger may name a server inside
+this network, so web addresses are fetched as by `fetch_image`, which refuses such servers.
 """
 
 from __future__ import annotations
@@ -38,17 +37,13 @@ _networks: Sequence[Network] = ()
 
 
 def allow_networks(names: Sequence[str]) -> None:
-    """Let this process fetch pictures from these networks, besides the public internet.
-
-    Raises:
-        RequestError: One is no network.
-    """
-    global _networks  # noqa: PLW0603 - a command is a process, and lines name nothing but paths
+    """Let this process fetch pictures from these networks, besides the public internet."""
+    global _networks  # noqa: PLW0603 - a command is a process; a path alone has to do
     _networks = networks_of(names)
 
 
 def is_remote(name: str) -> bool:
-    """Tell whether a name is an address, or a zip file, whose members are meant.
+    """Tell whether a name is an address, or a zip file, which stands for its members.
 
     >>> is_remote("s3://photos/a.jpg"), is_remote("a.zip"), is_remote("a.jpg")
     (True, True, False)
@@ -57,14 +52,9 @@ def is_remote(name: str) -> bool:
 
 
 def find_remote(name: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yield the address of each picture that a name means, and its path below it.
+    """Yield the address of each picture that a name means, and its path within that name.
 
-    What else is in a folder is counted in `left_out`, by the end of its name.
-
-    Raises:
-        MissingExtraError: fsspec, or what it needs for this kind of address, is not installed.
-        RequestError: It is an archive on the web.
-        OSError: It can't be listed.
+    Other files in a folder are counted in `left_out`, by the end of their names.
     """
     if _is_web(name):
         yield name, name.partition("?")[0].rpartition("/")[2]
@@ -97,11 +87,7 @@ def find_remote(name: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
 
 
 def read_remote(address: str) -> bytes:
-    """Return the bytes of a picture.
-
-    Raises:
-        OSError: It can't be read, or is too large.
-    """
+    """Return the bytes of a picture; OSError where it can't be read, or is too large."""
     if _is_web(address):
         fetched = fetch_bytes(address, max_bytes=MAX_FILE_BYTES, networks=_networks)
         try:
@@ -127,7 +113,7 @@ def read_remote(address: str) -> bytes:
 
 
 def size_of_remote(address: str) -> int:
-    """Return the size of a picture where its listing says it; else 0. Raises nothing."""
+    """Return the size of a picture where the file system has it at hand, else 0."""
     try:
         files, path = _open(address)
         return int(files.size(path) or 0)
@@ -137,22 +123,16 @@ def size_of_remote(address: str) -> int:
 
 @contextlib.contextmanager
 def open_remote(address: str) -> Iterator[BinaryIO]:
-    """Open what an address leads to, for reading.
-
-    Raises:
-        MissingExtraError: fsspec, or what it needs for this kind of address, is not installed.
-        RequestError: It is an archive on the web.
-        Exception: What the file system says.
-    """
-    files, path = _open(address)  # which closes its files when it is released
+    """Open a file for reading; each file system raises errors of its own."""
+    files, path = _open(address)  # `files` closes what it opened when it is released
     with files.open(path, "rb") as file:
         yield file
 
 
 class _Tar:
-    """A tar file's members, in any order: fsspec would look through all of it for each.
+    """A tar file whose members are read in any order; fsspec would search all of it for each.
 
-    What is packed, or elsewhere, is first copied to a file that has no name.
+    A compressed file, or one on another machine, is first copied to a temporary file.
     """
 
     def __init__(self, name: str) -> None:
@@ -174,11 +154,7 @@ class _Tar:
         self._members = {each.name: each for each in self._tar}
 
     def read(self, name: str) -> bytes:
-        """Return a member's bytes.
-
-        Raises:
-            OSError: There is no such file in it, or it is too large.
-        """
+        """Return a member's bytes; OSError where there is no such file, or it is too large."""
         member = self._members.get(name)
         if member is None or not member.isreg():
             raise FileNotFoundError("there is no such file in the archive")
@@ -187,7 +163,7 @@ class _Tar:
         return cast("BinaryIO", self._tar.extractfile(member)).read()
 
 
-_one_at_a_time = threading.Lock()  # a file has one place where it is read
+_one_at_a_time = threading.Lock()  # threads would move each other's position in the file
 
 
 @lru_cache(maxsize=2)
