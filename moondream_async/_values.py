@@ -1,8 +1,8 @@
-"""Dicts whose items are attributes too: what results and records are made of.
+"""Dicts whose items are attributes too: the base of results and records.
 
-The rules, and why they are dicts, stand at the top of `results`. To type checkers each
-class names its keys, in up to two groups, and the type of the items of each group; with
-another key, ``value[key]`` is an error to them, as it is for a TypedDict.
+The top of `results` has the rules. To type checkers each class names its keys, in up to two
+groups, and the type of each group's items; another key in ``value[key]`` is an error, as for
+a TypedDict.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ class _Beside(_Item):  # an attribute that is no item
 class Value(_Keyed[Key_contra, Item_co, OtherKey_contra, OtherItem_co]):
     """A dict whose items are attributes too.
 
-    The annotations of a subclass are its keys, with the values that they have where
-    nothing is said; None is said by leaving the key out. What is named in `_beside` is an
-    attribute and no key, in a slot of that name with an underscore before it.
+    The annotations of a subclass are its keys, and their defaults; a key whose value is None
+    is left out. The names in `_beside` are attributes and no keys, kept in slots whose names
+    begin with an underscore.
     """
 
     __slots__ = ()
 
     _fields: ClassVar[dict[str, Any]] = {}
-    """The default of each field, in the order in which they are shown: own ones first."""
+    """The default of each field; `repr` has the same order, a class's own fields first."""
     _ordered: ClassVar[tuple[str, ...]] = ()
     """The fields that can be given without their names."""
     _beside: ClassVar[frozenset[str]] = frozenset()
@@ -102,7 +102,7 @@ class Value(_Keyed[Key_contra, Item_co, OtherKey_contra, OtherItem_co]):
     def __init__(self, /, *args: Any, **fields: Any) -> None:
         cls = type(self)
         if len(args) == 1 and isinstance(args[0], Iterable) and not isinstance(args[0], str):
-            fields = dict(args[0], **fields)  # as `dict` takes it, and as libraries make another
+            fields = dict(args[0], **fields)  # like a dict; libraries copy dicts in this way
         else:
             fields = cls._named(args, fields)
         nested = _nested(cls)
@@ -131,12 +131,12 @@ class Value(_Keyed[Key_contra, Item_co, OtherKey_contra, OtherItem_co]):
 
     @classmethod
     def fields(cls) -> dict[str, bool]:
-        """Return the names of the fields, and whether there is none without it."""
+        """Return the names of the fields, and whether each is required."""
         return {name: default is _REQUIRED for name, default in cls._fields.items()}
 
     @classmethod
     def of(cls, items: Mapping[str, Any], **beside: Any) -> Self:
-        """Return a value with these items as they are, unchecked: the quick way."""
+        """Return a value with these items as they are; nothing is checked, which is faster."""
         made = cls.__new__(cls)
         made.update(items)
         for name in cls._beside:
@@ -160,7 +160,7 @@ class Value(_Keyed[Key_contra, Item_co, OtherKey_contra, OtherItem_co]):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """Return what pydantic, and with it FastAPI, is to know of this type."""
+        """Return this type's schema for pydantic, and with it for FastAPI."""
         from pydantic_core import core_schema  # noqa: PLC0415 - only pydantic calls this
 
         return core_schema.no_info_wrap_validator_function(
@@ -183,7 +183,7 @@ def _nested(cls: type[Value]) -> dict[str, type[Value]]:
 
 
 def _made(value: Any, kind: type[Value] | None) -> Any:
-    """Return plain dicts, as JSON has them, as values of their kind, and tuples as lists."""
+    """Return plain dicts of decoded JSON as values of `kind`, and tuples as lists."""
     if isinstance(value, (list, tuple)):
         return [_made(each, kind) for each in value] if kind else list(value)
     plain = kind is not None and isinstance(value, Mapping) and not isinstance(value, Value)
@@ -191,7 +191,7 @@ def _made(value: Any, kind: type[Value] | None) -> Any:
 
 
 def _fresh(default: Any) -> Any:
-    """Return a default, made anew where it can be changed."""
+    """Return a default; a list or dict is made anew."""
     factory = getattr(default, "default_factory", _REQUIRED)
     return default if factory is _REQUIRED else factory()
 
@@ -202,7 +202,7 @@ def _revive(cls: type[Value], items: dict[str, Any], beside: dict[str, Any]) -> 
 
 @cache
 def typed_dict(cls: type[Value]) -> Any:
-    """Return the TypedDict of the same keys: as which pydantic and msgspec know the type."""
+    """Return the TypedDict with the same keys, which pydantic and msgspec understand."""
     if sys.version_info >= (3, 12):
         from typing import TypedDict  # noqa: PLC0415
     else:
@@ -220,7 +220,7 @@ def typed_dict(cls: type[Value]) -> Any:
 
 
 class Record(Value[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=True):
-    """What the server keeps, as it was when it was asked."""
+    """A copy of what the server keeps, from the time of the call."""
 
     __slots__ = ("_raw",)
     _beside = frozenset({"raw"})

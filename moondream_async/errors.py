@@ -23,9 +23,9 @@
         StreamServerError               the server reported an error in the stream
       ClientClosedError                 used after aclose, or closed while reading
 
-Nothing of aiohttp, asyncio or msgspec reaches the caller: such an exception is
-the ``__cause__`` of one of these. All of them can be pickled, so that they
-travel between processes. No message holds the API key.
+No exception of aiohttp, asyncio or msgspec reaches the caller: it is the ``__cause__`` of an
+error in this tree. All errors can be pickled, so that they travel between processes. No
+message holds the API key.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Phase = Literal["pool", "connect", "first_event", "idle", "total"]
 
 
 class MoondreamError(Exception):
-    """The root of everything that this package raises on purpose.
+    """The root of all errors that this package raises on purpose.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -53,7 +53,7 @@ class MoondreamError(Exception):
 
     @property
     def message(self) -> str:
-        """What happened, in a sentence."""
+        """The error in a sentence."""
         return str(self.args[0]) if self.args else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,7 +81,7 @@ class APIConnectionError(MoondreamError):
     """The server could not be reached, or the connection was lost before it answered.
 
     Attributes:
-        permanent: Another try can't help, as with a certificate that doesn't verify.
+        permanent: Whether a retry can't help, as with a certificate that doesn't verify.
     """
 
     _fields: ClassVar[tuple[str, ...]] = ("permanent",)
@@ -108,10 +108,9 @@ class APITimeoutError(MoondreamError, TimeoutError):
 
 
 class APIStatusError(MoondreamError):
-    """The server answered with an error.
+    """The server answered with an error: another status than 2xx, or a body with ``error`` in it.
 
-    That is a status other than 2xx, or a body with ``error`` in it: Moondream
-    Station sends such bodies with status 200.
+    Moondream Station sends such bodies with status 200.
 
     Attributes:
         status: The HTTP status.
@@ -120,8 +119,8 @@ class APIStatusError(MoondreamError):
         param: The request field that the server objects to.
         request_id: The server's id for the request, where it gave one.
         retry_after: Seconds that the server asks to wait, where it said so.
-        headers: Those of the response, whose names are looked up in any case; empty where the
-            error is not that of one response.
+        headers: The response's headers; their names may be written in upper or lower case.
+            Empty where the error has no response of its own.
         body: The decoded JSON body, or the beginning of any other body as text.
     """
 
@@ -221,7 +220,7 @@ class StreamStalledError(StreamError, APITimeoutError):
 
 
 class StreamProtocolError(StreamError):
-    """What arrived are not events: bad JSON, or one event over the size limit."""
+    """The server sent no events: bad JSON, or one event over the size limit."""
 
 
 class StreamServerError(StreamError):
@@ -251,4 +250,4 @@ class StreamServerError(StreamError):
 
 
 class ClientClosedError(MoondreamError):
-    """The client or the stream was closed before, or while, it was used."""
+    """The client or the stream was closed before it was used, or meanwhile."""

@@ -1,16 +1,15 @@
-"""What comes out: answers, the events of streams, and what is known of a server.
+"""What comes out: answers, the events of streams, and the state of a server.
 
 Results are dictionaries whose items can be read as attributes too, with the keys of the
-official SDK: ``result.caption == result["caption"]``. So they go wherever a plain dict
-goes: to `json`, into a web framework, into a table. What the server did not say is no
-key, and None as an attribute. `raw`, the decoded body, and `headers`, those of the
-response, are attributes and no keys: nothing the server sent is lost, and nothing is
-passed on twice.
+official SDK: ``result.caption == result["caption"]``. A result goes wherever a plain dict
+goes: to `json`, into a web framework, into a table. A value that the server left out is no
+key, and None as an attribute. `raw` (the decoded body) and `headers` (the response's) are
+attributes and no keys: they keep all that the server sent, and are not passed on with the items.
 
-- Items can be changed and added, as in any dict. Attributes show the items; they are not set.
-- Results are equal if their items are, to plain dicts too, and can't be hashed: dicts' rules.
-- ``result | {...}`` and ``result.copy()`` are plain dicts. What `copy` and `pickle` make has
-  the type, `raw` and `headers` of what it was made from.
+- Items can be changed and added, as in any dict. Attributes can't be set.
+- Like dicts, results are equal if their items are, also to plain dicts, and can't be hashed.
+- ``result | {...}`` and ``result.copy()`` are plain dicts; `copy` and `pickle` keep the type,
+  `raw` and `headers`.
 - A result is made of keywords, or like a dict of a mapping, which may have further keys.
 
 Coordinates are 0-1 of the picture's width and height, from the top left.
@@ -46,7 +45,7 @@ class Point(Value[Literal["x", "y"], float]):
     y: float
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float]:
-        """Return x and y in pixels, for a picture of that size.
+        """Return x and y in pixels, for a picture of `width` x `height`.
 
         >>> Point(0.5, 0.25).to_pixels(640, 480)
         (320.0, 120.0)
@@ -70,9 +69,9 @@ class Region(Value[Literal["x_min", "y_min", "x_max", "y_max"], float]):
     y_max: float
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Return left, top, right and bottom in pixels, for a picture of that size.
+        """Return left, top, right and bottom in pixels, for a picture of `width` x `height`.
 
-        In the order that Pillow's ``crop`` and ``rectangle`` take.
+        Pillow's ``crop`` and ``rectangle`` take this order.
 
         >>> Region(0.25, 0.5, 0.75, 1).to_pixels(640, 480)
         (160.0, 240.0, 480.0, 480)
@@ -81,12 +80,12 @@ class Region(Value[Literal["x_min", "y_min", "x_max", "y_max"], float]):
 
 
 SpatialRefs = Sequence[Point | Region | Sequence[float]]
-"""Places in a picture: points ``[x, y]``, boxes ``[x_min, y_min, x_max, y_max]``, or what other
-calls found."""
+"""Places in a picture: points ``[x, y]``, boxes ``[x_min, y_min, x_max, y_max]``, or the points
+and boxes that other calls found."""
 
 
 class Grounding(Value[Literal["start_idx", "end_idx"], int, Literal["points"], list[list[float]]]):
-    """A span of the reasoning's text and the places in the picture that it speaks of.
+    """A span of the reasoning's text, and the points in the picture that this text is about.
 
     >>> Grounding(0, 3, [[0.5, 0.25]]).points
     [[0.5, 0.25]]
@@ -95,7 +94,7 @@ class Grounding(Value[Literal["start_idx", "end_idx"], int, Literal["points"], l
     __slots__ = ()
 
     start_idx: int
-    """Characters into the reasoning's text."""
+    """The index of the span's first character; `end_idx` is the index after its last one."""
     end_idx: int
     points: list[list[float]] = msgspec.field(default_factory=list)
 
@@ -118,7 +117,7 @@ class Usage(
 ):
     """How many tokens a chat took.
 
-    >>> Usage(prompt_tokens=7).total_tokens is None  # since the server didn't say it
+    >>> Usage(prompt_tokens=7).total_tokens is None  # the server left it out
     True
     """
 
@@ -149,8 +148,8 @@ class Result(Value[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=
     raw: dict[str, Any] = msgspec.field(default_factory=dict)
     """The decoded body, whole. No key."""
     headers: Mapping[str, str] | None = None
-    """The response's, whose names may be written in upper or lower case. No key; None where the
-    result came another way, as in a file of results."""
+    """The response's headers; their names may be written in upper or lower case. No key; None
+    where the result came without a response of its own, as in a file of results."""
 
     if TYPE_CHECKING:
 
@@ -179,16 +178,16 @@ class CaptionResult(Result[Literal["caption"], str], kw_only=True):
 
 
 class _Drawable(Result[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_only=True):
-    """A result that knows places in its picture."""
+    """A result with places in its picture."""
 
     __slots__ = ()
 
     def __init_subclass__(cls, *, kw_only: bool = False) -> None:
         super().__init_subclass__(kw_only=kw_only)
-        type.__setattr__(cls, "draw", _Drawable.draw)  # so that a reference shows it at each
+        type.__setattr__(cls, "draw", _Drawable.draw)  # so that the reference lists it
 
     def _repr_html_(self) -> str | None:
-        """Show the picture with what was found, and the answer below it, in a notebook."""
+        """Return the picture with marks, and the answer below it, for a notebook."""
         picture = self._repr_png_()
         if picture is None:
             return None
@@ -199,7 +198,7 @@ class _Drawable(Result[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_o
         return f'<img src="{source}"><br><code>{escape(repr(self))}</code>'
 
     def _repr_png_(self) -> bytes | None:
-        """Return the picture with what was found, as a notebook shows it; None without it."""
+        """Return the picture with marks, for a notebook; None where the picture is not known."""
         image = getattr(self, "_picture", None)
         image = image() if isinstance(image, weakref.ref) else image
         if image is None:
@@ -217,33 +216,33 @@ class _Drawable(Result[Key_contra, Item_co, OtherKey_contra, OtherItem_co], kw_o
     ) -> PIL.Image.Image:
         """Return a copy of the picture, upright, with what was found drawn over it.
 
-        Each box, point, outline or span of the reasoning has a colour of its own. It
+        Each box, point, outline or span of the reasoning has a colour of its own. Drawing
         takes some tenths of a second; in an event loop, use
         ``await asyncio.to_thread(result.draw, image)``.
 
         Args:
             image: The picture, in any form that calls take.
-            labels: What to write at each: one text for all, or as many as there are.
-                None writes the words that the reasoning has for a place, if any.
-            line_width: In pixels; None is what suits the picture's size.
+            labels: The text at each place: one for all, or a text for each. None writes
+                the reasoning's words for a place, if any.
+            line_width: In pixels; None chooses one for the picture's size.
 
         Raises:
             ImageError: The picture can't be read.
             RequestError: There are more or fewer labels than places; the server sent an
                 outline that is no SVG path, or without its `bbox`.
-            ImportError: An outline needs the extra ``draw``, and it isn't there.
+            ImportError: An outline needs the extra ``draw``, which is not installed.
 
         >>> DetectResult(objects=[Region(0, 0, 0.5, 1)]).draw(md.SAMPLE_IMAGE, labels="left").size
         (640, 480)
         """
-        # The one import that goes up: whoever calls this has Pillow, and no one else needs it.
+        # The one import from a room above: results do without Pillow until they are drawn.
         from ._draw import draw  # noqa: PLC0415 - importing the package stays light
 
         return draw(self, image, labels=labels, line_width=line_width)
 
 
 class QueryResult(_Drawable[Literal["answer"], str, Literal["reasoning"], Reasoning], kw_only=True):
-    """An answer about a picture. What is drawn are the places that its reasoning speaks of.
+    """An answer about a picture. `draw` marks the places that the reasoning is about.
 
     >>> QueryResult(answer="two", reasoning=Reasoning("One and one.")).reasoning.text
     'One and one.'
@@ -253,7 +252,7 @@ class QueryResult(_Drawable[Literal["answer"], str, Literal["reasoning"], Reason
 
     answer: str
     reasoning: Reasoning | None = None
-    """Present when the call asked for it and the server gave it."""
+    """None where the call did not ask for it, or the server gave none."""
 
 
 class DetectResult(_Drawable[Literal["objects"], list[Region]], kw_only=True):
@@ -280,7 +279,7 @@ class PointResult(_Drawable[Literal["points"], list[Point]], kw_only=True):
     __slots__ = ()
 
     points: list[Point]
-    """One in each object."""
+    """One point in each object."""
 
 
 class SegmentResult(
@@ -303,7 +302,7 @@ class SegmentResult(
 
     @property
     def transform(self) -> str | None:
-        """The SVG transform that puts `path` in its place, in 0-1 of the picture.
+        """The SVG transform from the coordinates of `path` to 0-1 of the picture.
 
         None where the server gave no `bbox`.
         """
@@ -320,7 +319,7 @@ class SegmentResult(
             RequestError: The server sent an outline that is no SVG path, or without its
                 `bbox`; a side is no whole number over 0, or the mask would be larger than
                 any picture that is read.
-            ImportError: The extra ``draw`` isn't there.
+            ImportError: The extra ``draw`` is not installed.
 
         >>> outline = SegmentResult(path="M 0 0 H 1 V 1 H 0 Z", bbox=Region(0.5, 0, 1, 1))
         >>> mask = outline.to_mask(4, 2)
@@ -338,7 +337,7 @@ class SegmentResult(
 
         Raises:
             RequestError: The server sent an outline that is no SVG path.
-            ImportError: The extra ``draw`` isn't there.
+            ImportError: The extra ``draw`` is not installed.
 
         >>> SegmentResult(path="M 0 0 L 1 1 Z", bbox=Region(0.5, 0, 1, 1)).whole_path()
         'M 0.5,0 L 1,1 Z'
@@ -356,10 +355,10 @@ def _transform(bbox: Region) -> str:
 
 
 def remember_picture(result: Result, image: Any) -> None:
-    """Let a result know its picture, for notebooks, without keeping a picture in memory.
+    """Remember a result's picture for notebooks, without keeping a picture in memory.
 
-    A path is kept. A Pillow image or an array is known as long as somebody else holds it.
-    Bytes and files are not: they can't be held loosely.
+    A path is kept; a Pillow image or an array is referred to weakly. Bytes and files are not
+    remembered: they have no weak references.
     """
     if isinstance(image, (str, PurePath)) and not str(image).startswith("data:"):
         setattr(result, "_picture", image)  # noqa: B010 - no field, to type checkers
@@ -382,9 +381,9 @@ class ChatMessage(
     role: str
     content: str
     reasoning: str | None = None
-    """What the model thought, where the server says it."""
+    """What the model thought; None where the server leaves it out."""
     reasoning_details: Reasoning | None = None
-    """The same with the places in the pictures that it speaks of, where the server says them."""
+    """The same with the places in the pictures that it is about; likewise."""
 
 
 class ChatResult(Result[Literal["message"], ChatMessage, Literal["usage"], Usage], kw_only=True):
@@ -401,7 +400,7 @@ class ChatResult(Result[Literal["message"], ChatMessage, Literal["usage"], Usage
 
     @property
     def reasoning(self) -> Reasoning | None:
-        """What the model thought, which stands in the `message`."""
+        """What the model thought, taken from the `message`."""
         said = self.message
         return said.reasoning_details or (Reasoning(said.reasoning) if said.reasoning else None)
 
@@ -465,14 +464,14 @@ class ClientStats(Value[_Now | _SoFar, int], kw_only=True):
     waiting_calls: int
     """Calls that wait for a connection slot."""
     pooled_connections: int
-    """Connections that are open and idle; a caller's own session has its own, not counted."""
+    """Connections that are open and idle; those of a caller's own session are not counted."""
     requests: int
     """Requests sent, retries included."""
     retries: int
     bytes_sent: int
-    """Of bodies."""
+    """The bytes of all requests' bodies."""
     bytes_received: int
-    """Of bodies that have ended."""
+    """The bytes of all answers' bodies that have ended."""
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -489,7 +488,7 @@ class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
     raw: dict[str, Any]
     """The decoded event, whole."""
     chunk: str = ""
-    """The piece of text that this event adds to the answer, mostly "" but in a `ChunkEvent`."""
+    """The piece of text that this event adds to the answer; mostly "", except in a `ChunkEvent`."""
 
 
 class ChunkEvent(StreamEvent, frozen=True, kw_only=True):
@@ -515,7 +514,7 @@ class MetricsEvent(StreamEvent, frozen=True, kw_only=True):
 
 
 class FinalEvent(StreamEvent, frozen=True, kw_only=True):
-    """The answer is complete. `chunk` is its last piece, where the server sends it here."""
+    """The answer is complete. `chunk` is its last piece; "" where that came before."""
 
 
 class UnknownEvent(StreamEvent, frozen=True, kw_only=True):
@@ -526,4 +525,4 @@ class UnknownEvent(StreamEvent, frozen=True, kw_only=True):
 
 
 BASE_MODEL = "moondream3-preview"
-"""What finetunes are made from where nothing else is said (the official SDK's word)."""
+"""The model from which finetunes are made by default, as in the official SDK."""

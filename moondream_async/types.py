@@ -1,4 +1,4 @@
-"""What goes in: pictures, settings, limits of time, and hooks. Frozen values."""
+"""What goes in: pictures, settings, timeouts and hooks. Their values can't be changed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Length = Literal["short", "normal", "long"]
 
 
 class Settings(TypedDict, total=False):
-    """Sampling settings. Type checkers take a key that is not listed here for a misspelt one.
+    """Sampling settings. Type checkers report a key that is not listed here.
 
-    The client does not: what it does not know goes to the server as it is, from any mapping.
+    At run time any mapping will do, and unknown keys go to the server unchanged.
 
     >>> settings: Settings = {"temperature": 0, "max_tokens": 100}
     """
@@ -33,10 +33,10 @@ class Settings(TypedDict, total=False):
 
 
 class Timeout(msgspec.Struct, frozen=True, kw_only=True):
-    """How long to wait for what, in seconds; None is for ever.
+    """Limits on waiting, in seconds; None is no limit.
 
-    The clock of `first_event` and `idle` runs only while a reader waits for the
-    server. Heartbeat comments and half events are not progress.
+    The clock of `first_event` and `idle` runs only while a reader waits for the server.
+    Heartbeat comments and incomplete events do not restart it.
 
     Raises:
         RequestError: A limit is not a positive number.
@@ -48,7 +48,7 @@ class Timeout(msgspec.Struct, frozen=True, kw_only=True):
     pool: float | None = 30.0
     """Until one of the client's `max_connections` connection slots is free."""
     connect: float | None = 10.0
-    """Until a new connection stands: name look-up, TCP and TLS."""
+    """Until a new connection is open: name look-up, TCP and TLS."""
     first_event: float | None = 120.0
     """From the request's last byte to the first event, or to the whole of a plain answer."""
     idle: float | None = 60.0
@@ -64,10 +64,10 @@ class Timeout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def to_timeout(timeout: Timeout | float) -> Timeout:
-    """Return the limits that an argument means; a number is the `total`.
+    """Return the argument `timeout` as a Timeout; a number is the `total`.
 
     Raises:
-        RequestError: It is neither.
+        RequestError: It is neither a Timeout nor a number over 0.
 
     >>> to_timeout(90).total
     90
@@ -89,15 +89,15 @@ class EncodedImage(msgspec.Struct, frozen=True, eq=False, weakref=True):
     data: bytes
     """The encoded picture, before base64."""
     media_type: str
-    """As ``image/jpeg``."""
+    """``image/jpeg``, for example."""
     width: int
-    """Pixels, as the server will see it."""
+    """Pixels, as the server will see the picture."""
     height: int
     """Pixels."""
 
     @property
     def image_url(self) -> str:
-        """The picture as a ``data:`` URL, as the official SDK has it; made anew each time."""
+        """The picture as a ``data:`` URL, as in the official SDK; made anew each time."""
         return f"data:{self.media_type};base64,{b2a_base64(self.data, newline=False).decode()}"
 
     def __repr__(self) -> str:
@@ -107,15 +107,15 @@ class EncodedImage(msgspec.Struct, frozen=True, eq=False, weakref=True):
 
 
 class Array(Protocol):
-    """What a numpy array has; numpy itself is not needed."""
+    """A numpy array, or another object with its interface; numpy itself is not needed."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """The buffer, its shape and its type of number."""
+        """The buffer, its shape and the type of its numbers."""
 
 
 SAMPLE_IMAGE = Path(__file__).parent / "simulator" / "sample.jpg"
-"""The path of a picture that comes along, to try things with: a JPEG of 640x480 pixels."""
+"""The path of a picture for trials, part of the package: a JPEG of 640x480 pixels."""
 
 ImageInput = Union[
     str,
@@ -128,23 +128,23 @@ ImageInput = Union[
     Array,
     EncodedImage,
 ]
-"""Whatever a picture can be given as: a path, its bytes, an open file, a PIL image, a numpy
-array, or what ``encode_image`` returned."""
+"""The forms of a picture: a path, its bytes, an open file, a PIL image, a numpy array, or what
+``encode_image`` returned."""
 
 
 Outcome = Literal["complete", "interrupted", "abandoned", "cancelled", "failed"]
-"""How a call ended: its answer came whole; a stream stopped before its end; the stream or the
-client was closed, the stream dropped, or the browser that it was passed on to left; whoever
-waited for it was cancelled; it failed otherwise."""
+"""How a call ended, in this order: its answer came whole; the stream stopped before its end; the
+stream or client was closed, the stream dropped, or a browser that it was relayed to left; the task
+that waited for it was cancelled; the call failed in another way."""
 
 
 class CallEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened in a call; what a hook is given."""
+    """The argument of a hook: a moment in a call."""
 
     call_id: str
-    """One for all attempts of a call, and no other's."""
+    """An id of this call alone, the same for all its attempts."""
     skill: str | None
-    """None for calls that are no skill, as a list of models."""
+    """None for calls that are no skill, as for the list of models."""
     model: str | None
     """The model that was asked for; None leaves it to the server."""
     endpoint: str
@@ -155,36 +155,37 @@ class CallEvent(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     """Since the call began."""
     request_id: str | None = None
-    """The server's, once it is known."""
+    """The server's id for the request, once it is known."""
     delay: float | None = None
-    """For a retry: seconds until it."""
+    """For a retry: seconds until it begins."""
     error: BaseException | None = None
-    """For a retry: why. For an end: what the call failed with."""
+    """For a retry: its reason. For an end: the error of the call."""
     completed: bool = False
-    """For an end: whether the answer came whole. It didn't if it was cancelled or dropped."""
+    """For an end: whether the answer came whole, and was neither cancelled nor dropped."""
     outcome: Outcome | None = None
-    """For an end: how it came."""
+    """For an end: how the call ended."""
     finish_reason: str | None = None
-    """For an end: ``stop``, or ``length`` where the answer was cut; if the server said so."""
+    """For an end: ``stop``, or ``length`` where the answer was cut; None if the server left it
+    out."""
     input_tokens: int | None = None
-    """For an end, if the server said so."""
+    """For an end: None if the server left it out."""
     output_tokens: int | None = None
-    """For an end, if the server said so."""
+    """For an end: None if the server left it out."""
     bytes_sent: int = 0
-    """For an end: of the bodies of all attempts."""
+    """For an end: the bytes of the bodies of all attempts."""
     bytes_received: int = 0
-    """For an end: of the bodies of all answers."""
+    """For an end: the bytes of the bodies of all answers."""
     ttft: float | None = None
     """For an end of a stream: seconds from sending to the first piece of text."""
 
 
 class Hooks(msgspec.Struct, frozen=True, kw_only=True):
-    """Functions to be told what a client's calls do, as to count and to time them.
+    """Functions that are notified of what a client's calls do, as to count and time them.
 
-    They are called in the event loop of the call and must be quick; one that raises
-    is logged and disturbs nothing. The order is `request`, `retry` and `request` again for
-    each further attempt, `first_chunk` of a stream, `end`. Each call has one `end`, however it
-    comes: also one that never got as far as a request, and a stream that was dropped.
+    They are called in the event loop of the call and must be quick; an exception in a hook is
+    logged and disturbs nothing. The order is `request`, `retry` and `request` again for each
+    further attempt, `first_chunk` of a stream, `end`. Each call has exactly one `end`, also a
+    call that failed before its first request, and a stream that was dropped.
 
     >>> async def main():
     ...     hooks = md.Hooks(end=lambda event: print(event.skill, event.outcome, event.attempt))
@@ -201,4 +202,4 @@ class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     retry: Callable[[CallEvent], object] | None = None
     """An attempt failed, and another will follow after `CallEvent.delay`."""
     end: Callable[[CallEvent], object] | None = None
-    """A call or stream has ended, one way or another."""
+    """A call or stream has ended; `CallEvent.outcome` says how."""

@@ -264,10 +264,11 @@ class Job:
     # -- what is written ------------------------------------------------------------------
 
     def _open(self, stack: contextlib.ExitStack, *, new: bool = True) -> Journal:
-        path, on_line = self._output.journal, _print_no_line
-        if self._output.form == "stdout" or not (new or Path(path).exists()):
+        path = self._output.journal
+        stdout = self._output.form == "stdout"
+        if stdout or not (new or Path(path).exists()):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moondream-"))
-            path, on_line = f"{folder}/lines.jsonl", _print_line
+            path = f"{folder}/lines.jsonl"
         with explained("create", str(Path(path).parent)):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         with explained("open", path):
@@ -276,7 +277,7 @@ class Job:
                     path,
                     self.questions.general(),
                     complain=self._say_once,
-                    on_line=on_line,
+                    on_line=_print_line if stdout else lambda _: None,
                     with_texts=self._texts is not None,
                     varying=self.questions.varying,
                 )
@@ -382,7 +383,3 @@ class Job:
 
 def _print_line(data: bytes) -> None:
     print_json(msgspec.Raw(data))
-
-
-def _print_no_line(_: bytes) -> None:
-    """Print nothing: the lines go to a file."""
