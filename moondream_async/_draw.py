@@ -1,16 +1,16 @@
 """Results drawn over their picture. Loads Pillow, and for outlines `svg.path`.
 
-All marks go onto one transparent sheet, several times as large as the picture where
-that is small, so that lines and text get soft edges when the sheet is laid over it. On a
-picture that is larger than a sheet may be, they are drawn at once. So drawing takes the
-memory of one copy of the picture, which is the result, and 150 MB at most beside that.
+All marks are drawn on one transparent sheet, which is then laid over the picture. For a
+small picture the sheet is several times as large, so that lines and text get soft edges. A
+picture over the sheet's largest size is drawn on directly. The memory is one copy of the
+picture, which is the result, and at most 150 MB.
 
-SVG paths are read by `svg.path`, of the extra ``draw``: it is small, pure Python,
-typed, MIT-licensed and still released. (`svgelements` has had no release since 2023,
-`svgpathtools` brings SciPy, `fonttools` and `skia-python` are many times the size.)
+SVG paths are read by `svg.path`, of the extra ``draw``: it is small, pure Python, typed,
+MIT-licensed and still released. (`svgelements` has had no release since 2023, `svgpathtools`
+brings SciPy, `fonttools` and `skia-python` are many times the size.)
 
-What a server sends may be large without end, so what is drawn has limits, each far
-beyond what a picture can show: a few seconds in all.
+A server may send any number of marks, so the numbers have limits, each far beyond what a
+picture can show. Drawing takes a few seconds at most.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from .results import (
 
 Place = tuple[float, float]
 Outline = tuple[Place, ...]
-Segment = Any  # one of svg.path's, whose common class does not have what all of them have
+Segment = Any  # svg.path's; their common class lacks attributes that all of them have
 
-# Apart from each other, and rare in photos in this strength.
+# Easy to tell apart, and rare in photos.
 _COLOURS = ("#00c2ff", "#ff2e88", "#ffb000", "#7c4dff", "#18d860", "#ff6b1a", "#ffe83d", "#00a88f")
 _PREVIEW = (800, 800)  # pixels at most, in a notebook
 _SHADE = (0, 0, 0, 110)  # around lines and dots, so that they show on their own colour
 _OPACITY = 0.35  # of the inside of an outline
 _SHEET_PIXELS = 16_000_000  # of four bytes: 64 MB at most, unless the picture itself has more
-_FINEST = 4  # how many times as large as the picture the sheet is at most
-_CROWD = 300  # of more marks and outlines than that, none gets soft edges
-_CROWD_LINE = 3  # pixels wide at most: wide lines take long, and would hide the rest
+_FINEST = 4  # the sheet's width, in widths of the picture, at most
+_CROWD = 300  # with more marks and outlines, none gets soft edges
+_CROWD_LINE = 3  # pixels, the widest line of so many marks: wider ones take long and hide others
 _CURVE_STEPS = 32  # straight lines in place of a curve; a path has many curves, each short
-_MASK_PIXELS = 100_000_000  # filled at most for the sake of a mask's exact rim: under a second
-_STRIP_PIXELS = 4_000_000  # in which outlines are filled at once
+_MASK_PIXELS = 100_000_000  # the most that is filled for a mask's exact rim, under a second
+_STRIP_PIXELS = 4_000_000  # of a mask that is filled at once
 _MOST_MARKS = 10_000
 _MOST_LETTERS = 100  # of a label
 _MOST_PATH = 500_000  # characters
@@ -61,11 +61,11 @@ _MOST_FILLED = 4_000_000_000  # pixels of the boxes around all outlines together
 
 
 class _Mark(NamedTuple):
-    """What gets one colour and one label. Places are 0-1 of the picture."""
+    """Shapes with one colour and one label. Places are 0-1 of the picture."""
 
     box: Region | None = None
     outlines: tuple[Outline, ...] = ()
-    """What is to be drawn in place of the box."""
+    """Drawn in place of the box."""
     points: tuple[Place, ...] = ()
     words: str = ""
     """The label, where the caller gives none."""
@@ -104,7 +104,7 @@ def draw(
 
 
 def preview(result: Result, image: Any) -> bytes | None:
-    """Return what a notebook shows of a result: a small PNG; None where it can't be drawn."""
+    """Return a small PNG for a notebook; None where the result can't be drawn."""
     try:
         picture = draw(result, image)
     except (MoondreamError, ImportError, OSError):
@@ -116,7 +116,7 @@ def preview(result: Result, image: Any) -> bytes | None:
 
 
 def mask(path: str, bbox: Region | None, size: tuple[int, int]) -> Image.Image:
-    """Return what lies inside an outline; see `SegmentResult.to_mask`."""
+    """Return the inside of an outline; see `SegmentResult.to_mask`."""
     for name, side in zip(("width", "height"), size, strict=True):
         check_count(name, side)
     width, height = size
@@ -127,8 +127,8 @@ def mask(path: str, bbox: Region | None, size: tuple[int, int]) -> Image.Image:
     if bbox is None:
         raise RequestError("The outline has no place: the server gave no bbox with it")
     outlines = _outlines(_placed(path, bbox))
-    # Pillow fills what an outline touches, so it is asked about the middle of each pixel: one of
-    # three by three, where there is room for so many.
+    # Pillow fills every pixel that an outline touches. At three times the size, the middle one
+    # of three by three pixels tells whether the middle of a pixel is inside.
     fine = 3 if 9 * width * height * max(1, len(outlines)) <= _MASK_PIXELS else 1
     width, height = width * fine, height * fine
     places = [[(x * width, y * height) for x, y in outline] for outline in outlines]
@@ -192,7 +192,7 @@ def _texts(marks: list[_Mark], labels: str | Sequence[str] | None) -> list[str]:
 
 
 class _Sheet:
-    """What is drawn on. Its methods take places in 0-1; its pixels are finer than the picture's."""
+    """The sheet of marks. Its methods take places in 0-1, whatever its size in pixels."""
 
     def __init__(self, picture: Image.Image, line_width: float, *, fine: bool) -> None:
         room = _SHEET_PIXELS / (picture.width * picture.height)
@@ -214,7 +214,7 @@ class _Sheet:
             for outline in outlines:
                 self._trace(outline, colour)
         elif mark.box is not None:
-            # All of the line is to be seen where a box ends with the picture.
+            # Moved inside, so that a line on the picture's edge is visible in its whole width.
             x0, y0, x1, y1 = mark.box.to_pixels(self._width, self._height)
             inset = self._line / 2
             x0, x1 = (max(inset, min(x, self._width - inset)) for x in (x0, x1))
@@ -248,7 +248,7 @@ class _Sheet:
         gap = self._line
         if mark.box is not None:
             left, top, right, bottom = mark.box.to_pixels(self._width, self._height)
-            if mark.outlines:  # which most likely does not reach into the box's corner
+            if mark.outlines:  # an outline seldom reaches into the box's corner
                 left = (left + right - wide) / 2
             above, below = top - gap / 2 - high, bottom + gap / 2
             yield left - gap / 2, below if above < 0 and below + high <= self._height else above
@@ -258,7 +258,7 @@ class _Sheet:
             yield beside if fits else x - 4 * gap - wide, y - high / 2
 
     def lay_over(self) -> None:
-        """Put the sheet on the picture that it was made for."""
+        """Lay the sheet over its picture."""
         if self._image is self._picture:
             return
         sheet = self._image if self._fineness == 1 else self._image.reduce(self._fineness)
@@ -269,17 +269,17 @@ class _Sheet:
 
     def _trace(self, corners: list[Place], colour: str) -> None:
         """Draw a closed line, with a shade on both sides."""
-        ring = [*corners, *corners[:2]]  # one more than closed, so that its last joint is round
+        ring = [*corners, *corners[:2]]  # the first side twice, so that the last joint is round
         for fill, width in ((self._shade, 1.7 * self._line), (colour, self._line)):
             self._pen.line(ring, fill, max(1, round(width)), joint="curve")
 
     def _fill(self, outlines: list[list[Place]], colour: str) -> None:
-        """Tint what lies inside."""
+        """Tint the inside of outlines."""
         _check_filled(outlines, self._image.size)
         rgb = ImageColor.getrgb(colour)[:3]
         opacity = round(255 * _OPACITY)
         rows = max(1, _STRIP_PIXELS // self._width)
-        for top in range(0, self._height, rows):  # masks of all of it would take much memory
+        for top in range(0, self._height, rows):  # a mask of the whole sheet takes much memory
             strip = [[(x, y - top) for x, y in outline] for outline in outlines]
             inside = _inside(strip, (self._width, min(rows, self._height - top)))
             if self._image is self._picture:
@@ -292,10 +292,10 @@ class _Sheet:
 
 
 def _inside(outlines: list[list[Place]], size: tuple[int, int]) -> Image.Image:
-    """Return what lies inside, by SVG's rule: where the outlines wind round other than 0 times.
+    """Return a mask of the inside, by SVG's nonzero rule: the outlines' windings are not 0.
 
-    So an outline within another, drawn the other way round, is a hole. How often
-    is counted for all pixels at once, in a picture of one byte each.
+    An outline within another one, drawn in the other direction, is a hole. The windings of all
+    pixels are counted in a picture of one byte each.
     """
     boxes = [_box_around(outline, size) for outline in outlines]
     winding = Image.new("L", size)
@@ -315,7 +315,7 @@ def _check_filled(outlines: list[list[Place]], size: tuple[int, int]) -> None:
 
 
 def _box_around(outline: list[Place], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the part of a picture that an outline can be in, in whole pixels."""
+    """Return the box of an outline within a picture, in whole pixels."""
     across, down = zip(*outline, strict=True)
     left, right = (max(0, min(size[0], x)) for x in (min(across) - 1, max(across) + 2))
     top, bottom = (max(0, min(size[1], y)) for y in (min(down) - 1, max(down) + 2))
@@ -339,12 +339,7 @@ def _is_clockwise(outline: list[Place]) -> bool:
 
 
 def _placed(path: str, bbox: Region) -> list[Segment]:
-    """Read a path that is relative to `bbox`; return it relative to the picture.
-
-    Raises:
-        RequestError: It is no SVG path.
-        ImportError: The extra is not installed.
-    """
+    """Read a path that is relative to `bbox`; return it relative to the picture."""
     width, height = bbox.x_max - bbox.x_min, bbox.y_max - bbox.y_min
     try:
         segments = _read(path)
@@ -362,7 +357,7 @@ def _placed(path: str, bbox: Region) -> list[Segment]:
 
 
 def _read(path: str) -> list[Segment]:
-    """Read a path; arcs become short lines, since `svg.path` has none that are stretched."""
+    """Read a path; arcs become short lines, since `svg.path` can't stretch arcs."""
     try:
         from svg.path import Arc, Line, parse_path  # noqa: PLC0415 - an extra
     except ImportError as error:
@@ -389,7 +384,7 @@ def _finite(value: float) -> float:
 
 
 def _outlines(segments: list[Segment]) -> tuple[Outline, ...]:
-    """Return the closed lines that a path consists of, curves as short straight ones."""
+    """Return the closed lines of a path; curves become short straight lines."""
     from svg.path import Close, Line, Move  # noqa: PLC0415 - an extra, which was there
 
     if len(segments) > _MOST_CORNERS:
@@ -411,7 +406,7 @@ def _outlines(segments: list[Segment]) -> tuple[Outline, ...]:
 
 
 def _steps(curves: int) -> int:
-    """Return how many straight lines a curve becomes: fewer where there are many."""
+    """Return how many straight lines a curve becomes: fewer in a path of many curves."""
     return max(1, min(_CURVE_STEPS, _MOST_CORNERS // (2 * max(1, curves))))
 
 

@@ -1,4 +1,4 @@
-"""Where moving pictures come from: files, cameras, screens. For `MoondreamClient.watch`.
+"""Sources of moving pictures for `MoondreamClient.watch`: files, cameras, screens.
 
 ::
 
@@ -6,8 +6,8 @@
         async for each in run:
             print(each.frame.time, each.result)
 
-Each source is an asynchronous context manager and gives `Frame`s. A thread decodes, and keeps
-at most one frame that nobody took: of what is live, the newest; of a file, the next. Leaving
+Each source is an asynchronous context manager and yields `Frame`s. A thread decodes, and keeps
+at most one frame until it is taken: of a live source the newest, of a file the next. Leaving
 closes the device. The extra ``video`` brings PyAV (and mss, for `screen`).
 """
 
@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import APIConnectionError, ImageError, MissingExtraError, RequestError
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Frame", "Source", "bgr", "camera", "mjpeg", "screen", "video"]
 
-_NETWORK_TIMEOUT = 10.0  # seconds for opening, and between two packets, of what is far away
-_GOODBYE = 5.0  # seconds that leaving waits for a device that does not let go
+_NETWORK_TIMEOUT = 10.0  # seconds for opening an address, and between two of its packets
+_GOODBYE = 5.0  # seconds that leaving waits for a device to close
 _LIVE = ("rtsp:", "rtsps:", "rtmp:", "rtmps:", "rtp:", "udp:", "srt:")
 _EPSILON = 1e-6
 
@@ -40,13 +39,14 @@ _Produce = Callable[[threading.Event], Iterator[Frame | None]]
 
 
 class Source:
-    """Moving pictures, as an asynchronous iterator of `Frame`s; to be entered and left.
+    """Moving pictures, as an asynchronous iterator of `Frame`s and a context manager.
 
-    Entering opens it. Leaving closes its device, and returns when that is done. The
-    iterator ends with the pictures, and when the source is left.
+    Entering opens the device or the file, and leaving closes it and waits until it is closed,
+    for 5 seconds at most. The iterator ends with the pictures, and when the source is left.
+    Cancelling a read loses no frame.
 
     Raises:
-        ImageError: It can't be opened, or not be read further.
+        ImageError: The source can't be opened, or not be read further.
     """
 
     def __init__(self, produce: _Produce, name: str, *, live: bool) -> None:
@@ -75,16 +75,11 @@ class Source:
             self._closing.set()
             raise
         if self._failure is not None:
-            self._thread.join()  # it has nothing left to do
+            self._thread.join()  # it has only to end
         self._raise_failure()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._closing.set()
         self._taken.release()
         self._frame = None
@@ -95,13 +90,13 @@ class Source:
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._change(), left)
-        self._thread.join()  # it has nothing left to do
+        self._thread.join()  # it has only to end
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Frame:
-        """Return the next frame; of what is live, the newest that nobody took."""
+        """Return the next frame; of a live source, the newest one that was not taken yet."""
         if self._loop is None:
             raise RequestError(f"{self._name} is not open: use it with 'async with'")
         while not self._closing.is_set():
@@ -134,16 +129,16 @@ class Source:
         try:
             with contextlib.closing(self._produce(self._closing)) as frames:  # type: ignore[type-var]
                 for frame in frames:
-                    self._tell(partial(self._keep, frame))
+                    self._report(partial(self._keep, frame))
                     if frame is not None and not self._live:
                         self._taken.acquire()
                     if self._closing.is_set():
                         break
         except Exception as error:  # noqa: BLE001 - raised where frames are awaited
             failure = error
-        self._tell(partial(self._end, failure))
+        self._report(partial(self._end, failure))
 
-    def _tell(self, what: Callable[[], None]) -> None:
+    def _report(self, what: Callable[[], None]) -> None:
         assert self._loop is not None  # noqa: S101 - for the type checker
         with contextlib.suppress(RuntimeError):  # the loop was closed
             self._loop.call_soon_threadsafe(what)
@@ -176,14 +171,14 @@ def video(
 
     Args:
         source: The path or address.
-        every: Seconds between two frames that are given; None gives all.
-        fps: The same, as a number of frames a second.
+        every: Seconds between two frames; None is for all frames.
+        fps: The same, as frames a second.
         keyframes: Whether only key frames are decoded, which is fast.
-        live: Whether it is played at its own speed, and a frame that nobody took is superseded
-            by the next; None is so for addresses of streams (RTSP, RTMP, ...). A file gives each
-            frame, as fast as it is read.
-        format: The container, where PyAV can't find it out.
-        options: For PyAV's ``open``.
+        live: Whether the video plays at its own speed, and a frame that was not taken is
+            superseded by the next; else every frame waits to be taken. None is True for
+            addresses of streams (RTSP, RTMP, ...) alone.
+        format: The container's format, where PyAV can't detect it.
+        options: Options of PyAV's ``open``.
 
     Raises:
         RequestError: An argument can't be right.
@@ -216,29 +211,29 @@ def camera(
     """Open a camera of this computer; on Linux, ``/dev/video{index}``.
 
     Args:
-        index: Its number, from 0.
-        fps: Frames a second at most; None gives all.
-        size: Width and height to ask the camera for.
+        index: The camera's number, from 0.
+        fps: The most frames a second; None is for all frames.
+        size: Width and height in pixels to ask the camera for.
 
     Raises:
         MissingExtraError: PyAV is not installed.
     """
-    import sys  # noqa: PLC0415 - asked for here only
+    import sys  # noqa: PLC0415 - only cameras need it
 
     devices = {"linux": (f"/dev/video{index}", "v4l2"), "darwin": (str(index), "avfoundation")}
     device, kind = devices.get(sys.platform, (f"video={index}", "dshow"))
     options = {"video_size": f"{size[0]}x{size[1]}"} if size else {}
     if sys.platform == "darwin":
-        options["framerate"] = "30"  # it takes no less than what the camera has
+        options["framerate"] = "30"  # PyAV's default is below what cameras there offer
     return video(device, fps=fps, live=True, format=kind, options=options)
 
 
 def screen(*, monitor: int = 1, fps: float = 10.0) -> Source:
-    """Open the screen, as mss shows it.
+    """Open the screen, by mss.
 
     Args:
-        monitor: Its number, from 1; 0 is all of them.
-        fps: How often it is looked at, a second.
+        monitor: The screen's number, from 1; 0 is all screens.
+        fps: Frames a second.
 
     Raises:
         MissingExtraError: mss is not installed.
@@ -248,20 +243,20 @@ def screen(*, monitor: int = 1, fps: float = 10.0) -> Source:
 
 
 def mjpeg(url: str, *, ssl_context: ssl.SSLContext | None = None) -> MJPEGSource:
-    """Open a network camera that sends Motion JPEG over HTTP. Frames are JPEG files, as they came.
+    """Open a network camera that sends Motion JPEG over HTTP; no extra is needed.
 
-    The address may have a user and a password in it, and is the caller's own: private
-    networks are no obstacle. It needs no extra.
+    A frame's image is the JPEG file as it came. The address may have a user and a password in
+    it, and may be in a private network.
     """
     return MJPEGSource(url, ssl_context)
 
 
 class MJPEGSource:
-    """A camera's Motion JPEG, as `Source` is; what arrives is not decoded.
+    """A camera's Motion JPEG; it is entered, read and left as a `Source` is.
 
     Raises:
         APIConnectionError: The camera can't be reached.
-        ImageError: It sends something else.
+        ImageError: The camera sends something else.
     """
 
     def __init__(self, url: str, ssl_context: ssl.SSLContext | None) -> None:
@@ -273,7 +268,7 @@ class MJPEGSource:
         self._index = 0
 
     async def __aenter__(self) -> Self:
-        from ._protocol.mjpeg import MJPEGParser  # noqa: PLC0415 - other sources need it not
+        from ._protocol.mjpeg import MJPEGParser  # noqa: PLC0415 - other sources do without
         from ._transport.fetching import fetch  # noqa: PLC0415 - loads aiohttp
 
         body = await self._stack.enter_async_context(
@@ -295,12 +290,7 @@ class MJPEGSource:
         self._began = time.monotonic()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
     def __aiter__(self) -> Self:
@@ -310,7 +300,7 @@ class MJPEGSource:
         """Return the newest picture that has arrived; wait for one if there is none.
 
         Raises:
-            ImageError: The connection was lost, or what came is no Motion JPEG.
+            ImageError: The connection was lost, or the camera sent no Motion JPEG.
         """
         if self._frames is None:
             raise RequestError(f"{_shown(self._url)} is not open: use it with 'async with'")
@@ -326,7 +316,7 @@ class MJPEGSource:
 
 
 def bgr(array: Any) -> Any:
-    """Return an OpenCV picture, which has blue first, as the RGB that it shows; no copy is made.
+    """Return a view of an OpenCV picture (blue, green, red) as RGB; nothing is copied.
 
     >>> import numpy
     >>> bgr(numpy.array([[[255, 0, 1]]], numpy.uint8)).tolist()
@@ -345,7 +335,7 @@ def decode_video(
     format: str | None = None,  # noqa: A002 - PyAV's word
     options: dict[str, str] | None = None,
 ) -> Iterator[Frame | None]:
-    """Yield None once it is open, and then frames. Leaving it closes the container."""
+    """Yield None once the container is open, then its frames. Closing this closes it."""
     import av  # noqa: PLC0415 - an extra
     import numpy as np  # noqa: PLC0415 - likewise
 
@@ -393,23 +383,19 @@ def _grab(monitor: int, interval: float, closing: threading.Event) -> Iterator[F
 
 
 def rgb(shot: Any) -> Any:
-    """Return what mss took of the screen, blue first and with a fourth channel, as an RGB array."""
+    """Return a screenshot of mss, which has blue first and a fourth channel, as an RGB array."""
     import numpy as np  # noqa: PLC0415 - an extra
 
     return np.ascontiguousarray(np.asarray(shot)[..., 2::-1])
 
 
 def check_video() -> None:
-    """Refuse where videos can't be read.
-
-    Raises:
-        MissingExtraError: PyAV is not installed.
-    """
+    """Raise MissingExtraError where PyAV is not installed."""
     _load("av", "PyAV")
 
 
 def _load(module: str, name: str) -> None:
-    from importlib.util import find_spec  # noqa: PLC0415 - asked for here only
+    from importlib.util import find_spec  # noqa: PLC0415 - only these sources need it
 
     if find_spec(module) is None:
         raise MissingExtraError(f"{name} is needed: pip install 'moondream-async[video]'")

@@ -1,8 +1,8 @@
 """Moving pictures through one client: the newest frame wins.
 
-`run` reads the frames and asks about them, `asking` says what is asked about one,
-`items` what goes in and what comes out, and `blocking` reads ordinary iterables,
-which may block, in a thread.
+`run` reads the frames and asks about them, `asking` makes the call about a frame, `items` has
+the types of input and output, and `blocking` reads ordinary iterables in a thread, since they
+may block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is asked about each frame, and the one place where a watch meets the calls."""
+"""The call about a frame; the rest of `watch` knows nothing of calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NEEDED = {"query": "question", "detect": "object", "point": "object", "segment"
 
 
 class Question:
-    """A skill with its arguments, to be asked about one frame after the other.
+    """A skill with its arguments, which is asked about one frame after the other.
 
     Raises:
         RequestError: There is no such skill, it can't stream, or an argument can't be right.
@@ -52,10 +52,10 @@ class Question:
         self._asking = Asking(skill, arguments, model=model, stream=stream)
 
     async def ask(self, choose: Callable[[], Any]) -> Any:
-        """Ask about a frame, once: the next attempt is better spent on a newer frame.
+        """Ask about a frame, without retries: a newer frame takes the next attempt.
 
         `choose` returns the frame. It is called when the call has its connection slot, so that
-        none is prepared that gets old while others have the slots.
+        no frame is prepared and then waits for a slot while newer ones come.
 
         Returns:
             The result, or the stream once the server has accepted the request.

@@ -1,7 +1,7 @@
 """An ordinary iterable of frames, read in a thread of its own, so that it may block.
 
-A frame is read when one is asked for, and none ahead. The thread is a daemon: one that
-hangs in a camera's driver holds up nobody, the interpreter's end neither.
+A frame is read when it is asked for, not ahead. The thread is a daemon: if it hangs in a
+camera's driver, neither the loop nor the end of the interpreter waits for it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 _END = object()
-_GOODBYE = 1.0  # seconds to wait for a thread that has nothing to do but to end
+_GOODBYE = 1.0  # seconds to wait for a thread that only has to end
 
 
 class BlockingFrames:
-    """The frames of an iterable, as an asynchronous iterator; to be closed."""
+    """The frames of an iterable as an asynchronous iterator, which has to be closed."""
 
     def __init__(self, frames: Iterable[Any]) -> None:
         self._frames = frames
@@ -32,11 +32,7 @@ class BlockingFrames:
         return self
 
     async def __anext__(self) -> Any:
-        """Return the next frame.
-
-        Raises:
-            Exception: What the iterable raised.
-        """
+        """Return the next frame; raise the iterable's own exceptions."""
         if self._thread.ident is None:
             self._thread.start()
         self._next = self._loop.create_future()
@@ -50,7 +46,7 @@ class BlockingFrames:
         return frame
 
     def close(self) -> None:
-        """Read no more; end the thread, at once unless the iterable holds it up."""
+        """End the thread, at once unless the iterable blocks."""
         self._closed = True
         self._wanted.release()
         if self._thread.ident is not None and (self._next is None or self._next.done()):
@@ -73,7 +69,7 @@ class BlockingFrames:
                 self._loop.call_soon_threadsafe(self._deliver, frame, failure)
             except RuntimeError:  # the loop was closed
                 return
-            frame = failure = None  # what waits for the next frame keeps none
+            frame = failure = None  # else this thread keeps the frame until the next one
 
     def _deliver(self, frame: Any, error: BaseException | None) -> None:
         if self._next is not None and not self._next.done():

@@ -1,4 +1,4 @@
-"""What goes into a watch and what comes out of it."""
+"""The input and output of a watch."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ OnError = Literal["skip", "raise"]
 
 
 class Frame(msgspec.Struct, frozen=True, eq=False):
-    """A picture out of a moving one; what the sources in `moondream_async.frames` give.
+    """A picture of a video or a camera, as the sources in `moondream_async.frames` yield it.
 
     >>> Frame(b"", time=1.5, index=45)
     <Frame 45 at 1.500 s>
     """
 
     image: Any
-    """The picture, as `caption` takes it; of the sources, an RGB array."""
+    """The picture, in any form that `caption` takes; the sources give an RGB array."""
     time: float
     """Seconds since the beginning, by the source's own timestamps."""
     index: int
-    """The place among the frames that the source gave, from 0."""
+    """The number of the frame in its source, from 0."""
 
     def __repr__(self) -> str:
         return f"<Frame {self.index} at {self.time:.3f} s>"
 
 
 class WatchResult(msgspec.Struct, Generic[FrameT, AnswerT], frozen=True, kw_only=True):
-    """What became of one frame: a result or an error.
+    """The result of one frame, or its error.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -48,17 +48,17 @@ class WatchResult(msgspec.Struct, Generic[FrameT, AnswerT], frozen=True, kw_only
     frame: FrameT
     """The frame, as it was handed in."""
     index: int
-    """The place of the frame among all that the iterable gave, from 0."""
-    result: AnswerT = None  # type: ignore[assignment] # or else `ok` would have to be asked twice
+    """The number of the frame in its iterable, from 0."""
+    result: AnswerT = None  # type: ignore[assignment] # so that users need no check beside `ok`
     """The skill's answer, or its stream with ``stream=True``; None where `ok` is false."""
     error: MoondreamError | None = None
-    """Why there is no answer."""
+    """Why there is no answer; None where `ok` is true."""
     taken_at: float
     """When the iterable gave the frame, in seconds since 1970."""
     age: float
-    """Seconds from then until this result was handed out."""
+    """Seconds from `taken_at` until this result was handed out."""
     skipped: int
-    """How many frames have been passed over since the result before this one."""
+    """How many frames lie between the result before and this one."""
 
     @property
     def ok(self) -> bool:
@@ -67,7 +67,7 @@ class WatchResult(msgspec.Struct, Generic[FrameT, AnswerT], frozen=True, kw_only
 
 
 class WatchOptions(Arguments, total=False):
-    """What `MoondreamClient.watch` takes by name, beside `stream`."""
+    """The keyword arguments of `MoondreamClient.watch`, apart from `stream`."""
 
     in_flight: int
     max_age: float | None

@@ -1,15 +1,15 @@
-"""A watch: the newest frame waits, and is asked about as soon as there is somebody to tell.
+"""A watch: the newest frame waits, and is asked about as soon as a reader waits for a result.
 
-One task reads the frames, always, so that the newest is known; each takes the place of the
-one that waits. A task for each question runs in a task group of its. What may start is decided
-in `_Work.advance`, without an await, after every change; which frame it is about, only when it
-has its connection slot: what waits for that, or for the rate limiter, would get old meanwhile.
+One task reads frames all the time; a new frame supersedes the one that waits. A task for each
+question runs in the first task's group. `_Work.advance` decides after every change, without an
+await, whether a question starts. The question's frame is chosen only when the question has its
+connection slot: a frame chosen earlier would age while it waits for the slot.
 
-As in a bulk run, all that the reader and the tasks share is in `_Work`, which does not know the
-reader's object: so a reader who drops that, as with a plain ``break``, ends the watch.
+As in a bulk run, the reader and the tasks share `_Work`, which holds no reference to the
+`Watch`: a reader who drops the `Watch`, as with a plain ``break``, ends the tasks.
 
-A frame that failed is not tried again, since there is a newer one. But after a failure nothing
-is asked for a moment, longer with each more in a row.
+A frame that failed is not tried again, since there is a newer one. But after a failure there
+is a pause before the next question, longer with each failure in a row.
 """
 
 from __future__ import annotations
@@ -41,24 +41,22 @@ from .blocking import BlockingFrames
 from .items import AnswerT, Frames, FrameT, WatchResult
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from .asking import Question
 
 _LEAST_INTERVAL = 0.002
-"""Seconds, at least, between a frame that has to wait and the next: an iterable that is always
-ready would else be read as fast as the processor goes. No camera is faster."""
+"""The least seconds from a waiting frame to the reading of the next: an iterable that is always
+ready would otherwise take all of the processor. No camera is faster."""
 _LONGEST_PAUSE = 5.0
-"""Seconds between two questions to a server that does not answer, unless it asks for more."""
+"""The most seconds between two questions after failures, unless the server asks for more."""
 
 
 class Watch(Generic[FrameT, AnswerT]):
     """The answers about moving pictures, as an iterator; see `MoondreamClient.watch`.
 
-    Leaving ``async with``, `aclose`, and dropping it, as with ``break``, end it: what is
-    under way is cancelled, its connections are closed, and a thread that reads frames ends.
-    Inside ``async with``, cancelling a reader takes nothing from the next; elsewhere it ends
-    the watch.
+    The watch ends by leaving ``async with``, by `aclose`, or when it is dropped, as with
+    ``break``: questions under way are cancelled, their connections are closed, and a thread
+    that reads frames ends. Inside ``async with``, cancelling a reader loses no result;
+    elsewhere it ends the watch.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -105,33 +103,29 @@ class Watch(Generic[FrameT, AnswerT]):
 
     @property
     def dropped(self) -> int:
-        """How many answers were too late: older than one given before, or than `max_age`."""
+        """How many answers came too late: after a newer frame's, or over `max_age`."""
         return self._work.dropped
 
     async def __aenter__(self) -> Self:
         self._entered = True
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> WatchResult[FrameT, AnswerT]:
-        """Return the next result. A stream that was given before is closed.
+        """Return the next result. The stream of the result before is closed.
+
+        After an exception the watch has ended.
 
         Raises:
-            AuthenticationError: The server knows no such key. The watch has ended.
-            ClientClosedError: The client was closed. The watch has ended.
-            MoondreamError: A frame failed, with ``on_error="raise"``. The watch has ended.
-            Exception: What the iterable of frames raised, after the results of those
-                that came before.
+            AuthenticationError: The server knows no such key.
+            ClientClosedError: The client was closed.
+            MoondreamError: A frame failed, with ``on_error="raise"``.
+            Exception: The iterable's own, after the results of the frames before.
         """
         if self._task is None and not self._work.closed:
             self._task = asyncio.create_task(self._work.run(), name="moondream_async watch")
@@ -147,7 +141,7 @@ class Watch(Generic[FrameT, AnswerT]):
         return cast("WatchResult[FrameT, AnswerT]", result)
 
     async def aclose(self) -> None:
-        """End the watch, and return when nothing of it is left. May be called twice."""
+        """End the watch, and return when all its tasks have ended. May be called twice."""
         self._work.close()
         if self._task is not None:
             self._task.cancel()
@@ -168,13 +162,13 @@ class _Taken(NamedTuple):
     """A frame as the iterable gave it."""
 
     frame: Any
-    place: int  # among the frames, from 0
+    place: int  # the number of the frame, from 0
     taken_at: float  # seconds since 1970
-    at: float  # on the clock that only goes forward
+    at: float  # by the monotonic clock
 
 
 class _Shot:
-    """A question about a frame, from before that is chosen to its result."""
+    """A question about a frame, from before the frame is chosen to the result."""
 
     __slots__ = ("answer", "error", "scope", "superseded", "taken")
 
@@ -187,12 +181,12 @@ class _Shot:
 
     @property
     def chosen(self) -> _Taken:
-        """The frame; of those that have a result, there is one."""
+        """The frame of a question that has a result."""
         assert self.taken is not None  # noqa: S101 - for the type checker
         return self.taken
 
     def supersede(self) -> None:
-        """Ask no more about it."""
+        """Cancel the question."""
         self.superseded = True
         if self.scope is not None:
             self.scope.cancel()
@@ -213,7 +207,7 @@ class _Work:
         self.frames = 0
         self.skipped = 0
         self.dropped = 0
-        self.under_way: list[_Shot] = []  # in the order of frames, as all of these are
+        self.under_way: list[_Shot] = []  # in the order of their frames, as `_done`
         self.closed = False
         self._question = question
         self._source = frames
@@ -222,8 +216,8 @@ class _Work:
         self._supersede = supersede
         self._latest: _Taken | None = None
         self._done: list[_Shot] = []
-        self._given = -1  # the frame of the last result
-        self._stream: Stream | None = None  # which was given last, and may be being read
+        self._given = -1  # the number of the last result's frame
+        self._stream: Stream | None = None  # the last result's, which may be being read
         self._readers = 0
         self._failures = 0  # in a row
         self._paused = False
@@ -236,7 +230,7 @@ class _Work:
     # -- the reader's side ----------------------------------------------------------
 
     async def next(self) -> WatchResult[Any, Any]:
-        """Return the next result, or raise what ended the watch, once."""
+        """Return the next result, or raise the error that ended the watch; it is raised once."""
         self._readers += 1
         try:
             self._dismiss_stream()
@@ -265,7 +259,7 @@ class _Work:
         )
 
     def _take(self) -> _Shot | None:
-        """Take the first that is done; None if it is too old."""
+        """Take the first question that is done; None if its frame is too old."""
         shot = self._done.pop(0)
         if self._max_age is not None and time.monotonic() - shot.chosen.at > self._max_age:
             self._drop(shot)
@@ -274,7 +268,7 @@ class _Work:
         return shot
 
     def close(self) -> None:
-        """Keep nothing more for a reader."""
+        """Close the answers that no reader has taken, and take no more."""
         self.closed = True
         self._latest = None
         self._dismiss_stream()
@@ -288,8 +282,8 @@ class _Work:
     async def run(self) -> None:
         """Read all frames, and ask about the newest, again and again."""
         try:
-            # Now, since a frame gets old meanwhile; and not by the first of many threads that
-            # needs it: the others would find it half loaded.
+            # Before the first frame, which would age meanwhile; and once, since threads that
+            # need it at the same time would find it half loaded.
             await asyncio.to_thread(_load_encoder)
             async with anyio.create_task_group() as self._group:
                 try:
@@ -297,7 +291,7 @@ class _Work:
                 except Exception as error:  # noqa: BLE001 - reported to the reader
                     self._failure = error
                 await self._until(lambda: self._latest is None and not self.under_way)
-                self._group.cancel_scope.cancel()  # a pause that nobody waits for
+                self._group.cancel_scope.cancel()  # a pause, if any
         finally:
             self._ended = True
             self._group = None
@@ -307,11 +301,11 @@ class _Work:
         async with _reading(self._source) as following:
             async for frame in following:
                 self._offer(_Taken(frame, self.frames, time.time(), time.monotonic()))
-                del frame  # it is not to be kept while the next is waited for
+                del frame  # else it is kept while this task waits for the next one
                 await anyio.sleep(0 if self._latest is None else _LEAST_INTERVAL)
 
     def _offer(self, taken: _Taken) -> None:
-        """Let a frame wait in the place of the one before it."""
+        """Let a frame supersede the one that waits."""
         self.frames += 1
         self.skipped += self._latest is not None
         self._latest = taken
@@ -320,10 +314,9 @@ class _Work:
         self.advance()
 
     def advance(self) -> None:
-        """Ask about the newest frame, if a reader waits for it and it may be asked about now.
+        """Start a question about the newest frame, if a reader waits and a question may start.
 
-        Which one that is is decided when there is a connection slot for it, so no second one
-        waits for a slot meanwhile.
+        At most one question waits for a connection slot; its frame is chosen with the slot.
         """
         if self._latest is None or self._group is None or not self._readers or self._paused:
             return
@@ -339,7 +332,7 @@ class _Work:
         self._group.start_soon(self._ask, shot)
 
     def _choose(self, shot: _Shot) -> Any:
-        """Take the newest frame, for a question that may be asked now."""
+        """Take the newest frame, for a question that has its connection slot."""
         if self._latest is None:
             raise ClientClosedError("The watch has ended")
         shot.taken, self._latest = self._latest, None
@@ -351,10 +344,10 @@ class _Work:
             with anyio.CancelScope() as shot.scope:
                 shot.answer = await self._question.ask(partial(self._choose, shot))
         except (AuthenticationError, ClientClosedError) as fatal:
-            self._fail(fatal)  # no other frame would fare better
+            self._fail(fatal)  # every other frame would fail, too
         except MoondreamError as failure:
             shot.error = failure
-        except Exception as bug:  # noqa: BLE001 - reported to the reader, and not that all is well
+        except Exception as bug:  # noqa: BLE001 - reported to the reader
             self._fail(bug)
         finally:
             shot.scope = None
@@ -365,20 +358,20 @@ class _Work:
         self.changed()
 
     def _keep(self, shot: _Shot) -> None:
-        """Keep what there is for the reader, unless it comes too late."""
+        """Keep a result for the reader, unless it comes too late."""
         if shot.superseded or self.closed:
             _close_answer(shot)
         elif shot.answer is not None or shot.error is not None:
-            self._take_note(shot.error)
-            if shot.taken is None:  # there was no connection slot for any
+            self._pause_after(shot.error)
+            if shot.taken is None:  # the question failed before it had a slot
                 self._choose(shot)
             if shot.chosen.place < self._given:
                 self._drop(shot)
             else:
                 bisect.insort(self._done, shot, key=lambda each: each.chosen.place)
 
-    def _take_note(self, error: MoondreamError | None) -> None:
-        """Ask nothing for a while after a failure that is the server's, or the way's to it."""
+    def _pause_after(self, error: MoondreamError | None) -> None:
+        """Ask nothing for a while after a failure of the server or the network."""
         if error is None:
             self._failures = 0
             return
@@ -402,7 +395,7 @@ class _Work:
         self.advance()
 
     def _fail(self, error: BaseException) -> None:
-        """End all of it, and leave the error for the reader."""
+        """End the watch, and leave the error for the reader."""
         if self._failure is None:
             self._failure = error
         if self._group is not None:
@@ -413,13 +406,13 @@ class _Work:
         _close_answer(shot)
 
     def _dismiss_stream(self) -> None:
-        """Close the stream that was given last; a new frame or its reader has left it behind."""
+        """Close the last result's stream; a new frame or its reader has superseded it."""
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.supersede()
 
     def changed(self) -> None:
-        """Wake whoever waits for something."""
+        """Wake all waiters, which look at their conditions again."""
         if self._changed is not None:
             self._changed.set()
             self._changed = None
@@ -432,7 +425,7 @@ class _Work:
 
 
 def _load_encoder() -> None:
-    from PIL import Image  # noqa: PLC0415 - most programs need it not
+    from PIL import Image  # noqa: PLC0415 - most programs do without
 
     import_module("moondream_async._images.convert")
     Image.preinit()
@@ -440,7 +433,7 @@ def _load_encoder() -> None:
 
 @contextlib.asynccontextmanager
 async def _reading(frames: Frames[Any]) -> AsyncIterator[AsyncIterator[Any]]:
-    """Read an iterable of either kind; it is the caller's, and not closed."""
+    """Read an iterable, asynchronous or not; it belongs to the caller, and is not closed."""
     if isinstance(frames, AsyncIterable):
         yield aiter(frames)
         return
@@ -457,11 +450,7 @@ def _close_answer(shot: _Shot) -> None:
 
 
 def check_frames(frames: Any) -> None:
-    """Refuse what is one picture and not many.
-
-    Raises:
-        RequestError: It can't be iterated over, or is a string, bytes, a mapping or an array.
-    """
+    """Refuse, by a RequestError, a single picture, and what can't be iterated over."""
     shape = getattr(frames, "shape", (0, 0, 0, 0))
     one = isinstance(frames, (str, bytes, bytearray, memoryview, dict)) or len(shape) < 4
     if one or not isinstance(frames, (Iterable, AsyncIterable)):
