@@ -1,9 +1,9 @@
 """One call, from its request to its answer, over all its attempts.
 
-`Call.run` is the loop of attempts. An attempt has its pictures prepared, waits for a
-connection slot and for the rate limiter (a frame of moving pictures is chosen and prepared
-after that), is sent, and its answer is read by what `run` was given; where it fails and another
-can help, the next one follows. One timer carries all deadlines, from one phase to the next.
+`Call.run` is the loop of attempts. An attempt prepares the pictures, waits for a connection slot
+and for the rate limiter (only then is a frame of `watch` chosen and prepared), sends the request,
+and calls `finish` to read the answer. If it fails and another attempt can help, the next attempt
+follows. One timer serves all deadlines, one phase after the other.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
     from .session import Session
 
 _ERROR_BODY_SECONDS = 2.0
-"""How long the body of an error is waited for: its status says the most."""
+"""How long to wait for the body of an error; its status is known already."""
 
 _T = TypeVar("_T")
 Finish = Callable[["Body"], Awaitable[_T]]
-"""Reads an answer that is no error."""
+"""Reads the body of an answer with a status of success."""
 
 
 class Admission(Protocol):
@@ -70,7 +70,7 @@ class Admission(Protocol):
 
 
 class Caller:
-    """Makes calls with the options of one client, or of one view of it, over its session."""
+    """Makes calls over a session, with the options of one client (or of its `with_options`)."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Caller:
 
     @property
     def closed(self) -> bool:
-        """Whether there can be no more calls."""
+        """Whether the client was closed: every further call raises `ClientClosedError`."""
         return self._closed or self.session.closed
 
     @property
@@ -106,7 +106,7 @@ class Caller:
         max_retries: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Caller:
-        """Return one for other calls over the same session; None is as here."""
+        """Return a caller with other options over the same session; None keeps an option."""
         return Caller(
             self.session,
             timeout=self.timeout if timeout is None else timeout,
@@ -125,11 +125,11 @@ class Caller:
         admission: Admission | None = None,
         choose: Callable[[], Request] | None = None,
     ) -> Call:
-        """Begin a call; None is what the client was told.
+        """Begin a call; an option that is None is the client's.
 
-        `choose` is for who knows only at the last moment which picture is the right one: it is
-        called when the call may send, holds its connection slot for that, and returns what takes
-        the place of `request`.
+        `choose` is for `watch`, which decides at the last moment which picture to send. It is
+        called when the call has its connection slot and may send, and returns the request to
+        send in place of `request`.
         """
         self.check_open()
         if retries is None:
@@ -146,7 +146,7 @@ class Caller:
         )
 
     def instrument(self, start: Instrument) -> Callable[[], None]:
-        """Have each call of the session followed, as for tracing; return what ends that."""
+        """Call `start` for each call of the session, as for tracing; return what ends this."""
         session = self.session
         session.instruments += (start,)
 
@@ -156,7 +156,7 @@ class Caller:
         return stop
 
     def check_open(self) -> None:
-        """Raise `ClientClosedError` if there can be no more calls."""
+        """Raise `ClientClosedError` if the client was closed."""
         if self._closed or self.session.closed:
             raise ClientClosedError("The client is closed")
 
@@ -167,12 +167,12 @@ class Caller:
     async def encode(
         self, image: Any, *, max_pixels: int | None = None, max_bytes: int | None = None
     ) -> EncodedImage:
-        """Prepare a picture, in a thread where it takes a while."""
+        """Prepare a picture, in a thread unless that takes hardly any time."""
         return await self.session.encode(image, max_pixels=max_pixels, max_bytes=max_bytes)
 
     @asynccontextmanager
     async def apart(self) -> AsyncIterator[Caller]:
-        """Lend a caller with connections of its own, for what must be said come what may."""
+        """Lend a caller with its own connections, for a request that no limit may delay."""
         session = self.session.apart()
         try:
             yield Caller(
@@ -182,7 +182,7 @@ class Caller:
             await session.aclose(None)
 
     async def aclose(self, grace: float | None) -> None:
-        """Refuse further calls, and close what is open in every loop; a view closes only itself."""
+        """Refuse further calls. Close the session, unless this is a view (`with_options`)."""
         self._closed = True
         if not self._is_view:
             await self.session.aclose(grace)
@@ -204,7 +204,7 @@ class Call:
     ) -> None:
         loop = asyncio.get_running_loop()
         total = timeout.total
-        # Of a call that has to be admitted, the total counts from then on, for each attempt.
+        # With an admission, the total counts for each attempt, from its admission on.
         has_total = total is not None and admission is None
         self.total_at = loop.time() + (total or 0) if has_total else None
         self._session = session
@@ -221,10 +221,10 @@ class Call:
         self._sent_at = 0.0  # on the loop's clock
         self.report = Report(request, session.endpoint, session.hooks, session.instruments, loop)
 
-    # -- what it is made for ----------------------------------------------------------
+    # -- the kinds of answers ---------------------------------------------------------
 
     def result(self) -> Coroutine[Any, Any, Result]:
-        """Return the whole answer of a skill; or raise the error that it says it is."""
+        """Return the result of a skill; raise the error if the answer reports one."""
         assert self._request.skill is not None  # noqa: S101 - for the type checker
         skill = self._request.skill
 
@@ -236,38 +236,39 @@ class Call:
         return self.run(read, accept="application/json")
 
     def json(self) -> Coroutine[Any, Any, dict[str, Any]]:
-        """Return the whole answer, decoded; or raise the error that it says it is."""
+        """Return the decoded answer; raise the error if the answer reports one."""
         return self._whole(decode_json)
 
     def record(self) -> Coroutine[Any, Any, dict[str, Any]]:
-        """Return the whole answer, decoded, whatever it says, or {} where it is empty.
+        """Return the decoded answer, or {} if it is empty.
 
-        For records that may have a field ``error``, and acts with nothing to answer.
+        A field ``error`` in it raises nothing: the record of a failed job has one.
         """
         return self._whole(_decode_record)
 
     def opening(self) -> Coroutine[Any, Any, Opening]:
-        """Return what a stream starts from, once the server has accepted the request.
+        """Return the beginning of a stream, once the server has accepted the request.
 
-        Who reads it calls `report.ended` when that is over.
+        The stream calls `report.ended` at its end.
         """
         return self.run(self._open, is_whole=False)
 
     async def reopen(self, error: MoondreamError) -> Opening:
-        """Return what the stream goes on from after `error`, or raise that."""
+        """Make another attempt after `error`, and return its beginning; or raise `error`."""
         return await self.run(self._open, is_whole=False, failed=error)
 
     def download(self, after: MoondreamError | None = None) -> Coroutine[Any, Any, Body]:
-        """Return the body of the answer, to be read as it arrives, and closed.
+        """Return the body of the answer, which the caller reads and closes.
 
-        Again, from its beginning, where reading it failed with `after` and another attempt
-        can help; else raise that. Who reads it calls `report.ended` when that is over.
+        After reading has failed with the error `after`, another attempt returns the body from
+        its beginning, or `after` is raised if none can help. The caller calls `report.ended`
+        at the end.
         """
         return self.run(_as_it_is, accept="*/*", is_whole=False, failed=after)
 
     @property
     def observer(self) -> Report | None:
-        """Whom a stream is to tell; None where nobody wants to know."""
+        """The observer for a stream; None if no hook or probe needs one."""
         return self.report if self.report.is_heard else None
 
     def _whole(self, decode: Callable[..., _T]) -> Coroutine[Any, Any, _T]:
@@ -286,13 +287,13 @@ class Call:
         is_whole: bool = True,
         failed: MoondreamError | None = None,
     ) -> _T:
-        """Ask until there is an answer that `finish` can read, or another attempt can't help.
+        """Make attempts until `finish` has read an answer, or another attempt can't help.
 
         Args:
             finish: Reads the answer.
-            accept: The header of that name; None is what the skill asks for.
+            accept: The header ``Accept``; None takes what the request needs.
             is_whole: Whether the call is over when `finish` is done.
-            failed: How the attempt before failed, where this is to be the next one.
+            failed: The error of the last attempt, if this call goes on after it.
         """
         session = self._session
         if self._pool is None:
@@ -339,7 +340,7 @@ class Call:
         """Return the seconds until the next attempt after a failure; None if there is none."""
         if deadline.pool.closed:
             return None
-        if self._is_refusal_to_stream(error):  # to ask in another way is no retry
+        if self._is_refusal_to_stream(error):  # asking without streaming is no retry
             self._request = self._request.without_stream()
             pictures = [part for part in self._parts or () if isinstance(part, EncodedImage)]
             parts = self._request.parts()
@@ -355,7 +356,7 @@ class Call:
         return delay
 
     def _is_refusal_to_stream(self, error: MoondreamError) -> bool:
-        """Tell whether the server can't both think first and stream; kestrel says so with 400."""
+        """Tell whether the server can't stream with reasoning; kestrel says so with 400."""
         return (
             isinstance(error, APIStatusError)
             and error.status in (400, 422)
@@ -451,7 +452,7 @@ class Call:
         return is_held
 
     async def _prepare_late(self, deadline: CallDeadline) -> Sequence[Any]:
-        """Make the body of a request that is known only now."""
+        """Make the body of the request that `choose` returns."""
         if self._choose is None:
             return ()
         self._request, self._choose = self._choose(), None
@@ -462,7 +463,7 @@ class Call:
     async def _acquire_preparing(self, deadline: CallDeadline) -> None:
         session = self._session
         if not session.preparing.try_acquire():
-            # Where connection slots are free, it is no connection that is waited for.
+            # While connection slots are free, `Timeout.pool` does not run out.
             deadline.enter("pool", lambda: session.slots.taken < session.slots.total)
             await session.preparing.acquire()
             deadline.enter(None)
@@ -476,7 +477,7 @@ class Call:
         return headers
 
     def _sending(self, deadline: CallDeadline, upload: Upload) -> None:
-        """Begin the limit for the server, once the last byte is on its way."""
+        """Start the limit of the server's answer when the last byte has been sent."""
         self._was_sent = True
         if upload.is_sent:
             deadline.sent()
@@ -502,10 +503,10 @@ class Call:
         return Opening(decoder, body, sent_at=self._sent_at, waited=waited, headers=headers)
 
     async def _is_json(self, body: Body) -> bool:
-        """Tell JSON from events, where the server has said which, or else by the first byte.
+        """Tell JSON from events by the content type, or without one by the first byte.
 
         Raises:
-            StreamProtocolError: It is neither.
+            StreamProtocolError: The content type is neither.
         """
         kind = body.content_type
         if kind == "text/event-stream":
@@ -528,8 +529,8 @@ class Call:
     def _decoded(self, decode: Callable[[bytes], _T], data: bytes) -> _T:
         with suppress(APIStatusError):
             return decode(data)
-        # Out here, so that the error with the key in it is not the context of this one; and
-        # by the same name, so that no traceback finds it among the variables.
+        # Outside of the `with`, so that an error that quotes the key is not the context of this
+        # one; and under the same name, so that no traceback shows the old value of `data`.
         data = self._session.redact(data)
         return decode(data)
 

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from .limits import Semaphore
 
 _LOOKS = 8
-"""Times in a limit that it is asked whether what is waited for has come nearer."""
+"""How often in one limit to look whether there was progress."""
 
 
 class CallDeadline(Deadline):
-    """Cancels the block that it is entered for when a limit runs out, or the client is closed.
+    """Cancels its ``with`` block when a limit runs out or the client is closed.
 
-    It is entered for each step of a call, one after the other; what follows a block that was
-    ended by it raises `error`. One timer serves all its phases.
+    A call enters it once for each attempt; the code after a block that it has cancelled raises
+    `error`. One timer serves all phases.
     """
 
     __slots__ = (
@@ -59,7 +59,7 @@ class CallDeadline(Deadline):
         self._is_expired = False
         self._closed = False
         self.sent_at = 0.0
-        """When the request, or its last byte, was on its way; on the loop's clock."""
+        """When the request, or its last byte, was sent; on the loop's clock."""
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
@@ -85,11 +85,11 @@ class CallDeadline(Deadline):
         self._at = NEVER
         if not (self._is_expired or self._closed):
             return False
-        # If others have cancelled the task as well, it goes on being cancelled.
+        # If other code has cancelled the task as well, the task stays cancelled.
         return self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError
 
     def begin_total(self) -> None:
-        """Have `Timeout.total` count from now on."""
+        """Start `Timeout.total` now."""
         if self._timeout.total is not None:
             self._total_at = self._loop.time() + self._timeout.total
             self.enter(None)
@@ -101,10 +101,10 @@ class CallDeadline(Deadline):
         *,
         now: float | None = None,
     ) -> None:
-        """Start the limit of a phase; None has none but the total.
+        """Start the limit of a phase; None is no limit but the total.
 
-        Where `moving` is given, the limit starts anew as often as `moving` says that what is
-        waited for has come nearer since it was asked for the last time.
+        `moving` tells whether there was progress since the last time it was called; with it, the
+        limit starts anew after each progress.
         """
         limit = None if phase is None else getattr(self._timeout, phase)
         if now is None:
@@ -120,19 +120,19 @@ class CallDeadline(Deadline):
         if at < self._rings_at:
             self.move(at)
         else:
-            self._at = at  # the timer, which goes off before, is set for the rest then
+            self._at = at  # the timer goes off earlier, and is then set for the rest
 
     def _next_look(self, now: float) -> float:
         at = min(self._phase_at, self._total_at)
         return at if self._moving is None else min(at, now + self._limit / _LOOKS)
 
     def sending(self, moved: Callable[[], bool]) -> None:
-        """The request goes out; its limit starts anew as long as any of it has `moved`."""
+        """The request is being sent; its limit starts anew whenever some of it has `moved`."""
         self.sent_at = now = self._loop.time()
         self.enter("first_event", moved, now=now)
 
     def sent(self) -> None:
-        """The last byte is on its way: the server has its time from now on."""
+        """The last byte was sent: the limit of the server's answer starts."""
         self.sent_at = now = self._loop.time()
         self.enter("first_event", now=now)
 
@@ -147,13 +147,13 @@ class CallDeadline(Deadline):
         return self._total_at - self._loop.time()
 
     def close(self) -> None:
-        """End the call, since the client is closed; in its loop."""
+        """End the call, since the client is closed; called in the call's loop."""
         if not (self._closed or self._is_expired):
             self._closed = True
             self._task.cancel()
 
     def error(self) -> MoondreamError:
-        """Return the error for what ended the block."""
+        """Return the error that says why the block was cancelled."""
         if self._closed:
             return ClientClosedError("The client was closed during the call")
         phase = self._phase
@@ -170,7 +170,7 @@ class CallDeadline(Deadline):
         return APITimeoutError(message[phase], phase=phase)
 
     def expired(self) -> None:
-        """The present limit has run out, or it is to be looked whether it has."""
+        """A limit has run out, or it is time to look for progress."""
         now = self._loop.time()
         if self._moving is not None:
             if self._moving():

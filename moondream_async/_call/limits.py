@@ -1,11 +1,9 @@
 """How many requests may be open at once, and how fast new ones may start.
 
-Both limits belong to the client and hold for all its event loops together, in
-whichever threads they run. The primitives of asyncio and anyio know one loop
-only; hence these two. A lock guards a few lines of bookkeeping and is never
-held while anything waits. Its own thread can take it again: the garbage
-collector runs when it likes, also within those lines, and what it finds may be
-a stream, which releases its connection slot.
+Both limits belong to the client, and hold for all its event loops and threads together; the
+primitives of asyncio and anyio work in one loop only. A lock guards a few lines of bookkeeping
+and is never held during a wait. The same thread can take it again, since the garbage collector
+may run within these lines and free a stream, which releases its connection slot.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from collections import OrderedDict
 
 
 class _Waiter:
-    """A task that waits in a queue, in whichever loop."""
+    """A task of any loop that waits in a queue."""
 
     __slots__ = ("_future", "_loop", "served")
 
@@ -25,11 +23,11 @@ class _Waiter:
         self._loop = asyncio.get_running_loop()
         self._future = self._loop.create_future()
         self.served = False
-        """Whether it is out of the queue and has what it waited for, awake or not."""
+        """Whether it was taken out of the queue and given a slot, even if it still sleeps."""
 
     @property
     def is_void(self) -> bool:
-        """Whether nobody waits any more, since the loop was closed."""
+        """Whether the task is gone, since its loop was closed."""
         return self._loop.is_closed()
 
     async def wait(self) -> None:
@@ -49,7 +47,7 @@ class _Waiter:
             self._future.set_result(None)
 
 
-# A queue that can be left from the middle, at once however long it is.
+# A queue whose waiters can leave from the middle, in constant time.
 _Queue = OrderedDict[_Waiter, None]
 
 
@@ -58,7 +56,7 @@ class Semaphore:
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = total  # 0 while anybody waits
+        self._free = total  # 0 while a task waits
         self._lock = threading.RLock()
         self._queue: _Queue = OrderedDict()
 
@@ -73,7 +71,7 @@ class Semaphore:
         return len(self._queue)
 
     def try_acquire(self) -> bool:
-        """Take a slot if one is free; nobody can be waiting then."""
+        """Take a slot if one is free; no task can be waiting then."""
         with self._lock:
             if not self._free:
                 return False
@@ -81,29 +79,29 @@ class Semaphore:
             return True
 
     async def acquire(self) -> bool:
-        """Take a slot; return whether it had to be waited for.
+        """Take a slot; return whether the task had to wait for it.
 
-        Cancelling it leaves the queue; a slot that was granted in the same moment
-        goes to the next.
+        Cancelling it leaves the queue; a slot that was granted in the same moment goes to the
+        next waiter.
         """
         if self.try_acquire():
             return False
         waiter = _Waiter()
         with self._lock:
-            if self._free:  # since then, by another thread
+            if self._free:  # another thread has released a slot meanwhile
                 self._free -= 1
                 return False
             self._queue[waiter] = None
         try:
             await waiter.wait()
-        except BaseException:  # GeneratorExit, too, where a loop was closed under its tasks
+        except BaseException:  # also GeneratorExit, if the loop was closed under its tasks
             if self._has_left(waiter):
                 self.release()
             raise
         return True
 
     def release(self) -> None:
-        """Give the slot to the next in the queue; from any thread."""
+        """Give the slot to the next waiter in the queue; from any thread."""
         while True:
             with self._lock:
                 if not self._queue:
@@ -115,7 +113,7 @@ class Semaphore:
                 return
 
     def _has_left(self, waiter: _Waiter) -> bool:
-        """Forget a waiter; return whether it had been given a slot, which is free now."""
+        """Forget a waiter; return whether it had a slot, which the caller must release."""
         with self._lock:
             self._queue.pop(waiter, None)
             served, waiter.served = waiter.served, False
@@ -123,20 +121,20 @@ class Semaphore:
 
 
 class RateLimiter:
-    """Lets one through at a time, at least ``1 / rate`` seconds after the one before.
+    """Lets calls pass one by one, each at least ``1 / rate`` seconds after the one before.
 
-    So no stretch of time, wherever it begins, sees more than the rate. Calls that wait
-    are served in the order of asking; only the first of them has a timer.
+    So no interval of time has more calls than the rate, wherever it begins. Waiting calls pass
+    in the order of asking; only the first of them has a timer.
     """
 
     def __init__(self, rate: float) -> None:
         self._interval = 1 / rate
         self._next = 0.0
         self._lock = threading.RLock()
-        self._queue: _Queue = OrderedDict()  # whose first is the one at the front
+        self._queue: _Queue = OrderedDict()  # the first waiter is at the front
 
     async def wait(self) -> None:
-        """Wait to be let through. Cancelling it leaves the queue, and costs nobody anything."""
+        """Wait until the call may pass. Cancelling leaves the queue, and delays no other call."""
         waiter = _Waiter()
         with self._lock:
             self._queue[waiter] = None
@@ -158,7 +156,7 @@ class RateLimiter:
                 self._wake_front()
 
     def _wake_front(self) -> None:
-        """Wake the first in the queue whose loop is still there."""
+        """Wake the first waiter whose loop still exists."""
         with self._lock:
             while self._queue and not next(iter(self._queue)).wake():
                 self._queue.popitem(last=False)

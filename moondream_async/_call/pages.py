@@ -1,4 +1,4 @@
-"""Items one by one: from the server's pages, or from either kind of iterable."""
+"""Items one by one: from a list that the server gives in pages, or from any iterable."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _MAX_LIMIT = 100  # the server's
 async def entries(
     caller: Caller, path: str, key: str, *, limit: int, cursor: str | None
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the entries of a server's list; each page is asked for when it is needed.
+    """Yield the entries of a list of the server; each page is requested when it is needed.
 
     Args:
         caller: Makes the calls.
-        path: Where the list is.
+        path: The path of the list.
         key: The field of a page that holds its entries.
-        limit: Entries a page.
-        cursor: Where to begin; None is at the beginning.
+        limit: The entries of a page.
+        cursor: Where to begin; None is the beginning of the list.
 
     Raises:
         RequestError: `limit` is not between 1 and 100.
@@ -47,7 +47,7 @@ async def entries(
 
 
 async def read_page(caller: Caller, path: str, *, limit: int, cursor: str | None) -> dict[str, Any]:
-    """Return one page of a server's list, as it came.
+    """Return one page of a list of the server, as it came.
 
     Raises:
         RequestError: `limit` is not between 1 and 100.
@@ -59,10 +59,10 @@ async def read_page(caller: Caller, path: str, *, limit: int, cursor: str | None
 
 
 async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
-    """Iterate over items that come from either kind of iterable; close it with this.
+    """Iterate over an iterable or asynchronous iterable; closing this closes its generator.
 
     Raises:
-        RequestError: It is none.
+        RequestError: `items` is no iterable.
     """
     if isinstance(items, AsyncIterable):
         iterator = aiter(items)

@@ -1,4 +1,4 @@
-"""What is told of a call: to hooks, to what traces it, and to the log."""
+"""The reports of a call: to hooks, to probes (as of tracing), and to the log."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Kind = Literal["request", "first_chunk", "retry", "end"]
 
 
 class CallStart(NamedTuple):
-    """A call that is about to begin, in the context of who made it."""
+    """A call that is about to begin; its `Instrument` runs in the context of the caller."""
 
     call_id: str
     endpoint: str
@@ -49,27 +49,27 @@ class CallStart(NamedTuple):
 
 
 class Probe(Protocol):
-    """What follows one call, as for tracing."""
+    """Follows one call, as for tracing."""
 
     def chunks(self, count: int) -> None:
-        """Take note that so many pieces of a stream's text have arrived together."""
+        """So many pieces of a stream's text have arrived together."""
 
     @property
     def wants_answer(self) -> bool:
         """Whether `answer` is to be called."""
 
     def answer(self, answer: str | Mapping[str, Any]) -> None:
-        """Take the text of a stream, or a whole answer, right before its end is reported."""
+        """Take the text of a stream, or a whole answer, just before its end is reported."""
 
     def headers(self) -> Mapping[str, str]:
         """Return more headers for the next attempt, as ``traceparent``."""
 
     def report(self, kind: Kind, event: CallEvent) -> None:
-        """Take what a hook of this kind is given, in the loop of the call."""
+        """Take the event that a hook of this kind gets, in the loop of the call."""
 
 
 Instrument = Callable[[CallStart], Probe | None]
-"""Called as a call begins; returns what follows it, or None."""
+"""Called at the beginning of a call; returns a probe for it, or None."""
 
 
 class Report:
@@ -100,7 +100,7 @@ class Report:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.attempt = 0
-        """Number of the attempt, from 1."""
+        """The number of the attempt, from 1."""
         self._sent = 0  # bytes
         self._received = 0  # bytes, of the answers before this one
         self._body: Body | None = None
@@ -119,33 +119,33 @@ class Report:
 
     @property
     def call_id(self) -> str:
-        """One for all attempts of a call; made when it is asked for."""
+        """The id of the call, the same for all its attempts; made when it is first needed."""
         if not self._call_id:
             self._call_id = os.urandom(8).hex()
         return self._call_id
 
     @property
     def is_heard(self) -> bool:
-        """Whether anybody is told of what comes after the first attempt."""
+        """Whether a hook or a probe gets the first chunk or the end of the call."""
         hooks = self._hooks
         return bool(self._probes) or hooks.end is not None or hooks.first_chunk is not None
 
     @property
     def wants_answer(self) -> bool:
-        """Whether anybody wants to know what the answer says."""
+        """Whether a probe needs the answer."""
         return any(probe.wants_answer for probe in self._probes)
 
     @property
     def is_traced(self) -> bool:
-        """Whether `headers` may give any."""
+        """Whether `headers` may return any."""
         return bool(self._probes)
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that those who trace the call add to an attempt."""
+        """Return the headers that the probes add to an attempt."""
         return {name: value for probe in self._probes for name, value in probe.headers().items()}
 
     def tell(self, kind: Kind, **what: Any) -> None:
-        """Tell of one event whoever wants to know."""
+        """Report one event to the probes and the hook of its kind."""
         hook = getattr(self._hooks, kind)
         if hook is None and not self._probes:
             return
@@ -157,7 +157,7 @@ class Report:
             endpoint=self._endpoint,
             stream=self._request.stream,
             attempt=self.attempt,
-            seconds=time.monotonic() - self._began,  # maybe after the loop's end
+            seconds=time.monotonic() - self._began,  # the loop may have ended, so not its clock
             **what,
         )
         listeners = [probe.report for probe in self._probes]
@@ -167,14 +167,14 @@ class Report:
             _guarded(kind, hook, event)
 
     def began(self, size: int) -> None:
-        """Tell that a request of `size` bytes is about to be sent."""
+        """Report that a request of `size` bytes is about to be sent."""
         self.attempt += 1
         self._sent += size
         if self._probes or self._hooks.request is not None:
             self.tell("request")
 
     def responded(self, body: Body, seconds: float) -> None:
-        """Take note of an answer, and log it: a line for each request."""
+        """Note an answer, and log one line for it."""
         if self._body is not None:
             self._received += self._body.received
         self._body = body
@@ -182,7 +182,7 @@ class Report:
             log.info(
                 "%s %s: %d in %.3f s (call %s, attempt %d)",
                 self._request.method,
-                self._request.path.partition("?")[0],  # what follows may be a signature
+                self._request.path.partition("?")[0],  # the query may hold a signature
                 body.status,
                 seconds,
                 self.call_id,
@@ -190,7 +190,7 @@ class Report:
             )
 
     def retried(self, delay: float, error: MoondreamError, *, most: int) -> None:
-        """Tell that another attempt follows."""
+        """Report that another attempt follows."""
         if log.isEnabledFor(logging.DEBUG):
             what = (self.attempt, most, delay, error, self.call_id)
             log.debug("retry %d of %d in %.2f s: %s (call %s)", *what)
@@ -199,11 +199,11 @@ class Report:
     # -- what a stream reports --------------------------------------------------------
 
     def first_chunk(self, request_id: str | None) -> None:
-        """Tell that the first piece of text is there."""
+        """Report that the first piece of text has arrived."""
         self.tell("first_chunk", request_id=request_id)
 
     def chunks(self, texts: Sequence[str]) -> None:
-        """Tell those who trace the call of pieces of text that have arrived together."""
+        """Report to the probes how many pieces of text have arrived together."""
         if self._probes:
             count = len(texts) - texts.count("")
             if count:
@@ -222,11 +222,11 @@ class Report:
         ttft: float | None = None,
         answer: str | Mapping[str, Any] | None = None,
     ) -> None:
-        """Tell, once, that the call is over: in its own loop, from whichever thread."""
+        """Report, once, that the call is over: in its own loop, from any thread."""
         if self._is_over:
             return
         self._is_over = True
-        body, self._body = self._body, None  # whose headers may quote the key
+        body, self._body = self._body, None  # its headers may quote the key
         if not self.is_heard:
             return
         if body is not None:
@@ -250,13 +250,13 @@ class Report:
         if self._loop.is_running() and self._loop is not _loop_here():
             try:
                 self._loop.call_soon_threadsafe(lambda: self.tell("end", **what))
-            except RuntimeError:  # it was closed meanwhile
+            except RuntimeError:  # the loop was closed meanwhile
                 self.tell("end", **what)
         else:
             self.tell("end", **what)
 
     def answered(self, answer: Any) -> None:
-        """Tell that the whole answer is there."""
+        """Report that the whole answer has arrived."""
         if not self.is_heard:
             self._is_over = True
         elif isinstance(answer, dict) and not hasattr(answer, "finish_reason"):
@@ -297,11 +297,11 @@ def _outcome(error: BaseException | None, *, completed: bool) -> Outcome:
 
 
 _MAX_TOKENS = 2**63
-"""What counters and columns can hold: servers may say anything."""
+"""The limit of counters and columns of 64 bits; a server may send any number."""
 
 
 def _tokens(metrics: Any, usage: Any) -> tuple[int | None, int | None]:
-    """Find how many tokens went in and came out, under whichever names."""
+    """Find the numbers of input and output tokens, under each name that servers use."""
     found: list[int | None] = [None, None]
     for source, names in (
         (metrics, ("input_tokens", "output_tokens")),
@@ -328,7 +328,7 @@ def _loop_here() -> asyncio.AbstractEventLoop | None:
 
 
 def drop_frames(error: BaseException | None) -> None:
-    """Release what the code was busy with, as the picture: results may be kept for long."""
+    """Remove the tracebacks of a kept error: their frames hold pictures and answers."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

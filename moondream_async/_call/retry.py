@@ -1,7 +1,7 @@
 """What to retry and how long to wait first: arithmetic only.
 
-No clock and no randomness in here; the client brings both. A failure goes in,
-a number of seconds or a plain "no" comes out.
+There is no clock and no randomness in this module; the client brings both. An error goes in; a
+number of seconds, or None for no retry, comes out.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from moondream_async.errors import (
 )
 
 STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
-"""Worth another try: all skills only read a picture, so a second POST changes nothing."""
+"""Statuses to retry. Skills only read a picture, so a second POST changes nothing."""
 
 _REFUSALS = frozenset({425, 429})
 
 FIRST_DELAY = 0.5  # seconds; the official SDK's figure, as is the doubling
 LONGEST_DELAY = 30.0
 LONGEST_RETRY_AFTER = 60.0
-"""A server that asks for more is asked again after this many seconds."""
+"""The longest wait in seconds that ``Retry-After`` can ask for."""
 
 BUDGET = 500
-"""What a client may spend on retries before some of its calls succeed."""
+"""How much a client may spend on retries while none of its calls succeeds."""
 RETRY_COST = 5
-"""So a hundred retries in a row that come to nothing are the last for now."""
+"""The price of one retry: `BUDGET` pays for a hundred in a row that do not help."""
 
 
 def is_worth_retrying(error: MoondreamError) -> bool:
-    """Say whether the same request can succeed when it is sent again.
+    """Tell whether the same request can succeed when it is sent again.
 
-    A connection that could not be made or broke, the statuses above, and
-    Station's ``{"status": "rejected"}`` (its queue was full), which comes with
-    status 200. Not Station's ``timeout``: its worker is still busy with the job.
+    It can after a connection that could not be made or broke, after one of `STATUSES`, and
+    after Station's ``{"status": "rejected"}`` (its queue was full), which comes with status 200.
+    It can't after Station's ``timeout``: the worker is still busy with the job.
     """
     if isinstance(error, APITimeoutError):
         return error.phase == "connect"
@@ -48,12 +48,12 @@ def is_worth_retrying(error: MoondreamError) -> bool:
 
 
 def was_refused(error: MoondreamError) -> bool:
-    """Say whether the server turned the request away before it began with it."""
+    """Tell whether the server refused the request before it began to process it."""
     return isinstance(error, APIStatusError) and error.status in _REFUSALS
 
 
 def is_refusal(error: MoondreamError) -> bool:
-    """Tell that a server has too much to do: 429, and Station's full queue, with status 200."""
+    """Tell whether the server is too busy: 429, or Station's full queue, with status 200."""
     if not isinstance(error, APIStatusError):
         return False
     rejected = isinstance(error.body, dict) and error.body.get("status") == "rejected"
@@ -61,11 +61,11 @@ def is_refusal(error: MoondreamError) -> bool:
 
 
 def backoff(attempt: int, jitter: float, retry_after: float | None = None) -> float:
-    """Return the seconds to wait before the try after failed try number `attempt` (from 0).
+    """Return the seconds to wait after the failed attempt number `attempt` (from 0).
 
-    Exponential with full jitter: a random part, `jitter` in 0-1, of a doubling
-    delay, so that clients which failed together do not come back together.
-    What the server asked for wins, up to `LONGEST_RETRY_AFTER`.
+    The delay is exponential with full jitter: a random part, `jitter` in 0-1, of a doubling
+    delay, so that clients that failed together do not retry together. The server's
+    ``Retry-After`` comes first, up to `LONGEST_RETRY_AFTER`.
 
     >>> backoff(0, 1.0), backoff(2, 0.5), backoff(99, 1.0)
     (0.5, 1.0, 30.0)
@@ -78,18 +78,18 @@ def backoff(attempt: int, jitter: float, retry_after: float | None = None) -> fl
 
 
 class Retries(Protocol):
-    """Decides whether, and when, a call that failed is sent again; one for each call."""
+    """Decides whether and when a failed call is sent again; each call has its own."""
 
     most: int
-    """How often at most."""
+    """The highest number of retries."""
 
     def delay(self, error: MoondreamError, *, jitter: float, left: float) -> float | None:
-        """Return the seconds until the next attempt; None if there is to be none.
+        """Return the seconds until the next attempt; None for no further attempt.
 
         Args:
-            error: How the last one failed.
+            error: The error of the last attempt.
             jitter: A random number in 0-1.
-            left: Seconds until the time for the whole call is over.
+            left: Seconds until `Timeout.total` runs out.
         """
 
     def succeeded(self) -> None:
@@ -97,7 +97,7 @@ class Retries(Protocol):
 
 
 class CallRetries:
-    """The retries of a single call: so many, as long as the client's budget lasts."""
+    """The retries of a single call: up to `most`, while the client's budget lasts."""
 
     def __init__(self, most: int, budget: Budget) -> None:
         self.most = most
@@ -105,7 +105,7 @@ class CallRetries:
         self._failures = 0
 
     def delay(self, error: MoondreamError, *, jitter: float, left: float) -> float | None:
-        """Return the seconds until the next attempt; None if there is to be none."""
+        """Return the seconds until the next attempt; None for no further attempt."""
         if self._failures >= self.most or not is_worth_retrying(error):
             return None
         retry_after = error.retry_after if isinstance(error, APIStatusError) else None
@@ -121,12 +121,12 @@ class CallRetries:
 
 
 class Budget:
-    """Ends the retries when most of a client's calls fail, so that no storm is fed.
+    """Stops retries when most calls of a client fail, so as not to overload the server further.
 
-    Each retry is paid for; a call that succeeds after one gets its price back, and
-    one that succeeds at once earns a little. While a few calls fail, the budget is
-    always full. When nearly all do, it is soon spent, and errors come at once. The
-    idea and the numbers are those of the AWS SDKs' standard retry mode.
+    Each retry costs `RETRY_COST`. A call that succeeds after a retry earns that back, and a call
+    that succeeds at once earns 1. While few calls fail, the budget stays full. When nearly all
+    calls fail, it is soon spent, and errors are raised without retries. The idea and the numbers
+    come from the standard retry mode of the AWS SDKs.
 
     >>> budget = Budget(10)
     >>> budget.take(), budget.take(), budget.take()
@@ -142,7 +142,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self) -> bool:
-        """Pay for a retry; False if there is not enough left."""
+        """Pay for a retry; return False if too little is left."""
         with self._lock:
             if self._left < RETRY_COST:
                 return False
@@ -150,8 +150,8 @@ class Budget:
             return True
 
     def succeeded(self, *, after_retry: bool) -> None:
-        """Put back what a call that succeeded is worth."""
-        if self._left == self._size:  # as nearly always
+        """Add what a successful call earns."""
+        if self._left == self._size:  # nearly always
             return
         with self._lock:
             self._left = min(self._size, self._left + (RETRY_COST if after_retry else 1))

@@ -1,4 +1,4 @@
-"""What all calls of a client share, whatever their own options are."""
+"""What all calls of a client share: connections, limits, counts, the key."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from moondream_async._protocol.requests import Request
 
 _PICTURES_AT_ONCE = 4
-"""Pictures that are prepared at once: each may hold a decoded copy."""
+"""How many pictures are prepared at once: each may hold a decoded copy in memory."""
 
 _preparing = Workers("pictures", _PICTURES_AT_ONCE)
 
 new_session_listeners: list[Callable[[Session], object]] = []
-"""Called with each new session, as by what traces the clients of a whole program."""
+"""Called with each new session, as for tracing all clients of a program."""
 
 
 class Session:
-    """Connections, limits, numbers, and what is known of the server; from any loop and thread."""
+    """The connections, limits, counts and address of a client; for any loop and thread."""
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class Session:
         self.endpoint = endpoint
         self.key = key
         self.secret = Redactor(key, *proxy_secrets)
-        """Takes the key, and proxies' passwords, out of errors that quote them."""
+        """Takes the key, and passwords of proxies, out of errors."""
         self.max_pixels = max_pixels
         self.hooks = hooks
         self.instruments: tuple[Instrument, ...] = ()
-        """What follows each call, as for tracing."""
+        """Called for each call, as for tracing."""
         self.transport = transport
         self._as_key: Mapping[str, Secret] = {} if key is None else {"X-Moondream-Auth": key}
         self._as_bearer: Mapping[str, Secret] = (
@@ -77,24 +77,24 @@ class Session:
             listener(self)
 
     def _begin(self) -> None:
-        """Have nothing open and nothing counted; also in a forked child, where nothing is."""
+        """Start with nothing open and nothing counted; called again in a forked child."""
         most, rate = self._max_connections, self._rate_limit
         self.budget = Budget()
         self.slots = Semaphore(most)
-        """One for each connection that may be in use."""
+        """One slot for each connection that may be in use."""
         self.preparing = Semaphore(max(most, 2 * _PICTURES_AT_ONCE))
-        """One for each picture that is prepared, or is ready and waits for a connection slot."""
-        # Two, since one can't do both: the first keeps a long queue of calls from running
-        # into `timeout.pool`, the second keeps the rate exactly, right before sending.
+        """One slot for each picture that is being prepared, or waits for a connection slot."""
+        # Two limiters, since one can't do both: `admission` keeps a long queue of calls from
+        # running into `Timeout.pool`; `rate_limiter` keeps the rate exactly, just before sending.
         self.admission = None if rate is None else RateLimiter(rate)
         self.rate_limiter = None if rate is None else RateLimiter(rate)
         self._lock = threading.RLock()  # see `limits` on why its own thread may take it again
         self._counts = dict.fromkeys(("requests", "retries", "bytes_sent", "bytes_received"), 0)
 
     def apart(self) -> Session:
-        """Return one with connections of its own, for what must be said come what may.
+        """Return a session with its own connections, for a request that no limit may delay.
 
-        It waits in no queue, and works when this one is closed.
+        It waits in no queue, and works even if this session is closed.
         """
         session = Session(
             self.endpoint,
@@ -110,21 +110,21 @@ class Session:
         return session
 
     def check_open(self) -> None:
-        """Raise `ClientClosedError` if there can be no more calls."""
+        """Raise `ClientClosedError` if the client was closed."""
         if self.closed:
             raise ClientClosedError("The client is closed")
 
     async def aclose(self, grace: float | None) -> None:
-        """Refuse further calls, and close what is open in every loop."""
+        """Refuse further calls, and close all connections in every loop."""
         self.closed = True
         await self.transport.aclose(grace)
 
-    # -- numbers --------------------------------------------------------------------
+    # -- counts ---------------------------------------------------------------------
 
     def count(
         self, *, requests: int = 0, retries: int = 0, bytes_sent: int = 0, bytes_received: int = 0
     ) -> None:
-        """Add to the numbers that `stats` gives; from any thread."""
+        """Add to the counts that `stats` returns; from any thread."""
         with self._lock:
             counts = self._counts
             counts["requests"] += requests
@@ -133,17 +133,17 @@ class Session:
             counts["bytes_received"] += bytes_received
 
     def release(self, received: int) -> None:
-        """Take note of the end of an answer.
+        """Note the end of an answer, and release its connection slot.
 
-        Whoever has this method keeps the connections: a stream goes on when the client
-        has been dropped. It does not keep the call, whose pictures may be large.
+        A body holds this method, and so keeps the session alive: a stream goes on when its
+        client was dropped. It does not hold the call, whose pictures may be large.
         """
         self.slots.release()
         self.count(bytes_received=received)
 
     def stats(self) -> ClientStats:
-        """Return what the client is doing and has done."""
-        pooled = self.transport.idle_connections  # which has a lock of its own
+        """Return counts of what the client is doing and has done."""
+        pooled = self.transport.idle_connections  # under a lock of its own
         with self._lock:
             return ClientStats(
                 open_streams=self.slots.taken,
@@ -155,7 +155,7 @@ class Session:
     # -- requests -------------------------------------------------------------------
 
     def encode_at_once(self, image: Any) -> EncodedImage | None:
-        """Return a picture that needs no work, or hardly any; None if it needs a thread."""
+        """Return a picture that takes hardly any work to prepare; None if it needs a thread."""
         limit = self.max_pixels
         if isinstance(image, EncodedImage):
             return image if limit is None or image.width * image.height <= limit else None
@@ -164,7 +164,7 @@ class Session:
     async def encode(
         self, image: Any, *, max_pixels: int | None = None, max_bytes: int | None = None
     ) -> EncodedImage:
-        """Prepare a picture, in a thread where it takes a while."""
+        """Prepare a picture, in a thread unless that takes hardly any time."""
         limit = self.max_pixels if max_pixels is None else max_pixels
         if max_bytes is None and limit == self.max_pixels:
             ready = self.encode_at_once(image)
@@ -174,38 +174,38 @@ class Session:
         return await _preparing.submit(encode_image, image, max_pixels=limit, **more)
 
     def encode_small(self, image: Any, jobs: ShortJobs) -> asyncio.Future[EncodedImage | None]:
-        """Begin to prepare what is perhaps a small file; await what is returned: None if not."""
+        """Begin to prepare a file if it is small; the future gives None if it is not."""
         return jobs.submit(partial(encode_small_file, image, max_pixels=self.max_pixels))
 
     def encode_later(self, image: Any) -> asyncio.Future[EncodedImage]:
-        """Begin to prepare a picture in a thread; await what is returned."""
+        """Begin to prepare a picture in a thread; the future gives it."""
         return _preparing.submit(encode_image, image, max_pixels=self.max_pixels)
 
     def url(self, request: Request) -> URL:
-        """Return where a request goes."""
+        """Return the address of a request."""
         if request.elsewhere:
             return URL(request.path, encoded=True)
         base = self.endpoint.removesuffix("/v1") if request.at_root else self.endpoint
         return URL(base + request.path, encoded=True)
 
     def headers(self, accept: str, request: Request, more: Mapping[str, str]) -> dict[str, str]:
-        """Return the headers of a request that anybody may see."""
+        """Return the headers of a request that hold no secret."""
         own = {
             "User-Agent": USER_AGENT,
             "Accept": accept,
-            # Answers are small, and a compressor on the way may hold back pieces of a stream.
+            # Answers are small, and compression could hold back pieces of a stream.
             "Accept-Encoding": "identity",
         }
         return joined(own, more) if more and not request.elsewhere else own
 
     def secrets(self, request: Request) -> Mapping[str, Secret]:
-        """Return the headers of a request that only the server is to see."""
+        """Return the headers of a request that hold the key."""
         if request.elsewhere:
             return NO_SECRETS
         return self._as_bearer if request.bearer else self._as_key
 
     def redact(self, data: bytes) -> bytes:
-        """Take the secret out of an error's body. Answers are left alone."""
+        """Return the body of an error without secrets; answers are never changed."""
         return self.secret.data(data)
 
 
