@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 
-from raw_server import RawServer
+from raw_server import RawServer, whole
 
 import moondream_async as md
 
@@ -19,6 +19,19 @@ async def rounds(count=50):
     """Let everything run that can run."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+def replying(*replies):
+    """A server that gives these replies, one after the other, and the last one for ever."""
+    waiting = list(replies)
+
+    async def play(peer):
+        while True:
+            await peer.request()
+            reply = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            await peer.send(reply if isinstance(reply, bytes) else whole(reply))
+
+    return RawServer(play)
 
 
 @asynccontextmanager

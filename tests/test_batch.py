@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import anyio
 import pytest
 import trustme
-from canned import IMAGE
+from canned import IMAGE, client_of, replying
 from raw_server import GoneError, RawServer, head, whole
 
 import moondream_async as md
@@ -433,6 +433,57 @@ async def test_id_cannot_leave_its_place_in_the_path(client, simulator):
 # -- parts ----------------------------------------------------------------------------
 
 
+class Uploads:
+    """A server that takes uploads, notes how they come, and forgets their bytes."""
+
+    def __init__(self, *, lose_completion=False):
+        self.asked_for, self.completed, self.parts, self.kinds = [], [], {}, set()
+        self.server = RawServer(self._play)
+        self._lose_completion = lose_completion
+
+    @contextlib.asynccontextmanager
+    async def asked(self):
+        async with self.server, client_of(self.server, max_retries=3) as client:
+            yield client
+
+    async def _play(self, peer):
+        while True:
+            method, target, headers = await peer.request_head()
+            self.asked_for.append(target)
+            query = parse_qs(urlsplit(target).query)
+            size = int(headers.get("content-length", 0))
+            body = await self._read(peer, size, keep="mpu-complete" in target)
+            if method == "PUT":
+                number = int(query["partNumber"][0])
+                self.parts[number] = size
+                self.kinds.add(headers["content-type"])
+                await peer.send(whole({"partNumber": number, "etag": f'"e-{number}\\"'}))
+            elif "mpu-create" in target:
+                self.parts.clear()
+                await peer.send(whole({"fileId": "f/1", "uploadId": "u&1", "key": "k"}))
+            elif method == "GET":
+                assert target == "/v1/batch/f%2F1"
+                await peer.send(whole({"id": "f/1", "status": "processing"}))
+            elif self._lose_completion and self.completed:
+                await peer.send(whole({"error": "no such upload"}, status="404 Not Found"))
+            else:
+                self.completed.append((target, body))
+                if self._lose_completion:
+                    return peer.reset()
+                size = sum(self.parts.values())
+                await peer.send(whole({"id": "f/1", "status": "chunking", "size": size}))
+
+    async def _read(self, peer, left, *, keep):
+        kept = b""
+        while left:
+            data = await peer._reader.read(min(left, 1 << 20))
+            if not data:
+                raise GoneError
+            left -= len(data)
+            kept += data * keep
+        return kept
+
+
 @pytest.mark.parametrize("fault", ["status=503,retry_after=0", "status=429,retry_after=0"])
 async def test_part_that_fails_twice_is_sent_again(client, simulator, photo, fault):
     simulator.faults.append(f"{fault},times=2,path=/batch/")
@@ -459,36 +510,18 @@ async def test_part_that_keeps_failing_aborts_the_upload(simulator, photo):
 
 
 async def test_parts_are_completed_in_their_order_with_their_etags_verbatim(photo):
-    etags = {}
-
-    async def play(peer):
-        while True:
-            request = await peer.request()
-            query = parse_qs(urlsplit(request.target).query)
-            action = query.get("action", [""])[0]
-            if action == "mpu-create":
-                await peer.send(whole({"fileId": "f/1", "uploadId": "u&1", "key": "k"}))
-            elif action == "mpu-uploadpart":
-                number = int(query["partNumber"][0])
-                etags[number] = f'"e-{number}\\"'
-                assert request.headers["content-type"] == "application/octet-stream"
-                await peer.send(whole({"partNumber": number, "etag": etags[number]}))
-            else:
-                await peer.send(whole({"id": "f/1", "status": "chunking", "size": 1}))
-
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
+    uploads = Uploads()
+    async with uploads.asked() as client:
         batch = await client.batches.create([md.BatchRequest.caption(photo)], part_bytes=2000)
-        complete = next(each for each in server.requests if "mpu-complete" in each.target)
+    [(target, body)] = uploads.completed
     assert batch.id == "f/1"
-    assert len(etags) > 3
-    assert complete.json["parts"] == [
-        {"partNumber": number, "etag": etags[number]} for number in sorted(etags)
+    assert len(uploads.parts) > 3
+    assert json.loads(body)["parts"] == [
+        {"partNumber": number, "etag": f'"e-{number}\\"'} for number in sorted(uploads.parts)
     ]
-    assert "/batch/f%2F1?" in complete.target
-    assert "uploadId=u%261" in complete.target
+    assert uploads.kinds == {"application/octet-stream"}
+    assert "/batch/f%2F1?" in target
+    assert "uploadId=u%261" in target
 
 
 async def test_progress_ends_at_the_size_of_the_file(client, photo):
@@ -512,32 +545,11 @@ async def test_what_on_progress_raises_ends_the_upload(client, simulator, photo)
 
 async def test_answer_to_the_completion_that_was_lost_is_asked_for(photo):
     """The server has begun, but the connection breaks before it says so."""
-    completed = []
-
-    async def play(peer):
-        while True:
-            request = await peer.request()
-            if "mpu-create" in request.target:
-                await peer.send(whole({"fileId": "b-1", "uploadId": "u", "key": "k"}))
-            elif "mpu-uploadpart" in request.target:
-                await peer.send(whole({"partNumber": 1, "etag": '"e"'}))
-            elif "mpu-complete" in request.target and not completed:
-                completed.append(request)
-                peer.reset()
-                return
-            elif "mpu-complete" in request.target:
-                await peer.send(whole({"error": "no such upload"}, status="404 Not Found"))
-            else:
-                assert (request.method, request.target) == ("GET", "/v1/batch/b-1")
-                await peer.send(whole({"id": "b-1", "status": "processing"}))
-
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
+    uploads = Uploads(lose_completion=True)
+    async with uploads.asked() as client:
         batch = await client.batches.create([md.BatchRequest.caption(photo)])
-    assert (batch.id, batch.status) == ("b-1", "processing")
-    assert not any("mpu-abort" in request.target for request in server.requests)
+    assert (batch.id, batch.status) == ("f/1", "processing")
+    assert not any("mpu-abort" in target for target in uploads.asked_for)
 
 
 async def test_file_that_becomes_shorter_meanwhile_aborts_the_upload(client, tmp_path):
@@ -568,32 +580,25 @@ def assert_aborted(simulator):
     assert simulator.requests[-1].headers["X-Moondream-Auth"] == KEY
 
 
-async def test_cancelled_upload_is_aborted(simulator, client, photo):
+@pytest.mark.parametrize("leave", ["task", "scope", "client"])
+async def test_upload_that_is_left_is_aborted(simulator, client, photo, leave):
     simulator.faults.append(STALL)
-    task = asyncio.create_task(client.batches.create([md.BatchRequest.caption(photo)]))
+    scope = anyio.CancelScope()
+
+    async def upload():
+        with scope:
+            await client.batches.create([md.BatchRequest.caption(photo)])
+
+    task = asyncio.create_task(upload())
     await until_a_part_is_up(simulator)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert_aborted(simulator)
-
-
-async def test_upload_in_a_cancelled_scope_is_aborted(simulator, client, photo):
-    simulator.faults.append(STALL)
-    async with anyio.create_task_group() as group:
-        group.start_soon(client.batches.create, [md.BatchRequest.caption(photo)])
-        await until_a_part_is_up(simulator)
-        group.cancel_scope.cancel()
-    assert_aborted(simulator)
-
-
-async def test_upload_whose_client_is_closed_is_aborted(simulator, client, photo):
-    simulator.faults.append(STALL)
-    task = asyncio.create_task(client.batches.create([md.BatchRequest.caption(photo)]))
-    await until_a_part_is_up(simulator)
-    await client.aclose()
-    with pytest.raises(md.ClientClosedError):
-        await task
+    if leave == "client":
+        await client.aclose()
+    else:
+        (task if leave == "task" else scope).cancel()
+    await asyncio.wait([task])
+    assert task.cancelled() == (leave == "task")
+    assert leave != "client" or isinstance(task.exception(), md.ClientClosedError)
+    assert scope.cancelled_caught == (leave == "scope")
     assert_aborted(simulator)
 
 
@@ -634,27 +639,19 @@ async def test_upload_of_an_interrupted_program_is_aborted(simulator, photo, int
 # -- waiting --------------------------------------------------------------------------
 
 
-def state_server(*states):
-    """Answer with these states, one after the other, the last one for ever."""
-    waiting = list(states)
-
-    async def play(peer):
-        while True:
-            await peer.request()
-            state = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-            await peer.send(state if isinstance(state, bytes) else whole({"id": "b", **state}))
-
-    return RawServer(play)
+@contextlib.asynccontextmanager
+async def batches_of(*states):
+    """The batches of a server that answers with these states, the last one for ever."""
+    states = [each if isinstance(each, bytes) else {"id": "b", **each} for each in states]
+    async with replying(*states) as server, client_of(server) as client:
+        yield client.batches, server
 
 
 async def test_wait_tells_each_state_it_sees():
     states = [{"status": "chunking"}, {"status": "processing"}, {"status": "completed"}]
     seen = []
-    async with (
-        state_server(*states) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-        batch = await client.batches.wait("b", interval=0.001, on_poll=seen.append)
+    async with batches_of(*states) as (batches, _):
+        batch = await batches.wait("b", interval=0.001, on_poll=seen.append)
     assert [each.status for each in seen] == ["chunking", "processing", "completed"]
     assert seen[-1] == batch
 
@@ -668,11 +665,8 @@ async def test_wait_tells_each_state_it_sees():
     ],
 )
 async def test_status_of_a_later_server_is_told_and_does_not_raise(end):
-    async with (
-        state_server({"status": "pondering"}, {"status": None}, end) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-        batch = await client.batches.wait("b", interval=0.001)
+    async with batches_of({"status": "pondering"}, {"status": None}, end) as (batches, _):
+        batch = await batches.wait("b", interval=0.001)
     assert batch.status == end["status"]
     assert batch.done
 
@@ -686,11 +680,8 @@ async def test_state_is_read_as_far_as_it_makes_sense():
         "created_at": "yesterday",
         "model": {"name": "x"},
     }
-    async with (
-        state_server(odd) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-        batch = await client.batches.get("b")
+    async with batches_of(odd) as (batches, _):
+        batch = await batches.get("b")
     assert (batch.id, batch.status, batch.done) == ("b", "unknown", False)
     assert batch.progress == md.BatchProgress(completed=3)
     assert (batch.usage, batch.outputs, batch.created_at, batch.model) == (None, [], None, None)
@@ -699,33 +690,24 @@ async def test_state_is_read_as_far_as_it_makes_sense():
 
 async def test_wait_overlooks_a_server_that_is_away_for_a_while():
     away = whole({"error": "away"}, status="503 Service Unavailable")
-    async with (
-        state_server(
-            away, away, {"status": "chunking"}, *[away] * 5, {"status": "completed"}
-        ) as server,
-        md.MoondreamClient(endpoint=server.endpoint, max_retries=0) as client,
-    ):
-        assert (await client.batches.wait("b", interval=0.001)).status == "completed"
+    async with batches_of(
+        away, away, {"status": "chunking"}, *[away] * 5, {"status": "completed"}
+    ) as (batches, _):
+        assert (await batches.wait("b", interval=0.001)).status == "completed"
 
 
 async def test_wait_gives_up_on_a_server_that_stays_away():
     away = whole({"error": "away"}, status="503 Service Unavailable")
-    async with (
-        state_server(away) as server,
-        md.MoondreamClient(endpoint=server.endpoint, max_retries=0) as client,
-    ):
+    async with batches_of(away) as (batches, server):
         with pytest.raises(md.ServerError, match="away"):
-            await client.batches.wait("b", interval=0.001)
+            await batches.wait("b", interval=0.001)
         assert len(server.requests) == 6
 
 
 async def test_wait_ends_with_its_time():
-    async with (
-        state_server({"status": "processing"}) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
+    async with batches_of({"status": "processing"}) as (batches, _):
         with pytest.raises(md.APITimeoutError, match=r"within 0.05 seconds") as caught:
-            await client.batches.wait("b", interval=0.001, timeout=0.05)
+            await batches.wait("b", interval=0.001, timeout=0.05)
     assert caught.value.phase == "total"
 
 
@@ -747,9 +729,9 @@ class Storage:
     `answers` are what it plays for each download, the last one for ever.
     """
 
-    def __init__(self, *answers):
+    def __init__(self, *answers, play=None, **options):
         self.answers = list(answers)
-        self.server = RawServer(self._play_storage)
+        self.server = RawServer(play or self._play_storage, **options)
         self.api = RawServer(self._play_api)
         self.signature = 0
 
@@ -830,11 +812,8 @@ async def test_redirect_of_results_that_would_leave_tls_is_not_followed():
     authority.issue_cert("127.0.0.1").configure_cert(serving)
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    storage = Storage(
-        head("Location: http://127.0.0.1:9/", "Content-Length: 0", status="302 Found")
-    )
-    storage.server = RawServer(storage._play_storage, ssl_context=serving)
-    async with storage:
+    elsewhere = head("Location: http://127.0.0.1:9/", "Content-Length: 0", status="302 Found")
+    async with Storage(elsewhere, ssl_context=serving) as storage:
         with pytest.raises(md.APIStatusError, match="without TLS"):
             await storage.results(ssl_context=trusting)
 
@@ -849,9 +828,7 @@ async def test_results_are_read_as_they_arrive():
         await sent.wait()
         await peer.send(lines[1])
 
-    storage = Storage()
-    storage.server = RawServer(play)
-    async with storage, md.MoondreamClient(endpoint=storage.api.endpoint) as client:
+    async with Storage(play=play) as storage, client_of(storage.api) as client:
         results = client.batches.results("b")
         assert (await anext(results)).line_index == 0
         sent.set()
@@ -906,21 +883,15 @@ async def test_address_that_is_always_refused_is_an_error():
 @pytest.mark.parametrize("url", ["", "ftp://host/x", "file:///etc/passwd", "http://a/b c", "//x"])
 async def test_address_that_is_none_is_refused(url):
     completed = {"status": "completed", "outputs": [{"index": 0, "url": url}]}
-    async with (
-        state_server(completed) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
+    async with batches_of(completed) as (batches, _):
         with pytest.raises(md.ServerError, match="no valid address"):
-            await collect(client.batches.results("b"))
+            await collect(batches.results("b"))
 
 
 async def test_completed_batch_without_files_is_an_error_and_no_empty_result():
-    async with (
-        state_server({"status": "completed"}) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
+    async with batches_of({"status": "completed"}) as (batches, _):
         with pytest.raises(md.ServerError, match="no results"):
-            await collect(client.batches.results("b"))
+            await collect(batches.results("b"))
 
 
 async def test_line_of_results_has_a_limit():
@@ -942,9 +913,7 @@ async def test_download_that_stalls_ends_with_the_idle_limit():
         await peer.send(cut(output_line(0), "\n"))
         await peer.until_gone()
 
-    storage = Storage()
-    storage.server = RawServer(play)
-    async with storage:
+    async with Storage(play=play) as storage:
         with pytest.raises(md.APITimeoutError) as caught:
             await storage.results(timeout=md.Timeout(idle=0.05))
     assert caught.value.phase == "idle"
@@ -988,9 +957,7 @@ async def test_reader_that_breaks_off_frees_the_connection():
         await peer.until_gone()
         gone.set()
 
-    storage = Storage()
-    storage.server = RawServer(play)
-    async with storage, md.MoondreamClient(endpoint=storage.api.endpoint) as client:
+    async with Storage(play=play) as storage, client_of(storage.api) as client:
         async for _ in client.batches.results("b"):
             break
         await gone.wait()
@@ -1070,64 +1037,26 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-class Counter:
-    """A server that counts the bytes of uploads and forgets them."""
-
-    def __init__(self):
-        self.parts = {}
-        self.server = RawServer(self._play)
-
-    async def _play(self, peer):
-        while True:
-            method, target, headers = await peer.request_head()
-            query = parse_qs(urlsplit(target).query)
-            size = left = int(headers.get("content-length", 0))
-            while left:
-                data = await peer._reader.read(min(left, 1 << 20))
-                if not data:
-                    raise GoneError
-                left -= len(data)
-            if method == "PUT":
-                number = int(query["partNumber"][0])
-                self.parts[number] = size
-                await peer.send(whole({"partNumber": number, "etag": '"e"'}))
-            elif query["action"] == ["mpu-create"]:
-                self.parts.clear()
-                await peer.send(whole({"fileId": "f", "uploadId": "u", "key": "k"}))
-            else:
-                reply = {"id": "f", "status": "chunking", "size": sum(self.parts.values())}
-                await peer.send(whole(reply))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="has no /proc to measure with")
 @pytest.mark.parametrize("source", ["requests", "file"])
 async def test_240_megabytes_go_up_in_parts_and_cost_less_than_120_of_memory(tmp_path, source):
-    counter = Counter()
+    uploads = Uploads()
     path = tmp_path / "requests.jsonl"
-    try:
-        if source == "file":
-            line = json.dumps(LINE | {"image": "A" * 8_000_000}) + "\n"
-            with path.open("w") as file:
-                file.writelines([line] * 30)
-        async with counter.server as server:
-            program = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                MEASURED,
-                server.endpoint,
-                str(path) if source == "file" else "",
-                stdout=-1,
-            )
-            output, _ = await program.communicate()
-        assert program.returncode == 0
-        size, growth = map(int, output.split())
-        assert size == sum(counter.parts.values()) > 240_000_000
-        assert set(counter.parts) == set(range(1, 6))
-        assert max(counter.parts.values()) == 50_000_000
-        assert growth < 120_000_000
-    finally:
-        path.unlink(missing_ok=True)
+    if source == "file":
+        line = json.dumps(LINE | {"image": "A" * 8_000_000}) + "\n"
+        with path.open("w") as file:
+            file.writelines([line] * 30)
+    given = str(path) if source == "file" else ""
+    async with uploads.server as server:
+        command = [sys.executable, "-c", MEASURED, server.endpoint, given]
+        done = await anyio.run_process(command)
+    path.unlink(missing_ok=True)
+    size, growth = map(int, done.stdout.split())
+    assert size == sum(uploads.parts.values()) > 240_000_000
+    assert set(uploads.parts) == set(range(1, 6))
+    assert max(uploads.parts.values()) == 50_000_000
+    assert growth < 120_000_000
 
 
 async def test_temporary_file_is_gone_afterwards(client, photo, tmp_path, monkeypatch):
@@ -1142,18 +1071,6 @@ async def test_full_disk_is_an_error_of_ours(client, simulator, photo, monkeypat
     with pytest.raises(md.MoondreamError, match="No space left"):
         await client.batches.create([md.BatchRequest.caption(photo)])
     assert simulator.requests == []
-
-
-async def test_programs_that_have_no_batches_do_not_load_them(simulator):
-    code = (
-        "import sys, moondream_async as md\n"
-        "client = md.MoondreamClient(endpoint='http://127.0.0.1:1')\n"
-        "assert 'moondream_async.batch.batches' not in sys.modules\n"
-        "client.batches\n"
-        "assert 'moondream_async.batch.batches' in sys.modules\n"
-    )
-    program = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
-    assert await program.wait() == 0
 
 
 @pytest.mark.slow

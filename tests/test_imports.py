@@ -13,6 +13,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 import moondream_async
 
 PACKAGE = Path(moondream_async.__file__).parent
@@ -254,7 +256,12 @@ def test_nothing_imports_an_integration():
 
 # -- what is loaded when -------------------------------------------------------------------
 
-HEAVY = ["aiohttp", "anyio", "asyncio", "PIL", "typer", "rich"]
+OURS = [
+    "moondream_async._draw",
+    "moondream_async.batch.batches",
+    "moondream_async.tuning.finetunes",
+]
+HEAVY = ["aiohttp", "anyio", "asyncio", "PIL", "svg", "typer", "rich", *OURS]
 
 
 def loaded_by(code):
@@ -269,15 +276,17 @@ def loaded_by(code):
     return json.loads(run.stdout)
 
 
-def test_importing_the_package_loads_nothing_heavy():
-    assert loaded_by("import moondream_async") == []
+CLIENT = "client = md.MoondreamClient(endpoint='http://127.0.0.1:9/v1')"
 
 
-def test_making_a_client_loads_what_its_first_call_would_wait_for():
-    code = "import moondream_async as md; md.MoondreamClient(endpoint='http://127.0.0.1:9/v1')"
-
-    assert loaded_by(code) == ["aiohttp", "anyio", "asyncio"]
-
-
-def test_the_version_is_known_without_loading_anything():
-    assert loaded_by("from moondream_async import __version__; assert __version__") == []
+@pytest.mark.parametrize(
+    ("code", "loaded"),
+    [
+        ("assert md.__version__; md.DetectResult(objects=[md.Region(0, 0, 1, 1)])", []),
+        (CLIENT, ["aiohttp", "anyio", "asyncio"]),  # what its first call would wait for
+        (f"{CLIENT}; client.batches; client.tuning", ["aiohttp", "anyio", "asyncio", *OURS[1:]]),
+    ],
+    ids=["package and results", "client", "batches and tuning"],
+)
+def test_no_more_is_loaded_than_what_is_asked_for_needs(code, loaded):
+    assert loaded_by(f"import moondream_async as md; {code}") == loaded

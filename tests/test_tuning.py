@@ -7,10 +7,9 @@ import json
 import math
 import re
 import shutil
-import sys
 
 import pytest
-from canned import IMAGE
+from canned import IMAGE, replying
 from raw_server import RawServer, whole
 
 import moondream_async as md
@@ -29,19 +28,6 @@ async def client(simulator):
 @pytest.fixture
 async def finetune(client):
     return await client.tuning.create("find-doors", rank=16)
-
-
-def replying(*replies):
-    """Give these replies, one after the other, the last one for ever."""
-    waiting = list(replies)
-
-    async def play(peer):
-        while True:
-            await peer.request()
-            reply = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-            await peer.send(reply if isinstance(reply, bytes) else whole(reply))
-
-    return RawServer(play)
 
 
 @contextlib.asynccontextmanager
@@ -690,19 +676,6 @@ async def test_bad_step_is_refused(client, simulator, step):
         with pytest.raises(md.RequestError, match="step"):
             await call("01HX", step)
     assert simulator.requests == []
-
-
-@pytest.mark.slow
-async def test_programs_that_tune_nothing_do_not_load_it():
-    code = (
-        "import sys, moondream_async as md\n"
-        "client = md.MoondreamClient(endpoint='http://127.0.0.1:1')\n"
-        "assert 'moondream_async.tuning.finetunes' not in sys.modules\n"
-        "client.tuning\n"
-        "assert 'moondream_async.tuning.finetunes' in sys.modules\n"
-    )
-    program = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
-    assert await program.wait() == 0
 
 
 async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
