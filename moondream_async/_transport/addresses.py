@@ -1,10 +1,10 @@
-"""Where an IP address leads: the one judgement of that in the package.
+"""Which IP addresses are public, and which belong to the local network or to this machine.
 
-`fetch_image` connects to public addresses only, and the API key goes over plain http
-to near ones only. Both judge the address that a socket is about to be connected to
-(see `sockets`), since a host may be written in many ways and a name may resolve to
-anything. The networks are listed here, since what `ipaddress` calls global or private
-differs from one version of Python to another.
+`fetch_image` connects to public addresses only, and the API key is sent over plain http to near
+addresses only. Both check the address that a socket is about to be connected to (see `sockets`),
+since a host may be written in many ways, and a name may resolve to any address. The networks are
+listed here, since `ipaddress` calls different networks global and private in different versions
+of Python.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NEAR = tuple(
 )
 _LOOPBACK = tuple(map(ip_network, ("0.0.0.0/32", "127.0.0.0/8", "::/127")))
 
-_MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291: the very IPv4 address, on a dual socket
+_MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291: an IPv4 address, as a dual socket shows it
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: how an IPv6-only network reaches IPv4
 _6TO4 = IPv6Network("2002::/16")  # RFC 3056
 _ISATAP = 0x5EFE  # RFC 5214: before the IPv4 address, in the lower half of any address
@@ -58,9 +58,9 @@ _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
 
 def parse(text: str) -> Address | None:
-    """Return the address that a host is, without its zone; None for a name.
+    """Return a host's IP address without its zone; None if the host is a name.
 
-    Spellings that only the system's resolver understands count, too.
+    Spellings that only the system's resolver understands are addresses, too.
 
     >>> parse("127.0.0.1"), parse("fe80::1%eth0"), parse("example.com")
     (IPv4Address('127.0.0.1'), IPv6Address('fe80::1'), None)
@@ -83,9 +83,9 @@ def parse(text: str) -> Address | None:
 
 
 def is_public(address: Address, networks: Sequence[Network] = ()) -> bool:
-    """Tell whether the whole internet can reach an address, or it is in one of `networks`.
+    """Tell whether the whole internet can reach an address, or one of `networks` has it.
 
-    An IPv6 address that stands for one of IPv4 is as public as that.
+    An IPv6 address that contains an IPv4 address is as public as the IPv4 address.
 
     >>> is_public(ip_address("1.1.1.1")), is_public(ip_address("64:ff9b::a00:1"))
     (True, False)
@@ -104,7 +104,7 @@ def is_public(address: Address, networks: Sequence[Network] = ()) -> bool:
 
 
 def is_near(address: Address) -> bool:
-    """Tell whether an address leads no further than the local network.
+    """Tell whether an address belongs to the local network or to this machine.
 
     >>> is_near(ip_address("192.168.1.2")), is_near(ip_address("8.8.8.8"))
     (True, False)
@@ -146,7 +146,7 @@ def shown(address: str) -> str:
     match = re.match(r"(?:\s*(?:[a-z][a-z0-9+.-]*:)?[/\\]{2,})?([^/?#\\]*)", address, re.IGNORECASE)
     start, end = (0, len(address)) if match is None else match.span(1)
     cut = address.rfind("@")
-    # Behind the host only where there may be a password with a slash in it.
+    # An "@" behind the host counts only if a password with a slash may stand before it.
     if cut >= end and ":" not in address[start:cut]:
         cut = -1
     text = f"{address[:start]}***{address[cut:]}" if cut >= 0 else address

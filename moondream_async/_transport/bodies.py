@@ -1,4 +1,4 @@
-"""Bodies of answers, read as they arrive."""
+"""The bodies of answers, read as they arrive."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 READ_BUFFER_BYTES = 64 * 1024
-"""aiohttp stops reading from the socket at twice this much, until a reader has taken it."""
+"""aiohttp stops reading from the socket when twice as much waits for the reader."""
 
 _PIECE_BYTES = 8 * 1024
-"""Of a stream: hundreds of events. Between two of these others may have a turn."""
+"""The largest piece of a stream to decode at once: hundreds of events. Other tasks may run
+between two pieces."""
 
-_TURN = 0.005  # seconds of decoding, after which others have their turn
+_TURN = 0.005  # seconds of decoding, after which other tasks run
 
 _LARGE_BYTES = 256 * 1024
-"""A whole body of more is decoded in a thread, and not while the event loop waits."""
+"""A larger body is decoded in a thread, so as not to block the event loop."""
 
 _decoding = Workers("decoding", 2)
 
@@ -42,7 +43,7 @@ _ERROR_BODY_BYTES = 64 * 1024
 
 
 class Body:
-    """The body of one answer, as bytes that arrive; what a stream reads from."""
+    """The body of one answer, as bytes that arrive; the source of a stream."""
 
     __slots__ = (
         "__weakref__",
@@ -67,37 +68,38 @@ class Body:
         self.status = response.status
         self.headers = response.headers
         self.closed = False
-        """Whether its connection is free again or dropped."""
+        """Whether its connection was given back to the pool or dropped."""
         self._pool = pool
         self._response = response
-        connection = response.connection  # None if the body is whole already
+        connection = response.connection  # None if the whole body has arrived
         self._transport = None if connection is None else connection.transport
         self._on_close = on_close
         self.received = 0
-        """Bytes, so far."""
+        """The number of bytes that have arrived."""
         self._closed_by_client = False
         self._unread = b""
         self._is_cut = False
-        self._began = 0.0  # when what was cut began to be decoded, or went on
+        self._began = 0.0  # when the reader began, or went on, to decode pieces
         self._finishing: asyncio.Lock | None = None
         pool.bodies.add(self)
 
     @property
     def content_type(self) -> str:
-        """As ``text/event-stream``; "" where the server didn't say."""
+        """The content type, as ``text/event-stream``; "" if the answer has none."""
         return self.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        """Return what has arrived, and wait if that is nothing.
+        """Return the bytes that have arrived; wait if there are none.
 
-        Cancelling it loses nothing. What arrived before a fault comes before it.
+        Cancelling it loses no bytes. Bytes that arrived before an error are returned before the
+        error is raised.
         """
         if self._unread:
             if self._is_cut and monotonic() - self._began > _TURN:
-                await asyncio.sleep(0)  # it takes long to decode: others first
+                await asyncio.sleep(0)  # decoding takes long: other tasks first
                 self._began = monotonic()
             data, self._unread = self._unread, b""
             if data and not self._closed_by_client:
@@ -116,20 +118,20 @@ class Body:
         return self._cut(data)
 
     def _cut(self, data: bytes) -> bytes:
-        """Return the first piece of it, and keep the rest."""
+        """Return the first piece of `data`, and keep the rest."""
         self._unread = data[_PIECE_BYTES:]
         self._is_cut = bool(self._unread)
         return data[:_PIECE_BYTES]
 
     def _failed(self, error: BaseException) -> bytes:
-        """Return what had arrived before a fault, or raise the error for it."""
+        """Return the bytes that arrived before an error, or raise our error for it."""
         if not self.closed:
             data = held(self._response)
             if data:
                 self.received += len(data)
                 return data
-        # All readers that are woken by a close get one and the same exception of
-        # aiohttp's. It would keep a traceback, and so a connection, for each of them.
+        # All readers that a close wakes get the same exception object of aiohttp. Its traceback
+        # would keep the frames, and so the connection, of each of them.
         error.__traceback__ = None
         by_client = self._closed_by_client
         self.close()
@@ -138,14 +140,14 @@ class Body:
         raise APIConnectionError(f"The connection was lost: {say(error)}") from error
 
     def unread(self, data: bytes) -> None:
-        """Put bytes back, to be read next."""
+        """Put bytes back; the next read returns them."""
         self._unread = data + self._unread
         self._is_cut = False
 
     async def whole(self, decode: Callable[[bytes], _T], limit: int = MAX_BODY_BYTES) -> _T:
-        """Read the whole body, and close it; return what `decode` makes of it.
+        """Read the whole body, and close it; return the result of `decode`.
 
-        A large one is decoded in a thread.
+        A large body is decoded in a thread.
 
         Raises:
             APIConnectionError: The connection was lost, or the body passed `limit` bytes.
@@ -176,7 +178,7 @@ class Body:
         )
 
     async def read_error(self, seconds: float) -> bytes:
-        """Return as much of an error's body as can be had, for so long, and is worth having."""
+        """Return the body of an error, as far as it arrives in time and within a limit."""
         data = b""
         timer = self._pool.loop.call_later(seconds, self.close)
         try:
@@ -185,19 +187,19 @@ class Body:
                 if len(data) > _ERROR_BODY_BYTES:
                     break
         except APIConnectionError:
-            pass  # the status says enough
+            pass  # the status alone is enough for an error
         finally:
             timer.cancel()
             self.close()
         return data[:_ERROR_BODY_BYTES]
 
     async def finish(self) -> None:
-        """Wait, shortly, for the end of the body, so that its connection can be kept."""
+        """Wait a short time for the end of the body, so that its connection can be kept."""
         content = self._response.content
         if self._finishing is None:
             self._finishing = asyncio.Lock()
-        async with self._finishing:  # wait_eof() is for one at a time
-            # And it would wait for ever on a body that has failed already.
+        async with self._finishing:  # only one task may call wait_eof()
+            # And wait_eof() would wait for ever if the body has failed already.
             if not self.closed and not content.is_eof() and content.exception() is None:
                 timer = self._pool.loop.call_later(_LINGER, self.close)
                 try:
@@ -209,7 +211,7 @@ class Body:
             self.close()
 
     def close(self, *, by_client: bool = False) -> None:
-        """Free the connection now; from any thread. One that is still in use is dropped."""
+        """Give the connection back, or drop it if the body is unfinished; from any thread."""
         if self.closed:
             return
         self._closed_by_client = by_client
@@ -227,21 +229,20 @@ class Body:
         if self.closed:
             return
         if self._response.connection is not None and self._transport is not None:
-            # Not close(): that would first send what is left of an upload, and say goodbye
-            # over TLS.
+            # Not close(), which would first send the rest of an upload, and end TLS politely.
             self._transport.abort()
         self._response.close()
         self._settle()
 
     def abandon(self) -> None:
-        """Close it at once; its loop may be closed, or at rest."""
+        """Close the connection at once, even if its loop is closed or does not run."""
         if not self.closed:
             self._closed_by_client = True
             close_response(self._response)
             self._settle()
 
     def disown(self) -> None:
-        """Release the body without a trace: it belongs to the process this one was forked from."""
+        """Mark the body as closed, and touch nothing: it belongs to the parent process."""
         self.closed = self._closed_by_client = True
 
     def _settle(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a client sends to, and who may see its key on the way there."""
+"""The server that a client sends to, and the check that its key goes to no other."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CLOUD = f"https://{_CLOUD_HOST}/v1"
 
 
 class Target(NamedTuple):
-    """Where a client sends to."""
+    """The server that a client sends to."""
 
     endpoint: str
-    """Without a slash at its end."""
+    """The address without a slash at its end."""
     key: Secret | None
     proxies: Proxies
     guard: Callable[[URL], Guard | None] | None
@@ -37,17 +37,17 @@ def read_target(
     insecure_hosts: Collection[str],
     own_session: bool,
 ) -> Target:
-    """Return where a client sends to, by its arguments and by the environment.
+    """Return the server that the arguments and the environment name.
 
-    In no variable here is what a traceback must not show.
+    No variable in this function holds a secret as text, since a traceback may show variables.
 
     Raises:
-        RequestError: The cloud without a key, or an argument that can't be right.
+        RequestError: An argument is wrong, or the cloud is used without a key.
     """
     if key is None:
         key = hidden(os.environ.get("MOONDREAM_API_KEY"))
     if key is not None and not (key and is_header_value(key)):
-        # Not shown: it may be the right key with a line break in it, or in bytes.
+        # The message does not show it: it may be the right key with a line break, or in bytes.
         raise RequestError("api_key must be a string of printable ASCII characters")
     if endpoint is None:
         endpoint = hidden(os.environ.get("MOONDREAM_ENDPOINT")) or Secret(_CLOUD)
@@ -74,9 +74,9 @@ def read_target(
 
 
 def _read_endpoint(address: Secret) -> URL | str:
-    """Return the address of a server, or what is wrong with it.
+    """Return the address of a server, or a message that says what is wrong with it.
 
-    It raises nothing: in its variables there may be a password.
+    The function raises nothing, since its variables may hold a password.
     """
     text = address.reveal()
     problem = f"endpoint must be an http or https address, not {shown(text)!r}"
@@ -99,15 +99,14 @@ def _read_endpoint(address: Secret) -> URL | str:
 def _key_guard(
     endpoint: URL, insecure_hosts: Collection[str]
 ) -> Callable[[URL], Guard | None] | None:
-    """Refuse to send a key where others could read it; return what else is to be guarded.
+    """Check that others can't read a key on its way; return a guard for its connections.
 
-    That are the addresses that are connected to, where the key goes over plain http to a
-    host that is near by its name. Requests to other origins are without the key, and go
-    anywhere.
+    The guard is needed if the key goes over plain http to a host whose name is near: the name
+    may resolve to an address that is not. Requests to other origins carry no key and need none.
 
     Raises:
-        RequestError: The endpoint, as it is written, is not near; or `insecure_hosts`
-            are no names of hosts.
+        RequestError: The host of the endpoint is not near, or `insecure_hosts` are no names
+            of hosts.
     """
     names = [insecure_hosts] if isinstance(insecure_hosts, str) else insecure_hosts
     try:

@@ -15,10 +15,10 @@ from moondream_async.errors import APIConnectionError, MoondreamError
 if TYPE_CHECKING:
     from yarl import URL
 
-# aiohttp's readers raise RuntimeError when the connection is gone before they wait.
+# aiohttp's readers raise RuntimeError if the connection is lost before they begin to wait.
 FAULTS = (aiohttp.ClientError, OSError, RuntimeError, asyncio.IncompleteReadError)
 
-# Some addresses are found to be none only when they are looked up or written.
+# ValueError: some invalid addresses are found only when they are looked up or written.
 FAULTS_OF_SENDING = (*FAULTS, ValueError)
 
 _REFUSED = re.compile(r"\[Errno (\d+)\] Connect call failed \([^)]*\)")
@@ -29,7 +29,7 @@ def is_disconnect(error: BaseException) -> bool:
         return False
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return True
-    # What a read raises, and what a write raises, wrapped by aiohttp and mostly without errno.
+    # A read raises the error itself; aiohttp wraps the error of a write, mostly without errno.
     return any(
         isinstance(each, ConnectionError)
         or (isinstance(each, OSError) and each.errno in (errno.ECONNRESET, errno.EPIPE))
@@ -38,7 +38,7 @@ def is_disconnect(error: BaseException) -> bool:
 
 
 def translate(error: BaseException, url: URL) -> MoondreamError:
-    """Turn what aiohttp raises before the answer into one of our errors."""
+    """Turn an exception that aiohttp raised before the answer into an error of ours."""
     where = str(url.origin())
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return APIConnectionError(
@@ -71,14 +71,14 @@ def _translate_answer(error: aiohttp.ClientResponseError, where: str) -> Moondre
 
 
 def say(error: BaseException) -> str:
-    """Return what happened in a line."""
+    """Return the message of an exception in one line."""
     if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "the server closed it"  # aiohttp may have what had arrived for its message
-    # asyncio says the address once more, and the number in place of its meaning.
+        return "the server closed it"  # its own message may be the bytes that had arrived
+    # asyncio's message repeats the address, and has a number in place of its meaning.
     said = _REFUSED.sub(lambda found: os.strerror(int(found[1])), one_line(str(error)))
     return said or type(error).__name__
 
 
 def one_line(text: str) -> str:
-    """Return the first line, which is where aiohttp's parser says what it found."""
+    """Return the first line, which holds the finding of aiohttp's parser."""
     return text.strip().partition("\n")[0].rstrip(":")

@@ -1,8 +1,8 @@
-"""Pictures from the web, for programs that are handed addresses by strangers.
+"""Pictures from the web, for programs that get addresses from strangers.
 
-A web backend that fetches what its users name can be made to fetch from the
-inside of its own network. So only public addresses are connected to, at each
-redirect, and judged is the very address that a connection is then made to.
+A stranger can make a web backend fetch from inside of its own network, by naming an address
+there. So only public addresses are connected to, also after each redirect; the check is made on
+the IP address that the socket is connected to.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ async def fetch_image(
 ) -> EncodedImage:
     """Fetch a picture from the web and prepare it for any number of calls.
 
-    Only addresses that are reachable from the whole internet are connected to, also
-    after a redirect and however a name resolves. So no proxy is used: what a
-    proxy connects to can't be seen from here. At most five redirects are followed.
-    Cancelling it drops the connection.
+    Only addresses that the whole internet can reach are connected to, also after a redirect and
+    whatever a name resolves to. No proxy is used, since the address that a proxy connects to is
+    not known here. At most five redirects are followed. Cancelling drops the connection.
 
     Args:
         url: An ``http`` or ``https`` address.
-        max_bytes: How much is read at most.
-        timeout: Seconds for all of it.
-        allow: Networks that may be connected to besides, as ``10.1.0.0/16``.
+        max_bytes: The limit of the picture's file.
+        timeout: The limit of the whole call, in seconds.
+        allow: Further networks that may be connected to, as ``10.1.0.0/16``.
         max_pixels: As for ``encode_image``.
         ssl_context: For servers whose certificate the system doesn't know.
 
     Raises:
-        RequestError: Another argument can't be right.
-        ImageError: The address can't be or is refused, there is nothing, it is no
-            picture, or too large a one.
+        RequestError: An argument other than `url` is wrong.
+        ImageError: The address is invalid or refused, or it gives no picture, or the picture
+            is too large.
         APIConnectionError: The connection could not be made, or was lost.
         APITimeoutError: It took longer than `timeout`; `phase` is ``total``.
 
@@ -76,7 +75,7 @@ async def fetch_image(
         raise ImageError(f"url must be an address, not {url!r:.100}")
     reason = _objection(url)
     if reason is not None:
-        url = shown(url)  # a password in it is not to be seen among the variables, either
+        url = shown(url)  # variables must show no password, either
         raise ImageError(f"{url} {reason}")
     with move_on_after(timeout):
         data = await fetch_bytes(
@@ -97,7 +96,7 @@ async def fetch_bytes(
     networks: Sequence[Network],
     ssl_context: ssl.SSLContext | None = None,
 ) -> bytes:
-    """Return a picture of the web as it is there; there is no limit of time.
+    """Return the bytes of a picture on the web; there is no time limit.
 
     Raises:
         ImageError: As for `fetch_image`.
@@ -107,7 +106,7 @@ async def fetch_bytes(
 
     reason = _objection(url)
     if reason is not None:
-        url = shown(url)  # a password in it is not to be seen among the variables, either
+        url = shown(url)  # variables must show no password, either
         raise ImageError(f"{url} {reason}")
     allows = partial(is_public, networks=networks)
     for _ in range(_MAX_REDIRECTS + 1):
@@ -133,7 +132,7 @@ def networks_of(allow: Sequence[str]) -> list[Network]:
     """Return networks by their names.
 
     Raises:
-        RequestError: One is none.
+        RequestError: A name is not that of a network.
     """
     try:
         return [ip_network(each) for each in ([allow] if isinstance(allow, str) else allow)]
@@ -153,7 +152,7 @@ def _redirected(url: str, location: str) -> str:
 
 
 def _objection(url: str) -> str | None:
-    """Return what is wrong with an address as it is written; None if it may be asked."""
+    """Return what is wrong with an address as it is written; None if it is valid."""
     from yarl import URL  # noqa: PLC0415 - aiohttp's, loaded when it is
 
     try:

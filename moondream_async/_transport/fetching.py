@@ -1,4 +1,4 @@
-"""Single requests to anywhere, but not to every address."""
+"""Single requests to any host, with a check of the address that is connected to."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 async def fetch(
     url: str, *, allows: Callable[[Address], bool], ssl_context: ssl.SSLContext | None
 ) -> AsyncGenerator[Body, None]:
-    """GET an address, once, over a connection of its own, without a key, a cookie or a proxy.
+    """GET an address once, over a connection of its own, without key, cookies and proxy.
 
     Raises:
-        ImageError: It leads to no IP address for which `allows` holds.
+        ImageError: `allows` refuses the IP address of the host.
         APIConnectionError: The connection could not be made, or was lost.
     """
 

@@ -1,8 +1,8 @@
-"""Files that go up piece by piece: a few pieces in memory, whatever their size.
+"""Files that are uploaded piece by piece, with a few pieces in memory, whatever their size.
 
-Reading blocks, so a worker thread does it. Several parts of one file may be on
-their way at once; they share one open file, so that what goes up is that file,
-even if another one takes its name meanwhile, or if it has none.
+Worker threads read the file, since reading blocks. Several parts of a file may be uploaded at
+once. They share one open file, so that all parts come from the same file, even if another file
+takes its name meanwhile, or if it has no name.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import anyio.to_thread
 
 from moondream_async.errors import MoondreamError, RequestError
 
-_PIECE_BYTES = 256 * 1024  # read at once: long enough to be worth a change of threads
+_PIECE_BYTES = 256 * 1024  # read at once: enough to pay for the change of threads
 
 
 class SharedFile:
-    """An open file that several tasks read at once, each where it wants to."""
+    """An open file that several tasks read at once, each at its own position."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.size = size
         self._file = file
-        self._lock = threading.Lock()  # of the one position that the file has
+        self._lock = threading.Lock()  # guards the position of the file
 
     def slices(self, size: int) -> list[FileSlice]:
-        """Cut it into slices of `size` bytes, the last of which may be shorter."""
+        """Return slices of `size` bytes; the last one may be shorter."""
         return [
             FileSlice(self, start, min(size, self.size - start))
             for start in range(0, self.size, size)
         ]
 
     def read(self, start: int, size: int) -> bytes:
-        """Return the bytes from `start` on. Blocks.
+        """Return `size` bytes from `start` on. Blocks.
 
         Raises:
-            RequestError: They are no longer there.
+            RequestError: The file has become shorter.
             MoondreamError: The file can't be read.
         """
         try:
@@ -52,7 +52,7 @@ class SharedFile:
 
 
 class FileSlice:
-    """A stretch of a file, to be sent; iterating it, again and again, gives its bytes."""
+    """A part of a file to upload; each iteration gives its bytes from the beginning."""
 
     def __init__(self, file: SharedFile, start: int, size: int) -> None:
         self.size = size

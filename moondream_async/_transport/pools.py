@@ -1,9 +1,9 @@
 """A pool of connections for each event loop.
 
-A client may be used from several event loops, one after the other or at once.
-Connections belong to the loop that made them, so each loop has a `Pool`, made
-on first use. When ``asyncio.run`` ends, it closes the asynchronous generators
-of its loop; each pool keeps one for just that, and is closed with its loop.
+A client may be used from several event loops, one after the other or at once. Connections belong
+to the loop that made them, so each loop has a `Pool`, made on first use. At its end,
+``asyncio.run`` closes the asynchronous generators of its loop. Each pool keeps such a generator,
+which closes the pool with the loop.
 """
 
 from __future__ import annotations
@@ -47,19 +47,18 @@ NO_SECRETS: Mapping[str, Secret] = {}
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
-_MAX_HEAD_BYTES = 64 * 1024  # of one header of an answer: gateways add long ones
+_MAX_HEAD_BYTES = 64 * 1024  # limit of one header of an answer: gateways add long headers
 
-_LOOK = 0.005  # seconds between two looks at what another thread's loop does
-_RESTS = 5  # looks in a row that find a loop at rest; asyncio.run starts its loop several times
+_LOOK = 0.005  # seconds between two looks at the loop of another thread
+_RESTS = 5  # looks in a row that find a loop not running; asyncio.run starts its loop repeatedly
 _PATIENCE = 5.0  # seconds that a busy loop of another thread may take to close its connections
 
-# The client keeps its own deadlines; aiohttp's would neither name their phase nor
-# know an event from a heartbeat.
+# The client has its own deadlines: aiohttp's don't tell their phase, nor events from heartbeats.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 
 
 class Transport:
-    """The connections of one client, whichever loops they belong to."""
+    """The connections of one client, in all event loops."""
 
     def __init__(
         self,
@@ -76,22 +75,22 @@ class Transport:
         self._proxies = proxies
         self._guard = guard
         self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
-        self._lock = threading.RLock()  # see `_call.limits` on why its own thread may take it again
+        self._lock = threading.RLock()  # `_call.limits` says why the same thread may take it again
         self._closed = False
         _all.add(self)
 
     def pool(self) -> Pool:
-        """Return the running loop's pool; pools whose loop is gone are dropped.
+        """Return the pool of the running loop; drop pools whose loop is closed.
 
         Raises:
-            ClientClosedError: There is none yet, and there will be none.
+            ClientClosedError: The client was closed.
         """
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is not None and not pool.closed:
             return pool
         with self._lock:
-            if self._closed:  # since the caller looked, by another thread
+            if self._closed:  # another thread has closed it meanwhile
                 raise ClientClosedError("The client is closed")
             gone = [self._pools.pop(other) for other in list(self._pools) if other.is_closed()]
             self._pools[loop] = pool = Pool(
@@ -106,7 +105,7 @@ class Transport:
         return pool
 
     def apart(self) -> Transport:
-        """Return one that goes the same ways, over connections of its own."""
+        """Return a transport with the same options and its own connections."""
         return Transport(
             session=self._session,
             ssl_context=self._ssl_context,
@@ -116,19 +115,19 @@ class Transport:
 
     @property
     def idle_connections(self) -> int:
-        """How many connections wait for the next request."""
+        """How many connections are idle."""
         with self._lock:
             return sum(pool.idle_connections for pool in self._pools.values())
 
     def disown(self) -> None:
-        """Release what belongs to the process that this one was forked from."""
+        """Release the pools of the parent process, in a forked child."""
         self._lock = threading.RLock()
         for pool in self._pools.values():
             pool.disown()
         self._pools = {}
 
     async def aclose(self, grace: float | None = None) -> None:
-        """Close what is open in every live loop."""
+        """Close all connections in every loop that still exists."""
         with self._lock:
             self._closed = True
             pools = list(self._pools.values())
@@ -145,7 +144,7 @@ class Transport:
             unclosed = [pool.drop() for pool in getattr(self, "_pools", {}).values()]
         except ImportError:  # the interpreter ends, and asyncio is in debug mode
             return
-        if any(unclosed):  # warned of at the end, since that may raise
+        if any(unclosed):  # at the end, since a warning may raise
             warnings.warn(
                 "A MoondreamClient was dropped while it had connections. "
                 "Use 'async with', or aclose() it.",
@@ -158,11 +157,11 @@ class Closable(Protocol):
     """A call that waits."""
 
     def close(self) -> None:
-        """End it, since the client is closed; in its loop."""
+        """End the call, since the client is closed; called in the call's loop."""
 
 
 class Pool:
-    """The connections of one event loop, and the calls and bodies under way on it."""
+    """The connections of one event loop, and its open calls and bodies."""
 
     def __init__(
         self,
@@ -176,7 +175,7 @@ class Pool:
         self.loop = loop
         self.closed = False
         self.calls: set[Closable] = set()
-        """What waits on this loop; closed with the client."""
+        """The open calls of this loop, which are closed with the client."""
         self.short_jobs = ShortJobs(_short)
         self.bodies: set[Body] = set()
         self._ssl = ssl_context or True
@@ -192,17 +191,17 @@ class Pool:
         )
         if session is None and self._session.connector is not None:
             use_protocol(self._session.connector, loop)
-        # The middlewares of a caller's session: given any others, aiohttp would leave these out.
+        # The middlewares of a caller's session: aiohttp drops them if a request brings others.
         self._middlewares = middlewares_of(self._session)
         self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
-        self._idle: asyncio.Event | None = None  # where somebody waits for it
+        self._idle: asyncio.Event | None = None  # set at the end of the last call or body
         self._lifeline = _close_with_loop(weakref.ref(self))
-        with contextlib.suppress(StopIteration):  # up to its yield; it doesn't wait on the way
+        with contextlib.suppress(StopIteration):  # runs up to its yield, without a wait
             self._lifeline.__anext__().send(None)
 
     @property
     def idle_connections(self) -> int:
-        """How many connections wait for the next request."""
+        """How many connections are idle."""
         connector = self._session.connector
         if not self._owns_session or connector is None:
             return 0
@@ -223,31 +222,31 @@ class Pool:
         leave_origin: bool = False,
         max_redirects: int = _MAX_REDIRECTS,
     ) -> Body:
-        """Send a request; return once the server has answered with its headers.
+        """Send a request; return its answer when the headers have arrived.
 
-        Redirects within the origin are followed, with method and body as they are. A
-        connection that was kept, and turns out to be closed, is replaced by a new one, once.
+        Redirects within the origin are followed, with the same method and body. If an idle
+        connection turns out to be closed, the request is sent again on a new one, once.
 
         Args:
-            method: As ``POST``.
-            url: Where to.
-            headers: All of them but those that describe the body.
-            secrets: Those that are seen by nobody but the server.
+            method: The method, as ``POST``.
+            url: The address.
+            headers: The headers, without those that describe the body.
+            secrets: Further headers that only the server may see.
             body: The parts of the body.
-            size: Its bytes, where they have been counted.
-            on_send: Called when a connection stands and the request goes out, and again when
-                the last byte of a large one has gone.
-            on_close: Called once, when the answer's connection is free again, with the
-                number of bytes that came in the body, but not if this raises.
-            repeatable: Whether it may go out again, on a new connection, when one that
-                was kept turns out to be closed.
-            leave_origin: Whether to follow redirects to other origins. For requests
-                with nothing in them that is meant for one server alone.
-            max_redirects: 0 is for who follows them by himself.
+            size: The size of the body in bytes, if it was counted.
+            on_send: Called when the request is being sent over a connection, and again when
+                the last byte of a large body was sent.
+            on_close: Called once with the number of bytes of the answer's body, when its
+                connection was given back or dropped; not called if this method raises.
+            repeatable: Whether the request may be sent again on a new connection if an idle
+                one turns out to be closed.
+            leave_origin: Whether to follow redirects to other origins, for requests that hold
+                no secret of one server.
+            max_redirects: The limit of redirects; 0 returns a redirect as an answer.
 
         Raises:
-            APIConnectionError: No connection, or it was lost before the answer.
-            APIStatusError: A redirect that can't be followed.
+            APIConnectionError: No connection was made, or it was lost before the answer.
+            APIStatusError: A redirect can't be followed.
         """
         on_new = False
         redirects = 0
@@ -258,7 +257,7 @@ class Pool:
             if secrets or proxy is not None:
                 for_proxy = None if proxy is None else proxy.authorization
                 middlewares = (*middlewares, Unseen(secrets, for_proxy))
-            # Also for nothing: when it is asked to write, a connection stands.
+            # Also for an empty body: aiohttp calls `write` when it has a connection.
             upload = Upload(body, self._used, on_send, on_new=on_new, size=size)
             guarding = None if guard is None else begin(guard)
             try:
@@ -270,7 +269,7 @@ class Pool:
                     middlewares=middlewares,
                     skip_auto_headers=None if body else (hdrs.CONTENT_TYPE,),
                     allow_redirects=False,
-                    raise_for_status=False,  # these two: a session of the caller's may differ
+                    raise_for_status=False,  # a caller's session may have other values of these two
                     auto_decompress=True,
                     timeout=_NO_TIMEOUT,
                     read_bufsize=READ_BUFFER_BYTES,
@@ -281,12 +280,11 @@ class Pool:
                 )
             except FAULTS_OF_SENDING as error:
                 self._check(error, url, guard)
-                if upload.refused:  # and so nothing was sent; there is one connection less
+                if upload.refused:  # nothing was sent, and that idle connection is gone
                     continue
                 if not (upload.reused and repeatable and is_disconnect(error)):
                     raise translate(error, url) from error
-                # The server had already closed a connection that was kept for it, and
-                # can't have seen the request.
+                # The server had closed the idle connection, and can't have seen the request.
                 on_new = True
                 continue
             finally:
@@ -294,7 +292,7 @@ class Pool:
                 if guarding is not None:
                     end(guarding)
             if response.status == 408 and upload.reused and repeatable:
-                # Written into a connection that had been idle for too long: it means "closing".
+                # On a connection that was idle for too long, 408 means "closing".
                 response.close()
                 on_new = True
                 continue
@@ -308,18 +306,18 @@ class Pool:
             url = _follow(method, url, response, location, leave_origin=leave_origin)
 
     def _check(self, error: BaseException, url: URL, guard: Guard | None) -> None:
-        """Raise what a fault of sending is, where it is no fault of the connection."""
+        """Raise our error for a failure to send that the connection did not cause."""
         if self.closed:
             raise ClientClosedError("The client was closed during the call") from error
-        if isinstance(error.__cause__, MoondreamError):  # of a file that is sent
+        if isinstance(error.__cause__, MoondreamError):  # the uploaded file could not be read
             raise error.__cause__ from None
         if guard is not None and guard.refused is not None:
             raise guard.error(url) from error
 
     async def aclose(self, grace: float | None = None) -> None:
-        """Close all connections; what still waits or reads gets a `ClientClosedError`.
+        """Close all connections; open calls and bodies get a `ClientClosedError`.
 
-        Cancelling it ends the `grace`: it closes all the same.
+        Cancelling it ends the `grace`; the connections are closed all the same.
         """
         try:
             if grace and (self.calls or self.bodies):
@@ -336,15 +334,15 @@ class Pool:
             with anyio.CancelScope(shield=True):
                 if self._owns_session:
                     await self._session.close()
-                with contextlib.suppress(RuntimeError):  # the loop is ending, and about to do it
+                with contextlib.suppress(RuntimeError):  # the loop is ending, and closes it
                     await self._lifeline.aclose()
                 await asyncio.sleep(0)  # the transports of the bodies close in this round
 
     async def aclose_from_elsewhere(self, grace: float | None = None) -> None:
-        """Do the same from another thread or loop; this one's may rest, or end at any moment.
+        """Close the pool from another loop; the pool's own loop may stop at any moment.
 
-        Then nobody would hear of it, hence the looking. And no task is made there:
-        one that comes while a loop ends is dropped unfinished.
+        A loop that has stopped reports nothing, so its state is polled. No task is started in
+        it, since a loop that ends drops new tasks.
         """
         try:
             with anyio.move_on_after(grace or 0):
@@ -358,7 +356,7 @@ class Pool:
             self.abandon()
 
     def disown(self) -> None:
-        """Release all connections: they belong to the process that this one was forked from."""
+        """Release all connections without closing them: they belong to the parent process."""
         connector = self._session.connector
         if self._owns_session and connector is not None:
             disown(connector)
@@ -368,7 +366,7 @@ class Pool:
         _of_parents.append(self)
 
     async def _look_until(self, is_done: Callable[[], bool]) -> None:
-        """Return when it is, or when the loop does not run."""
+        """Poll until `is_done` holds, or the loop does not run any more."""
         rests = 0
         while not is_done() and not self.loop.is_closed() and rests < _RESTS:
             rests = 0 if self.loop.is_running() else rests + 1
@@ -380,13 +378,13 @@ class Pool:
         self.abandon()
 
     def leave(self, call: Closable) -> None:
-        """Take a call, which has ended, out of `calls`."""
+        """Remove a call that has ended."""
         self.calls.discard(call)
         if self._idle is not None:
             self._note_end(self._idle)
 
     def discard(self, body: Body) -> None:
-        """Forget a body that has ended."""
+        """Remove a body that has ended."""
         self.bodies.discard(body)
         if self._idle is not None:
             self._note_end(self._idle)
@@ -396,17 +394,17 @@ class Pool:
             idle.set()
 
     def drop(self) -> bool:
-        """Close, when the client was dropped; from any thread. Return whether that was too soon."""
+        """Close the pool of a dropped client, from any thread; return whether it was still open."""
         too_soon = self._owns_session and not self.closed and not self.loop.is_closed()
         if self.loop.is_running():
-            # No task: one that starts as the loop ends is cancelled before its first step.
+            # Without a task: a loop that ends cancels new tasks before their first step.
             self.loop.call_soon_threadsafe(self.abandon)
         else:
             self.abandon()
         return too_soon
 
     def abandon(self) -> None:
-        """Close everything at once and without noise; the loop may be closed, or at rest."""
+        """Close all connections at once and silently, even if the loop is closed or stopped."""
         self.closed = True
         for body in self.bodies.copy():
             body.abandon()
@@ -414,13 +412,13 @@ class Pool:
         if self._owns_session and connector is not None and not connector.closed:
             self._session.detach()
             close_connector(connector)
-        with contextlib.suppress(StopIteration, RuntimeError):  # it has nothing left to wait for
+        with contextlib.suppress(StopIteration, RuntimeError):  # it ends without a wait
             self._lifeline.aclose().__await__().send(None)
 
 
 _all: weakref.WeakSet[Transport] = weakref.WeakSet()
 _of_parents: list[Pool] = []
-"""Pools that nothing may happen to: to free them would touch what their owner uses."""
+"""The pools of parent processes, kept: freeing them would touch sockets that a parent uses."""
 
 
 def _disown_all() -> None:
@@ -438,7 +436,7 @@ async def _close_with_loop(pool: weakref.ref[Pool]) -> AsyncGenerator[None, None
     finally:
         living = pool()
         if living is not None and not living.closed:
-            living.closed = True  # so that aclose() on its way does not come back here
+            living.closed = True  # so that closing the session does not close the pool again
             for body in living.bodies.copy():
                 body.close(by_client=True)
             if living._owns_session:  # noqa: SLF001 - a part of the pool
@@ -454,9 +452,9 @@ def _follow(
     *,
     leave_origin: bool,
 ) -> URL:
-    """Return where to ask again."""
+    """Return the address that a redirect leads to, if it may be followed."""
     try:
-        # A signed address holds only as it is written.
+        # A signed address is valid only exactly as it is written.
         target = url.join(URL(location, encoded=leave_origin))
         origin = target.origin()
         _check_can_be_written(str(target))

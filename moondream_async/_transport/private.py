@@ -1,20 +1,19 @@
-"""Private names of aiohttp and asyncio: all that are used are used here, each for a reason.
+"""The private names of aiohttp, asyncio and anyio that the package uses, each with its reason.
 
-- A connection on which anything arrived that was not asked for must never be used again (RFC
-  9112, 9.2). aiohttp looks at a connection only when it is given back, hence a protocol of
-  ours (`Protocol`), which its connector has to be given (``_factory``), and which watches what
-  comes when (``data_received``, ``feed_data``, ``set_response_params``).
-- aiohttp raises ahead of what it still holds (``_read_nowait``).
-- Middlewares that are given for a request stand in for a session's own (``_middlewares``).
-- There is no public count of the connections that wait (``_conns``).
-- asyncio has no way to close a transport without its loop, and complains of those that are left
-  (``_acquired``, ``_close``, ``_loop``, ``_sock``, ``_conn_lost``, ...). A loop may be closed, may
-  never run again, or may be that of the process that this one was forked from.
-
-- anyio loads what it needs for asyncio at the first await, and would hold up the loop
+- A connection on which bytes arrived without a request must never be used again (RFC 9112,
+  9.2). aiohttp checks a connection only when it is given back. So its connector makes our own
+  `Protocol` (``_factory``), which checks all bytes as they arrive (``data_received``,
+  ``feed_data``, ``set_response_params``).
+- aiohttp raises an error before it hands out the bytes that had arrived (``_read_nowait``).
+- The middlewares of a request replace those of its session (``_middlewares``).
+- There is no public count of idle connections (``_conns``).
+- asyncio can't close a transport without its loop, and warns of transports that are left open
+  (``_acquired``, ``_close``, ``_loop``, ``_sock``, ``_conn_lost``, ...). The loop may be closed,
+  may never run again, or may belong to the parent process after a fork.
+- anyio imports its backend at the first await, which would block the loop
   (``anyio._backends._asyncio``).
 
-`tests/test_private_names.py` says which of them a new version has moved.
+`tests/test_private_names.py` tells which of these names a new version has moved.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ if TYPE_CHECKING:
 
 
 class Protocol(ResponseHandler):
-    """aiohttp's end of a connection, which takes one answer for each request, and no more."""
+    """aiohttp's protocol of a connection, with one answer for each request, and no more."""
 
-    _answer: Any = None  # the body of the answer to the latest request, once its head is there
+    _answer: Any = None  # the body of the last request's answer, when its head has come
     _is_chunked = False
     looks: Any = None
-    """What `is_quiet` asks of the socket, kept from the first time."""
+    """The poll object that `is_quiet` has made for the socket."""
 
     def set_response_params(self, **params: Any) -> None:
         """Expect an answer: a request is about to be sent."""
@@ -51,23 +50,23 @@ class Protocol(ResponseHandler):
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
-        """Take what arrived; close the connection if nobody had asked for it."""
+        """Take bytes that arrived; close the connection if no request had asked for them."""
         if self._answer is None:
-            # What is wrong behind an answer must not take the answer with it: head first.
+            # The head first: wrong bytes behind an answer must not spoil the answer.
             end = data.find(b"\r\n\r\n") + 4
             if end < 4 or end >= len(data):
                 super().data_received(data)
                 return
             super().data_received(data[:end])
             data = data[end:]
-        if not data or self._answer is None:  # none where reading is only resumed
+        if not data or self._answer is None:  # no data: reading is resumed
             super().data_received(data)
         elif self._answer.is_eof():
             self._refuse()
         elif self._is_chunked and b"\n0" not in data and data[:1] not in b"\r\n0":
-            super().data_received(data)  # the last chunk, which is of size 0, is not in there
+            super().data_received(data)  # without the last chunk, whose size is 0
         else:
-            # Its last byte by itself: it is one too many if the answer was whole without it.
+            # The last byte separately: if the answer is complete without it, it is one too many.
             super().data_received(data[:-1])
             if self._answer.is_eof():
                 self._refuse()
@@ -80,7 +79,7 @@ class Protocol(ResponseHandler):
             self.transport.close()
 
     def feed_data(self, data: Any, size: int = 0) -> None:
-        """Take a head with its body; one behind the answer is nobody's."""
+        """Take the head of an answer with its body; refuse a second answer."""
         message, body = data
         if self._answer is not None:
             self.force_close()
@@ -92,15 +91,15 @@ class Protocol(ResponseHandler):
 
 
 def use_protocol(connector: aiohttp.BaseConnector, loop: asyncio.AbstractEventLoop) -> None:
-    """Have a connector make its connections with `Protocol`."""
+    """Let a connector make its connections with `Protocol`."""
     make: Any = functools.partial(Protocol, loop=loop)
     connector._factory = make  # noqa: SLF001
 
 
 def is_quiet(protocol: Any) -> bool:
-    """Tell whether nothing has arrived on a connection between two requests, nor its end.
+    """Tell whether a connection is open and has no bytes to read, between two requests.
 
-    The event loop may not yet have read what has, so the socket is asked.
+    The event loop may not have read the bytes yet, so the socket is polled.
     """
     transport = protocol.transport
     if protocol.should_close or transport is None or transport.is_closing():
@@ -113,7 +112,7 @@ def is_quiet(protocol: Any) -> bool:
         return False
     if not _HAS_POLL:
         return not select.select([number], [], [], 0)[0]
-    kept: tuple[int, Any] | None = getattr(protocol, "looks", None)  # a caller's has none
+    kept: tuple[int, Any] | None = getattr(protocol, "looks", None)  # aiohttp's has none
     if kept is None or kept[0] != number:
         poll = select.poll()
         poll.register(number, select.POLLIN)
@@ -125,7 +124,7 @@ _HAS_POLL = hasattr(select, "poll")  # Windows has none
 
 
 def held(response: aiohttp.ClientResponse) -> bytes:
-    """Return what of a body has arrived and was not read, also behind a fault."""
+    """Return the bytes of a body that have arrived and were not read, even after an error."""
     return response.content._read_nowait(-1)  # noqa: SLF001
 
 
@@ -135,7 +134,7 @@ def count_idle(connector: aiohttp.BaseConnector) -> int:
 
 
 def protocols(connector: aiohttp.BaseConnector) -> Iterator[Any]:
-    """Yield what all connections of a connector are known by, in use or kept."""
+    """Yield the protocols of all connections of a connector, in use or idle."""
     for line in connector._conns.values():  # noqa: SLF001
         for protocol, _ in line:
             yield protocol
@@ -143,11 +142,11 @@ def protocols(connector: aiohttp.BaseConnector) -> Iterator[Any]:
 
 
 def disown(connector: aiohttp.BaseConnector) -> None:
-    """Release connections that belong to the process that this one was forked from.
+    """Release connections that belong to the parent process.
 
-    What they are known by in the event loop, whose selector both processes share, is not
-    touched. Only this process's hold on each socket ends, so that the other end hears of it
-    when the parent closes it.
+    Their entries in the event loop are not touched, since both processes share its selector. Only
+    this process's handle of each socket is closed, so that the server notices when the parent
+    closes the connection.
     """
     with Path(os.devnull).open("rb") as nothing:
         for protocol in protocols(connector):
@@ -158,14 +157,14 @@ def disown(connector: aiohttp.BaseConnector) -> None:
 
 
 def close_connector(connector: aiohttp.BaseConnector) -> None:
-    """Close the connector of a session and all its connections, in use or kept."""
+    """Close the connector of a session and all its connections, in use or idle."""
     for protocol in tuple(protocols(connector)):
         close_transport(protocol.transport, connector._loop)  # noqa: SLF001
     connector._close()  # noqa: SLF001
 
 
 def close_response(response: aiohttp.ClientResponse) -> None:
-    """Close the connection of an answer that is being read."""
+    """Close the connection of an unfinished answer."""
     connection = response.connection
     if connection is not None:
         close_transport(connection.transport, response._loop)  # noqa: SLF001
@@ -175,7 +174,7 @@ def close_response(response: aiohttp.ClientResponse) -> None:
 
 
 def close_transport(transport: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """Close a transport's socket, and that of the one below it where it does TLS."""
+    """Close the socket of a transport, and of the transport below it if it does TLS."""
     parts = _parts(transport)
     if parts and not any(hasattr(each, "_sock") for each in parts):
         _hang_up(transport, loop)
@@ -186,36 +185,37 @@ def close_transport(transport: Any, loop: asyncio.AbstractEventLoop) -> None:
         if sock is None:
             continue
         if not loop.is_closed():
-            # Its selector must not keep the number of a file that will be another one.
+            # The selector must not keep the file number, which another file will get.
             each._loop._remove_reader(sock.fileno())  # noqa: SLF001
             each._loop._remove_writer(sock.fileno())  # noqa: SLF001
         sock.close()
-        # One that was about to close will look for its socket once more.
+        # A transport that is already closing needs its `_sock` once more.
         if loop.is_closed() or not each._conn_lost:  # noqa: SLF001
             vars(each).update(_sock=None, _closing=True, _conn_lost=1)
 
 
 def _parts(transport: Any) -> list[Any]:
-    """Return a transport and the one below it where it does TLS."""
+    """Return a transport, and with TLS the transport below it."""
     below = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
     return [each for each in (transport, below) if each is not None]
 
 
 def _hang_up(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-    """End a connection whose socket is not to be had, as uvloop's: the server notices now.
+    """End a connection without access to its socket object, as with uvloop.
 
-    Its loop lets go of it when it runs again, or has done so when it was closed.
+    The server notices at once. The loop frees the transport when it runs again, or has done so
+    when it was closed.
     """
     if loop.is_closed() or transport.is_closing():
         return
     with (
         socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock,
-        contextlib.suppress(OSError),  # the server was first
+        contextlib.suppress(OSError),  # the server has closed it
     ):
         sock.shutdown(socket.SHUT_RDWR)
     loop.call_soon_threadsafe(transport.abort)
 
 
 def middlewares_of(session: aiohttp.ClientSession) -> tuple[aiohttp.ClientMiddlewareType, ...]:
-    """Return the middlewares that a session was made with."""
+    """Return the middlewares of a session."""
     return tuple(session._middlewares)  # noqa: SLF001

@@ -1,8 +1,8 @@
-"""Which proxy a request goes through: one that was named, one of the environment, or none.
+"""The proxy of a request: the one that the caller named, one of the environment, or none.
 
-The environment is read as every HTTP library reads it: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY
-and NO_PROXY, in small letters, too. Addresses of this machine are always reached
-directly. A proxy's password is kept like the API key: it is in nothing that is shown.
+The environment is read as in other HTTP libraries: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and
+NO_PROXY, also in small letters. The environment's proxies are not used for addresses of this
+machine. A proxy's password is kept secret like the API key.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Proxy(NamedTuple):
     """A proxy, and the credentials that are sent to it."""
 
     url: URL
-    """Without a user."""
+    """The address without user and password."""
     authorization: Secret | None = None
     """The value of Proxy-Authorization."""
     secrets: tuple[Secret, ...] = ()
-    """What is not to be shown, in all forms that it may come back in."""
+    """The password in all forms in which an error may quote it."""
 
 
 class Proxies:
-    """Tells the proxy for each address.
+    """Finds the proxy for an address.
 
     Args:
-        by_scheme: By the scheme of what is asked for, or ``all``; a string says what is
-            wrong with the one that was named.
-        direct: What is reached without, as NO_PROXY lists it.
+        by_scheme: A proxy for each scheme, or for ``all``; in place of an invalid proxy, a
+            message that says what is wrong with it.
+        direct: The hosts to reach without a proxy, as NO_PROXY lists them.
     """
 
     def __init__(self, by_scheme: Mapping[str, Proxy | str], direct: Iterable[str] = ()) -> None:
@@ -49,10 +49,10 @@ class Proxies:
         self._direct = [each.strip().lower() for each in direct if each.strip()]
 
     def for_url(self, url: URL) -> Proxy | None:
-        """Return the proxy for an address; None where there is none.
+        """Return the proxy for an address; None to use no proxy.
 
         Raises:
-            RequestError: The one that was named can't be used.
+            RequestError: The proxy is invalid.
         """
         if not self._by_scheme:
             return None
@@ -65,7 +65,7 @@ class Proxies:
 
     @property
     def secrets(self) -> tuple[Secret, ...]:
-        """The passwords of all of them."""
+        """The passwords of all proxies."""
         proxies = [each for each in self._by_scheme.values() if isinstance(each, Proxy)]
         return tuple(secret for each in proxies for secret in each.secrets)
 
@@ -78,14 +78,14 @@ NO_PROXIES = Proxies({})
 
 
 class _Only(Proxies):
-    """One proxy for everything, this machine included: the caller named it."""
+    """The proxy that the caller named: used for all addresses, also those of this machine."""
 
     def _is_direct(self, url: URL) -> bool:  # noqa: ARG002
         return False
 
 
 def proxies_at(address: Secret) -> Proxies:
-    """Return what sends everything through the proxy at an address."""
+    """Return proxies that use one proxy for all addresses."""
     proxy = _read(address)
     if isinstance(proxy, str):
         proxy = f"proxy must be {_WANTED}, or False, not {proxy}"
@@ -93,11 +93,11 @@ def proxies_at(address: Secret) -> Proxies:
 
 
 def proxies_of_environment(environment: Mapping[str, str]) -> Proxies:
-    """Return what the environment says."""
+    """Return the proxies that the environment names."""
     found: dict[str, Proxy | str] = {}
     for scheme in ("http", "https", "all"):
         name = f"{scheme}_proxy"
-        # As urllib: in a CGI script, HTTP_PROXY is a header of the request's ("httpoxy").
+        # As in urllib: in a CGI script, a client can set HTTP_PROXY by a header ("httpoxy").
         upper = "" if scheme == "http" and "REQUEST_METHOD" in environment else name.upper()
         used = next((each for each in (name, upper) if environment.get(each)), None)
         if used is None:
@@ -114,7 +114,7 @@ def proxies_of_environment(environment: Mapping[str, str]) -> Proxies:
 
 
 def _covers(entry: str, host: str, port: int | None) -> bool:
-    """Tell whether an entry of NO_PROXY means a host: a name with all below it, or a network.
+    """Tell whether an entry of NO_PROXY covers a host: a name and its subdomains, or a network.
 
     >>> _covers("example.com", "www.example.com", 443), _covers("10.0.0.0/8", "10.1.2.3", 80)
     (True, True)
@@ -139,9 +139,9 @@ def _covers(entry: str, host: str, port: int | None) -> bool:
 
 
 def _read(address: Secret, scheme: str = "") -> Proxy | str:
-    """Return the proxy at an address, or what to show of an address that can't be right.
+    """Return the proxy at an address, or for an invalid address the text to show of it.
 
-    It raises nothing: in its variables is the password.
+    The function raises nothing, since its variables hold the password.
     """
     text = address.reveal()
     if "://" not in text:

@@ -1,6 +1,6 @@
-"""Names of hosts into addresses, in threads of our own.
+"""Look up the addresses of host names, in threads of our own.
 
-aiohttp's way is the event loop's threads, which a program may have filled with its own work.
+aiohttp uses the threads of the event loop, which the program may have filled with other work.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from .workers import Workers
 
-_LOOKUPS_AT_ONCE = 8  # one may take half a minute, where a server for names does not answer
+_LOOKUPS_AT_ONCE = 8  # a lookup may take half a minute if the DNS server does not answer
 
 _lookups = Workers("names", _LOOKUPS_AT_ONCE)
 
 
 class Resolver(AbstractResolver):
-    """Asks the system, as Python does."""
+    """Asks the system's resolver, as Python does."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -29,11 +29,11 @@ class Resolver(AbstractResolver):
     def begin(
         self, host: str, port: int, family: socket.AddressFamily
     ) -> asyncio.Future[list[ResolveResult]]:
-        """Begin to look a host up; await what is returned."""
+        """Begin to look up a host; the future gives its addresses."""
         return _lookups.submit(_resolve, host, port, family)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is nothing to close."""
 
 
 def _resolve(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
@@ -43,12 +43,12 @@ def _resolve(host: str, port: int, family: socket.AddressFamily) -> list[Resolve
     except socket.gaierror:
         if host != "localhost":
             raise
-        found = socket.getaddrinfo(host, port, family, kind)  # known also without a network
+        found = socket.getaddrinfo(host, port, family, kind)  # found also without a network
     results: list[ResolveResult] = []
     for each, _, protocol, _, address in found:
         name = str(address[0])
         if each == socket.AF_INET6 and len(address) > 3 and address[3] and "%" not in name:
-            name = f"{name}%{address[3]}"  # an address of one link, by the number of that
+            name = f"{name}%{address[3]}"  # a link-local address, with the number of its link
         results.append(
             ResolveResult(
                 hostname=host,

@@ -1,7 +1,7 @@
-"""The sockets that connections are made of, and the guard that judges where they lead.
+"""The sockets of connections, and the guard that checks their addresses.
 
-A guard sees the very address that is connected to, whatever the host was written like
-and whatever it resolved to: aiohttp asks here for a socket, with that address.
+aiohttp asks this module for a socket, with the IP address to connect to. So a guard checks the
+real address, however the host was written and whatever it resolved to.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from moondream_async.errors import MoondreamError
 
-# A model may think for minutes without a byte on the line, and routers that translate
-# addresses forget an idle connection after five minutes or less.
+# A model may think for minutes without sending a byte, and NAT routers drop a connection that
+# is idle for five minutes or less.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
@@ -29,9 +29,8 @@ class Guard:
     """Lets sockets be opened to some addresses only, for one request.
 
     Args:
-        allows: Tells which addresses.
-        error: Makes the error to raise where none was, of where the request was to go
-            and of the address that was refused.
+        allows: Tells whether an address may be connected to.
+        error: Makes the error for a refused request, from its URL and the refused address.
     """
 
     def __init__(
@@ -40,10 +39,10 @@ class Guard:
         self._allows = allows
         self._error = error
         self.refused: str | None = None
-        """The last address that was not let through."""
+        """The last address that was refused."""
 
     def error(self, url: URL) -> MoondreamError:
-        """Return the error for a request that could not be sent."""
+        """Return the error for a request that was refused."""
         return self._error(url, self.refused or "")
 
     def check(self, host: str) -> None:
@@ -58,17 +57,17 @@ _guard: ContextVar[Guard | None] = ContextVar("guard", default=None)
 
 
 def begin(guard: Guard) -> Token[Guard | None]:
-    """Have `guard` judge the connections that are made from here on, up to `end`."""
+    """Let `guard` check the connections that are made until `end`."""
     return _guard.set(guard)
 
 
 def end(begun: Token[Guard | None]) -> None:
-    """Have them judged as before."""
+    """End the checks of the guard that `begin` has set."""
     _guard.reset(begun)
 
 
 def open_socket(info: AddrInfoType) -> socket.socket:
-    """Return a socket to connect to an address; what aiohttp's connector calls."""
+    """Return a socket for an address; aiohttp's connector calls this function."""
     family, kind, protocol, _, address = info
     guard = _guard.get()
     if guard is not None:
@@ -76,7 +75,7 @@ def open_socket(info: AddrInfoType) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEP_ALIVE.items():
-        if hasattr(socket, name):  # each system knows some of them
+        if hasattr(socket, name):  # each system has some of them
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return sock

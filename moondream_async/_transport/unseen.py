@@ -1,4 +1,4 @@
-"""Headers that are secret: written, and seen by nobody else."""
+"""Secret headers: they are sent, and kept out of requests that errors and traces refer to."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 
 class Unseen:
-    """Puts secrets into the head of a request while it is sent, and no longer.
+    """Adds secret headers to a request while it is sent, and removes them afterwards.
 
-    It is a middleware of aiohttp's, and the innermost: so the secrets are in no variable
-    of the frames that an error has gone through, in no trace, and not in the request
-    that aiohttp's errors and answers refer to.
+    It is a middleware of aiohttp, and the innermost. So the secrets are in no variable of an
+    error's frames, in no trace, and not in the request that aiohttp's errors and answers hold.
     """
 
     __slots__ = ("_for_proxy", "_headers")
@@ -29,12 +28,12 @@ class Unseen:
         self._for_proxy = for_proxy
 
     async def __call__(self, request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
-        """Send a request with the secrets in its head."""
+        """Send a request with the secret headers."""
         try:
             for name, secret in self._headers.items():
                 request.headers[name] = secret.reveal()
             if self._for_proxy is not None:
-                # With TLS the proxy sees the request for the tunnel, else the request itself.
+                # With TLS the proxy gets a request for a tunnel, else the request itself.
                 head = request.proxy_headers = CIMultiDict()
                 (head if request.is_ssl() else request.headers)[hdrs.PROXY_AUTHORIZATION] = (
                     self._for_proxy.reveal()

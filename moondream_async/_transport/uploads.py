@@ -24,20 +24,19 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 Part = bytes | EncodedImage | FileSlice
-"""A part of a body: an image goes out as a data URL in quotes."""
+"""A part of a body; an image is sent as a data URL in quotes."""
 
-_SLICE_BYTES = 48 * 1024  # of a picture, encoded at once while sending: 64 KiB of base64
-_LOOK = 0.02  # seconds between the first two looks at whether the last bytes have gone
-_LONGEST_PAUSE = 1.0  # seconds, between two of these
-_SMALL_BODY_BYTES = 64 * 1024  # a body up to here goes out in one piece, with the headers
+_SLICE_BYTES = 48 * 1024  # of a picture, encoded at once: 64 KiB of base64
+_LOOK = 0.02  # seconds until the second look whether the last bytes were sent
+_LONGEST_PAUSE = 1.0  # seconds between two of these looks
+_SMALL_BODY_BYTES = 64 * 1024  # a body up to this size is sent in one piece
 
 
 class Upload(aiohttp.payload.Payload):
-    """A body written piece by piece, with base64 made of each picture on the way.
+    """A body that is written piece by piece; pictures become base64 on the way.
 
-    So a picture of 5 MB costs its 5 MB while it is sent, and neither a copy in
-    base64 nor one in JSON, and a file of any size a few pieces; and no step of it
-    holds the event loop for long.
+    So a picture of 5 MB takes 5 MB of memory while it is sent, without a copy in base64 or JSON,
+    and a file of any size takes a few pieces. No step blocks the event loop for long.
     """
 
     _autoclose = True
@@ -51,7 +50,7 @@ class Upload(aiohttp.payload.Payload):
         on_new: bool = False,
         size: int | None = None,
     ) -> None:
-        is_file = bool(parts) and isinstance(parts[0], FileSlice)  # which is a body by itself
+        is_file = bool(parts) and isinstance(parts[0], FileSlice)  # a file is a whole body
         kind = "application/octet-stream" if is_file else "application/json"
         super().__init__(parts, content_type=kind)
         self._parts = parts
@@ -64,19 +63,19 @@ class Upload(aiohttp.payload.Payload):
         self._written = 0
         self._seen = 0
         self.reused = False
-        """Whether it went to a connection that an earlier request had used."""
+        """Whether its connection was used by an earlier request."""
         self.refused = False
-        """Whether nothing was sent, since a connection that was kept must not be used."""
+        """Whether nothing was sent, since the idle connection must not be used again."""
         self.is_sent = False
-        """Whether its last byte is on its way."""
+        """Whether its last byte was sent."""
         self._is_over = False
 
     def end(self) -> None:
-        """Look no longer whether the last bytes have gone: the request was answered, or failed."""
+        """Stop looking whether the last bytes were sent: the request was answered, or failed."""
         self._is_over = True
 
     def moved(self) -> bool:
-        """Tell whether any of it has gone out since this was asked for the last time."""
+        """Tell whether any bytes were sent since the last time this was called."""
         gone = self._written - _unsent(self._writer)
         moved, self._seen = gone > self._seen, gone
         return moved
@@ -85,8 +84,8 @@ class Upload(aiohttp.payload.Payload):
         return _whole(self._parts).decode(encoding, errors)
 
     async def write(self, writer: Any) -> None:
-        # A connection is known by its protocol: not every loop's transport can be referred to
-        # weakly, uvloop's with TLS can't. A lost one is noticed by the first write.
+        # Connections are remembered by their protocol, since transports of uvloop with TLS have
+        # no weak references. The first write notices if the connection is lost.
         self.reused = writer.protocol in self._used
         if self.reused and (self._on_new or not is_quiet(writer.protocol)):
             self.refused = True
@@ -102,7 +101,7 @@ class Upload(aiohttp.payload.Payload):
         async for piece in self._slowly():
             await writer.write(piece)
             self._written += len(piece)
-        # Not awaited: aiohttp closes a connection on which the answer ends before this does.
+        # Not awaited: aiohttp closes a connection whose answer ends before `write` returns.
         self._look_until_sent(_LOOK)
 
     def _look_until_sent(self, pause: float) -> None:
@@ -123,7 +122,7 @@ class Upload(aiohttp.payload.Payload):
                 return
         for index, piece in enumerate(self._pieces()):
             if index:
-                await asyncio.sleep(0)  # write() gives way only when the socket is full
+                await asyncio.sleep(0)  # write() yields to other tasks only when the socket is full
             yield piece
 
     def _pieces(self) -> Any:
@@ -139,7 +138,7 @@ class Upload(aiohttp.payload.Payload):
 
 
 def _unsent(writer: Any) -> int:
-    """Return how many bytes wait in this process or the system's queue; 0 if unknown."""
+    """Return how many bytes wait in this process or in the system's queue; 0 if unknown."""
     transport = writer.transport
     if transport is None or transport.is_closing():
         return 0
@@ -156,7 +155,7 @@ _FRAME_BYTES = len('"data:;base64,"')
 
 
 def size_on_wire(parts: Sequence[Part]) -> int:
-    """Return how many bytes a body is when it is sent."""
+    """Return the size of a body in bytes, as it is sent."""
     size = 0
     for part in parts:
         if type(part) is bytes:
@@ -169,7 +168,7 @@ def size_on_wire(parts: Sequence[Part]) -> int:
 
 
 def _whole(parts: Sequence[Any]) -> bytes:
-    """Return all of a body that is no file."""
+    """Return a body, other than a file, in one piece."""
     pieces: list[bytes] = []
     for part in parts:
         if type(part) is bytes:

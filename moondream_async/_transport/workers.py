@@ -1,8 +1,8 @@
-"""Threads for work that would hold up an event loop: pictures, and looking up names.
+"""Threads for work that would block an event loop: preparing pictures, looking up names.
 
-asyncio's own threads are everybody's: a program that fills them with its own work would
-keep each call waiting, and at its end Python waits for what they do. The workers here are the
-package's own, and nobody waits for them at the end.
+The program shares asyncio's own threads: if it fills them with other work, each call would have
+to wait, and Python waits for them at its end. The workers of this module belong to the package,
+and Python does not wait for them at its end.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
-_MANY = 8  # short jobs that wait, so that they are worth a thread of their own
-_LONG = 0.005  # seconds: no short job, but one that waits, as for a drive of the network
+_MANY = 8  # so many waiting short jobs are worth another thread
+_LONG = 0.005  # seconds after which a job is not short: it waits, as for a network drive
 
-_KEPT = 2.0  # seconds that a thread waits for its next job; to start one costs more than a job
+_KEPT = 2.0  # seconds that a thread waits for its next job; starting a thread costs more than a job
 
 
 class Workers:
-    """A few threads that do one job each at a time, and end when there has been none for long.
+    """A few threads that do one job at a time each, and end when no job has come for a while.
 
-    Who waits for a job may be cancelled. A job that nobody waits for is not begun; one that
-    has begun keeps its thread until it is done, so that never more than `most` are at work.
+    A task that waits for a job may be cancelled. A job that no task waits for is not started; a
+    job that has started keeps its thread to its end, so that at most `most` jobs run at once.
     """
 
     def __init__(self, name: str, most: int) -> None:
@@ -42,12 +42,12 @@ class Workers:
         self._jobs: deque[Any] = deque()
         self._ready = threading.Condition(threading.Lock())
         self._threads = 0
-        self._idle = 0  # of these, those that wait for a job, or are about to take one
+        self._idle = 0  # how many of the threads wait for a job, or are about to take one
 
     def submit(
         self, function: Callable[..., _T], /, *args: Any, **kwargs: Any
     ) -> asyncio.Future[_T]:
-        """Begin a job; await what is returned for its outcome, in the loop that runs now."""
+        """Begin a job; return a future of the running loop that gives its result."""
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
         with self._ready:
             self._jobs.append((future, function, args, kwargs))
@@ -55,17 +55,17 @@ class Workers:
             self._threads += is_short
             self._ready.notify()
         if is_short:
-            # A daemon: a picture that takes long is not waited for when the program ends.
+            # A daemon, so that the end of the program does not wait for a picture.
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
         return future
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
             _do(*job)
-            del job  # whose picture may be large
+            del job  # its picture may be large
 
     def _next(self) -> Any:
-        """Return a job; None, once the thread has to end."""
+        """Return a job; None if the thread must end."""
         with self._ready:
             if not self._jobs:
                 self._idle += 1
@@ -99,21 +99,21 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
 
 
 class ShortJobs:
-    """Short jobs of one event loop, as the reading of a small file: several in one hop.
+    """Short jobs of one event loop, as the reading of a small file: a thread does several at once.
 
-    A hop to a thread and back costs more than such a job. The first goes at once; those that
-    come meanwhile go together when it is back, or on another thread where it takes long, or
-    where there are many.
+    A hop to a thread and back costs more than such a job. The first job goes at once. The jobs
+    that come meanwhile go together when the first is back; or on another thread, if the first
+    takes long or many jobs wait.
     """
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._waiting: list[tuple[asyncio.Future[Any], Callable[[], Any]]] = []
-        self._hops = 0  # under way
+        self._hops = 0  # in threads at present
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, job: Callable[[], _T]) -> asyncio.Future[_T]:
-        """Begin a job that raises nothing; await what is returned for its outcome."""
+        """Begin a job that raises nothing; return a future that gives its result."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
         self._waiting.append((future, job))
@@ -151,7 +151,7 @@ _all: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
 def _reset_all() -> None:
-    """Forget the threads of the parent: a forked child has none of them."""
+    """Forget the threads of the parent process: a forked child has none of them."""
     for workers in _all:
         workers._reset()  # noqa: SLF001 - of this module
 
