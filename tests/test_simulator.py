@@ -1067,6 +1067,7 @@ def test_fault_with_times_always_strikes_every_request():
         ("cut=1,times=x", "fault times is written times=N, not times=x"),
         ("cut_inside=0", "fault cut_inside is written cut_inside=N"),
         ("split=0", "fault split is written split=BYTES"),
+        ("cut=1" + "0" * 20, "fault cut is written cut=N"),
         ("slow_start=nan", "fault slow_start is written slow_start=SECONDS"),
     ],
 )

@@ -9,49 +9,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from .steps import Event, HangUp, Queue, Reply, Step, Steps, Wait
 
-_REQUIRED = object()
-
-
-def _at_least(least: float, kind: type[float] = int) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        number = kind(text)
-        if not number >= least:  # also if it is nan
-            raise ValueError
-        return number
-
-    return parse
-
-
-def _reset(text: str) -> str:
-    if text != "reset":
-        raise ValueError
-    return text
-
-
-_SECONDS = _at_least(0, float)
-_NUMBER = _at_least(1)
+_Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+_Number = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+_Seconds = Annotated[float, Meta(ge=0)]
 
 
 class Effect(msgspec.Struct, frozen=True):
     """One way to fail, and how its value is written."""
 
     value: str
-    """What stands after the equals sign, as the help prints it; "" for nothing."""
+    """The word after the equals sign in the help, in brackets if optional; "" for no value."""
     help: str
     apply: Callable[..., Any]
-    parse: Callable[[str], Any] = _at_least(0)
-    default: Any = _REQUIRED
-    """The value where none is given; `_REQUIRED` where one must be."""
+    type: Any = _Count
+    default: Any = None
 
     @property
     def usage(self) -> str:
-        """How the value is written: ``=N``, ``[=CODE]`` where it may be left out, or nothing."""
+        """How the value is written: ``=N``, ``[=CODE]`` if it may be left out, or nothing."""
         if self.value.startswith("["):
             return f"[={self.value.strip('[]')}]"
         return f"={self.value}" if self.value else ""
@@ -81,6 +63,14 @@ def _redirect(target: str) -> Reply:
     code, colon, url = target.partition(":")
     status, url = (int(code), url) if colon and code.isdigit() else (307, target)
     return Reply(status, "", headers={"Location": url})
+
+
+def _hang_up(how: str) -> HangUp:
+    return HangUp(reset=how == "reset")
+
+
+def _as_they_are(steps: Steps, _: None) -> Steps:
+    return steps  # the server looks for the effect "json" by its name
 
 
 def _after(*instead: Step) -> Callable[[Steps, int], Steps]:
@@ -138,43 +128,25 @@ _ERROR = Event(b'data: {"error": {"message": "Inference failed", "type": "server
 _NAMED_ERROR = Event(b'event: error\ndata: {"message": "Inference failed"}\n\n')
 _REJECTED = Reply(200, {"error": "Queue is full", "status": "rejected"})
 
-
 EFFECTS: dict[str, Effect] = {
     "status": Instead("CODE", "answers with this HTTP status", Reply),
-    "html": Instead("[CODE]", "answers with a gateway's HTML page", _html, default=502),
-    "reject": Instead(
-        "", "answers that the queue is full, with status 200", lambda _: _REJECTED, default=None
-    ),
+    "html": Instead("[CODE]", "answers with a gateway's HTML page", _html, _Count, 502),
+    "reject": Instead("", "answers that the queue is full, with status 200", lambda _: _REJECTED),
     "redirect": Instead(
-        "URL", "redirects there with status 307, or to CODE:URL with another", _redirect, parse=str
+        "URL", "redirects there with status 307, or to CODE:URL with another", _redirect, str
     ),
-    "slow_start": Before("SECONDS", "waits before it answers at all", Wait, parse=_SECONDS),
+    "slow_start": Before("SECONDS", "waits before it answers at all", Wait, _Seconds),
     "hang_up": Before(
-        "[reset]",
-        "closes the connection instead of answering",
-        lambda how: HangUp(reset=how == "reset"),
-        parse=_reset,
-        default="",
+        "[reset]", "closes the connection instead of answering", _hang_up, Literal["reset"], ""
     ),
-    # The server looks for this one by its name.
-    "json": OnSteps(
-        "",
-        "answers with a JSON body although a stream was asked",
-        lambda steps, _: steps,
-        default=None,
-    ),
+    "json": OnSteps("", "answers with a JSON body although a stream was asked", _as_they_are),
     "cut": OnSteps("N", "ends the body in good order after N events, without the last", _after()),
     "drop": OnSteps("N", "closes the connection after N events", _after(HangUp())),
     "reset": OnSteps("N", "resets the connection after N events", _after(HangUp(reset=True))),
-    "cut_inside": OnSteps(
-        "N", "closes it in the middle of event N", _inside(HangUp()), parse=_NUMBER
-    ),
+    "cut_inside": OnSteps("N", "closes it in the middle of event N", _inside(HangUp()), _Number),
     "stall": OnSteps("N", "sends nothing more after N events", _after(Wait(None))),
     "stall_inside": OnSteps(
-        "N",
-        "sends nothing more from the middle of event N",
-        _inside(Wait(None)),
-        parse=_NUMBER,
+        "N", "sends nothing more from the middle of event N", _inside(Wait(None)), _Number
     ),
     "error_event": OnSteps("N", "sends an event with an error after N events", _after(_ERROR)),
     "named_error": OnSteps("N", "likewise, as an SSE event named error", _after(_NAMED_ERROR)),
@@ -184,15 +156,11 @@ EFFECTS: dict[str, Effect] = {
         "[SECONDS]",
         "sends a comment before every event, and one each so many seconds while it stalls",
         _heartbeats,
-        parse=_SECONDS,
-        default=0.05,
+        _Seconds,
+        0.05,
     ),
-    "endless": OnSteps(
-        "", "says the same again and again and never completes", _endless, default=None
-    ),
-    "split": OnSteps(
-        "BYTES", "sends every event in pieces of so many bytes", _split, parse=_NUMBER
-    ),
+    "endless": OnSteps("", "says the same again and again and never completes", _endless),
+    "split": OnSteps("BYTES", "sends every event in pieces of so many bytes", _split, _Number),
 }
 OPTIONS = {
     "times": "N or always: how many requests it strikes; 1 unless told",
@@ -235,14 +203,14 @@ class Fault(msgspec.Struct, frozen=True):
             name, equals, value = (piece.strip() for piece in part.partition("="))
             effect = EFFECTS.get(name)
             if name == "times":
-                options[name] = None if value == "always" else _read(name, "=N", _NUMBER, value)
+                options[name] = None if value == "always" else _read(name, "=N", _Number, value)
             elif name in OPTIONS:
                 options[name] = value
             elif effect is None:
                 raise ValueError(f"unknown fault {name!r}; {known}")
             elif equals and effect.value:
-                effects.append((name, _read(name, effect.usage, effect.parse, value)))
-            elif equals or effect.default is _REQUIRED:
+                effects.append((name, _read(name, effect.usage, effect.type, value)))
+            elif equals or effect.usage.startswith("="):
                 raise ValueError(f"fault {part!r} is written {name}{effect.usage}")
             else:
                 effects.append((name, effect.default))
@@ -344,8 +312,8 @@ def describe_faults() -> str:
     return "\n".join(f"{usage:<{width}}  {text}" for usage, text in lines)
 
 
-def _read(name: str, usage: str, parse: Callable[[str], Any], value: str) -> Any:
+def _read(name: str, usage: str, kind: Any, value: str) -> Any:
     try:
-        return parse(value)
-    except ValueError:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError:
         raise ValueError(f"fault {name} is written {name}{usage}, not {name}={value}") from None

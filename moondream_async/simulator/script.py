@@ -20,7 +20,7 @@ from __future__ import annotations
 import reprlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import msgspec
 
@@ -35,37 +35,51 @@ Text = str | Sequence[str]
 _Place = Point | Region | Mapping[str, float] | Sequence[float]
 
 
+class Terms(TypedDict, total=False):
+    """The arguments that all methods of `Script` have in common; `Script` describes them."""
+
+    times: int | None
+    fault: Fault | str | None
+    hold_after: int | None
+
+
 class ScriptedAnswer:
-    """An answer in a script: made by the methods of `Script`, and continued here.
+    """An answer in a script: made by the methods of `Script`, and released here.
 
     Attributes:
-        skill: Which requests it answers.
-        answer: What it says; None is what the simulator measures.
-        times: How many more requests it answers; None is all that find no other.
+        skill: The skill of the requests that it answers.
+        answer: The answer; None is the simulator's measurement.
+        times: The number of requests that it still answers; None is any number.
         fault: What goes wrong with it, if anything.
-        hold_after: After how many pieces it is held, if at all.
+        hold_after: The number of pieces before it is held, if it is.
     """
 
     def __init__(
         self,
         skill: str,
         answer: Answer | None,
-        *,
-        times: int | None,
-        fault: Fault | None,
-        hold_after: int | None,
         on_change: Callable[[], object],
+        *,
+        times: int | None = 1,
+        fault: Fault | str | None = None,
+        hold_after: int | None = None,
     ) -> None:
+        if times is not None and times < 1:
+            raise ValueError(f"times is 1 or more, or None for all, not {times}")
+        if hold_after is not None and hold_after < 0:
+            raise ValueError(f"hold_after is 0 or more, not {hold_after}")
         self.skill = skill
         self.answer = answer
         self.times = times
-        self.fault = fault
+        self.fault = Fault.parse(fault) if isinstance(fault, str) else fault
         self.hold_after = hold_after
         self._on_change = on_change
         self._released = False
+        if self.fault is not None and self.fault.times != 1:
+            raise ValueError("how often it goes wrong is said by the answer's times")
 
     def release(self) -> None:
-        """Let what is held go on, and hold no later answer either. From any thread."""
+        """Continue the answers held now, and hold no later one. From any thread."""
         self._released = True
         self._on_change()
 
@@ -76,12 +90,12 @@ class ScriptedAnswer:
         return msgspec.structs.replace(self.answer, ready=time.perf_counter())
 
     def hold(self) -> Iterator[Hold]:
-        """Yield what comes before a plain answer, which is held as a whole."""
+        """Yield the hold of a plain answer, which is held as a whole."""
         if self.hold_after is not None:
             yield Hold(lambda: self._released)
 
     def pause(self, steps: Steps) -> Steps:
-        """Yield the steps of a stream, and a hold where enough pieces are out."""
+        """Yield the steps of a stream, with a hold after `hold_after` pieces."""
         pieces, held = 0, False
         for step in steps:
             if not held and self.hold_after is not None and pieces >= self.hold_after:
@@ -104,23 +118,21 @@ class ScriptedAnswer:
 class Script(Queue[ScriptedAnswer]):
     """The scripted answers to come.
 
-    What its methods have in common:
+    All methods return the `ScriptedAnswer`, whose `release` ends a hold. Without an answer
+    in the arguments, the simulator measures it; for a scripted answer, pictures are not
+    decoded. A list of pieces is streamed as it is, an event each; a text is streamed as the
+    dialect does it, word by word. All methods take these arguments:
 
-    - They return the `ScriptedAnswer`, whose `release` ends a hold.
-    - A list of pieces is streamed as it is, an event each; a text is streamed as the
-      dialect does it, word by word. Where neither is given, the simulator measures the
-      answer; a scripted answer does not look at pictures.
-    - `times` is how many requests the answer is for. None is every request for which
-      nothing else is scripted; the latest answer of that kind counts.
-    - `fault` goes wrong with this answer: see `Fault`. A fault in the simulator's own
+    - `times`: The number of requests that the answer is for, 1 by default. None is every
+      request for which nothing else is scripted; the latest such answer counts.
+    - `fault`: Goes wrong with this answer: see `Fault`. A fault in the simulator's own
       `faults` that strikes the same request comes first; if it replies in place of the
       right answer, the scripted answer waits for the next request.
-    - `hold_after` stops the stream when so many pieces are out, until `release`; 0 is
-      before the first. A plain answer is held as a whole.
-    - They raise `ValueError` for a skill that the dialect doesn't serve, an unknown
-      fault, or a number out of range.
+    - `hold_after`: Holds the stream after so many pieces, until `release`; 0 is before the
+      first. A plain answer is held as a whole.
 
-    Lines of batches and rollouts of tuning are not scripted.
+    They raise `ValueError` for a skill that the dialect doesn't serve, an unknown fault, or
+    a number out of range. Lines of batches and rollouts of tuning are not scripted.
     """
 
     def __init__(
@@ -131,17 +143,11 @@ class Script(Queue[ScriptedAnswer]):
         self._on_change = on_change
 
     def caption(
-        self,
-        text: Text | None = None,
-        *,
-        finish_reason: str = "stop",
-        times: int | None = 1,
-        fault: Fault | str | None = None,
-        hold_after: int | None = None,
+        self, text: Text | None = None, *, finish_reason: str = "stop", **terms: Unpack[Terms]
     ) -> ScriptedAnswer:
         """Answer a caption with this text."""
         answer = _say("caption", "caption", text, finish_reason=finish_reason)
-        return self._answer("caption", answer, times, fault, hold_after)
+        return self._answer("caption", answer, terms)
 
     def query(
         self,
@@ -149,40 +155,26 @@ class Script(Queue[ScriptedAnswer]):
         *,
         reasoning: str | Reasoning | None = None,
         finish_reason: str = "stop",
-        times: int | None = 1,
-        fault: Fault | str | None = None,
-        hold_after: int | None = None,
+        **terms: Unpack[Terms],
     ) -> ScriptedAnswer:
-        """Answer a question with this text, and this reasoning whether it was asked for or not."""
+        """Answer a question with this text and this reasoning, whether or not it was asked for."""
         if isinstance(reasoning, str):
             reasoning = Reasoning(reasoning)
         thought = msgspec.to_builtins(reasoning)
         answer = _say("query", "answer", text, finish_reason=finish_reason, reasoning=thought)
-        return self._answer("query", answer, times, fault, hold_after)
+        return self._answer("query", answer, terms)
 
     def detect(
-        self,
-        objects: Iterable[_Place] | None = None,
-        *,
-        times: int | None = 1,
-        fault: Fault | str | None = None,
-        hold_after: int | None = None,
+        self, objects: Iterable[_Place] | None = None, **terms: Unpack[Terms]
     ) -> ScriptedAnswer:
         """Find these boxes: each a `Region`, or x_min, y_min, x_max and y_max."""
-        answer = _place("detect", "objects", objects, Region)
-        return self._answer("detect", answer, times, fault, hold_after)
+        return self._answer("detect", _place("detect", "objects", objects, Region), terms)
 
     def point(
-        self,
-        points: Iterable[_Place] | None = None,
-        *,
-        times: int | None = 1,
-        fault: Fault | str | None = None,
-        hold_after: int | None = None,
+        self, points: Iterable[_Place] | None = None, **terms: Unpack[Terms]
     ) -> ScriptedAnswer:
         """Find these places: each a `Point`, or x and y."""
-        answer = _place("point", "points", points, Point)
-        return self._answer("point", answer, times, fault, hold_after)
+        return self._answer("point", _place("point", "points", points, Point), terms)
 
     def segment(
         self,
@@ -190,20 +182,18 @@ class Script(Queue[ScriptedAnswer]):
         bbox: _Place | None = None,
         *,
         coarse_path: Text | None = None,
-        times: int | None = 1,
-        fault: Fault | str | None = None,
-        hold_after: int | None = None,
+        **terms: Unpack[Terms],
     ) -> ScriptedAnswer:
         """Outline an object with this path, 0-1 of this box.
 
-        A stream brings `coarse_path` before the path itself; where it isn't given, the path.
+        A stream brings `coarse_path` before the path itself; None is the path.
         """
         answer = None
         if path is not None:
             box = None if bbox is None else _name_sides(bbox, Region)
             result = {"path": path, "bbox": box}
             answer = _say("segment", "path", coarse_path or path, result=result)
-        return self._answer("segment", answer, times, fault, hold_after)
+        return self._answer("segment", answer, terms)
 
     def chat(
         self,
@@ -211,14 +201,12 @@ class Script(Queue[ScriptedAnswer]):
         *,
         reasoning: str | None = None,
         finish_reason: str = "stop",
-        times: int | None = 1,
-        fault: Fault | str | None = None,
-        hold_after: int | None = None,
+        **terms: Unpack[Terms],
     ) -> ScriptedAnswer:
         """Answer a conversation with this text. Words of the reasoning are pieces too."""
         thought = {"text": reasoning} if reasoning else None
         answer = _say("chat", "content", text, finish_reason=finish_reason, reasoning=thought)
-        return self._answer("chat", answer, times, fault, hold_after)
+        return self._answer("chat", answer, terms)
 
     def take(self, skill: str) -> ScriptedAnswer | None:
         """Return the answer for a request, and count it as taken."""
@@ -232,32 +220,10 @@ class Script(Queue[ScriptedAnswer]):
                     return answer
             return fitting[-1] if fitting else None
 
-    def _answer(
-        self,
-        skill: str,
-        answer: Answer | None,
-        times: int | None,
-        fault: Fault | str | None,
-        hold_after: int | None,
-    ) -> ScriptedAnswer:
+    def _answer(self, skill: str, answer: Answer | None, terms: Terms) -> ScriptedAnswer:
         if skill not in self._skills:
             raise ValueError(f"this dialect has no {skill}; it has {', '.join(self._skills)}")
-        if times is not None and times < 1:
-            raise ValueError(f"times is 1 or more, or None for all, not {times}")
-        if hold_after is not None and hold_after < 0:
-            raise ValueError(f"hold_after is 0 or more, not {hold_after}")
-        if isinstance(fault, str):
-            fault = Fault.parse(fault)
-        if fault is not None and fault.times != 1:
-            raise ValueError("how often it goes wrong is said by the answer's times")
-        scripted = ScriptedAnswer(
-            skill,
-            answer,
-            times=times,
-            fault=fault,
-            hold_after=hold_after,
-            on_change=self._on_change,
-        )
+        scripted = ScriptedAnswer(skill, answer, self._on_change, **terms)
         self._add(scripted)
         return scripted
 
