@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from own_clock import OwnClock
 from programs import run
 
 import moondream_async as md
@@ -35,8 +36,15 @@ collect_ignore = [
 
 
 @pytest.fixture
-def anyio_backend():
-    return "asyncio"  # what aiohttp runs on
+def clock(monkeypatch):
+    return OwnClock(monkeypatch)
+
+
+@pytest.fixture
+def anyio_backend(request):
+    if request.node.get_closest_marker("own_time") is None:
+        return "asyncio"  # what aiohttp runs on
+    return "asyncio", {"loop_factory": request.getfixturevalue("clock").new_loop}
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,7 @@
 """A clock that belongs to the test: time passes when nothing is left to do but to wait for it.
 
-So an hour takes a moment, and what happens at which second is known exactly::
-
-    @pytest.fixture
-    def clock(monkeypatch):
-        return OwnClock(monkeypatch)
-
-    @pytest.fixture
-    def anyio_backend(clock):
-        return "asyncio", {"loop_factory": clock.new_loop}
+So an hour takes a moment, and what happens at which second is known exactly. A file of tests
+has it by ``pytestmark = pytest.mark.own_time``, and its tests by the fixture `clock`.
 
 It replaces what belongs to Python: ``time.monotonic``, and the waiting for sockets in
 the event loop. Where sockets are open, it lets them have what is on its way first.

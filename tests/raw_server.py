@@ -254,3 +254,16 @@ async def answer_all(peer):
     """Answer every request on a connection."""
     while True:
         await answer(peer)
+
+
+async def listen(peer):
+    """Take a request and say nothing."""
+    await peer.request()
+    await peer.until_gone()
+
+
+async def stall(peer):
+    """Take a request, say a word and then nothing."""
+    await peer.request()
+    await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
+    await peer.until_gone()

@@ -4,7 +4,6 @@ Garbage is not collected meanwhile: what is freed, is freed by reference countin
 """
 
 import asyncio
-import contextlib
 import gc
 import sys
 import types
@@ -23,7 +22,11 @@ from raw_server import (
     answer_all,
     head,
     in_chunks,
+    listen,
+    stall,
 )
+from test_leaving import CLOSING, named
+from test_leaving import task as begun_and_cancelled
 
 import moondream_async as md
 
@@ -38,17 +41,6 @@ async def talk(peer):
     await peer.send(STREAM_HEAD)
     while True:
         await peer.send(ENDLESS)
-
-
-async def stall(peer):
-    await peer.request()
-    await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
-    await peer.until_gone()
-
-
-async def listen(peer):
-    await peer.request()
-    await peer.until_gone()
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +83,7 @@ async def assert_gone(server):
         await server.until_idle()
 
 
-# -- ways of leaving an open stream; `test_leaving.py` has more, in memory --------------
+# -- an open stream is left; `test_leaving.py` has more ways, and what is said of them ----
 
 
 async def read_for_ever(stream):
@@ -99,101 +91,61 @@ async def read_for_ever(stream):
         await asyncio.sleep(0)
 
 
-@contextlib.asynccontextmanager
-async def reading(stream):
-    """A task of its own that is reading."""
-    task = asyncio.ensure_future(read_for_ever(stream))
+async def cancel_its_reader(stream):
+    await begun_and_cancelled(read_for_ever(stream))
+
+
+async def close_it_under_its_reader(stream):
+    reader = asyncio.ensure_future(read_for_ever(stream))
     await rounds()
-    yield task
-    await asyncio.wait([task])
-
-
-async def cancel_task(client):
-    async def read():
-        async with client.caption(IMAGE, stream=True) as stream:
-            await read_for_ever(stream)
-
-    task = asyncio.ensure_future(read())
-    await rounds()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def close(client):
-    stream = await client.caption(IMAGE, stream=True)
-    await anext(stream)
     await stream.aclose()
-    await stream.aclose()
-    with pytest.raises(md.ClientClosedError):
-        await anext(stream)
-
-
-async def close_from_another_task(client):
-    stream = await client.caption(IMAGE, stream=True)
-    async with reading(stream) as reader:
-        await asyncio.ensure_future(stream.aclose())
     with pytest.raises(md.ClientClosedError, match="stream was closed"):
         await reader
 
 
-async def close_the_client(client):
-    stream = await client.caption(IMAGE, stream=True)
-    await anext(stream)
-    await client.aclose()
-    with pytest.raises(md.ClientClosedError):
-        await stream.text()
-
-
-async def close_the_client_from_another_task(client):
-    stream = await client.caption(IMAGE, stream=True)
-    async with reading(stream) as reader:
-        await asyncio.ensure_future(client.aclose())
-    with pytest.raises(md.ClientClosedError):
-        await reader
-
-
-async def leave_the_client(client):
-    async with client:
-        stream = await client.caption(IMAGE, stream=True)
-        await anext(stream)
-    with pytest.raises(md.ClientClosedError):
-        await stream.text()
-
-
-async def drop(client):
-    stream = await client.caption(IMAGE, stream=True)
-    await anext(stream)
-    with pytest.warns(ResourceWarning, match=r"CaptionStream was dropped .*test_cancel\.py:\d"):
-        del stream
-
-
-async def drop_the_iterator(client):
-    chunks = (await client.caption(IMAGE, stream=True)).chunk
-    await anext(chunks)  # the iterator alone keeps its stream alive
-    with pytest.warns(ResourceWarning, match="dropped"):
-        del chunks
-
-
-LEAVING = [
-    cancel_task,
-    close,
-    close_from_another_task,
-    close_the_client,
-    close_the_client_from_another_task,
-    leave_the_client,
-    drop,
-    drop_the_iterator,
-]
-
-
-@pytest.mark.parametrize("leave", LEAVING, ids=lambda leave: leave.__name__)
+@pytest.mark.parametrize(
+    "leave", [*CLOSING, cancel_its_reader, close_it_under_its_reader], ids=named
+)
 async def test_stream_that_is_left_is_closed_and_the_server_sees_it(server, leave):
+    async with client_of(server) as client:
+        stream = await client.caption(IMAGE, stream=True)
+        await leave(stream)
+        await assert_gone(server)
+        await assert_whole(client, server)
+        with pytest.raises(md.ClientClosedError):
+            await anext(stream)
+
+
+@pytest.mark.parametrize("held", ["stream", "chunk"])
+async def test_stream_that_is_dropped_is_closed_and_the_server_sees_it(server, held):
+    async with client_of(server) as client:
+        kept = await client.caption(IMAGE, stream=True)
+        kept = kept if held == "stream" else kept.chunk  # which alone keeps its stream alive
+        await anext(kept)
+        with pytest.warns(ResourceWarning, match=r"CaptionStream was dropped .*test_cancel\.py:\d"):
+            del kept
+        await assert_gone(server)
+        await assert_whole(client, server)
+
+
+@pytest.mark.parametrize("entered", [False, True], ids=["closed", "left"])
+@pytest.mark.parametrize("in_a_read", [False, True], ids=["between two reads", "in a read"])
+async def test_closing_the_client_closes_its_streams(server, entered, in_a_read):
     client = client_of(server)
-    await leave(client)
+    stream = await client.caption(IMAGE, stream=True)
+    await anext(stream)
+    readers = [asyncio.ensure_future(read_for_ever(stream)) for _ in range(in_a_read)]
+    await rounds()
+    if entered:
+        async with client:
+            pass
+    else:
+        await client.aclose()
+    for reading in (*readers, stream.text()):
+        with pytest.raises(md.ClientClosedError):
+            await reading
     await assert_gone(server)
     await assert_whole(client, server)
-    await client.aclose()
 
 
 async def test_dropped_stream_and_client_are_closed_where_warnings_are_errors(server, monkeypatch):

@@ -76,66 +76,12 @@ async def test_events_without_blank_lines_are_read_one_by_one(photo):
         assert await stream.text() == plain.caption
 
 
-@pytest.mark.parametrize("skill", ["caption", "query"])
-async def test_stream_is_iterated_under_each_of_its_names(client, photo, skill):
-    question = () if skill == "caption" else (QUESTION,)
-    stream = await getattr(client, skill)(photo, *question, stream=True)
-    key = {"caption": "caption", "query": "answer"}[skill]
-    first = await anext(aiter(stream))
-    second = await anext(stream.chunk)
-    third = await anext(stream["chunk"])
-    fourth = await anext(stream[key])
-    text = await stream.text()
-    assert text.startswith(first + second + third + fourth)
-    assert text == (await getattr(client, skill)(photo, *question))[key]
-
-
-async def test_events_say_all_that_the_text_says(client, photo):
-    text = (await client.caption(photo)).caption
-    async with client.caption(photo, stream=True) as stream:
-        events = [event async for event in stream.events]
-    assert "".join(event.chunk for event in events) == text
-    assert isinstance(events[0], md.ChunkEvent)
-    assert isinstance(events[-1], md.FinalEvent)
-    assert stream.completed
-
-
-async def test_stream_can_be_awaited_entered_or_made_a_task(client, photo):
-    text = (await client.caption(photo)).caption
-    awaited = await client.caption(photo, stream=True)
-    task = asyncio.create_task(client.caption(photo, stream=True))
-    async with client.caption(photo, stream=True) as entered:
-        assert await entered.text() == text
-    assert await awaited.text() == text
-    assert await (await task).text() == text
-
-
 async def test_stream_may_be_asked_for_by_a_variable(client, photo):
     for stream in (True, False):
         answer = await client.query(photo, QUESTION, stream=stream)
         assert isinstance(answer, md.QueryStream if stream else md.QueryResult)
         if stream:
             await answer.text()
-
-
-async def test_reading_on_after_the_end_gives_nothing(client, photo):
-    stream = await client.caption(photo, stream=True)
-    assert await stream.text() == await stream.text() != ""
-    await stream.aclose()
-    assert [piece async for piece in stream] == []
-    assert stream.completed
-
-
-async def test_two_readers_of_one_stream_are_told_apart(simulator, client, photo):
-    simulator.faults.append("stall=0")
-    stream = await client.caption(photo, stream=True)
-    reader = asyncio.ensure_future(anext(stream))
-    await asyncio.sleep(0)
-    with pytest.raises(md.MoondreamError, match="Another task is already reading"):
-        await anext(stream)
-    await stream.aclose()
-    with pytest.raises(md.ClientClosedError):
-        await reader
 
 
 async def test_reasoning_comes_with_the_answer(client, photo):
@@ -154,15 +100,6 @@ async def test_refusal_to_reason_in_a_stream_is_answered_in_one_piece(photo):
         assert [piece async for piece in stream] == [plain.answer]
         assert stream.reasoning == plain.reasoning
         assert [request.status for request in simulator.requests] == [200, 400, 200]
-
-
-async def test_json_in_place_of_a_stream_is_a_stream_of_one_piece(simulator, client, photo):
-    plain = await client.caption(photo)
-    simulator.faults.append("json")
-    stream = await client.caption(photo, stream=True)
-    assert [piece async for piece in stream] == [plain.caption]
-    assert stream.completed
-    assert stream.metrics.keys() == plain.metrics.keys()
 
 
 async def test_question_about_no_picture_sends_none(simulator, client):
@@ -450,62 +387,6 @@ OPTIONS = [
 def test_option_that_cannot_be_right_is_refused(options):
     with pytest.raises(md.RequestError):
         md.MoondreamClient(**({"endpoint": "http://127.0.0.1:2020/v1"} | options))
-
-
-CAPTIONS = [
-    {"image": None},
-    {"image": "nowhere.jpg"},
-    {"image": b"no picture"},
-    {"image": b""},
-    {"image": 7},
-    {"length": "tiny"},
-    {"length": None},
-    {"settings": {"temperature": -1}},
-    {"settings": {"top_p": 0}},
-    {"settings": {"top_p": 1.5}},
-    {"settings": {"max_tokens": 0}},
-    {"settings": {"max_tokens": True}},
-    {"settings": {"mine": 1j}},
-    {"settings": ["temperature"]},
-    {"model": ""},
-    {"stream": "false"},
-]
-QUERIES = [
-    {},
-    {"question": ""},
-    {"question": "  "},
-    {"question": 7},
-    {"question": QUESTION, "reasoning": 1},
-    {"question": QUESTION, "spatial_refs": [[0.5]]},
-    {"question": QUESTION, "spatial_refs": [[0.5, 1.5]]},
-    {"question": QUESTION, "spatial_refs": [[0.9, 0, 0.1, 1]]},
-    {"question": QUESTION, "spatial_refs": [["a", "b"]]},
-    {"question": QUESTION, "spatial_refs": [0.5, 0.5]},
-    {"question": QUESTION, "spatial_refs": 7},
-    {"question": QUESTION, "spatial_refs": [[float("nan"), 0]]},
-]
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("options", CAPTIONS, ids=repr)
-async def test_bad_caption_is_refused_before_any_request(simulator, client, photo, options, stream):
-    with pytest.raises(md.RequestError):
-        await client.caption(**({"image": photo, "stream": stream} | options))
-    assert simulator.connections.accepted == 0
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("options", QUERIES, ids=repr)
-async def test_bad_query_is_refused_before_any_request(simulator, client, photo, options, stream):
-    with pytest.raises(md.RequestError):
-        await client.query(photo, stream=stream, **options)
-    assert simulator.connections.accepted == 0
-
-
-async def test_spatial_refs_need_a_picture(simulator, client):
-    with pytest.raises(md.RequestError, match="picture"):
-        await client.query(question=QUESTION, spatial_refs=[[0.5, 0.5]])
-    assert simulator.requests == []
 
 
 async def test_options_for_other_calls_go_over_the_same_connections(simulator, photo):

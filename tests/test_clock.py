@@ -7,7 +7,6 @@ import asyncio
 
 import pytest
 from decoding import sse
-from own_clock import OwnClock
 from sources import (
     DONE,
     END,
@@ -19,15 +18,7 @@ from sources import (
 
 import moondream_async as md
 
-
-@pytest.fixture
-def clock(monkeypatch):
-    return OwnClock(monkeypatch)
-
-
-@pytest.fixture
-def anyio_backend(clock):
-    return "asyncio", {"loop_factory": clock.new_loop}
+pytestmark = pytest.mark.own_time
 
 
 async def fails_at(stream, clock, cls, start):

@@ -11,7 +11,6 @@ import types
 
 import pytest
 from canned import IMAGE
-from own_clock import OwnClock
 from raw_server import (
     ANSWER,
     DONE,
@@ -23,24 +22,18 @@ from raw_server import (
     answer_all,
     head,
     in_chunks,
+    listen,
+    stall,
     whole,
 )
 
 import moondream_async as md
 from moondream_async._call.deadline import CallDeadline
 
+pytestmark = pytest.mark.own_time
+
 DAY = 86_400.0
 FOR_EVER = {"pool": None, "connect": None, "first_event": None, "idle": None, "total": None}
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return OwnClock(monkeypatch)
-
-
-@pytest.fixture
-def anyio_backend(clock):
-    return "asyncio", {"loop_factory": clock.new_loop}
 
 
 def only(**limits):
@@ -62,12 +55,6 @@ def running_out(clock, phase, seconds, *, cls=md.APITimeoutError):
     assert caught.value.phase == phase
     assert f"(Timeout.{phase})" in str(caught.value)
     assert clock.now - started == pytest.approx(seconds)
-
-
-async def listen(peer):
-    """Take a request and say nothing."""
-    await peer.request()
-    await peer.until_gone()
 
 
 async def hang(peer):
@@ -93,13 +80,8 @@ SECONDS = 45  # asyncio ends TLS after 60
 
 @CALLS
 async def test_pool_limits_the_wait_for_a_place(clock, call):
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
-        await peer.until_gone()
-
     async with (
-        RawServer(play) as server,
+        RawServer(stall) as server,
         client_of(server, timeout=only(pool=SECONDS), max_connections=2) as client,
     ):
         first, second = [await client.caption(IMAGE, stream=True) for _ in range(2)]

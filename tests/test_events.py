@@ -110,6 +110,23 @@ def test_every_servers_stream_gives_its_text_once_and_all_that_it_says(name, who
     assert last == NOTHING._replace(completed=True, **beside)
 
 
+@pytest.mark.parametrize("name", [name for name, _, _ in STREAMS])
+def test_a_stream_cut_in_two_is_whole_and_one_that_ends_early_is_interrupted(name):
+    stream = (WIRE / f"{name}.sse").read_bytes()
+    assert stream.startswith(b": source: ")
+    given, known_at_last = decode(stream, skill=skill_of(name))
+
+    for at in range(0, len(stream), 7):
+        assert decode(stream[:at], stream[at:], skill=skill_of(name)) == (given, known_at_last)
+        events, last = decode(stream[:at], skill=skill_of(name))
+        assert text(given).startswith(text(events))
+        if last.completed:
+            assert text(events) == text(given)
+            assert last.finish_reason == known_at_last.finish_reason
+        else:
+            assert last.failure[0] is md.StreamInterruptedError
+
+
 def test_every_stream_in_the_folder_is_read_here():
     assert {path.stem for path in WIRE.glob("*.sse")} == {
         *(name for name, _, _ in STREAMS),

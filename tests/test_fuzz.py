@@ -13,7 +13,6 @@ import pytest
 from canned import IMAGE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from own_clock import OwnClock
 from raw_server import (
     ANSWER,
     CHUNKED,
@@ -34,6 +33,8 @@ from test_two_ways import SKILLS, randomly_cut, streams
 import moondream_async as md
 from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
 
+pytestmark = pytest.mark.own_time
+
 CLASSES = {
     "caption": CaptionStream,
     "query": QueryStream,
@@ -45,16 +46,6 @@ fuzzing = settings(
     max_examples=2 * settings.default.max_examples,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the clock only goes on
 )
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return OwnClock(monkeypatch)
-
-
-@pytest.fixture
-def anyio_backend(clock):
-    return "asyncio", {"loop_factory": clock.new_loop}
 
 
 # -- a stream over bytes in memory ----------------------------------------------------

@@ -16,8 +16,9 @@ import weakref
 
 import anyio
 import pytest
+from canned import IMAGE, client_of
 from decoding import sse
-from raw_server import STREAM_HEAD, RawServer
+from raw_server import RawServer, stall
 from sources import (
     DONE,
     END,
@@ -531,21 +532,11 @@ async def test_a_stream_that_is_over_is_freed_at_once_without_a_word(make):
     assert source.closed
 
 
-async def never_ends(peer):
-    await peer.request()
-    await peer.send(STREAM_HEAD)
-    await peer.until_gone()
-
-
 @pytest.mark.parametrize("ask", ["caption", "query", "segment"])
 async def test_the_warning_names_the_line_that_opened_the_stream(ask):
-    image = md.EncodedImage(b"a picture, to a server that does not look", "image/png", 1, 1)
     more = () if ask == "caption" else ("What?",)
-    async with (
-        RawServer(never_ends) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-        stream = await getattr(client, ask)(image, *more, stream=True)
+    async with RawServer(stall) as server, client_of(server) as client:
+        stream = await getattr(client, ask)(IMAGE, *more, stream=True)
         here = inspect.currentframe().f_lineno - 1
 
         with pytest.warns(ResourceWarning, match=f"opened at {re.escape(__file__)}:{here}: "):

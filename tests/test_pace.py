@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import pytest
 from canned import IMAGE, client_of, rounds
-from own_clock import OwnClock
 from raw_server import (
     ANSWER,
     DONE,
@@ -25,7 +24,6 @@ from raw_server import (
     TEXT,
     RawServer,
     answer_all,
-    event,
     head,
     in_chunks,
     whole,
@@ -35,17 +33,9 @@ import moondream_async as md
 from moondream_async._call.limits import RateLimiter, Semaphore
 from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget
 
+pytestmark = pytest.mark.own_time
+
 TINY = 1e-6  # seconds: what is lost in adding up floats
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return OwnClock(monkeypatch)
-
-
-@pytest.fixture
-def anyio_backend(clock):
-    return "asyncio", {"loop_factory": clock.new_loop}
 
 
 def timers():
@@ -571,58 +561,23 @@ async def test_retry_that_helps_costs_the_budget_nothing():
         assert client.stats().retries == calls
 
 
-# What comes after the first event, on a connection that then breaks.
-BEGINNINGS = {
-    "chunk": EVENTS[0],
-    "empty-chunk": event(""),
-    "bbox": event(type="bbox", bbox={"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}),
-    "stats": event(stats={"tokens": 1}),
-    "unknown": event(something="else"),
-    "error": event(error="no more memory"),
-}
-
-
-@pytest.mark.parametrize("beginning", BEGINNINGS)
-async def test_nothing_is_asked_again_after_the_first_event(beginning):
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD + in_chunks(BEGINNINGS[beginning], end=False))
-        await rounds()
-        peer.reset()
-
-    async with RawServer(play) as server, client_of(server, max_retries=3) as client:
-        async with client.caption(IMAGE, stream=True) as stream:
-            with pytest.raises(md.StreamError):
-                await stream.text()
-            with pytest.raises(md.StreamError):
-                await stream.text()
-        assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize(
-    "beginning",
-    [b"", b": heartbeat\n\n", b"retry: 10\n\n", EVENTS[0][:-4]],
-    ids=["nothing", "comment", "retry-field", "half-an-event"],
-)
-async def test_stream_lost_before_its_first_event_is_asked_for_again(clock, beginning):
+async def test_stream_that_is_asked_for_again_waits_like_any_other_call(clock):
     async def play(peer):
         await peer.request()
         await peer.send(STREAM_HEAD)
         if len(server.peers) == 3:
             await peer.send(in_chunks(*EVENTS, DONE))
-        elif beginning:
-            await peer.send(in_chunks(beginning, end=False))
 
     watch = Watch(clock)
     async with (
         RawServer(play) as server,
         client_of(server, max_retries=3, hooks=watch.hooks) as client,
+        client.caption(IMAGE, stream=True) as stream,
     ):
-        async with client.caption(IMAGE, stream=True) as stream:
-            assert await stream.text() == TEXT
-        assert len(server.requests) == 3
-    assert watch.waits[1] == pytest.approx(watch.delays[1], abs=TINY)
-    assert watch.waits[2] == pytest.approx(watch.delays[2], abs=TINY)
+        assert await stream.text() == TEXT
+    assert [*watch.waits[1], *watch.waits[2]] == pytest.approx(
+        [*watch.delays[1], *watch.delays[2]], abs=TINY
+    )
 
 
 # -- a bulk run that is refused --------------------------------------------------------

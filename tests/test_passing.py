@@ -12,7 +12,6 @@ import pytest
 from decoding import chat, sse
 from hypothesis import given
 from hypothesis import strategies as st
-from own_clock import OwnClock
 from sources import (
     DONE,
     END,
@@ -37,19 +36,11 @@ from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream
 from moondream_async._stream.opening import Opening
 from moondream_async._stream.relay import HEARTBEAT
 
+pytestmark = pytest.mark.own_time
+
 KEY = "key-0123456789"
 FINAL = md.FinalEvent(raw={})
 NOTHING = {"finish_reason": None, "metrics": None, "usage": None, "reasoning": None}
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return OwnClock(monkeypatch)
-
-
-@pytest.fixture
-def anyio_backend(clock):
-    return "asyncio", {"loop_factory": clock.new_loop}
 
 
 def parse(*writes):

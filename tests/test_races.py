@@ -29,19 +29,13 @@ from raw_server import (
     event,
     head,
     in_chunks,
+    stall,
     whole,
 )
 from test_cancel import stepping
 
 import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE
-
-
-async def stall(peer):
-    """Say a word and then nothing."""
-    await peer.request()
-    await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
-    await peer.until_gone()
 
 
 async def leave_open(peer):

@@ -1,8 +1,8 @@
 """The rest of the skills, chat, and what a server tells of itself."""
 
+import inspect
 import json
 import re
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -398,38 +398,44 @@ async def test_request_says_what_the_caller_said_and_no_more(simulator, client, 
     assert bare == {"object": "shape", **({"stream": False} if skill == "segment" else {})}
 
 
-OBJECTS = [
-    {"image": None},
-    {"image": "nowhere.jpg"},
-    {"image": "https://example.com/heron.jpg"},
-    {"object": ""},
-    {"object": " \n"},
-    {"object": None},
-    {"object": 7},
-    {"settings": {"max_objects": 0}},
-    {"settings": {"max_objects": 1.5}},
-    {"settings": {"temperature": float("nan")}},
-    {"model": " "},
-]
-REFS = [
-    {"spatial_refs": [[0.5]]},
-    {"spatial_refs": [[0.1, 0.2, 0.3]]},
-    {"spatial_refs": [[-0.1, 0.5]]},
-    {"spatial_refs": [[0, 0.9, 1, 0.1]]},
-    {"spatial_refs": "0.5"},
-]
+NEEDED = {
+    "caption": {},
+    "query": {"question": QUESTION},
+    "detect": {"object": "circle"},
+    "point": {"object": "circle"},
+    "segment": {"object": "circle"},
+}
+NO_PICTURES = [None, 7, b"", b"no picture", "nowhere.jpg", "https://example.com/heron.jpg"]
+WRONG = {  # in whatever call takes it; `test_requests.py` has many more
+    "length": ["tiny"],
+    "question": [None, " \n", 7],
+    "object": [None, " \n", 7],
+    "reasoning": [1],
+    "spatial_refs": ["0.5", [[0.5]], [[0, 0.9, 1, 0.1]]],
+    "settings": [["temperature"], {"temperature": float("nan")}, {"mine": 1j}],
+    "stream": ["false"],
+    "model": [" "],
+}
 BAD_CALLS = [
-    *[("detect", options) for options in OBJECTS],
-    *[("point", options) for options in OBJECTS + REFS],
-    *[("segment", options) for options in [*OBJECTS, *REFS, {"stream": 1}]],
-    *[("segment", {**options, "stream": True}) for options in OBJECTS + REFS],
+    *[("query", {"image": None, "spatial_refs": [[0.5, 0.5]]})],
+    *[("query", {"image": image}) for image in NO_PICTURES[1:]],
+    *[(skill, {"image": image}) for skill in NEEDED if skill != "query" for image in NO_PICTURES],
+    *[
+        (skill, {name: value})
+        for skill in NEEDED
+        for name in inspect.signature(getattr(md.MoondreamClient, skill)).parameters
+        for value in WRONG.get(name, ())
+    ],
 ]
 
 
 @pytest.mark.parametrize(("skill", "options"), BAD_CALLS, ids=repr)
 async def test_bad_call_is_refused_before_any_request(simulator, client, photo, skill, options):
-    with pytest.raises(md.RequestError):
-        await getattr(client, skill)(**({"image": photo, "object": "circle"} | options))
+    call = getattr(client, skill)
+    for stream in (False, True) if "stream" in inspect.signature(call).parameters else (None,):
+        streamed = {} if stream is None else {"stream": stream}
+        with pytest.raises(md.RequestError):
+            await call(**{"image": photo, **NEEDED[skill], **streamed, **options})
     assert simulator.connections.accepted == 0
 
 
@@ -479,44 +485,7 @@ async def test_nothing_that_the_server_streamed_is_lost(photo, skill):
     assert got[1].event == "mood"
 
 
-# -- in memory ------------------------------------------------------------------------
-
-WIRE = Path(__file__).parent / "wire"
-STREAMS = {"segment": "segment", "segment_no_bbox": "segment", "chat": "chat"}
-
-
-def decode(name, *packets):
-    """Return the text and what is known at the end of a stream in these packets."""
-    decoder = decoder_for(STREAMS[name])
-    text = "".join(event.chunk for packet in packets for event in decoder.feed(packet))
-    text += "".join(event.chunk for event in decoder.end())
-    known = ("completed", "request_id", "finish_reason", "metrics", "usage", "bbox", "path")
-    return text, {key: getattr(decoder, key) for key in known}, decoder.failure
-
-
-@pytest.mark.parametrize("name", STREAMS)
-def test_stream_says_the_same_wherever_it_is_cut(name):
-    data = (WIRE / f"{name}.sse").read_bytes()
-    text, known, failure = decode(name, data)
-    assert known["completed"]
-    assert failure is None
-    for at in range(len(data)):
-        assert decode(name, data[:at], data[at:]) == (text, known, None)
-
-
-@pytest.mark.parametrize("name", STREAMS)
-def test_stream_that_ends_anywhere_before_its_end_is_interrupted(name):
-    data = (WIRE / f"{name}.sse").read_bytes()
-    whole, _, _ = decode(name, data)
-    for at in range(len(data)):
-        text, known, failure = decode(name, data[:at])
-        assert whole.startswith(text)
-        if known["completed"]:
-            assert text == whole
-            assert known["finish_reason"] is not None
-        else:
-            assert isinstance(failure(), md.StreamInterruptedError)
-
+# -- what nobody knows -----------------------------------------------------------------
 
 json_values = st.recursive(
     st.none()

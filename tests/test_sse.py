@@ -1,16 +1,16 @@
 """The event-stream parser: the standard's rules, however the bytes are cut.
 
 Each case of the table is fed whole, byte by byte and cut at random, and random
-streams are compared with a naive reading of the standard. `wire/*.sse` holds what
-the servers send.
+streams are compared with a naive reading of the standard. What the servers send is
+read in `test_events.py`.
 """
 
 import json
 import tracemalloc
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+from decoding import byte_by_byte
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,6 @@ from moondream_async.errors import StreamProtocolError
 
 Event = ServerSentEvent
 BOM = b"\xef\xbb\xbf"
-WIRE = sorted((Path(__file__).parent / "wire").glob("*.sse"))
 
 thorough = settings(max_examples=2 * settings.default.max_examples)
 
@@ -39,14 +38,6 @@ def parse(*packets):
     events, failed = drain(SSEParser(), packets)
     assert not failed
     return events
-
-
-def byte_by_byte(stream):
-    return [stream[i : i + 1] for i in range(len(stream))]
-
-
-def in_packets(stream, size):
-    return (stream[i : i + size] for i in range(0, len(stream), size))
 
 
 def cut(draw, stream):
@@ -296,19 +287,10 @@ CASES = STANDARD + FORMAT + GLUED
 
 
 @pytest.mark.parametrize(("stream", "events"), CASES)
-def test_stream_gives_its_events(stream, events):
-    assert parse(stream) == events
-
-
-@pytest.mark.parametrize(("stream", "events"), CASES)
-def test_stream_byte_by_byte_gives_the_same_events(stream, events):
-    assert parse(*byte_by_byte(stream)) == events
-
-
-@pytest.mark.parametrize(("stream", "events"), CASES)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_stream_cut_anywhere_gives_the_same_events(stream, events, data):
+    assert parse(stream) == parse(*byte_by_byte(stream)) == events
     assert parse(*cut(data.draw, stream)) == events
 
 
@@ -552,55 +534,3 @@ def test_memory_is_given_up_when_the_parser_fails():
     finally:
         tracemalloc.stop()
     assert kept < 20_000
-
-
-# Going round the parser.
-
-
-# What the servers send.
-
-
-def text_of(event):
-    """The piece of the answer in an event of any server."""
-    if "choices" in event:
-        return "".join(choice["delta"].get("content", "") for choice in event["choices"])
-    return event.get("chunk", "")
-
-
-HERON = "A grey heron stands in shallow water, one leg raised."
-SIGNS = "Two signs: “Boîte à thé” and 茶 🍵."
-ANSWERS = {
-    "chat": SIGNS,
-    "cloud_caption": HERON,
-    "cloud_caption_glued": HERON,
-    "cloud_query": SIGNS,
-    "cloud_query_glued": SIGNS,
-    "kestrel_caption": HERON,
-    "kestrel_query": "There are three boats, two of them red.",
-    "segment": "M 0 0.5 L 1 1 Z",
-    "segment_no_bbox": "M 0 0.5 L 1 1 Z",
-    "serve_caption": HERON,
-    "serve_caption_failed": "A grey An error occurred during caption generation.",
-    "serve_query": SIGNS,
-    "station_caption": HERON,
-    "station_query": SIGNS,
-}
-
-
-def test_every_wire_file_has_its_answer_here():
-    assert [path.stem for path in WIRE] == sorted(ANSWERS)
-
-
-@pytest.mark.parametrize("path", WIRE, ids=lambda path: path.stem)
-def test_wire_file_names_its_source(path):
-    assert path.read_bytes().startswith(b": source: ")
-
-
-@pytest.mark.parametrize("size", [None, 1, 7, 1460], ids=lambda size: f"{size or 'all'} bytes")
-@pytest.mark.parametrize("path", WIRE, ids=lambda path: path.stem)
-def test_wire_file_gives_its_answer_however_it_is_cut(path, size):
-    stream = path.read_bytes()
-    events = parse(*in_packets(stream, size or len(stream)))
-    assert len(events) == stream.count(b"data: ")
-    decoded = [json.loads(event.data) for event in events if event.data != "[DONE]"]
-    assert "".join(map(text_of, decoded)) == ANSWERS[path.stem]

@@ -7,7 +7,6 @@ import asyncio
 
 import pytest
 from decoding import CUTS, STOP, chat, cuts, sse
-from own_clock import OwnClock
 from sources import (
     DONE,
     END,
@@ -29,15 +28,7 @@ from moondream_async._stream.call import StreamCall
 from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
 from moondream_async._stream.opening import Opening
 
-
-@pytest.fixture
-def clock(monkeypatch):
-    return OwnClock(monkeypatch)
-
-
-@pytest.fixture
-def anyio_backend(clock):
-    return "asyncio", {"loop_factory": clock.new_loop}
+pytestmark = pytest.mark.own_time
 
 
 # -- reading -------------------------------------------------------------------------------

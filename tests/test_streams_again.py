@@ -5,7 +5,6 @@ from collections import deque
 
 import pytest
 from decoding import sse
-from own_clock import OwnClock
 from sources import (
     DONE,
     END,
@@ -23,15 +22,7 @@ import moondream_async as md
 from moondream_async._protocol.events import decoder_for
 from moondream_async._stream.opening import Opening
 
-
-@pytest.fixture
-def clock(monkeypatch):
-    return OwnClock(monkeypatch)
-
-
-@pytest.fixture
-def anyio_backend(clock):
-    return "asyncio", {"loop_factory": clock.new_loop}
+pytestmark = pytest.mark.own_time
 
 
 class Reopening:
@@ -55,8 +46,14 @@ def opening(*script, sent_at=None):
 
 @pytest.mark.parametrize(
     "script",
-    [[END], [lost], [b": ping\n\n", END], [b"id: 7\n", lost], [b'data: {"chunk": "A', END]],
-    ids=["ended", "lost", "ended after a heartbeat", "lost after an id", "half an event"],
+    [[END], [lost], [b": ping\n\n", END], [b"retry: 7\n\n", lost], [b'data: {"chunk": "A', END]],
+    ids=[
+        "ended",
+        "lost",
+        "ended after a heartbeat",
+        "lost after a field",
+        "half an event",
+    ],
 )
 async def test_a_stream_lost_before_its_first_event_is_asked_for_again(script):
     first = Source(*script)
@@ -79,8 +76,8 @@ async def test_it_may_be_lost_more_than_once():
 
 @pytest.mark.parametrize(
     "body",
-    [HERON[0], {"type": "mood"}, {"chunk": ""}],
-    ids=["text", "an unknown event", "an empty chunk"],
+    [HERON[0], {"type": "mood"}, {"chunk": ""}, {"stats": {}}, {"type": "bbox", "bbox": None}],
+    ids=["text", "an unknown event", "an empty chunk", "statistics", "a box"],
 )
 async def test_after_an_event_a_stream_is_never_asked_for_again(body):
     reopen = Reopening(opening(sse(*HERON, DONE)))

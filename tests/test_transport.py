@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from canned import IMAGE, client_of
+from canned import IMAGE, client_of, rounds
 from raw_server import (
     ANSWER,
     DONE,
@@ -25,6 +25,7 @@ from raw_server import (
     event,
     head,
     in_chunks,
+    stall,
     whole,
 )
 
@@ -37,12 +38,6 @@ async def collect(stream, pieces):
     """Read to the end, or to what is raised there."""
     async for piece in stream:
         pieces.append(piece)
-
-
-async def rounds(count=100):
-    """Let everything run that can run."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 # -- flow control ---------------------------------------------------------------------
@@ -199,19 +194,6 @@ async def test_stream_cut_before_completed_raises_with_the_text_so_far(cut, in_o
                 await anext(stream)
 
 
-@pytest.mark.parametrize("cut", CUTS)
-async def test_text_of_a_stream_that_was_cut_is_kept_for_who_reads_it_in_one(cut):
-    async with (
-        RawServer(play_cut(cut, in_one_packet=True)) as server,
-        client_of(server) as client,
-    ):
-        async with client.caption(IMAGE, stream=True) as stream:
-            with pytest.raises(md.StreamInterruptedError) as caught:
-                await stream.text()
-            assert caught.value.partial == TEXT
-        assert stream.text_so_far == TEXT
-
-
 ENDS = {
     "closed": (in_chunks(*EVENTS, DONE, end=False), False),
     "reset": (in_chunks(*EVENTS, DONE, end=False), True),
@@ -242,19 +224,6 @@ async def test_answer_that_is_complete_is_not_lost_with_its_connection(end, read
             assert stream.completed
         again = await client.caption(IMAGE, stream=True)
         assert await again.text() == TEXT
-
-
-async def test_body_without_end_after_the_answer_does_not_hold_the_reader():
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD + in_chunks(*EVENTS, DONE, end=False))
-        await peer.until_gone()
-
-    async with RawServer(play) as server, client_of(server) as client:
-        stream = await client.caption(IMAGE, stream=True)
-        assert await stream.text() == TEXT
-        await server.until_idle()
-        assert repr(client).endswith("0 open>")
 
 
 # -- kept connections -----------------------------------------------------------------
@@ -458,16 +427,6 @@ async def test_error_whose_body_hangs_keeps_its_status(part):
         await server.until_idle()
 
 
-async def test_new_connection_that_is_closed_without_an_answer_is_a_failure():
-    async def play(peer):
-        await peer.request()
-
-    async with RawServer(play) as server, client_of(server) as client:
-        with pytest.raises(md.APIConnectionError, match="lost"):
-            await client.caption(IMAGE)
-        assert len(server.peers) == 1
-
-
 async def test_connection_that_the_server_closed_while_idle_is_replaced():
     async with RawServer(answer) as server, client_of(server) as client:
         for _ in range(50):
@@ -475,17 +434,6 @@ async def test_connection_that_the_server_closed_while_idle_is_replaced():
             await server.until_idle()
             await rounds(10)
         assert len(server.peers) == 50
-
-
-async def test_unread_rest_of_an_answer_does_not_get_into_the_next():
-    async def play(peer):
-        while True:
-            await peer.request()
-            await peer.send(whole(ANSWER) + whole({"caption": "of nobody"}))
-
-    async with RawServer(play) as server, client_of(server) as client:
-        for _ in range(5):
-            assert (await client.caption(IMAGE)).caption == TEXT
 
 
 async def test_big_picture_arrives_whole():
@@ -598,13 +546,8 @@ async def test_calls_with_pictures_of_any_size_go_over_one_connection(
 
 
 async def test_cancelled_stream_over_tls_is_closed_at_once(server_context, client_context):
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
-        await peer.until_gone()
-
     async with (
-        RawServer(play, ssl_context=server_context) as server,
+        RawServer(stall, ssl_context=server_context) as server,
         client_of(server, ssl_context=client_context) as client,
     ):
         stream = await client.caption(IMAGE, stream=True)
