@@ -1,12 +1,11 @@
 """Any picture -> the bytes to send. Pure and synchronous; the client runs it in a thread.
 
-In comes whatever a caller has; out comes an `EncodedImage`, or an `ImageError`
-that names the picture and the reason. Most files need no decoding: their
-structure is walked (`jpeg`, `png`, `gif`, `webp`), their metadata is cut out, and
-the picture itself goes bit for bit as it is. The others are decoded within a budget
-(`decoders`), made plain (`colour`) and encoded anew (`convert`), and only for them
-Pillow is loaded. `inputs` reads paths, files and data URIs; `formats` tells by their
-names which files can be prepared.
+The input is a picture in any form; the output is an `EncodedImage`, or an `ImageError` that
+names the picture and the reason. Most files need no decoding: their structure is walked
+(`jpeg`, `png`, `gif`, `webp`), their metadata is cut out, and the picture itself is sent bit
+for bit. Other pictures are decoded within a budget (`decoders`), made plain (`colour`) and
+encoded again (`convert`); only they load Pillow. `inputs` reads paths, files and data URIs;
+`formats` tells by a file's name whether it can be prepared.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ __all__ = [
 ]
 
 _AT_ONCE_BYTES = 16 * 1024
-"""Files up to here are walked in 0.1 ms, and in a few ms if made to be slow."""
+"""Files up to this size are walked in 0.1 ms; if made to be slow, in a few ms."""
 
 _SMALL_FILE_BYTES = 256 * 1024
-"""Files up to here are read several at a time."""
+"""Files up to this size are read several at a time."""
 
 _AT_ONCE_PIXELS = 100_000
-"""Pictures up to here are inflated in a ms, and decoded in a few, where that must be done."""
+"""Pictures up to this size are inflated in a millisecond, and decoded in a few."""
 
 
 def encode_image(
@@ -56,55 +55,53 @@ def encode_image(
 ) -> EncodedImage:
     """Return a picture as it will be sent: upright, private, and within the server's limits.
 
-    `image` is a path, bytes, a binary file (read from where it stands, and left
-    open), a Pillow image (never changed), a numpy array of uint8 (height x width,
-    x 1, x 3 RGB or x 4 RGBA; OpenCV's BGR as ``frame[:, :, ::-1]``, which costs
-    nothing), a ``data:`` URI, or an `EncodedImage` (returned as
-    it is when it keeps the limits).
+    `image` is a path, bytes, a binary file (read from its position on, and left open), a
+    Pillow image (never changed), a numpy array of uint8 (height x width, x 1, x 3 RGB or
+    x 4 RGBA; OpenCV's BGR as ``frame[:, :, ::-1]``, which is not copied), a ``data:`` URI,
+    or an `EncodedImage` (returned as it is when it keeps the limits).
 
-    JPEG, PNG, GIF and WebP files are sent without being encoded anew. EXIF (with the
-    place and the thumbnail in it), XMP, IPTC, comments, text, all frames but the
-    first, and whatever follows the picture or stands where nothing belongs are cut
-    out; every pixel stays as it was, and so do ICC profiles. Decoded and encoded anew are:
+    JPEG, PNG, GIF and WebP files are sent without being encoded again. EXIF (with place and
+    thumbnail), XMP, IPTC, comments, text, all frames but the first, and all bytes that belong
+    to no part of the picture are cut out; pixels and ICC profiles stay. These pictures are
+    decoded and encoded again:
 
     - BMP, TIFF, AVIF, JPEG 2000, ICO, ICNS, PCX, PPM, TGA, HEIC with the extra ``heif``,
-      and what a Pillow plugin adds that you have registered; Pillow images and arrays;
-    - CMYK, palettes (but for GIF's), more than 8 bits, and anything that may be
-      transparent, which is laid on white: what servers do with these differs;
-    - a picture whose orientation, in EXIF or else in XMP, says that it lies on its
-      side: it is turned upright, so that boxes and points fit what people see;
-    - what is damaged so that viewers still show it, as a JPEG with stray bytes;
-    - a picture with bytes hidden behind its own compressed data (but for JPEG, where
-      nothing tells of them);
-    - what is over a limit.
+      formats of Pillow plugins that you have registered, Pillow images and arrays;
+    - CMYK, palettes (but for GIF's), more than 8 bits, and transparency, which is laid on
+      white: servers differ in how they show them;
+    - a picture whose orientation in EXIF, or else in XMP, is not upright: it is turned, so
+      that boxes and points fit what people see;
+    - a damaged picture that viewers still show, as a JPEG with stray bytes;
+    - a picture with bytes hidden behind its compressed data (but for JPEG, where they can't
+      be detected);
+    - a picture over a limit.
 
-    Then ICC colours become sRGB. The result is PNG if that is smaller, as for
-    drawings and screenshots, else JPEG at quality 95 (4:4:4), lowered to 90
-    and then made smaller in pixels until it fits. What `max_pixels` has made smaller is
-    JPEG at quality 90 (4:2:0), in half the bytes. What has more than 33 million pixels
-    is sent at half its width and height. 16-bit samples are scaled to 8
-    bits. Values of Pillow's modes I and F are taken as they are when all are
-    within 0-255, as 16 bits (I) when within 0-65535, as fractions (F) when within
-    0-1; any other range is stretched to black and white.
+    Their ICC colours become sRGB. The result is PNG if that is smaller, as for drawings and
+    screenshots, else JPEG at quality 95 (4:4:4), then at 90, then in fewer pixels until it
+    fits. A picture that `max_pixels` has made smaller is JPEG at quality 90 (4:2:0), in half
+    the bytes. A picture of more than 33 million pixels is sent at half its width and height.
+    16-bit samples are scaled to 8 bits. Values of Pillow's modes I and F are taken as they
+    are when all are within 0-255, as 16 bits (I) when within 0-65535, as fractions (F) when
+    within 0-1; any other range is stretched to black and white.
 
-    One picture costs at most 1 GB of memory and about ten seconds of one core. So
-    pictures of more than 89 million pixels are refused, and fewer are taken of kinds
-    that are dear to decode: 64 million of HEIC, 50 of AVIF, 40 of WebP, 25 of JPEG
-    2000, one of icons and of what Pillow decodes in Python (plain PPM, BMP with run
-    lengths). The limits do not hold for what is sent without being decoded.
+    One picture costs at most 1 GB of memory and about ten seconds of one core. Pictures of
+    more than 89 million pixels are refused, and costly formats have lower limits: 64 million
+    pixels for HEIC, 50 for AVIF, 40 for WebP, 25 for JPEG 2000, one for icons and for what
+    Pillow decodes in Python (plain PPM, BMP with run lengths). The lower limits do not hold
+    for files that are sent without being decoded.
 
     Args:
         image: The picture.
-        max_pixels: Width times height at most, for who pays by upload. The
-            model looks at about 1.9 million pixels, of larger pictures too.
-        max_bytes: The size at most, before base64 (which adds a third).
+        max_pixels: The most pixels, width times height, for a smaller upload. The model
+            looks at about 1.9 million pixels, also of larger pictures.
+        max_bytes: The most bytes, before base64 (which adds a third).
 
     Raises:
-        ImageError: The picture is missing, damaged, cut short, of an unknown
-            format, or too large to be opened. Only what can be told without
-            decoding is checked where nothing is decoded.
-        MissingExtraError: It is HEIC, and the extra ``heif`` is not installed; this is
-            an `ImageError` too.
+        ImageError: The picture is missing, damaged, cut short, of an unknown format, or too
+            large to be opened. A file that is sent without being decoded is checked only as
+            far as that goes.
+        MissingExtraError: The picture is HEIC, and the extra ``heif`` is not installed; this
+            error is an `ImageError` too.
         RequestError: A limit is not a positive whole number.
     """
     for name, limit in (("max_pixels", max_pixels), ("max_bytes", max_bytes)):
@@ -120,10 +117,10 @@ def encode_image(
 
 
 def encode_at_once(image: object, *, max_pixels: int | None = None) -> EncodedImage | None:
-    """Do the same for a small file in memory that needs no decoding; None if it is none.
+    """Do as `encode_image` for a small file in memory that needs no decoding, else return None.
 
-    That takes a third of the time that a thread for it would cost. Whatever is wrong with
-    a picture is left for `encode_image` to say.
+    This takes a third of the time that a thread would cost. A faulty picture gives None, too:
+    `encode_image` then raises the error.
     """
     if not isinstance(image, bytes) or len(image) > _AT_ONCE_BYTES:
         return None
@@ -131,10 +128,10 @@ def encode_at_once(image: object, *, max_pixels: int | None = None) -> EncodedIm
 
 
 def encode_small_file(path: object, *, max_pixels: int | None = None) -> EncodedImage | None:
-    """Do the same for a small file that has still to be read: work for a thread, but of a ms."""
+    """Do as `encode_at_once` for the path of a small file; this blocks for a millisecond."""
     try:
         return _encode_small(inputs.read(path, _SMALL_FILE_BYTES), max_pixels)
-    except Exception:  # noqa: BLE001 - see above
+    except Exception:  # noqa: BLE001 - `encode_image` raises it again
         return None
 
 
@@ -150,20 +147,20 @@ def _encode_small(image: bytes, max_pixels: int | None) -> EncodedImage | None:
             if not few or "moondream_async._images.convert" not in sys.modules:
                 return None
         return _as_it_is(data, header, max_pixels, len(image))
-    except Exception:  # noqa: BLE001 - see above
+    except Exception:  # noqa: BLE001 - likewise
         return None
 
 
 def decode_image(image: ImageSource | EncodedImage, *, max_pixels: int | None = None) -> Image:
-    """Return a picture decoded, as `encode_image` would send it: for showing it, or drawing on it.
+    """Return a picture decoded as for `encode_image`, to show it or to draw on it.
 
-    So it is upright and of mode RGB or L, in its own size or smaller. It is nobody else's.
-    This is the one way in which a picture is decoded: its file is opened only if it is a
-    regular one, by the decoders that `encode_image` uses, and within the same budget.
+    The result is a new picture, upright, of mode RGB or L, in its own size or smaller. All
+    of the package decodes pictures by this function or `encode_image`: regular files alone,
+    by the same decoders, within the same budget.
 
     Args:
         image: The picture, as for `encode_image`.
-        max_pixels: Width times height at most, as for a small picture on a page.
+        max_pixels: The most pixels, as for a thumbnail.
 
     Raises:
         ImageError: As for `encode_image`.
@@ -178,12 +175,12 @@ def decode_image(image: ImageSource | EncodedImage, *, max_pixels: int | None = 
 
 @contextlib.contextmanager
 def _naming(image: ImageSource) -> Iterator[None]:
-    """Turn whatever goes wrong with a picture into an `ImageError` that names it."""
+    """Turn every exception about a picture into an `ImageError` that names the picture."""
     try:
         yield
     except ImageError as error:
         raise type(error)(f"{inputs.describe(image)} {error}") from error.__cause__
-    except Exception as error:  # Pillow, fed with what anybody may have made, raises anything
+    except Exception as error:  # Pillow raises anything for a file that was made to harm
         reason = str(error) or type(error).__name__
         raise ImageError(f"{inputs.describe(image)} can't be decoded: {reason}") from error
 
@@ -201,7 +198,7 @@ def _encode(image: ImageSource, max_pixels: int | None, max_bytes: int) -> Encod
 def _as_it_is(
     image: ImageSource, header: Header | None, max_pixels: int | None, max_bytes: int
 ) -> EncodedImage | None:
-    """Return a file that can be sent without being decoded; None if it can't."""
+    """Return a file as it will be sent; None if it has to be decoded."""
     if header is None or not isinstance(image, bytes):
         return None
     few_pixels = max_pixels is None or header.width * header.height <= max_pixels
@@ -216,9 +213,9 @@ def _as_it_is(
 
 
 def _read(image: ImageSource) -> tuple[ImageSource, Header | None]:
-    """Return a Pillow image or an array as it is, and all else as bytes: cleaned, with a header.
+    """Return a Pillow image or an array as it is, another picture as cleaned bytes, and its header.
 
-    The header is None where the file is of no format that servers take.
+    The header is None where servers do not take the file's format.
     """
     if inputs.is_pillow(image) or inputs.is_array(image):
         return image, None
@@ -231,7 +228,7 @@ def _read(image: ImageSource) -> tuple[ImageSource, Header | None]:
 
 
 def _parse(data: bytes) -> Header | None:
-    """Walk the file if it is of a format that servers take; None if it is not."""
+    """Return the header of a file whose format servers take, else None."""
     if data.startswith(b"\xff\xd8\xff"):
         return jpeg.parse(data)
     if data.startswith(png.SIGNATURE):

@@ -1,7 +1,7 @@
-"""Any mode into RGB or L: 8 bits, sRGB, what is transparent on white. Loads Pillow.
+"""Any mode into RGB or L: 8 bits, sRGB, transparency on white. Loads Pillow.
 
-What works on pixels works on strips of the picture, so that other threads go on between
-them, and memory stays at the picture and its plain copy.
+The work is done in strips of the picture, so that other threads go on between them, and the
+memory is that of the picture and its plain copy.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from PIL import Image, ImageChops
 
 from moondream_async.errors import ImageError
 
-_STRIP_PIXELS: Final = 1 << 18  # worked on under the GIL, at a time
-_SAME: Final = 2  # of 255: so far apart are what different programs write as profiles of sRGB
+_STRIP_PIXELS: Final = 1 << 18  # of a strip, which may hold the GIL
+_SAME: Final = 2  # of 255, the most that sRGB profiles of different programs differ
 
 _Step: TypeAlias = Callable[[Image.Image], Image.Image]
 
 
 def flattened(image: Image.Image, *, copy: bool, factor: int = 1) -> Image.Image:
-    """Return the picture in mode RGB or L: 8 bits, sRGB, what is transparent on white.
+    """Return the picture in mode RGB or L: 8 bits, sRGB, transparency on white.
 
     Args:
         image: Any picture; it is not changed.
-        copy: Whether a new picture is wanted even if there is nothing to do.
-        factor: By how much width and height are made smaller, on the way.
+        copy: Whether the result must be a new picture even if nothing changes.
+        factor: The divisor by which width and height become smaller.
     """
     grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
     transparent = image.has_transparency_data
@@ -56,14 +56,14 @@ def flattened(image: Image.Image, *, copy: bool, factor: int = 1) -> Image.Image
 
 
 def strips(width: int, height: int, factor: int = 1) -> Iterator[tuple[int, int]]:
-    """Cut a picture into strips that are quickly worked on: their upper and lower edges."""
+    """Yield the upper and lower edges of the strips into which a picture is cut."""
     step = max(1, _STRIP_PIXELS // width // factor) * factor
     for top in range(0, height, step):
         yield top, min(top + step, height)
 
 
 def _to_bytes(image: Image.Image) -> _Step | None:
-    """Return what scales samples of more than 8 bits, as `encode_image` says, without clipping."""
+    """Return a step that scales samples of more than 8 bits, as `encode_image` says."""
     if image.mode.startswith("I;16"):
         return _from_16_bits(*_range(image))
     if image.mode not in ("I", "F"):
@@ -81,9 +81,9 @@ def _to_bytes(image: Image.Image) -> _Step | None:
 
 
 def _range(image: Image.Image) -> tuple[int, int]:
-    """Return the samples that are black and white in a picture of mode I;16.
+    """Return the values of black and white in a picture of mode I;16.
 
-    In TIFF they may have 12 bits, and white may be 0.
+    A TIFF may have 12 bits, and white may be 0.
     """
     tags: Any = getattr(image, "tag_v2", {})
     bits, photometric = tags.get(258), tags.get(262)
@@ -95,9 +95,9 @@ def _from_16_bits(black: int, white: int) -> _Step:
     scale = 255 / (white - black)
 
     def to_bytes(strip: Image.Image) -> Image.Image:
-        wide = strip.convert("I")  # of the kinds of I;16, some convert to nothing else
+        wide = strip.convert("I")  # some variants of I;16 convert to no other mode
         grey = _scaled(wide.convert("F"), scale, black)
-        key = grey.info.pop("transparency", None)  # a PNG's colour that stands for nothing
+        key = grey.info.pop("transparency", None)  # a PNG's transparent colour
         if isinstance(key, int):
             grey.putalpha(wide.point([255] * key + [0] + [255] * (65535 - key), "L"))
         return grey
@@ -106,7 +106,7 @@ def _from_16_bits(black: int, white: int) -> _Step:
 
 
 def _scaled(strip: Image.Image, scale: float, offset: float) -> Image.Image:
-    # Conversion to L cuts the fraction off; half a step makes that rounding.
+    # Conversion to L cuts the fraction off; with half a step added, it rounds.
     return strip.point(lambda value: value * scale + (0.5 - offset * scale)).convert("L")
 
 
@@ -118,9 +118,9 @@ def _extrema(image: Image.Image) -> tuple[float, float]:
 
 
 def _to_srgb(profile: bytes | None, mode: str) -> _Step | None:
-    """Return what converts from the colours of an ICC profile; None if they are sRGB's anyway.
+    """Return a step from the colours of an ICC profile to sRGB; None if they are sRGB already.
 
-    That is judged by what the profile does to some colours, since its name may say anything.
+    A profile counts as sRGB if it leaves some colours unchanged; its name is ignored.
     """
     if not profile:
         return None
@@ -148,7 +148,7 @@ def _to_srgb(profile: bytes | None, mode: str) -> _Step | None:
 
 
 def _changes_nothing(transform: Any, mode: str) -> bool:
-    """Tell whether a transform leaves some colours as they are: greys, or a cube's corners."""
+    """Tell whether a transform leaves sample colours unchanged: greys, or a grid of RGB."""
     if mode not in ("L", "RGB", "RGBA"):
         return False
     levels = range(0, 256, 51)

@@ -1,9 +1,8 @@
 """Pictures that can't be sent as they are: decoded, made plain, fitted, encoded. Loads Pillow.
 
-Every step either lets go of the GIL (as decoding, `resize`, `transpose` and
-encoding do), or works on a strip of the picture, so that an event loop in another
-thread goes on. Strips also keep memory down to the picture and its plain copy.
-Pillow's global state is left alone.
+Every step either releases the GIL (as decoding, `resize`, `transpose` and encoding do), or
+works on a strip of the picture, so that an event loop in another thread goes on. With strips
+the memory is that of the picture and its plain copy. Pillow's global state is not changed.
 """
 
 from __future__ import annotations
@@ -25,19 +24,17 @@ from .decoders import decode_file, load, quiet
 from .header import Header, check_size, exif_orientation, xmp_orientation
 from .inputs import ImageSource
 
-_QUALITIES: Final = (
-    95,
-    90,
-)  # below that, fewer pixels show more than the same number of worse ones
+# Below these, fewer pixels in good quality show more than all of them in bad quality.
+_QUALITIES: Final = (95, 90)
 _MAX_JPEG_SIDE: Final = 65_500  # libjpeg's
-_MOST_PIXELS: Final = 1 << 25  # what has more is sent at half its width and height, or less
+_MOST_PIXELS: Final = 1 << 25  # larger pictures are sent at half their width and height, or less
 _FRAME_PIXELS: Final = 1 << 22  # of an array that is copied at once, in milliseconds
-_MANY_COLOURS: Final = 4096  # no drawing has more of them in the squares below
-_TILE: Final = 64  # side of the squares that are tried to tell a drawing from a photo, 24 at most
+_MANY_COLOURS: Final = 4096  # no drawing has more colours in the squares below
+_TILE: Final = 64  # side of the squares by which a drawing is told from a photo, 24 at most
 
-_UPRIGHT_ALREADY: Final = ("AVIF", "HEIF")  # where other parts of the file say how they lie
+_UPRIGHT_ALREADY: Final = ("AVIF", "HEIF")  # the decoder turns them, by other data than XMP
 
-_UPRIGHT: Final = {  # EXIF orientation -> what undoes it
+_UPRIGHT: Final = {  # EXIF orientation -> the step that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -55,15 +52,15 @@ def decode(
 
     Args:
         source: A file's bytes, a Pillow image (never changed) or an array.
-        header: What was read of it already; None to take what the picture brings along.
-        max_pixels: Width times height at most.
+        header: The header, where the file's bytes were walked.
+        max_pixels: The most pixels.
 
     Returns:
-        A picture of mode RGB or L that is nobody else's.
+        A new picture of mode RGB or L.
 
     Raises:
-        ImageError: It is nothing that Pillow can read, or is too large. Pillow
-            raises other exceptions for what is damaged.
+        ImageError: Pillow can't read it, or it is too large. Damaged pictures raise other
+            exceptions of Pillow.
     """
     return _prepared(source, header, max_pixels)[0]
 
@@ -88,7 +85,7 @@ def _prepared(
             resize = _resized_fast
         upright = _UPRIGHT.get(_orientation(image) if header is None else header.orientation)
         given = image.size
-        if header is not None and header.media_type == "image/jpeg":  # which may be smaller now
+        if header is not None and header.media_type == "image/jpeg":  # decoded smaller, perhaps
             given = header.width, header.height
         size = _fitted(given, max_pixels, halve=halve)
         image = _made_plain(image, size, resize, copy=image is source)
@@ -105,12 +102,12 @@ def _made_plain(
     *,
     copy: bool,
 ) -> Image.Image:
-    """Return a picture in mode RGB or L and of the size; not the same one if it is to be a copy."""
+    """Return a picture in mode RGB or L and in a size; with `copy`, never the same object."""
     if size == image.size:
-        # Saving changes an image, and the caller's may be in use in other threads.
+        # Saving changes an image, and the caller's image may be in use in other threads.
         return flattened(image, copy=copy)
     if image.mode in ("L", "RGB") and not image.has_transparency_data:
-        return flattened(resize(image, size), copy=False)  # which has less to do then
+        return flattened(resize(image, size), copy=False)  # fewer pixels to flatten
     factor = min(image.width // size[0], image.height // size[1])
     if image.width * image.height <= _MOST_PIXELS:
         factor //= 2  # the finer filter does the rest, where memory allows
@@ -131,13 +128,13 @@ def encode(
         source: As for `decode`.
         header: As for `decode`.
         max_pixels: As for `decode`.
-        max_bytes: The encoded size at most.
+        max_bytes: The most bytes of the result.
 
     Raises:
-        ImageError: As for `decode`, or not even one pixel of it fits into `max_bytes`.
+        ImageError: As for `decode`, or not even one pixel fits into `max_bytes`.
     """
     image, smaller = _prepared(source, header, max_pixels, halve=True)
-    # What was a JPEG has artefacts, which are not worth keeping exactly.
+    # A JPEG has artefacts, which a PNG would keep exactly for nothing.
     was_jpeg = header is not None and header.media_type == "image/jpeg"
     if not was_jpeg and _is_drawn(image):
         data = _png(image)
@@ -147,7 +144,7 @@ def encode(
 
 
 def hides_something(shortened: bytes, header: Header) -> bool:
-    """Tell whether a picture is whole though the end of its data was taken away."""
+    """Tell whether a picture can be decoded without the end of its data: then bytes follow it."""
     try:
         with quiet():
             decode_file(shortened, header)
@@ -157,7 +154,7 @@ def hides_something(shortened: bytes, header: Header) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return what EXIF says, or XMP where it says nothing."""
+    """Return the orientation in EXIF, else in XMP, else 1."""
     exif, xmp = image.info.get("exif"), image.info.get("xmp")
     found = exif_orientation(exif) if isinstance(exif, bytes) else 0
     if not found and isinstance(xmp, bytes) and image.format not in _UPRIGHT_ALREADY:
@@ -168,11 +165,10 @@ def _orientation(image: Image.Image) -> int:
 def _from_array(array: Any) -> Image.Image:
     """Copy an array of bytes, height x width (x 1, 3 RGB or 4 RGBA).
 
-    Colours in the other order (OpenCV's BGR, turned by ``array[:, :, ::-1]``, which copies
-    nothing) are put right while they are copied.
+    A reversed view (OpenCV's BGR as ``array[:, :, ::-1]``) is put in order by the same copy.
 
     Raises:
-        ImageError: It has another shape or another type.
+        ImageError: The array has another shape or another type.
     """
     interface = array.__array_interface__
     shape, kind = tuple(interface["shape"]), interface["typestr"]
@@ -208,7 +204,7 @@ def _fitted(
 ) -> tuple[int, int]:
     """Return the largest size of the same shape within `max_pixels` and JPEG's limit.
 
-    What has more than `_MOST_PIXELS` gets at most half its width and height if it may.
+    With `halve`, more than `_MOST_PIXELS` become at most half the width and height.
 
     >>> _fitted((4000, 3000), 1_000_000)
     (1154, 866)
@@ -234,7 +230,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _resized_fast(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Do the same for a frame of a moving picture, in a fifth of the time.
 
-    Each pixel is the mean of two, a quarter of its width to both sides of its middle.
+    Each pixel is the mean of two samples, a quarter of its width left and right of its middle.
     """
     factor = min(image.width // size[0], image.height // size[1])
     if factor > 1:
@@ -249,7 +245,7 @@ def _resized_fast(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _is_drawn(image: Image.Image) -> bool:
-    """Tell a drawing or a screenshot from a photo: it is smaller as PNG. Tried on a sample."""
+    """Tell whether this is a drawing or a screenshot: a sample of it is smaller as PNG."""
     width, height = image.size
     across, down = min(4, -(-width // _TILE)), min(6, -(-height // _TILE))
     if width * height > across * down * _TILE**2:
@@ -262,7 +258,7 @@ def _is_drawn(image: Image.Image) -> bool:
                 sample.paste(tile, (column * _TILE, row * _TILE))
             first = sample.crop((0, 0, across * _TILE, _TILE)) if row == 0 else None
             if first is not None and first.getcolors(_MANY_COLOURS) is None:
-                return False  # the first squares tell most photos, in a fifth of the time
+                return False  # the first squares show most photos, in a fifth of the time
         image = sample
     if image.getcolors(_MANY_COLOURS) is None:
         return False
@@ -270,7 +266,7 @@ def _is_drawn(image: Image.Image) -> bool:
 
 
 def _png(image: Image.Image, *, level: int = 6) -> bytes:
-    file = io.BytesIO()  # the compressor lets go of the GIL by itself
+    file = io.BytesIO()  # the compressor releases the GIL by itself
     image.save(file, "PNG", compress_level=level)
     return file.getvalue()
 
@@ -284,10 +280,10 @@ def _jpeg(image: Image.Image, quality: int, *, subsampling: str = "4:4:4") -> by
 
 
 def _memory_file() -> BinaryIO:
-    """Return a file that is nowhere on a disk.
+    """Return a file in memory, with a descriptor where the system has such files.
 
-    The JPEG encoder lets go of the GIL only while it writes to a descriptor. A
-    BytesIO, where there is no such thing, costs other threads up to 2 ms a turn.
+    The JPEG encoder releases the GIL only while it writes to a descriptor. With a BytesIO
+    other threads wait up to 2 ms at a time.
     """
     if sys.platform == "linux":
         try:
@@ -298,9 +294,9 @@ def _memory_file() -> BinaryIO:
 
 
 def _fitting_jpeg(image: Image.Image, max_bytes: int, *, saving: bool) -> EncodedImage:
-    """Encode in the best quality that fits; when none does, take away pixels.
+    """Encode in the best quality that fits; when none does, in fewer pixels.
 
-    `saving` is for who wants a small upload: half the bytes, in half the time.
+    With `saving`, a small upload: half the bytes, in half the time.
     """
     data = b""
     for quality in _QUALITIES[saving:]:

@@ -1,10 +1,9 @@
 """Files into Pillow images, within a budget. Loads Pillow.
 
-One picture costs a worker at most 1 GB of memory and about ten seconds, whatever is in
-the file. What a decoder needs for a pixel says how many a picture may have: four bytes
-with most, up to sixteen with WebP's, and seconds with those that are written in Python,
-which is why they get small pictures only. What can be told from the file's own bytes is
-told before a decoder sees them.
+One picture costs a worker at most 1 GB of memory and about ten seconds, whatever is in the
+file. The cost of a pixel limits a format's pixels: most decoders take four bytes a pixel,
+WebP's up to sixteen, and decoders in Python take so long that they get small pictures only.
+The file's own bytes are checked before a decoder reads them.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from moondream_async.errors import ImageError, MissingExtraError
 from .formats import HEIF_INSTALL, is_heif
 from .header import MAX_PIXELS, Header, check_size
 
-# Of Pillow's formats, those that pictures come in, and how many pixels they may have. The others
-# are decoded in Python, for minutes if the header says so (DDS), or by programs that would be
-# started (EPS).
+# The formats of Pillow that are decoded, and the most pixels of each. Pillow decodes others in
+# Python, for minutes with some headers (DDS), or by starting programs (EPS).
 _PIXELS: Final = {
     **dict.fromkeys(("BMP", "DIB", "GIF", "JPEG", "PCX", "PNG", "PPM", "TGA", "TIFF"), MAX_PIXELS),
     "AVIF": 50_000_000,
@@ -37,40 +35,38 @@ _PIXELS: Final = {
     "JPEG2000": 25_000_000,
     "WEBP": 40_000_000,
 }
-_PLUGIN_PIXELS: Final = (
-    64_000_000  # of a format that a plugin adds, as HEIC: phones have 49 million
-)
-_PYTHON_PIXELS: Final = 1 << 20  # of what is decoded in Python, as BMP's run lengths: a second
-_PYTHON_BYTES: Final = 8 << 20  # of such a file, which may be comments only, as a plain PPM
-_PLAIN_COMMENTS: Final = 100  # of a plain PPM; each of them has Pillow copy a megabyte
+_PLUGIN_PIXELS: Final = 64_000_000  # of a plugin's format, as HEIC: phones have 49 million
+_PYTHON_PIXELS: Final = 1 << 20  # for a decoder in Python, as of BMP's run lengths: a second
+_PYTHON_BYTES: Final = 8 << 20  # of such a file; a plain PPM may be nothing but comments
+_PLAIN_COMMENTS: Final = 100  # of a plain PPM; Pillow copies a megabyte for each
 _ICON_BYTES: Final = 16 << 20
 _SCANNED_PIXELS: Final = 3_000_000_000  # of a progressive JPEG, all scans together: seconds
 _TIFF_ENTRIES: Final = 200_000  # values of one tag: a strip for each row of the tallest scan
 
-# A JPEG decoder that lacks data takes these for them; without them, it goes on with zeros.
+# Put in place of a JPEG's missing data; else the decoder fills up with zeros.
 _NO_END: Final = b"".join(
     (b"\xaa" * 256, *(bytes([0xFF, 0xD0 + number]) + b"\xaa" * 64 for number in range(8)))
 )
 
-# Two threads must not load the same lazily opened picture: both would move its file.
+# Two threads must not load the same lazily opened picture: both would move its file position.
 _loading = threading.Lock()
 
 _thread = threading.local()
 
 
 class MissingDecoderError(ImageError, MissingExtraError):
-    """A picture is of a kind that needs an extra, which is not installed."""
+    """A picture's format needs an extra, which is not installed."""
 
 
 class _WhileDecoding(type):
-    """The kind of a class that all warnings are of, in threads that are decoding."""
+    """The metaclass of a class whose subclasses are all warnings, in threads that decode."""
 
     def __subclasscheck__(cls, other: type) -> bool:
         return getattr(_thread, "decoding", False)
 
 
 class _AnyWarning(Warning, metaclass=_WhileDecoding):
-    """What `quiet` has ignored: filters are the whole process's, but this one is not."""
+    """The category that `quiet` ignores: filters hold for the process, this class for a thread."""
 
 
 logging.getLogger("PIL.TiffImagePlugin").addFilter(
@@ -80,7 +76,7 @@ logging.getLogger("PIL.TiffImagePlugin").addFilter(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep decoders' warnings from the user's stderr, and from becoming errors; in this thread."""
+    """Suppress the warnings of decoders in this thread; none is printed, none becomes an error."""
     filters = warnings.filters
     if not filters or filters[0][2] is not _AnyWarning:
         warnings.simplefilter("ignore", _AnyWarning)
@@ -97,14 +93,14 @@ def decode_file(
     """Decode a file.
 
     Args:
-        data: All of it.
-        header: What was read of it already.
-        size: What is enough: a JPEG is decoded at a half, a quarter or an eighth of
-            its size if that is no less.
+        data: The whole file.
+        header: The header, where the file was walked.
+        size: The size that is needed: a JPEG is decoded at a half, a quarter or an eighth of
+            its own size if that is not smaller.
 
     Raises:
-        ImageError: It is nothing that Pillow can read, or costs too much. Pillow
-            raises other exceptions for what is damaged.
+        ImageError: Pillow can't read it, or it costs too much. Damaged files raise other
+            exceptions of Pillow.
     """
     if header is not None:
         _check_pixels(header.media_type[6:].upper(), header.width, header.height)
@@ -121,7 +117,7 @@ def decode_file(
     if header is not None and header.unfinished:
         end = len(data) - 2
         other = decode_file(data[:end] + _NO_END + data[end:], None, size)
-        if other.tobytes() != image.tobytes():  # what came instead of missing data shows
+        if other.tobytes() != image.tobytes():  # the data put in are visible: some were missing
             raise ImageError("is cut short: a JPEG that ends within its picture")
     if image.format == "PNG":
         _scale_key(image, depth=data[24])
@@ -133,8 +129,8 @@ def decode_file(
 def load(image: Image.Image) -> None:
     """Decode a lazily opened picture.
 
-    Pillow would clear the memory for the pixels under the GIL, which was seen to
-    take 40 ms for 12 megapixels. `Image.new` does it without.
+    Pillow would clear the memory for the pixels under the GIL, in 40 ms for 12 megapixels.
+    `Image.new` does so without it.
     """
     with _loading if getattr(image, "tile", None) else contextlib.nullcontext():
         if getattr(image, "tile", None) and image.format in ("JPEG", "PNG") and not image.tell():
@@ -143,11 +139,11 @@ def load(image: Image.Image) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Do what `Image.open` does, for `_PIXELS` and the formats of plugins, within the budget."""
+    """Do as `Image.open`, for `_PIXELS` and the formats of plugins alone, within the budget."""
     _check_container(data)
     image = _opened_by_pillow(data)
     _check_pixels(image.format or "", *image.size)
-    # Decoders that Pillow has in Python are registered, and decoders in C are not.
+    # Pillow registers its decoders in Python, and not those in C.
     in_python = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
     if in_python and (image.width * image.height > _PYTHON_PIXELS or len(data) > _PYTHON_BYTES):
         raise ImageError(f"is too large to be opened: {image.format} of a kind that takes long")
@@ -166,13 +162,13 @@ def _opened_by_pillow(data: bytes) -> Image.Image:
             tried.add(name)
             factory, accept = Image.OPEN[name]
             if name not in _PIXELS and factory.__module__.startswith("PIL."):
-                continue  # not what somebody registered on purpose, as HEIC
+                continue  # neither in the list nor a plugin that the user has registered
             file.seek(0)
             try:
-                # A string is the reason why the plugin can't, though the format is its own.
+                # `accept` returns a string where the format is right, but can't be decoded.
                 if accept is None or accept(data[:16]) is True:
                     return factory(file, "")
-            except Exception as error:  # noqa: BLE001 - plugins fail in any way on what is not theirs
+            except Exception as error:  # noqa: BLE001 - plugins fail in any way on other formats
                 if accept is not None:
                     reason = reason or error
     if is_heif(data):
@@ -181,7 +177,7 @@ def _opened_by_pillow(data: bytes) -> Image.Image:
 
 
 def _heif(data: bytes) -> Image.Image:
-    """Open a HEIC picture by `pillow-heif`, unregistered: other users of Pillow see none of it."""
+    """Open a HEIC picture by `pillow-heif`, which is not registered for other users of Pillow."""
     try:
         from pillow_heif import HeifImageFile  # noqa: PLC0415 - an extra
     except ImportError as error:
@@ -201,7 +197,7 @@ def _check_pixels(kind: str, width: int, height: int) -> None:
         )
 
 
-# -- what is told before a decoder sees it ---------------------------------------------
+# -- checks of a file's bytes before a decoder reads them ------------------------------
 
 _INNER_PNG: Final = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR(.{8})", re.DOTALL)
 _INNER_J2K: Final = re.compile(rb"\xff\x4f\xff\x51.{4}(.{8})", re.DOTALL)
@@ -209,7 +205,7 @@ _TIFF_SIZES: Final = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 
 
 
 def _check_container(data: bytes) -> None:
-    """Refuse what costs too much already when Pillow opens it."""
+    """Refuse files that Pillow can't even open within the budget."""
     if data.startswith((b"\0\0\1\0", b"\0\0\2\0", b"icns")):
         _check_icon(data)
     elif data[:2] in (b"P1", b"P2", b"P3") and data.count(b"#") > _PLAIN_COMMENTS:
@@ -219,7 +215,7 @@ def _check_container(data: bytes) -> None:
 
 
 def _check_icon(data: bytes) -> None:
-    """Check the pictures within an ICO or ICNS, which are opened with it, and may be bombs."""
+    """Check the pictures within an ICO or ICNS, which Pillow decodes on opening."""
     if len(data) > _ICON_BYTES:
         raise ImageError(f"is too large to be opened: an icon of {len(data):,} bytes")
     sizes = [
@@ -229,9 +225,8 @@ def _check_icon(data: bytes) -> None:
     ]
     for entry in range(6, 6 + 16 * min(data[4] + 256 * data[5], len(data) // 16), 16):
         at = int.from_bytes(data[entry + 12 : entry + 16], "little")
-        if (
-            data[:4] != b"icns" and data[at : at + 4] == b"\x28\0\0\0"
-        ):  # a bitmap, of twice its height
+        # A bitmap, whose header says twice its height.
+        if data[:4] != b"icns" and data[at : at + 4] == b"\x28\0\0\0":
             width, height = struct.unpack("<ii", data[at + 4 : at + 12].ljust(8, b"\0"))
             sizes.append((abs(width), abs(height) // 2))
     for width, height in sizes:
@@ -240,7 +235,7 @@ def _check_icon(data: bytes) -> None:
 
 
 def _check_tiff(data: bytes) -> None:
-    """Check the first directory of a TIFF, all of whose values are copied when it is opened."""
+    """Check the first directory of a TIFF; Pillow copies all its values on opening."""
     order = "<" if data[:1] == b"I" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     entry = struct.Struct(order + ("HHQQ" if big else "HHII"))
@@ -254,7 +249,7 @@ def _check_tiff(data: bytes) -> None:
             tag, kind, values, place = entry.unpack_from(data, at + number * entry.size)
             value = at + number * entry.size + (12 if big else 8)
             if tag == 259 and data[value : value + 2] in (b"\x51\xc3", b"\xc3\x51"):
-                # libtiff would write to stderr that it can't.
+                # libtiff can't, and would say so on stderr.
                 raise ImageError("is a TIFF compressed as WebP, which few programs can read")
             size = values * _TIFF_SIZES.get(kind, 1)
             if size > begin.size and place + size <= len(data):
@@ -262,16 +257,16 @@ def _check_tiff(data: bytes) -> None:
                 if kind not in (1, 2, 6, 7) and values > _TIFF_ENTRIES:
                     raise ImageError(f"is no ordinary TIFF: a tag has {values:,} values")
     except struct.error:
-        return  # Pillow will say what is wrong with it
+        return  # Pillow raises an error for it
     if total > len(data):
         raise ImageError("is no ordinary TIFF: its tags have more values than it has bytes")
 
 
-# -- what Pillow leaves undone --------------------------------------------------------
+# -- what Pillow leaves out ------------------------------------------------------------
 
 
 def _scale_key(image: Image.Image, *, depth: int) -> None:
-    """Scale the colour that stands for nothing as Pillow has scaled the pixels of a PNG."""
+    """Scale a PNG's transparent colour as Pillow has scaled its pixels."""
     key: Any = image.info.get("transparency")
     if isinstance(key, int) and image.mode == "L" and depth < 8:
         image.info["transparency"] = key * 255 // ((1 << depth) - 1)
@@ -280,7 +275,7 @@ def _scale_key(image: Image.Image, *, depth: int) -> None:
 
 
 def _framed(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """Return a GIF's first frame with nothing around it, where Pillow has put some colour."""
+    """Return a GIF's first frame, transparent around it, where Pillow has put a colour."""
     canvas = Image.new("RGBA", image.size)
     canvas.paste(image.crop(box).convert("RGBA"), box)
     canvas.format = image.format

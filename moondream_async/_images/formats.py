@@ -1,4 +1,4 @@
-"""Which files can be prepared, by their names and by their first bytes. Loads nothing."""
+"""Which files can be prepared, by name and by first bytes. Loads no other module of ours."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SUFFIXES: Final = frozenset(
         *(".pcx", ".pfm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff"),
     )
 )
-"""How the names of files end that `encode_image` takes, in lower case."""
+"""The suffixes of files that `encode_image` takes, in lower case."""
 
 HEIF_SUFFIXES: Final = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
-"""Formats that the package takes with the extra ``heif``."""
+"""Suffixes of files that `encode_image` takes with the extra ``heif``."""
 
 OTHER_SUFFIXES: Final = frozenset(
     (
@@ -31,20 +31,18 @@ OTHER_SUFFIXES: Final = frozenset(
         *(".sgi", ".svg", ".svgz", ".wmf", ".xcf"),
     )
 )
-"""Formats of pictures that the package does not take."""
+"""Suffixes of pictures that `encode_image` does not take."""
 
 
 def has_heif() -> bool:
-    """Tell whether HEIC pictures can be prepared, without loading what does it."""
+    """Tell whether the decoder of HEIC is installed, without loading it."""
     return importlib.util.find_spec("pillow_heif") is not None
 
 
 def can_prepare(name: str | os.PathLike[str]) -> bool | None:
-    """Tell by a file's name whether it can be prepared; None if it seems to be no picture.
+    """Tell by a file's name whether it can be prepared; None if the name is no picture's.
 
-    That the contents are what the name says is not looked at. A folder's files for
-    which it is True are to be asked about, and those for which it is False to be
-    counted as left out.
+    The file's contents are not read.
 
     >>> can_prepare("holiday.JPG"), can_prepare("drawing.psd"), can_prepare("notes.txt")
     (True, False, None)
@@ -58,7 +56,7 @@ def can_prepare(name: str | os.PathLike[str]) -> bool | None:
 
 
 def is_heif(data: bytes) -> bool:
-    """Tell whether a file begins as HEIC does: a `ftyp` box with one of its brands."""
+    """Tell whether a file begins as HEIC does, with a `ftyp` box and one of HEIC's brands."""
     if data[4:8] != b"ftyp":
         return False
     brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]

@@ -12,23 +12,22 @@ from .header import Header
 
 _EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
 _GRAPHIC_CONTROL: Final = 0xF9
-_TAIL: Final = 8  # bytes; a decoder can do without the last two or three
-_MAX_BLOCKS: Final = 1_000_000  # they hold 255 bytes each, so that 256 MB need no more
+_TAIL: Final = 8  # bytes taken away; decoders do without the last two or three
+_MAX_BLOCKS: Final = 1_000_000  # of 255 bytes each, enough for 256 MB
 
 
 def parse(data: bytes) -> Header:
-    """Walk a GIF to the end of its first picture; what follows is not looked at.
+    """Walk a GIF to the end of its first picture; what follows is not read.
 
-    Kept are the header, the palettes, the first picture and its graphic control.
-    Comments, application data (XMP and ICC among them) and the other frames go. Whether
-    bytes hide behind the picture's own is left to a decoder.
+    Kept are the header, the palettes, the first picture and its graphic control. Comments,
+    application data (also XMP and ICC) and the other frames are cut out. Only a decoder can
+    find bytes that hide behind the picture's own.
 
-    It is plain when the first picture covers the whole canvas and has no
-    transparent colour. A palette it has by nature: every server that takes GIF
-    knows how to read one.
+    The GIF is plain when the first picture covers the whole canvas and has no transparent
+    colour. Its palette does not count: all servers that take GIF read palettes.
 
     Raises:
-        ImageError: It ends before its first picture does, or is no GIF throughout.
+        ImageError: The file ends before its first picture does, or is no GIF throughout.
     """
     view = memoryview(data)
     try:
@@ -45,7 +44,7 @@ def parse(data: bytes) -> Header:
             raise ImageError("is a GIF without a picture in it")
         begun = at
         left, top, inner_width, inner_height, packed = struct.unpack_from("<HHHHB", data, at + 1)
-        codes = at + 11 + _palette_size(packed)  # after the one byte that says how they begin
+        codes = at + 11 + _palette_size(packed)  # after the byte with the size of the first codes
         at = _after_blocks(data, codes, budget)
     except (IndexError, struct.error) as error:
         raise ImageError("is cut short: a GIF that ends within its first picture") from error
@@ -81,12 +80,12 @@ def _shortened(blocks: memoryview) -> bytes:
 
 
 def _palette_size(packed: int) -> int:
-    """Return how many bytes the palette has that a descriptor's last byte announces."""
+    """Return the bytes of a palette, from the last byte of its descriptor."""
     return 3 << ((packed & 7) + 1) if packed & 0x80 else 0
 
 
 def _after_blocks(data: bytes, at: int, budget: Iterator[int]) -> int:
-    """Skip the data blocks at `at`, each after its size, up to and with the empty one."""
+    """Return the position after the data blocks at `at`; an empty block is the last one."""
     for _ in budget:
         size = data[at]
         at += 1 + size

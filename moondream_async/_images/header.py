@@ -1,9 +1,9 @@
-"""What a file's own bytes say about the picture in it, read without decoding.
+"""The header of a picture's file, read without decoding.
 
-`jpeg`, `png`, `gif` and `webp` each walk their format from the first byte to the
-end of the first picture and return a `Header`. Each lists what is needed to draw
-the picture, and keeps only that: metadata of a kind that nobody thought of is cut
-out too. A file that ends before its picture does is an `ImageError` already here.
+`jpeg`, `png`, `gif` and `webp` each walk their format from the first byte to the end of the
+first picture and return a `Header`. Each keeps only the parts that it knows to be needed to
+draw the picture, so that unknown kinds of metadata are cut out, too. A file that ends before
+its picture does is an `ImageError` already here.
 """
 
 from __future__ import annotations
@@ -16,38 +16,37 @@ from typing import Final, NamedTuple
 from moondream_async.errors import ImageError
 
 MAX_PIXELS: Final = 89_478_485
-"""Larger pictures are refused: Pillow's own line, from where it warns of a decompression bomb.
+"""Larger pictures are refused; Pillow warns of a decompression bomb above the same limit.
 
-358 MB at the four bytes that a pixel takes in memory; a picture of that size is some fifty times
-what the model looks at.
+At four bytes a pixel this takes 358 MB, and is fifty times as much as the model looks at.
 """
 
 MAX_SIDE: Final = 1_000_000
-"""Longer pictures are refused: a decoder needs up to 16 bytes a row, however short."""
+"""Pictures with a longer side are refused: a decoder needs up to 16 bytes for each row."""
 
 
 class Header(NamedTuple):
-    """A picture's measures, and where in the file it is."""
+    """A picture's size, orientation and kind, and the parts of its file that are kept."""
 
     media_type: str
     width: int
     height: int
     kept: list[bytes | memoryview]
-    """The file without its metadata and without what follows the first picture, in pieces."""
+    """The pieces of the file without metadata and without what follows the first picture."""
     plain: bool
-    """Whether every server can be trusted to show it as it is: no alpha, palette or 16 bits."""
+    """Whether all servers show the file alike: it has no alpha, palette or 16 bits."""
     orientation: int = 1
-    """EXIF's: 1 is upright, 2-8 are mirrored and turned."""
+    """As in EXIF: 1 is upright, 2-8 are mirrored and turned."""
     shortened: Callable[[], bytes] | None = None
-    """Gives the picture less the last bytes of its compressed data, where nothing else tells
-    whether bytes hide behind these: if that can be decoded, some do."""
+    """Returns the picture without the last bytes of its compressed data. If this can be decoded,
+    those bytes were hidden behind the picture. None where the walk itself finds such bytes."""
     scans: int = 1
     """How often a decoder goes over the whole picture."""
     unfinished: bool = False
-    """Whether its end mark is missing: decoding must tell if all of the picture is there."""
+    """Whether the end mark is missing; only decoding shows whether the picture is whole."""
 
     def cleaned(self, data: bytes) -> bytes:
-        """Return `data` as it will be sent; the same object if nothing had to be cut out."""
+        """Return `data` as it will be sent; the same object if nothing was cut out."""
         if sum(map(len, self.kept)) == len(data) and all(
             isinstance(piece, memoryview) or not piece for piece in self.kept
         ):
@@ -70,7 +69,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def exif_orientation(exif: bytes | memoryview) -> int:
-    r"""Return the orientation, 1-8, that an EXIF block asks for; 0 if it is damaged or silent.
+    r"""Return the orientation, 1-8, of an EXIF block; 0 if it is damaged or has none.
 
     >>> one_entry = b"\0\x01" + b"\x01\x12" + b"\0\x03" + b"\0\0\0\x01" + b"\0\x06\0\0"
     >>> exif_orientation(b"Exif\0\0MM\0*\0\0\0\x08" + one_entry)
@@ -87,7 +86,7 @@ def exif_orientation(exif: bytes | memoryview) -> int:
         (count,) = struct.unpack_from(order + "H", tiff, ifd)
         for at in range(ifd + 2, ifd + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(order + "HH", tiff, at)
-            if tag == 0x0112:  # Orientation, which some write as LONG (4) instead of SHORT (3)
+            if tag == 0x0112:  # Orientation, written as LONG (4) by some programs, not SHORT (3)
                 (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), tiff, at + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
@@ -99,7 +98,7 @@ _XMP_ORIENTATION: Final = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|>)\s*([
 
 
 def xmp_orientation(xmp: bytes) -> int:
-    """Return the orientation, 1-8, that XMP asks for; 0 if it says nothing of it.
+    """Return the orientation, 1-8, of XMP; 0 if it has none.
 
     >>> xmp_orientation(b"<tiff:Orientation>6</tiff:Orientation>")
     6
@@ -109,9 +108,9 @@ def xmp_orientation(xmp: bytes) -> int:
 
 
 def icc_profile(data: bytes) -> bytes | None:
-    """Return an ICC profile with nothing but its header and its tags in it; None if it is none.
+    """Return an ICC profile reduced to its header and tags; None if it is no profile.
 
-    What follows it goes, and what lies between its tags, or is reserved, becomes zero.
+    Bytes after it are cut off; reserved ones, and those between its tags, become zero.
     """
     size, count = int.from_bytes(data[:4], "big"), int.from_bytes(data[128:132], "big")
     if size > len(data) or data[36:40] != b"acsp" or count > 1000:

@@ -1,4 +1,4 @@
-"""What callers hand in, as bytes: paths, files, data URIs. Bounded before it is read."""
+"""The bytes of a caller's picture: of a path, a file or a data URI. Sizes are checked first."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_FILE_BYTES: Final = 256_000_000
-"""Larger files are refused unread: the largest camera files have half of it."""
+"""Larger files are refused unread: the largest files of cameras have half of this."""
 
-_READ_BYTES: Final = 1 << 26  # a call; some systems read no more than 2 GiB at once
-_STEP: Final = 1 << 18  # bytes a call that holds the GIL may work on: about a millisecond
+_READ_BYTES: Final = 1 << 26  # in one call; some systems read no more than 2 GiB at once
+_STEP: Final = 1 << 18  # bytes for one call that holds the GIL: about a millisecond
 _WHITE_SPACE: Final = b" \t\r\n\f\v"
 _BASE64: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 class SupportsArrayInterface(Protocol):
-    """A numpy array, or what looks like one."""
+    """A numpy array, or another object with its interface."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]: ...
@@ -35,23 +35,23 @@ ImageSource: TypeAlias = (
     "str | os.PathLike[str] | os.PathLike[bytes] | bytes | bytearray | memoryview | BinaryIO"
     " | Image | SupportsArrayInterface"
 )
-"""Whatever `encode_image` makes a picture of, beside an `EncodedImage`."""
+"""The forms of a picture that `encode_image` takes, beside an `EncodedImage`."""
 
 
 def is_pillow(image: object) -> TypeGuard[Image]:
-    """Tell a Pillow image without loading Pillow: who has one, has loaded it."""
-    # A module that another thread is just loading is there, but not yet what it holds.
+    """Tell whether this is a Pillow image, without loading Pillow, which made it if so."""
+    # While another thread loads the module, its class may still be missing.
     kind = getattr(sys.modules.get("PIL.Image"), "Image", None)
     return kind is not None and isinstance(image, kind)
 
 
 def is_array(image: object) -> TypeGuard[SupportsArrayInterface]:
-    """Tell a numpy array without loading numpy."""
+    """Tell whether this is a numpy array, without loading numpy."""
     return hasattr(type(image), "__array_interface__")
 
 
 def describe(image: object) -> str:
-    """Return what messages call the picture: its path, or what kind of value it is."""
+    """Return the picture's name for messages: its path, or the type of the value."""
     if isinstance(image, os.PathLike):
         return _shorten(os.fsdecode(image))
     if isinstance(image, str):
@@ -65,7 +65,7 @@ def describe(image: object) -> str:
 
 
 def _shorten(name: str) -> str:
-    """Quote a name; not all of it, where somebody passes a whole file as a path."""
+    """Quote a name; shorten a long one, as when a file's contents are passed as a path."""
     return repr(name) if len(name) <= 200 else f"{name[:100]!r}... ({len(name)} characters)"
 
 
@@ -73,8 +73,8 @@ def read(image: Any, most: int = MAX_FILE_BYTES) -> bytes:
     """Return the bytes of a path, a file, a data URI or a buffer.
 
     Raises:
-        ImageError: They can't be had, are none, or are more than `MAX_FILE_BYTES`; or
-            the file at a path has more than `most`.
+        ImageError: There are none, they can't be read, or are more than `MAX_FILE_BYTES`;
+            or the file at a path has more than `most`.
     """
     if isinstance(image, str) and _is_address(image):
         raise ImageError(
@@ -113,11 +113,11 @@ def _from_buffer(buffer: bytes | bytearray | memoryview) -> bytes:
 
 
 def _from_path(path: str | os.PathLike[Any], most: int) -> bytes:
-    # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
+    # O_NONBLOCK: to open a FIFO without a writer would block for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        number = os.open(path, flags)  # not `open`: each of its calls of the system costs a
-        try:  # turn of the lock that Python's threads share
+        number = os.open(path, flags)  # not `open`, whose system calls each release and
+        try:  # take the GIL
             return _from_regular_file(number, most)
         finally:
             os.close(number)
@@ -142,7 +142,7 @@ def _from_regular_file(number: int, most: int) -> bytes:
         raise ImageError("is not a regular file")
     _check_size(status.st_size, most)
     pieces: list[bytes] = []
-    left = status.st_size  # and no more, should it grow meanwhile
+    left = status.st_size  # no more is read, should the file grow meanwhile
     while left and (piece := os.read(number, min(left, _READ_BYTES))):
         pieces.append(piece)
         left -= len(piece)
@@ -150,7 +150,7 @@ def _from_regular_file(number: int, most: int) -> bytes:
 
 
 def _from_file(file: Any) -> bytes:
-    """Read from where the file stands to its end; leave it open."""
+    """Read a file from its position to its end; leave it open."""
     pieces: list[bytes] = []
     size = 0
     while True:
@@ -161,7 +161,7 @@ def _from_file(file: Any) -> bytes:
         if not isinstance(piece, (bytes, bytearray, memoryview)):
             if hasattr(piece, "__await__"):
                 if hasattr(piece, "close"):
-                    piece.close()  # a coroutine that nobody awaits would warn
+                    piece.close()  # a coroutine that is not awaited would warn
                 raise ImageError("is an async file: pass what `await file.read()` gives")
             hint = "; open it with mode 'rb'" if isinstance(piece, str) else ""
             raise ImageError(f"gave {type(piece).__name__} instead of bytes{hint}")
@@ -173,7 +173,7 @@ def _from_file(file: Any) -> bytes:
 
 
 def is_path(image: object) -> TypeGuard[str | os.PathLike[Any]]:
-    """Tell a path from all else that may be given, as other strings."""
+    """Tell a path from other strings and all other pictures."""
     if isinstance(image, str):
         return not _is_address(image) and not _is_data_uri(image)
     return isinstance(image, os.PathLike)
@@ -188,7 +188,7 @@ def _is_data_uri(text: str) -> bool:
 
 
 def _from_data_uri(uri: str) -> bytes:
-    """Decode RFC 2397. The media type is not believed: the bytes tell what they are."""
+    """Decode a URI of RFC 2397. Its media type is ignored: the bytes show the format."""
     _check_size(len(uri) // 3)  # a byte takes three characters percent-encoded, fewer in base64
     comma = uri.find(",")
     if comma < 0:
@@ -205,7 +205,7 @@ def _from_data_uri(uri: str) -> bytes:
 def _unquoted(text: str, at: int) -> Iterator[bytes]:
     """Undo percent encoding from `at` on, in steps that never cut an escape."""
     escaped = text.find("%", at) >= 0
-    step = 65536 if escaped else _STEP  # an escape becomes an object of its own for a while
+    step = 65536 if escaped else _STEP  # each escape takes an object while it is decoded
     while at < len(text):
         end = min(at + step, len(text))
         if escaped and end < len(text) and (cut := text.rfind("%", end - 2, end)) >= 0:
@@ -227,6 +227,6 @@ def _from_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _decode_base64(text: bytes) -> bytes:
-    if text.translate(None, _BASE64):  # binascii passes over what it does not know
+    if text.translate(None, _BASE64):  # binascii skips unknown characters
         raise ValueError("its base64 has other characters in it")
     return binascii.a2b_base64(text + b"=" * (-len(text) % 4))

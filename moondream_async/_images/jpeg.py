@@ -1,9 +1,8 @@
 """JPEG: cut out the metadata, and tell whether it is an ordinary one. ITU-T T.81, Annex B.
 
-Only ordinary files are called plain: 8 bits, Huffman coded, grey or three
-colours, every table well formed and there before it is used. Such a file opens
-in any decoder without ours having tried. The others are legal perhaps, and
-rare; they are decoded.
+Only ordinary files are plain: 8 bits, Huffman coded, grey or three colours, every table well
+formed and defined before it is used. Every decoder opens such a file, so it is sent untried.
+Other files may be legal, but are rare; they are decoded.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ _PROFILE: Final = b"ICC_PROFILE\0"
 _XMP: Final = b"http://ns.adobe.com/xap/1.0/\0"
 
 _MARKER: Final = re.compile(rb"\xff{1,64}([\x01-\xfe])")  # with fill bytes, as T.81 allows
-# Where something else stands between two segments, decoders pass over it, to the next of these.
+# Decoders skip other bytes between two segments, up to the next of these.
 _NEXT_MARKER: Final = re.compile(rb"\xff[\xc0-\xfe]")
 # In entropy-coded data an FF is followed by 00 (it was data), by a restart
 # marker, by another FF (fill), or the data is over.
 _END_OF_SCAN: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_WINDOW: Final = 1 << 20  # `re` holds the GIL; a MiB takes it less than a millisecond
+_WINDOW: Final = 1 << 20  # bytes for one call of `re`, which holds the GIL: under a millisecond
 
 _CUT_SHORT: Final = "is cut short: a JPEG without an end"
 _MAX_SCANS: Final = 100  # encoders write about ten; each costs a decoder one more pass
@@ -43,23 +42,23 @@ class _Segment(NamedTuple):
     marker: int
     begin: int
     body: bytes
-    """Of a scan its header only."""
+    """The body; for a scan, its header alone."""
     end: int
-    """Of a scan that of its entropy-coded data."""
+    """The end; for a scan, the end of its entropy-coded data."""
     short: bool = False
-    """Whether its length is less than the length itself takes, so that it has no body."""
+    """Whether the length is less than the two bytes of the length itself; there is no body."""
 
 
 def parse(data: bytes) -> Header:
     """Walk a JPEG from its beginning to the first end-of-image marker.
 
-    Kept are tables, frame and scans, JFIF without its thumbnail, Adobe's colour
-    transform, ICC profiles. All else goes: EXIF, XMP, IPTC, comments, further
-    pictures, and what follows the end. Stray bytes between two segments go, too, and
-    the picture is not plain then.
+    Kept are tables, frame and scans, JFIF without its thumbnail, Adobe's colour transform,
+    ICC profiles. All else is cut out: EXIF, XMP, IPTC, comments, further pictures, and bytes
+    after the end. With stray bytes between two segments, which are cut out, too, the picture
+    is not plain.
 
     Raises:
-        ImageError: It ends before its picture does, or is no JPEG throughout.
+        ImageError: The file ends before its picture does, or is no JPEG throughout.
     """
     walk = _Walk(data)
     for segment in _segments(data):
@@ -68,12 +67,12 @@ def parse(data: bytes) -> Header:
 
 
 class _Walk:
-    """What was found so far."""
+    """The state of a walk through a JPEG."""
 
     def __init__(self, data: bytes) -> None:
         self._view = memoryview(data)
         self._kept: list[bytes | memoryview] = []
-        self._start, self._end = 0, 2  # what lies between is kept and not yet in `_kept`
+        self._start, self._end = 0, 2  # all between is kept, and not yet in `_kept`
         self._frame = _Frame()
         self._profile = _ProfileSegments()
         self._seen: set[int] = set()
@@ -81,7 +80,7 @@ class _Walk:
         self._exif = self._xmp = 0
 
     def take(self, segment: _Segment) -> None:
-        """Take the next segment; keep what is needed of it."""
+        """Take the next segment; keep the parts that are needed."""
         marker, begin, body, end, short = segment
         if begin > self._end or short:
             self._frame.damage()
@@ -105,16 +104,12 @@ class _Walk:
         self._frame.read(marker, body)
 
     def _replace(self, begin: int, end: int, replacement: bytes = b"") -> None:
-        """Leave out what is not kept, up to `end`."""
+        """Put `replacement` in place of the bytes from `begin` to `end`."""
         self._kept += (self._view[self._start : min(begin, self._end)], replacement)
         self._start = end
 
     def header(self) -> Header:
-        """Return the header, once all segments were taken.
-
-        Raises:
-            ImageError: There is no whole picture.
-        """
+        """Return the header, once all segments were taken; ImageError if the picture is cut."""
         frame = self._frame
         unfinished = self._last != _EOI
         if unfinished and not (self._last == _SOS and frame.could_be_whole):
@@ -139,11 +134,7 @@ class _Walk:
 
 
 def _segments(data: bytes) -> Iterator[_Segment]:
-    """Yield all segments after SOI, up to and with EOI, or to the end of the last scan.
-
-    Raises:
-        ImageError: It ends elsewhere, or has too many of them.
-    """
+    """Yield all segments after SOI, up to and with EOI, or to the end of the last scan."""
     at = 2
     for _ in range(_MAX_SEGMENTS):
         if at >= len(data):
@@ -176,7 +167,7 @@ def _segments(data: bytes) -> Iterator[_Segment]:
 
 
 def _replacement(marker: int, body: bytes, seen: set[int]) -> bytes | None:
-    """Return what a segment is replaced by: None to keep it as it is, nothing to drop it."""
+    """Return what replaces a segment; None keeps it as it is, no bytes drop it."""
     if marker in _KEPT or marker == _EOI:
         return None
     if marker in seen:
@@ -184,27 +175,27 @@ def _replacement(marker: int, body: bytes, seen: set[int]) -> bytes | None:
     if marker == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 14:
         if len(body) == 14 and body.endswith(b"\0\0"):
             return None
-        return b"\xff\xe0\x00\x10" + body[:12] + b"\0\0"  # a thumbnail of 0 by 0
+        return b"\xff\xe0\x00\x10" + body[:12] + b"\0\0"  # with a thumbnail of 0 by 0
     if marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
         return None if len(body) == 12 else b"\xff\xee\x00\x0e" + body[:12]
     return b""
 
 
 class _ProfileSegments:
-    """The parts of an ICC profile, each a segment, and where they stand in what is kept."""
+    """The segments of an ICC profile, and their places in the list of kept pieces."""
 
     def __init__(self) -> None:
         self._places: list[int] = []
         self._parts: list[bytes] = []
 
     def take(self, kept: list[bytes | memoryview], whole: memoryview, body: bytes) -> None:
-        """Take the next part: its segment, and what follows the name in it."""
+        """Take the next segment; `body` follows the name in it."""
         self._places.append(len(kept))
         self._parts.append(body)
         kept.append(whole)
 
     def settle(self, kept: list[bytes | memoryview]) -> None:
-        """Leave in `kept` what is the profile's own, or nothing if it is not whole."""
+        """Put the cleaned profile into `kept`, or nothing if the profile is not whole."""
         count = len(self._parts)
         numbers = [(part[0], part[1]) for part in self._parts if len(part) > 1]
         given = b"".join(part[2:] for part in sorted(self._parts))
@@ -227,7 +218,7 @@ class _ProfileSegments:
 
 
 def _find(pattern: re.Pattern[bytes], data: bytes, at: int) -> int:
-    """Return where the next of `pattern` begins, or where the data end."""
+    """Return the start of the next match of `pattern`, or the end of the data."""
     while at < len(data):
         found = pattern.search(data, at, at + _WINDOW)
         if found:
@@ -237,9 +228,9 @@ def _find(pattern: re.Pattern[bytes], data: bytes, at: int) -> int:
 
 
 class _Frame:
-    """The picture that tables, frame header and scan headers describe, and whether they are sound.
+    """The tables, frame header and scan headers of a JPEG, and whether they are sound.
 
-    What is refused here is what libjpeg stops at, and a little more.
+    Unsound is all that libjpeg refuses, and a little more.
     """
 
     def __init__(self) -> None:
@@ -248,18 +239,18 @@ class _Frame:
         self._sound = True
         self._components: dict[int, tuple[int, int]] = {}  # id -> blocks in an MCU, DQT number
         self._unseen: set[int] = set()
-        self._tables: set[int] = set()  # by the numbers that `_tables_of` gives them
-        self._unused: set[int] = set()  # of these, the ones that no scan has asked for yet
-        self._missing: dict[int, list[int]] = {}  # id -> bits to come of each coefficient
+        self._tables: set[int] = set()  # by the numbers of `_tables_of`
+        self._unused: set[int] = set()  # the tables that no scan has used yet
+        self._missing: dict[int, list[int]] = {}  # id -> bits of each coefficient still to come
 
     @property
     def complete(self) -> bool:
-        """Whether all is sound so far, and there is a scan for each of the frame's components."""
+        """Whether all is sound so far, and each of the frame's components has a scan."""
         return self._sound and self._all_seen
 
     @property
     def could_be_whole(self) -> bool:
-        """Whether all scans that the picture needs have at least begun."""
+        """Whether all scans that the picture needs have begun."""
         bits = itertools.chain.from_iterable(self._missing.values())
         return self._all_seen and not (self.progressive and any(bits))
 
@@ -268,7 +259,7 @@ class _Frame:
         return bool(self._components) and not self._unseen
 
     def damage(self) -> None:
-        """Take it that something is not as it should be."""
+        """Mark the picture as unsound."""
         self._sound = False
 
     def read(self, marker: int, body: bytes) -> None:
@@ -283,7 +274,7 @@ class _Frame:
         elif marker == _SOS:
             sound = self._read_scan(body)
         elif marker in _KEPT or marker in _STANDALONE:
-            sound = False  # arithmetic coding, hierarchies, a height that comes later, a stray RST
+            sound = False  # arithmetic coding, hierarchies, a late height, a stray RST
         self._sound = self._sound and sound
 
     def _read_frame(self, marker: int, body: bytes) -> bool:
@@ -304,9 +295,9 @@ class _Frame:
         return sound and len(self._components) == body[5]
 
     def _define(self, tables: tuple[int, ...] | None) -> bool:
-        """Note tables; return whether they are sound, and replace none that was never used.
+        """Note tables; return whether they are sound, and replace no table that was not used.
 
-        Such tables could hold anything, and any number of them.
+        Tables that no scan uses could hide any data.
         """
         if tables is None:
             return False
@@ -349,10 +340,10 @@ class _Frame:
         return first <= last <= 63 and components == 1 and self._tables >= ac
 
 
-_AC, _QUANTIZATION = 16, 32  # what is added to the numbers of these tables; a DC table's is its own
+_AC, _QUANTIZATION = 16, 32  # added to the numbers of such tables; DC tables keep their numbers
 
 
-@functools.lru_cache(maxsize=32)  # each at most 64 KiB: all pictures of one program have the same
+@functools.lru_cache(maxsize=32)  # of 64 KiB at most; most programs write the same tables
 def _tables_of(marker: int, body: bytes) -> tuple[int, ...] | None:
     """Return the numbers of the tables in a segment; None if one of them is not sound."""
     tables: list[int] = []
@@ -366,14 +357,14 @@ def _tables_of(marker: int, body: bytes) -> tuple[int, ...] | None:
 
 
 def _quantization_size(body: bytes) -> int:
-    """Return the bytes of the table at the beginning; 0 if it is not sound."""
+    """Return the length of the first table in bytes; 0 if it is not sound."""
     if body[0] & 0xEC:
         return 0
     return 1 + (128 if body[0] & 0xF0 else 64)
 
 
 def _huffman_size(body: bytes) -> int:
-    """Return the bytes of the table at the beginning; 0 if it is not sound."""
+    """Return the length of the first table in bytes; 0 if it is not sound."""
     counts = body[1:17]
     size = 17 + sum(counts)
     symbols = body[17:size]
@@ -384,6 +375,6 @@ def _huffman_size(body: bytes) -> int:
     code = 0
     for bits, count in enumerate(counts, 1):
         code = 2 * code + count
-        if code >= 1 << bits:  # too many codes; and none may be all ones
+        if code >= 1 << bits:  # too many codes; a code of ones alone is not allowed
             return 0
     return size

@@ -1,9 +1,9 @@
 """PNG: cut out the metadata, keep the first picture. PNG specification, third edition.
 
-What is kept has the size that the specification gives it, and stands there once. Where
-the picture's compressed data end, only inflating them tells: that is done for what may
-be sent as it is, and is dearer than all else here (a tenth of a second for 12
-megapixels), but then the picture is known to be whole.
+A chunk is kept if it has the size that the specification gives it, and comes only once.
+Only inflating shows where the picture's compressed data end. This is done for pictures that
+may be sent as they are; it costs more than all else here (a tenth of a second for 12
+megapixels), and also proves that the picture is whole.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _PROFILE_NAMES: Final = (b"ICC Profile", b"ICC profile", b"icc", b"Photoshop ICC
 _RAW_PROFILES: Final = (b"Raw profile type exif", b"Raw profile type APP1")  # ImageMagick's
 _CUT_SHORT: Final = "is cut short: a PNG without an end"
 _CHECKSUM: Final = "is damaged: a PNG chunk does not match its checksum"
-_MAX_CHUNKS: Final = 100_000  # encoders that write 8 KiB a chunk need a third of it for 256 MB
-_MAX_TEXT: Final = 1 << 18  # bytes of EXIF or XMP in which an orientation is looked for
-_MAX_PROFILE: Final = 1 << 20  # bytes; Pillow's line, and profiles have some kB
+_MAX_CHUNKS: Final = 100_000  # encoders with 8 KiB a chunk write a third of this for 256 MB
+_MAX_TEXT: Final = 1 << 18  # bytes of EXIF or XMP that are searched for an orientation
+_MAX_PROFILE: Final = 1 << 20  # bytes, the same limit as Pillow's; profiles have some kB
 _STEP: Final = 1 << 16  # compressed bytes inflated at a time
 
 
 def parse(data: bytes) -> Header:
     """Walk a PNG from its signature to IEND.
 
-    Kept are the picture and what tells its colours. Text, EXIF, XMP, times, an
-    animation's other frames, unknown chunks and what follows IEND go. A chunk that is
-    cut out may be damaged; IEND may be missing if the picture is whole without it.
+    Kept are the picture and the chunks about its colours. Text, EXIF, XMP, times, an
+    animation's other frames, unknown chunks and bytes after IEND are cut out. A chunk that
+    is cut out may be damaged; IEND may be missing if the picture is whole without it.
 
     Raises:
-        ImageError: It ends before its picture does, one of the picture's chunks is
+        ImageError: The file ends before its picture does, one of the picture's chunks is
             damaged, or it is no PNG throughout.
     """
     walk = _Walk(data)
@@ -66,13 +66,13 @@ def parse(data: bytes) -> Header:
 
 
 class _Walk:
-    """What was found so far."""
+    """The state of a walk through a PNG."""
 
     def __init__(self, data: bytes) -> None:
         self.seen: set[bytes] = set()
         self._view = memoryview(data)
         self._kept: list[bytes | memoryview] = []
-        self._start = 0  # from here on all is kept and not yet in `_kept`
+        self._start = 0  # from here to `_end` all is kept, and not yet in `_kept`
         self._end = len(SIGNATURE)
         self._cut = False
         self._width = self._height = self._depth = self._colour = 0
@@ -80,7 +80,7 @@ class _Walk:
         self._orientations: dict[bytes, int] = {}
 
     def take(self, kind: bytes, begin: int, body: memoryview, end: int) -> None:
-        """Take the next chunk; keep what is needed of it."""
+        """Take the next chunk; keep the parts that are needed."""
         self._cut = end > len(self._view)
         intact = not self._cut and zlib.crc32(self._view[begin + 4 : end - 4]) == int.from_bytes(
             self._view[end - 4 : end], "big"
@@ -101,11 +101,7 @@ class _Walk:
         self._end = end
 
     def header(self) -> Header:
-        """Return the header, once all chunks were taken.
-
-        Raises:
-            ImageError: There is no whole picture.
-        """
+        """Return the header, once all chunks were taken; ImageError if the picture is cut."""
         if b"IHDR" not in self.seen or (self._stream is None and b"IEND" not in self.seen):
             raise ImageError(_CUT_SHORT)
         if self._stream is None or (self._colour == 3 and b"PLTE" not in self.seen):
@@ -136,7 +132,7 @@ class _Walk:
         raise ImageError("is damaged: a PNG header that means nothing")
 
     def _picture_data(self, body: memoryview, *, intact: bool) -> memoryview | bytes | None:
-        """Return how much of an IDAT belongs to the picture."""
+        """Return the part of an IDAT that belongs to the picture."""
         if self._stream is None:
             plain = self._colour in (0, 2) and self._depth <= 8 and b"tRNS" not in self.seen
             self._stream = _Stream(self._expected() if plain else None)
@@ -159,7 +155,7 @@ class _Walk:
         return total
 
     def _ancillary(self, kind: bytes, body: memoryview) -> memoryview | bytes | None:
-        """Return what is kept of a chunk that is not the picture itself: None for nothing."""
+        """Return the part of another chunk that is kept; None for nothing."""
         if kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
             self._read_orientation(kind, body)
             return None
@@ -169,7 +165,7 @@ class _Walk:
             fits = False
         elif kind == b"iCCP":
             return _profile(body)
-        elif kind == b"PLTE":  # in RGB it is a suggestion for who has few colours
+        elif kind == b"PLTE":  # in RGB only a suggestion for displays of few colours
             fits = self._colour == 3 and len(body) % 3 == 0 and 3 <= len(body) <= 3 << self._depth
         elif kind == b"tRNS":
             fits = len(body) in {0: (2,), 2: (6,), 3: range(1, 257)}.get(self._colour, ())
@@ -188,30 +184,30 @@ class _Walk:
             self._orientations[b"XMP"] = xmp_orientation(_text(kind, rest))
         elif keyword in _RAW_PROFILES:
             with contextlib.suppress(binascii.Error):
-                # After a line with the name and one with the size comes hexadecimal.
+                # A line with the name, a line with the size, then hexadecimal digits.
                 profile = b"".join(_text(kind, rest).split()[2:])[:131072]
                 exif = binascii.unhexlify(profile[: len(profile) // 2 * 2])
                 self._orientations[b"raw"] = exif_orientation(exif) or xmp_orientation(exif)
 
 
 class _Stream:
-    """The picture's compressed data, followed to their end."""
+    """The picture's compressed data, inflated to find their end."""
 
     def __init__(self, expected: int | None) -> None:
-        """Follow data that are `expected` bytes uncompressed; None to follow nothing."""
+        """Inflate data of `expected` uncompressed bytes; None inflates nothing."""
         self.ended = False
         self.whole = False
-        """Whether they are well formed, and exactly as many as expected."""
+        """Whether the data are well formed, and exactly as many as expected."""
         self._inflater = None if expected is None else zlib.decompressobj()
         self._missing = expected or 0
 
     @property
     def lacks_its_end(self) -> bool:
-        """Whether there is more to come, as far as that was followed."""
+        """Whether the data were inflated, and have not ended."""
         return self._inflater is not None and not self.ended
 
     def feed(self, body: memoryview) -> int:
-        """Take the next of them; return how many bytes are theirs."""
+        """Take the next bytes; return how many of them belong to the data."""
         if self._inflater is None:
             return len(body)
         try:
@@ -219,7 +215,7 @@ class _Stream:
                 piece: memoryview | bytes = body[at : at + _STEP]
                 while piece and not self._inflater.eof:
                     self._missing -= len(self._inflater.decompress(piece, 1 << 20))
-                    if self._missing < 0:  # more than the picture: not to be followed further
+                    if self._missing < 0:  # more than the picture: inflated no further
                         self.ended = True
                         return len(body)
                     piece = self._inflater.unconsumed_tail
@@ -228,14 +224,14 @@ class _Stream:
                     self.whole = self._missing == 0
                     return min(at + _STEP, len(body)) - len(self._inflater.unused_data)
         except zlib.error:
-            self._inflater = None  # the decoder will say whether anything can be made of them
+            self._inflater = None  # Pillow decides whether the damaged picture can be shown
         return len(body)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, memoryview, int]]:
     """Yield name, beginning, body and end of all chunks, up to and with IEND.
 
-    The last one's end is beyond that of the data if it is cut short.
+    A last chunk that is cut short has an end beyond the data's.
     """
     view = memoryview(data)
     at = len(SIGNATURE)
@@ -257,7 +253,7 @@ def _chunk(kind: bytes, body: bytes | memoryview) -> bytes:
 
 
 def _profile(body: memoryview) -> memoryview | bytes | None:
-    """Return iCCP with nothing but the profile in it: not its name, which may be any words."""
+    """Return iCCP with a clean profile, and without its name, which may be any text."""
     name, _, rest = bytes(body).partition(b"\0")
     inflater = zlib.decompressobj()
     try:
@@ -273,7 +269,7 @@ def _profile(body: memoryview) -> memoryview | bytes | None:
 
 
 def _text(kind: bytes, rest: bytes) -> bytes:
-    """Return the beginning of a text chunk's text, from what follows its keyword."""
+    """Return the beginning of a chunk's text; `rest` follows the chunk's keyword."""
     packed = kind == b"zTXt"
     if kind == b"iTXt":
         packed = rest[:1] == b"\1"

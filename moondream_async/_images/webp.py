@@ -8,18 +8,18 @@ from moondream_async.errors import ImageError
 
 from .header import Header, exif_orientation, icc_profile, xmp_orientation
 
-_ICC, _ALPHA, _ANIMATION = 0x20, 0x10, 0x02  # flags in VP8X; those of EXIF and XMP are cleared
+_ICC, _ALPHA, _ANIMATION = 0x20, 0x10, 0x02  # flags in VP8X; the flags of EXIF and XMP are cleared
 _MAX_CHUNKS: Final = 10_000  # a still picture has at most six
 _CUT_SHORT: Final = "is cut short: a WebP that ends before it says"
 _DAMAGED: Final = "is damaged: a WebP whose parts do not fit together"
-_TAIL: Final = 8  # bytes; a decoder can do without the last two or three
+_TAIL: Final = 8  # bytes taken away; decoders do without the last two or three
 
 
 class _Chunk(NamedTuple):
     kind: bytes
     body: memoryview
     whole: memoryview
-    """With its head and its padding."""
+    """The chunk with its head and its padding."""
 
 
 class _Still(NamedTuple):
@@ -33,14 +33,14 @@ class _Still(NamedTuple):
 def parse(data: bytes) -> Header:
     """Walk a WebP file to the end of its container.
 
-    Kept are the first picture, its alpha and its ICC profile. EXIF, XMP, unknown
-    chunks, an animation's other frames, reserved bytes, and what follows the container
-    go. Whether bytes hide behind the picture's own is left to a decoder. A
-    first frame that is opaque and covers the canvas becomes a still picture; any
-    other stays an animation, of one frame, and is not plain. Nor is alpha.
+    Kept are the first picture, its alpha and its ICC profile. EXIF, XMP, unknown chunks, an
+    animation's other frames, reserved bytes, and bytes after the container are cut out. Only
+    a decoder can find bytes that hide behind the picture's own. A first frame that is opaque
+    and covers the canvas becomes a still picture; another first frame stays an animation of
+    one frame, and is not plain. A picture with alpha is not plain either.
 
     Raises:
-        ImageError: It ends before its picture does, or is no WebP throughout.
+        ImageError: The file ends before its picture does, or is no WebP throughout.
     """
     end = 8 + int.from_bytes(data[4:8], "little")
     if end > len(data):
@@ -73,7 +73,7 @@ def parse(data: bytes) -> Header:
     else:
         pieces += still.pieces
     if extended is not None:
-        same = bytes(extended.body[:4]) == bytes([flags, 0, 0, 0])  # three are reserved
+        same = bytes(extended.body[:4]) == bytes([flags, 0, 0, 0])  # three bytes are reserved
         head = _riff(b"VP8X", bytes([flags, 0, 0, 0]) + bytes(extended.body[4:]))
         pieces.insert(0, extended.whole if same else head)
     container = _container(pieces)
@@ -90,7 +90,7 @@ def parse(data: bytes) -> Header:
 
 
 def _profile(first: dict[bytes, _Chunk]) -> memoryview | bytes | None:
-    """Return the chunk with the ICC profile and nothing else in it; None if there is none."""
+    """Return the chunk of the ICC profile, cleaned; None if there is no profile."""
     if b"ICCP" not in first:
         return None
     _, body, whole = first[b"ICCP"]
@@ -101,7 +101,7 @@ def _profile(first: dict[bytes, _Chunk]) -> memoryview | bytes | None:
 
 
 def _orientation(first: dict[bytes, _Chunk]) -> int:
-    """Return what EXIF says, or XMP where it says nothing."""
+    """Return the orientation in EXIF, else in XMP, else 1."""
     found = exif_orientation(first[b"EXIF"].body) if b"EXIF" in first else 0
     if not found and b"XMP " in first:
         found = xmp_orientation(bytes(first[b"XMP "].body))
@@ -139,7 +139,7 @@ def _chunks(view: memoryview) -> list[_Chunk]:
 
 
 def _first_frame(first: dict[bytes, _Chunk]) -> _Still:
-    """Return the picture in an animation's first frame; its size is 0 by 0 if it stands aside."""
+    """Return an animation's first picture; with size 0 by 0 if it is not at the upper left."""
     if b"ANIM" not in first or b"ANMF" not in first or len(first[b"ANMF"].body) < 16:
         raise ImageError("is an animated WebP without a picture in it")
     body = first[b"ANMF"].body
@@ -150,13 +150,13 @@ def _first_frame(first: dict[bytes, _Chunk]) -> _Still:
 
 
 def _still(chunks: list[_Chunk]) -> _Still:
-    """Return the picture among `chunks`, with what makes it transparent."""
+    """Return the picture among `chunks`, with its alpha."""
     pieces: list[bytes | memoryview] = []
     for kind, body, whole in chunks:
         if kind == b"ALPH":
             pieces = [whole]
         elif kind == b"VP8 " and len(body) > 10 and bytes(body[3:6]) == b"\x9d\x01\x2a":
-            tag = _u24(body, 0)  # a key frame, to be shown, its first partition within the chunk
+            tag = _u24(body, 0)  # must be a visible key frame, its first partition within the chunk
             if tag & 0x11 != 0x10 or tag >> 5 > len(body) - 10:
                 break
             sides = int.from_bytes(body[6:10], "little")
@@ -170,7 +170,7 @@ def _still(chunks: list[_Chunk]) -> _Still:
 
 
 def _filled(whole: memoryview, body: memoryview) -> bytes | memoryview:
-    """Return a chunk filled up with zero, and with nothing else."""
+    """Return a chunk whose padding byte is zero."""
     if not len(body) & 1 or len(whole) == 8 + len(body) or bytes(whole[-1:]) == b"\0":
         return whole
     return bytes(whole[:-1]) + b"\0"
