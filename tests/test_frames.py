@@ -118,6 +118,7 @@ STREAMS = {
     ),
     "no lengths": b"".join(b"--f\r\nA: b\r\n\r\n%b\r\n" % each for each in PICTURES) + b"--f--",
     "bare line ends": b"".join(b"--f\nA: b\n\n%b\n" % each for each in PICTURES) + b"--f\n",
+    "dashes": b"".join(b"----f\r\nA: b\r\n\r\n%b\r\n" % each for each in PICTURES) + b"----f--",
 }
 
 
@@ -131,6 +132,12 @@ def test_pictures_are_found_wherever_the_bytes_are_cut(stream, boundary, data):
     for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         found += parser.feed(stream[begin:end])
     assert found == PICTURES
+
+
+@pytest.mark.parametrize("length", [51, 99_999_999_999])
+def test_a_picture_that_says_that_it_is_too_large_is_not_waited_for(length):
+    with pytest.raises(md.ImageError, match="over 50 bytes"):
+        MJPEGParser("f", max_image_bytes=50).feed(b"--f\r\nContent-Length: %d\r\n\r\n" % length)
 
 
 @given(st.lists(st.binary() | st.sampled_from([b"--f\r\n", b"\r\n\r\n", b"\xff\xd8\xff"])))
