@@ -36,6 +36,7 @@ CHAT = (
 DIALECTS = {"caption": (CAPTION, DONE), "chat": (CHAT, b"data: [DONE]\n\n")}
 
 PER_EVENT = 1.15  # 1.0 when it was set: to hand it out
+PER_PACKET = 7  # 6, with no end of an event in it
 PER_BLOCK = 22  # 21, with one event in it
 PER_CALL = 170  # 147, a look whether its connection is quiet included
 PER_PICTURE = 292  # 250, of a file, in a bulk run
@@ -98,6 +99,18 @@ async def test_another_block_costs_no_more_calls_than_it_did(skill):
 async def test_twice_the_events_take_twice_the_calls(skill, per):
     none, once, twice = [await calls_to_read(skill, per * n, per) for n in (1, 101, 201)]
     assert twice - once == pytest.approx(once - none, rel=0.01)
+
+
+async def test_another_packet_of_an_event_costs_no_more_calls_than_it_did():
+    counts = []
+    for number in (100, 200):
+        event = CAPTION.format("x" * 100 * number).encode()
+        cut = [event[i : i + 100] for i in range(0, len(event), 100)]
+        stream = opened(Source(*cut, DONE))
+        with counted() as counter:
+            assert len(await stream.text()) == 100 * number + 12
+        counts.append(counter.calls)
+    assert (counts[1] - counts[0]) / 100 <= PER_PACKET
 
 
 async def calls_of(act, times):

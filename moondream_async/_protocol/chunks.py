@@ -157,12 +157,8 @@ class Template:
         text holds a quote.
         """
         head, tail = self._head, self._tail
-        if block[:1] == b"\n":  # the packet was cut between two events
-            block = block.lstrip(b"\n")
         if not block.endswith(tail):
-            block += b"\n"
-            if not block.endswith(tail):
-                return None
+            return None
         texts = list(map(self._cut, block.split(self._gap)))
         del texts[-1]  # the empty piece after the last gap
         if head + (tail + head).join(texts) + tail != block:
