@@ -86,8 +86,14 @@ def interruptible():
 
 
 @pytest.fixture
-async def simulator():
-    async with Simulator(rate=0) as simulator:
+def dialect():
+    """What the simulator speaks; to be parametrized."""
+    return "cloud"
+
+
+@pytest.fixture
+async def simulator(dialect):
+    async with Simulator(dialect) as simulator:
         yield simulator
 
 

@@ -85,7 +85,7 @@ async def test_without_arguments_it_prints_its_help():
 
 
 async def test_version_is_the_packages():
-    assert await run("--version", afresh=True) == (0, f"moondream-async {md.__version__}\n", "")
+    assert await run("--version") == (0, f"moondream-async {md.__version__}\n", "")
 
 
 # -- answers as text --------------------------------------------------------------------

@@ -106,13 +106,6 @@ def test_the_surface_has_no_logic_of_its_own():
         assert plain or loading, ast.unparse(statement)
 
 
-def test_a_star_import_brings_the_surface():
-    names = {}
-    exec("from moondream_async import *", names)
-
-    assert names.keys() - {"__builtins__"} == {*md.__all__}
-
-
 @pytest.mark.parametrize("module", [errors, values, results], ids=lambda each: each.__name__)
 def test_every_public_class_is_a_name_of_the_surface(module):
     own = {
@@ -124,11 +117,6 @@ def test_every_public_class_is_a_name_of_the_surface(module):
     }
 
     assert own - INTERNAL <= set(md.__all__)
-
-
-@pytest.mark.parametrize("name", ["MoondreamClient", "vl", "Timeout", "CaptionStream", "errors"])
-def test_names_are_reached_from_the_package(name):
-    assert getattr(md, name)
 
 
 def test_the_package_says_that_it_is_typed():

@@ -6,7 +6,6 @@ shares a line with this project, so none shares its mistakes.
 """
 
 import asyncio
-import base64
 import subprocess
 import sys
 import urllib.error
@@ -16,12 +15,14 @@ from pathlib import Path
 import anyio
 import pytest
 from PIL import Image
+from spoken import SAMPLE
 
 import moondream_async as md
 from moondream_async.simulator import DIALECTS, Simulator
 
 INSTALL = "python -m pip install --no-deps -r tests/foreign.txt"
 QUESTION = "Where is the red circle?"
+MODEL = "moondream3-preview"
 SETTINGS = {"temperature": 0.5, "max_tokens": 5}
 
 
@@ -39,10 +40,21 @@ def official():
 
 
 @pytest.fixture
+def theirs(official, simulator):
+    return official.vl(endpoint=simulator.endpoint)
+
+
+@pytest.fixture
 def picture(photo):
     with Image.open(photo) as image:
         image.load()
     return image
+
+
+@pytest.fixture
+def messages():
+    picture = {"type": "image_url", "image_url": {"url": SAMPLE}}
+    return [{"role": "user", "content": [{"type": "text", "text": QUESTION}, picture]}]
 
 
 def sent_picture(simulator):
@@ -58,48 +70,28 @@ def read(answer):
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("dialect", DIALECTS)
 async def test_official_client_reads_captions_and_answers_as_we_do(
-    official, picture, dialect, stream
+    theirs, client, simulator, picture, stream
 ):
-    async with (
-        Simulator(dialect) as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        theirs = official.vl(endpoint=simulator.endpoint)
+    def caption():
+        return read(theirs.caption(picture, length="short", stream=stream)["caption"])
 
-        def caption():
-            return read(theirs.caption(picture, length="short", stream=stream)["caption"])
+    def query():
+        return read(theirs.query(picture, QUESTION, stream=stream)["answer"])
 
-        def query():
-            return read(theirs.query(picture, QUESTION, stream=stream)["answer"])
-
-        said = await in_thread(caption)
-        assert simulator.requests[-1].stream is stream
-        same = sent_picture(simulator)
-        assert said == (await client.caption(same, length="short")).caption
-        said = await in_thread(query)
-        assert said == (await client.query(same, QUESTION)).answer
+    said = await in_thread(caption)
+    assert simulator.requests[-1].stream is stream
+    same = sent_picture(simulator)
+    assert said == (await client.caption(same, length="short")).caption
+    assert await in_thread(query) == (await client.query(same, QUESTION)).answer
 
 
 async def test_official_client_gets_reasoning_and_settings_through(
     official, simulator, client, picture
 ):
-    theirs = official.vl(endpoint=simulator.endpoint, model="moondream3-preview")
-    said = await in_thread(
-        theirs.query,
-        picture,
-        QUESTION,
-        reasoning=True,
-        spatial_refs=[[0.2, 0.5]],
-        settings=SETTINGS,
-    )
-    ours = await client.query(
-        sent_picture(simulator),
-        QUESTION,
-        reasoning=True,
-        spatial_refs=[[0.2, 0.5]],
-        settings=SETTINGS,
-        model="moondream3-preview",
-    )
+    theirs = official.vl(endpoint=simulator.endpoint, model=MODEL)
+    options = {"reasoning": True, "spatial_refs": [[0.2, 0.5]], "settings": SETTINGS}
+    said = await in_thread(theirs.query, picture, QUESTION, **options)
+    ours = await client.query(sent_picture(simulator), QUESTION, model=MODEL, **options)
     assert said["answer"] == ours.answer
     assert len(said["answer"].split()) == 5
     assert said["reasoning"] == ours.raw["reasoning"]
@@ -107,67 +99,46 @@ async def test_official_client_gets_reasoning_and_settings_through(
     assert their_request == our_request
 
 
-async def test_official_client_asks_without_a_picture(official, simulator, client):
-    said = await in_thread(official.vl(endpoint=simulator.endpoint).query, question=QUESTION)
+async def test_official_client_asks_without_a_picture(theirs, client):
+    said = await in_thread(theirs.query, question=QUESTION)
     assert said == {"answer": (await client.query(question=QUESTION)).answer}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-async def test_official_client_finds_the_same_places(official, picture, dialect):
-    async with (
-        Simulator(dialect) as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        theirs = official.vl(endpoint=simulator.endpoint)
-        found = await in_thread(theirs.detect, picture, "shape", settings={"max_objects": 2})
-        same = sent_picture(simulator)
-        ours = await client.detect(same, "shape", settings={"max_objects": 2})
-        assert found["objects"] == [dict(box) for box in ours["objects"]]
-        assert len(found["objects"]) == 2
-        found = await in_thread(theirs.point, picture, "shape", spatial_refs=[[0.2, 0.5]])
-        ours = await client.point(same, "shape", spatial_refs=[[0.2, 0.5]])
-        assert found["points"] == [dict(point) for point in ours["points"]]
-        assert found["points"]
+async def test_official_client_finds_the_same_places(theirs, client, simulator, picture):
+    found = await in_thread(theirs.detect, picture, "shape", settings={"max_objects": 2})
+    same = sent_picture(simulator)
+    ours = await client.detect(same, "shape", settings={"max_objects": 2})
+    assert found["objects"] == [dict(box) for box in ours["objects"]]
+    assert len(found["objects"]) == 2
+    found = await in_thread(theirs.point, picture, "shape", spatial_refs=[[0.2, 0.5]])
+    ours = await client.point(same, "shape", spatial_refs=[[0.2, 0.5]])
+    assert found["points"] == [dict(point) for point in ours["points"]]
+    assert found["points"]
 
 
 @pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
-async def test_official_client_outlines_the_same_object(official, picture, dialect):
-    async with (
-        Simulator(dialect) as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        theirs = official.vl(endpoint=simulator.endpoint)
-        plain = await in_thread(theirs.segment, picture, "red circle")
-        same = sent_picture(simulator)
-        ours = await client.segment(same, "red circle")
-        assert plain == {"path": ours.path, "bbox": dict(ours.bbox)}
+async def test_official_client_outlines_the_same_object(theirs, client, simulator, picture):
+    plain = await in_thread(theirs.segment, picture, "red circle")
+    same = sent_picture(simulator)
+    ours = await client.segment(same, "red circle")
+    assert plain == {"path": ours.path, "bbox": dict(ours.bbox)}
 
-        def stream():
-            return list(theirs.segment(picture, "red circle", stream=True))
+    def stream():
+        return list(theirs.segment(picture, "red circle", stream=True))
 
-        bbox, *deltas, final = await in_thread(stream)
-        async with client.segment(same, "red circle", stream=True) as stream:
-            updates = [update async for update in stream]
-        assert updates[0]["bbox"] == stream.bbox == md.Region(**bbox["bbox"])
-        assert updates[1:-1] == deltas
-        assert updates[-1] == final | {"bbox": stream.bbox}
-        assert final == {"path": stream.path, "bbox": dict(stream.bbox), "completed": True}
+    bbox, *deltas, final = await in_thread(stream)
+    async with client.segment(same, "red circle", stream=True) as stream:
+        updates = [update async for update in stream]
+    assert updates[0]["bbox"] == stream.bbox == md.Region(**bbox["bbox"])
+    assert updates[1:-1] == deltas
+    assert updates[-1] == final | {"bbox": stream.bbox}
+    assert final == {"path": stream.path, "bbox": dict(stream.bbox), "completed": True}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-async def test_official_client_chats(official, simulator, client, photo, stream):
-    url = f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}"
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": QUESTION},
-            ],
-        },
-    ]
-    theirs = official.vl(endpoint=simulator.endpoint)
+async def test_official_client_chats(theirs, client, simulator, messages, stream):
+    messages = [{"role": "system", "content": "Be brief."}, *messages]
     options = {"settings": SETTINGS, "reasoning": False, "stream": stream}
     answer = await in_thread(lambda: _read_chat(theirs.chat(messages, **options)))
     ours = await client.chat(messages, settings=SETTINGS, reasoning=False)
@@ -246,19 +217,6 @@ async def openai_client(simulator):
         base_url=simulator.endpoint, api_key="a-key", max_retries=0
     ) as client:
         yield client
-
-
-@pytest.fixture
-def messages(photo):
-    url = f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}"
-    parts = [
-        {"type": "text", "text": QUESTION},
-        {"type": "image_url", "image_url": {"url": url}},
-    ]
-    return [{"role": "user", "content": parts}]
-
-
-MODEL = "moondream3-preview"
 
 
 async def test_openai_client_chats(openai_client, client, messages):

@@ -15,8 +15,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pictures import (
     CLEAN,
     DISPLAY_P3,
@@ -43,7 +41,6 @@ from pictures import (
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from moondream_async._images import can_prepare, encode_at_once, encode_image
-from moondream_async._images.convert import _fitted
 from moondream_async.errors import ImageError, MissingExtraError, RequestError
 
 # What goes in
@@ -795,14 +792,6 @@ def test_limit_that_nothing_fits_is_an_error():
 def test_side_longer_than_jpeg_allows_is_shortened(size):
     result = encode_image(Image.effect_noise(size, 90))
     assert max(opened(result).size) <= 65_500
-
-
-@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 10**8))
-def test_fitted_size_never_passes_the_limit(width, height, max_pixels):
-    new_width, new_height = _fitted((width, height), max_pixels)
-    assert 1 <= new_width <= width
-    assert 1 <= new_height <= height
-    assert new_width * new_height <= max_pixels
 
 
 def test_picture_is_told_while_another_thread_loads_pillow(monkeypatch, photo):

@@ -194,7 +194,7 @@ def test_plugin_is_found_and_is_light_and_quiet_where_it_is_not_used(run):
 
 
 @pytest.mark.slow
-def test_every_test_has_a_server_to_itself_under_any_runner(run):
+def test_every_test_has_a_server_to_itself_and_what_was_never_asked_for_is_an_error(run):
     result = run(
         """
         import asyncio
@@ -221,17 +221,6 @@ def test_every_test_has_a_server_to_itself_under_any_runner(run):
         @pytest.mark.moondream_simulator(dialect="station")
         def test_with_the_marker(moondream_simulator):
             assert "station" in repr(moondream_simulator)
-        """,
-        "-n1",
-    )
-    result.assert_outcomes(passed=5)
-
-
-@pytest.mark.slow
-def test_what_was_never_asked_for_is_an_error_that_names_it(run):
-    result = run(
-        """
-        import pytest
 
         def test_unused(moondream_simulator):
             moondream_simulator.script.caption("A red circle.", times=2)
@@ -248,9 +237,10 @@ def test_what_was_never_asked_for_is_an_error_that_names_it(run):
         @pytest.mark.moondream_simulator(dialekt="station")
         def test_misspelled(moondream_simulator):
             pass
-        """
+        """,
+        "-n1",
     )
-    result.assert_outcomes(passed=1, failed=1, skipped=1, errors=2)
+    result.assert_outcomes(passed=6, failed=1, skipped=1, errors=2)
     result.stdout.fnmatch_lines(
         [
             "no request came for",

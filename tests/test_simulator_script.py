@@ -23,17 +23,6 @@ in_words = pytest.mark.parametrize("skill", KEYS)
 where_all_is_served = pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
 
 
-@pytest.fixture
-def dialect():
-    return "cloud"
-
-
-@pytest.fixture
-async def simulator(dialect):
-    async with Simulator(dialect) as simulator:
-        yield simulator
-
-
 async def post(simulator, path, body=BODY, **more):
     return (await spoken.post(simulator, path, body | more)).json
 
