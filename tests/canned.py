@@ -48,3 +48,10 @@ async def canned(*answers, **options):
         md.MoondreamClient(endpoint=server.endpoint, **options) as client,
     ):
         yield client, server
+
+
+@asynccontextmanager
+async def played(play, **options):
+    """Give a server that plays this on each connection, and a client of it, that tries once."""
+    async with RawServer(play) as server, client_of(server, **options) as client:
+        yield server, client

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from canned import IMAGE
+from canned import IMAGE, played
 from raw_server import (
     EVENT_STREAM,
     EVENTS,
@@ -74,10 +74,7 @@ both = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"
 @both
 @pytest.mark.parametrize("code", [408, 425, 429, 500, 502, 503, 504, *range(520, 525)])
 async def test_status_that_passes_by_itself_is_tried_again(code, stream):
-    async with (
-        RawServer(play_in_turn(status(code), status(code))) as server,
-        client_of(server, max_retries=2) as client,
-    ):
+    async with played(play_in_turn(status(code), status(code)), max_retries=2) as (server, client):
         assert await call(client, stream) == TEXT
         assert len(server.requests) == 3
         assert len({request.body for request in server.requests}) == 1
@@ -89,9 +86,9 @@ OTHERS = [400, 401, 402, 403, 404, 405, 409, 410, 413, 415, 418, 422, 451, 501, 
 @both
 @pytest.mark.parametrize("code", OTHERS)
 async def test_any_other_status_is_not_tried_again(code, stream):
-    async with (
-        RawServer(play_in_turn(status(code, {"error": "no"}))) as server,
-        client_of(server, max_retries=2) as client,
+    async with played(play_in_turn(status(code, {"error": "no"})), max_retries=2) as (
+        server,
+        client,
     ):
         with pytest.raises(md.APIStatusError, match="no") as caught:
             await call(client, stream)
@@ -103,10 +100,7 @@ async def test_any_other_status_is_not_tried_again(code, stream):
 async def test_refusal_to_reason_in_a_stream_is_asked_again_without(code):
     answer = saying(whole({"answer": TEXT, "reasoning": {"text": "Hm.", "grounding": []}}))
     refusal = status(code, {"error": "no streaming with reasoning"})
-    async with (
-        RawServer(play_in_turn(refusal, answer)) as server,
-        client_of(server, max_retries=0) as client,
-    ):
+    async with played(play_in_turn(refusal, answer)) as (server, client):
         stream = await client.query(IMAGE, "Why?", reasoning=True, stream=True)
         assert await stream.text() == TEXT
         assert [request.json.get("stream", False) for request in server.requests] == [True, False]
@@ -123,10 +117,7 @@ async def test_burst_of_refusals_is_outlasted(stream):
 @both
 async def test_when_no_try_is_left_the_last_error_is_raised(stream):
     burst = [status(429), status(503), status(500, {"error": "the last"})]
-    async with (
-        RawServer(play_in_turn(*burst)) as server,
-        client_of(server, max_retries=2) as client,
-    ):
+    async with played(play_in_turn(*burst), max_retries=2) as (server, client):
         with pytest.raises(md.ServerError, match="the last"):
             await call(client, stream)
         assert len(server.requests) == 3
@@ -138,10 +129,7 @@ async def test_of_what_station_says_with_status_200_only_a_full_queue_is_tried_a
     said, again, stream
 ):
     body = whole({"error": "Queue is full", "status": said})
-    async with (
-        RawServer(play_in_turn(saying(body))) as server,
-        client_of(server, max_retries=1) as client,
-    ):
+    async with played(play_in_turn(saying(body)), max_retries=1) as (server, client):
         if again:
             assert await call(client, stream) == TEXT
         else:
@@ -153,10 +141,7 @@ async def test_of_what_station_says_with_status_200_only_a_full_queue_is_tried_a
 @both
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 async def test_connection_lost_before_the_answer_is_tried_again(stream, reset):
-    async with (
-        RawServer(play_in_turn(saying(b"", reset=reset))) as server,
-        client_of(server, max_retries=1) as client,
-    ):
+    async with played(play_in_turn(saying(b"", reset=reset)), max_retries=1) as (server, client):
         assert await call(client, stream) == TEXT
         assert len(server.requests) == 2
 
@@ -176,10 +161,7 @@ BEGINNINGS = {
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 async def test_stream_lost_before_its_first_event_is_asked_for_again(beginning, reset):
     lost = saying(BEGINNINGS[beginning], reset=reset)
-    async with (
-        RawServer(play_in_turn(lost)) as server,
-        client_of(server, max_retries=1) as client,
-    ):
+    async with played(play_in_turn(lost), max_retries=1) as (server, client):
         assert await call(client, stream=True) == TEXT
         assert len(server.requests) == 2
 
@@ -207,10 +189,7 @@ async def test_stream_lost_after_its_first_event_is_not_asked_for_again(reset):
 )
 @both
 async def test_without_retries_everything_is_sent_once(play, stream):
-    async with (
-        RawServer(play_in_turn(play)) as server,
-        client_of(server, max_retries=0) as client,
-    ):
+    async with played(play_in_turn(play)) as (server, client):
         with pytest.raises(md.MoondreamError):
             await call(client, stream)
         assert len(server.requests) == 1

@@ -10,7 +10,7 @@ import types
 
 import anyio
 import pytest
-from canned import IMAGE, client_of, rounds
+from canned import IMAGE, client_of, played, rounds
 from raw_server import (
     DONE,
     EVENTS,
@@ -166,10 +166,7 @@ async def test_two_hundred_streams_cancelled_at_once_leave_nothing():
             await read_for_ever(stream)
 
     opened = []
-    async with (
-        RawServer(stall) as server,
-        client_of(server, max_connections=200) as client,
-    ):
+    async with played(stall, max_connections=200) as (server, client):
         tasks = [asyncio.ensure_future(read()) for _ in range(200)]
         with anyio.fail_after(30):
             while len(opened) < 200:

@@ -10,7 +10,7 @@ import socket
 import types
 
 import pytest
-from canned import IMAGE
+from canned import IMAGE, played
 from raw_server import (
     ANSWER,
     DONE,
@@ -80,10 +80,7 @@ SECONDS = 45  # asyncio ends TLS after 60
 
 @CALLS
 async def test_pool_limits_the_wait_for_a_place(clock, call):
-    async with (
-        RawServer(stall) as server,
-        client_of(server, timeout=only(pool=SECONDS), max_connections=2) as client,
-    ):
+    async with played(stall, timeout=only(pool=SECONDS), max_connections=2) as (server, client):
         first, second = [await client.caption(IMAGE, stream=True) for _ in range(2)]
         with running_out(clock, "pool", SECONDS) as caught:
             await call(client)
@@ -132,10 +129,7 @@ async def test_connect_begins_anew_with_each_try(clock):
     ids=["plain", "streamed", "models"],
 )
 async def test_first_event_limits_the_wait_for_an_answer(clock, call):
-    async with (
-        RawServer(listen) as server,
-        client_of(server, timeout=only(first_event=SECONDS)) as client,
-    ):
+    async with played(listen, timeout=only(first_event=SECONDS)) as (_, client):
         with running_out(clock, "first_event", SECONDS):
             await call(client)
 
@@ -161,10 +155,7 @@ async def test_first_event_limits_the_whole_of_what_has_no_events(clock, call, b
             await asyncio.sleep(1)
             await peer.send(more)
 
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=only(first_event=30.5), max_retries=3) as client,
-    ):
+    async with played(play, timeout=only(first_event=30.5), max_retries=3) as (server, client):
         with running_out(clock, "first_event", 30.5):
             await call(client)
         assert len(server.requests) == 1  # a model that is slow once is slow twice
@@ -245,10 +236,7 @@ async def test_first_event_counts_the_wait_for_the_head_of_a_stream(clock):
         await peer.send(STREAM_HEAD)
         await peer.until_gone()
 
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=only(first_event=30)) as client,
-    ):
+    async with played(play, timeout=only(first_event=30)) as (_, client):
         with running_out(clock, "first_event", 30):
             await streaming(client)
 
@@ -261,8 +249,7 @@ async def test_first_event_does_not_count_the_time_in_which_nobody_waits(clock):
         await peer.until_gone()
 
     async with (
-        RawServer(play) as server,
-        client_of(server, timeout=only(first_event=30)) as client,
+        played(play, timeout=only(first_event=30)) as (_, client),
         client.caption(IMAGE, stream=True) as stream,
     ):
         await asyncio.sleep(DAY)
@@ -276,8 +263,7 @@ async def test_first_event_does_not_count_the_time_in_which_nobody_waits(clock):
 @pytest.mark.parametrize("chatter", CHATTER)
 async def test_idle_limits_the_wait_for_the_next_event_whatever_the_chatter(clock, chatter):
     async with (
-        RawServer(chatting(EVENTS[:2], CHATTER[chatter])) as server,
-        client_of(server, timeout=only(idle=30.5)) as client,
+        played(chatting(EVENTS[:2], CHATTER[chatter]), timeout=only(idle=30.5)) as (server, client),
         client.caption(IMAGE, stream=True) as stream,
     ):
         with running_out(clock, "idle", 30.5, cls=md.StreamStalledError) as caught:
@@ -299,8 +285,7 @@ async def test_flood_of_chatter_does_not_put_off_the_end(clock):
             await asyncio.sleep(0)
 
     async with (
-        RawServer(play) as server,
-        client_of(server, timeout=only(idle=1)) as client,
+        played(play, timeout=only(idle=1)) as (_, client),
         client.caption(IMAGE, stream=True) as stream,
     ):
         assert await anext(stream) == WORDS[0]
@@ -313,10 +298,7 @@ async def test_flood_of_chatter_does_not_put_off_the_end(clock):
 
 @CALLS
 async def test_total_counts_the_wait_for_a_place(clock, call):
-    async with (
-        RawServer(listen) as server,
-        client_of(server, timeout=only(total=SECONDS), max_connections=1) as client,
-    ):
+    async with played(listen, timeout=only(total=SECONDS), max_connections=1) as (server, client):
         client._caller.session.slots._free = 0
         with running_out(clock, "total", SECONDS):
             await call(client)
@@ -326,10 +308,7 @@ async def test_total_counts_the_wait_for_a_place(clock, call):
 
 @CALLS
 async def test_total_counts_the_wait_for_the_pace(clock, call):
-    async with (
-        RawServer(answer_all) as server,
-        client_of(server, timeout=only(total=7.5), rate_limit=0.1) as client,
-    ):
+    async with played(answer_all, timeout=only(total=7.5), rate_limit=0.1) as (server, client):
         await call(client)
         with running_out(clock, "total", 7.5):
             await call(client)
@@ -348,10 +327,7 @@ async def test_total_counts_the_making_of_a_connection(clock, call):
 
 @CALLS
 async def test_total_counts_the_wait_for_an_answer(clock, call):
-    async with (
-        RawServer(listen) as server,
-        client_of(server, timeout=only(total=SECONDS)) as client,
-    ):
+    async with played(listen, timeout=only(total=SECONDS)) as (_, client):
         with running_out(clock, "total", SECONDS):
             await call(client)
 
@@ -364,10 +340,7 @@ async def test_total_counts_tries_and_the_waits_between_them(clock, call):
         await peer.send(head("Content-Length: 0", "Retry-After: 3", status="503 Busy"))
         await listen(peer)
 
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=only(total=30.5), max_retries=1) as client,
-    ):
+    async with played(play, timeout=only(total=30.5), max_retries=1) as (server, client):
         with running_out(clock, "total", 30.5):
             await call(client)
         assert len(server.requests) == 2
@@ -379,10 +352,7 @@ async def test_retry_that_would_come_too_late_for_total_is_not_waited_for(clock,
         await peer.request()
         await peer.send(head("Content-Length: 0", "Retry-After: 30", status="503 Busy"))
 
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=only(total=20), max_retries=3) as client,
-    ):
+    async with played(play, timeout=only(total=20), max_retries=3) as (server, client):
         started = clock.now
         with pytest.raises(md.ServerError):
             await call(client)
@@ -414,10 +384,7 @@ async def test_total_ends_a_stream_that_was_lost_and_is_asked_for_again(clock):
         if len(server.peers) > 1:
             await peer.until_gone()
 
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=only(total=10.5), max_retries=3) as client,
-    ):
+    async with played(play, timeout=only(total=10.5), max_retries=3) as (server, client):
         with running_out(clock, "total", 10.5):
             await streaming(client)
         assert len(server.peers) == 2
@@ -439,10 +406,7 @@ async def test_of_two_limits_the_one_that_ran_out_is_named(clock, shortest):
 @pytest.mark.parametrize("shortest", ["idle", "total"])
 async def test_of_two_limits_of_a_stream_the_one_that_ran_out_is_named(clock, shortest):
     limits = {"idle": 9, "total": 9} | {shortest: 4}
-    async with (
-        RawServer(chatting(EVENTS[:1], b"")) as server,
-        client_of(server, timeout=only(**limits)) as client,
-    ):
+    async with played(chatting(EVENTS[:1], b""), timeout=only(**limits)) as (_, client):
         with running_out(clock, shortest, 4, cls=md.StreamStalledError):
             await streaming(client)
 

@@ -10,7 +10,7 @@ import gzip
 import zlib
 
 import pytest
-from canned import IMAGE
+from canned import IMAGE, played
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from raw_server import (
@@ -243,10 +243,7 @@ async def test_whatever_comes_in_place_of_an_answer_is_an_answer_or_our_error(
         await asyncio.sleep(0)
         await peer.send(response[cut:])
 
-    async with (
-        RawServer(play) as server,
-        md.MoondreamClient(endpoint=server.endpoint, max_retries=0) as client,
-    ):
+    async with played(play) as (_, client):
         try:
             answer = await client.caption(IMAGE, stream=stream)
             if stream:

@@ -8,8 +8,9 @@ import logging
 import threading
 
 import pytest
-from aiohttp import web
+from canned import canned
 from programs import STRICT, running
+from raw_server import whole
 
 import moondream_async as md
 from moondream_async.simulator import Fault, Simulator
@@ -178,24 +179,11 @@ async def test_an_end_is_told_once_however_it_comes(talker, photo, told, way):
     ids=lambda it: str(it)[:4],
 )
 async def test_a_count_of_tokens_that_makes_no_sense_is_none(photo, told, count, expected):
-    async def answer(request):
-        await request.read()
-        metrics = f'{{"input_tokens": {count}, "output_tokens": 7}}'
-        body = f'{{"caption": "a cat", "metrics": {metrics}}}'
-        return web.Response(text=body, content_type="application/json")
-
+    metrics = f'{{"input_tokens": {count}, "output_tokens": 7}}'
+    body = f'{{"caption": "a cat", "metrics": {metrics}}}'
     hooks, events = told
-    application = web.Application(client_max_size=1 << 30)
-    application.router.add_post("/v1/caption", answer)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    try:
-        async with md.MoondreamClient(endpoint=endpoint, hooks=hooks) as client:
-            assert (await client.caption(photo)).caption == "a cat"
-    finally:
-        await runner.cleanup()
+    async with canned(whole(body.encode()), hooks=hooks) as (client, _):
+        assert (await client.caption(photo)).caption == "a cat"
     end = events[-1][1]
     assert (end.input_tokens, end.output_tokens, end.outcome) == (expected, 7, "complete")
 

@@ -14,7 +14,7 @@ from email.utils import formatdate
 from itertools import pairwise
 
 import pytest
-from canned import IMAGE, client_of, rounds
+from canned import IMAGE, client_of, played, rounds
 from raw_server import (
     ANSWER,
     DONE,
@@ -386,10 +386,7 @@ async def test_no_window_of_time_has_more_requests_than_the_rate(clock, rate):
         else:
             await client.caption(IMAGE)
 
-    async with (
-        RawServer(play) as server,
-        client_of(server, rate_limit=rate, max_retries=10, max_connections=5) as client,
-    ):
+    async with played(play, rate_limit=rate, max_retries=10, max_connections=5) as (_, client):
         tasks = [asyncio.ensure_future(call(client)) for _ in range(40)]
         await asyncio.sleep(5 / rate)
         for task in choose.sample(tasks[10:], 15):
@@ -423,9 +420,9 @@ async def test_cancelled_calls_cost_the_others_nothing(clock):
 
 async def test_waiting_for_the_pace_is_not_waiting_for_a_place(clock):
     timeout = md.Timeout(pool=1)
-    async with (
-        RawServer(answer_all) as server,
-        client_of(server, rate_limit=1, timeout=timeout, max_connections=1) as client,
+    async with played(answer_all, rate_limit=1, timeout=timeout, max_connections=1) as (
+        _server,
+        client,
     ):
         started = clock.now
         await asyncio.gather(*(client.caption(IMAGE) for _ in range(20)))
@@ -506,10 +503,7 @@ async def test_server_that_says_when_is_asked_again_then_up_to_the_cap(
         await answer_all(peer)
 
     watch = Watch(clock)
-    async with (
-        RawServer(play) as server,
-        client_of(server, hooks=watch.hooks, max_retries=1) as client,
-    ):
+    async with played(play, hooks=watch.hooks, max_retries=1) as (server, client):
         answer = await client.caption(IMAGE, stream=stream)
         if stream:
             assert await answer.text() == TEXT
@@ -570,8 +564,7 @@ async def test_stream_that_is_asked_for_again_waits_like_any_other_call(clock):
 
     watch = Watch(clock)
     async with (
-        RawServer(play) as server,
-        client_of(server, max_retries=3, hooks=watch.hooks) as client,
+        played(play, max_retries=3, hooks=watch.hooks) as (server, client),
         client.caption(IMAGE, stream=True) as stream,
     ):
         assert await stream.text() == TEXT
@@ -647,10 +640,7 @@ async def test_a_picture_that_is_tried_again_is_one_call_in_a_run(clock):
     events = []
     kinds = ("request", "retry", "end")
     hooks = {kind: lambda event, kind=kind: events.append((kind, event)) for kind in kinds}
-    async with (
-        RawServer(refusing(1)) as server,
-        client_of(server, hooks=md.Hooks(**hooks), max_retries=1) as client,
-    ):
+    async with played(refusing(1), hooks=md.Hooks(**hooks), max_retries=1) as (_, client):
         (result,) = [result async for result in client.bulk([IMAGE])]
         assert client.stats().retries == 1
     assert [kind for kind, _ in events] == ["request", "retry", "request", "end"]

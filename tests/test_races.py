@@ -17,7 +17,7 @@ import time
 
 import anyio
 import pytest
-from canned import IMAGE, client_of, rounds
+from canned import IMAGE, client_of, played, rounds
 from raw_server import (
     ANSWER,
     DONE,
@@ -373,10 +373,7 @@ async def test_stream_that_the_collector_finds_at_any_moment_is_closed(collector
     def note(event):  # a hook may ask for the numbers, too
         closed.append(client.stats().requests)
 
-    async with (
-        RawServer(stall) as server,
-        client_of(server, hooks=md.Hooks(end=note)) as client,
-    ):
+    async with played(stall, hooks=md.Hooks(end=note)) as (server, client):
         for moment in range(moments):
             gc.collect()
             lost = [await client.caption(IMAGE, stream=True)]

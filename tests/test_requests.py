@@ -88,7 +88,7 @@ def chat(messages, *, stream=False, reasoning=None, settings=None, model=None):
 
 def say(**options):
     """A chat of one message, for what is the same in all calls."""
-    return chat([{"role": "user", "content": "Hello"}], **options)
+    return chat(HELLO, **options)
 
 
 def data_url(image):
@@ -115,154 +115,59 @@ URL = data_url(ENCODED)
 # -- what is sent --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("request_", "path", "body"),
-    [
-        pytest.param(
-            caption(),
-            "/caption",
-            {"image_url": URL, "length": "normal", "stream": False},
-            id="caption",
-        ),
-        pytest.param(
-            caption(
-                length="short",
-                stream=True,
-                settings={"temperature": 0, "top_p": 1, "max_tokens": 9},
-                model="moondream3.1-9B-A2B",
-            ),
-            "/caption",
-            {
-                "image_url": URL,
-                "length": "short",
-                "stream": True,
-                "settings": {"temperature": 0, "top_p": 1, "max_tokens": 9},
-                "model": "moondream3.1-9B-A2B",
-            },
-            id="caption, all of it",
-        ),
-        pytest.param(
-            query(),
-            "/query",
-            {"image_url": URL, "question": "How many?", "stream": False},
-            id="query",
-        ),
-        pytest.param(
-            query(None),
-            "/query",
-            {"question": "How many?", "stream": False},
-            id="query, no picture",
-        ),
-        pytest.param(
-            query(
-                stream=True,
-                reasoning=False,
-                spatial_refs=[(0.25, 1), [0, 0.5, 0.5, 0.5]],
-                settings={},
-                model="m/f@3",
-            ),
-            "/query",
-            {
-                "image_url": URL,
-                "question": "How many?",
-                "stream": True,
-                "reasoning": False,
-                "spatial_refs": [[0.25, 1], [0, 0.5, 0.5, 0.5]],
-                "settings": {},
-                "model": "m/f@3",
-            },
-            id="query, all of it",
-        ),
-        pytest.param(detect(), "/detect", {"image_url": URL, "object": "boat"}, id="detect"),
-        pytest.param(
-            detect(settings={"max_objects": 5}, model="m"),
-            "/detect",
-            {"image_url": URL, "object": "boat", "settings": {"max_objects": 5}, "model": "m"},
-            id="detect, all of it",
-        ),
-        pytest.param(point(), "/point", {"image_url": URL, "object": "boat"}, id="point"),
-        pytest.param(
-            point(spatial_refs=[[0.5, 0.5]], settings={"max_objects": 5}, model="m"),
-            "/point",
-            {
-                "image_url": URL,
-                "object": "boat",
-                "spatial_refs": [[0.5, 0.5]],
-                "settings": {"max_objects": 5},
-                "model": "m",
-            },
-            id="point, all of it",
-        ),
-        pytest.param(
-            segment(),
-            "/segment",
-            {"image_url": URL, "object": "boat", "stream": False},
-            id="segment",
-        ),
-        pytest.param(
-            segment(stream=True, spatial_refs=[[0.5, 0.5]], settings={"max_tokens": 5}, model="m"),
-            "/segment",
-            {
-                "image_url": URL,
-                "object": "boat",
-                "stream": True,
-                "spatial_refs": [[0.5, 0.5]],
-                "settings": {"max_tokens": 5},
-                "model": "m",
-            },
-            id="segment, all of it",
-        ),
-        pytest.param(
-            say(),
-            "/chat/completions",
-            {
-                "model": "moondream3-preview",
-                "messages": [{"role": "user", "content": "Hello"}],
-                "stream": False,
-            },
-            id="chat",
-        ),
-        pytest.param(
-            say(
-                stream=True,
-                reasoning=True,
-                settings={"temperature": 0.5, "max_tokens": 99, "seed": 7},
-                model="m",
-            ),
-            "/chat/completions",
-            {
-                "model": "m",
-                "messages": [{"role": "user", "content": "Hello"}],
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                "reasoning": True,
-                "temperature": 0.5,
-                "max_completion_tokens": 99,
-                "seed": 7,
-            },
-            id="chat, all of it",
-        ),
-    ],
-)
-def test_the_body_has_what_was_given_and_nothing_else(request_, path, body):
-    assert (request_.method, request_.path) == ("POST", path)
-    assert sent(request_) == body
+HELLO = [{"role": "user", "content": "Hello"}]
+BARE = {  # the address, and the body of a call with no more than it needs
+    caption: ("/caption", {"image_url": URL, "length": "normal", "stream": False}),
+    query: ("/query", {"image_url": URL, "question": "How many?", "stream": False}),
+    detect: ("/detect", {"image_url": URL, "object": "boat"}),
+    point: ("/point", {"image_url": URL, "object": "boat"}),
+    segment: ("/segment", {"image_url": URL, "object": "boat", "stream": False}),
+    say: (
+        "/chat/completions",
+        {"model": "moondream3-preview", "messages": HELLO, "stream": False},
+    ),
+}
+SETTINGS = {"settings": {"temperature": 0, "top_p": 1, "max_tokens": 9}, "model": "m/f@3"}
+OBJECTS = {"settings": {"max_objects": 5}, "model": "moondream3.1-9B-A2B"}
+REFS = {"spatial_refs": [[0.25, 1], [0, 0.5, 0.5, 0.5]]}
 
 
 @pytest.mark.parametrize(
-    ("request_", "bearer"),
+    ("make", "arguments"),  # which go into the body as they are
     [
-        (caption(), False),
-        (query(), False),
-        (detect(), False),
-        (point(), False),
-        (segment(), False),
-        (say(), True),
+        *[(make, {}) for make in BARE],
+        (caption, {**SETTINGS, "length": "short", "stream": True}),
+        (query, {**SETTINGS, **REFS, "stream": True, "reasoning": False}),
+        (query, {"settings": {}}),
+        (detect, OBJECTS),
+        (point, {**OBJECTS, **REFS}),
+        (segment, {**SETTINGS, **REFS, "stream": True}),
     ],
-    ids=["caption", "query", "detect", "point", "segment", "chat"],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value.__name__,
 )
-def test_only_chat_takes_its_key_as_openai_does(request_, bearer):
-    assert request_.bearer is bearer
+def test_the_body_has_what_was_given_and_nothing_else(make, arguments):
+    request = make(**arguments)
+    path, body = BARE[make]
+
+    assert (request.method, request.path) == ("POST", path)
+    assert sent(request) == {**body, **arguments}
+    assert request.bearer is (make is say)  # which takes its key as OpenAI does
+
+
+def test_a_chat_says_its_settings_in_openais_words():
+    settings = {"temperature": 0.5, "max_tokens": 99, "seed": 7}
+    request = say(stream=True, reasoning=True, settings=settings, model="m")
+
+    assert sent(request) == {
+        "model": "m",
+        "messages": HELLO,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "reasoning": True,
+        "temperature": 0.5,
+        "max_completion_tokens": 99,
+        "seed": 7,
+    }
 
 
 def test_text_arrives_as_it_is():
@@ -328,6 +233,7 @@ def test_a_call_without_a_picture_is_one_piece():
     request = query(None)
 
     assert [type(part) for part in request.parts()] == [bytes]
+    assert sent(request) == {"question": "How many?", "stream": False}
 
 
 def test_pictures_of_a_chat_come_out_each_in_its_place():
@@ -624,13 +530,6 @@ def test_any_arguments_make_a_request_or_a_request_error(length, stream, setting
 
 
 def test_places_that_were_found_can_be_asked_about():
-    request = query_request(
-        b"a picture",
-        "What is here?",
-        stream=False,
-        reasoning=None,
-        spatial_refs=[Point(0.25, 0.5), Region(0, 0.1, 0.5, 1)],
-        settings=None,
-        model=None,
-    )
-    assert request.payload["spatial_refs"] == [[0.25, 0.5], [0, 0.1, 0.5, 1]]
+    request = query(spatial_refs=[Point(0.25, 0.5), Region(0, 0.1, 0.5, 1)])
+
+    assert sent(request)["spatial_refs"] == [[0.25, 0.5], [0, 0.1, 0.5, 1]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from canned import IMAGE, client_of, rounds
+from canned import IMAGE, client_of, played, rounds
 from raw_server import (
     ANSWER,
     DONE,
@@ -176,10 +176,7 @@ def play_cut(cut, *, in_one_packet):
 @pytest.mark.parametrize("in_one_packet", [False, True], ids=["packets", "packet"])
 @pytest.mark.parametrize("cut", CUTS)
 async def test_stream_cut_before_completed_raises_with_the_text_so_far(cut, in_one_packet, reader):
-    async with (
-        RawServer(play_cut(cut, in_one_packet=in_one_packet)) as server,
-        client_of(server) as client,
-    ):
+    async with played(play_cut(cut, in_one_packet=in_one_packet)) as (server, client):
         for _ in range(20):
             stream = await client.caption(IMAGE, stream=True)
             pieces = [await anext(stream)]
@@ -417,10 +414,7 @@ async def test_error_whose_body_hangs_keeps_its_status(part):
         await peer.send(head("Content-Length: 100", status="500 Broken") + part)
         await peer.until_gone()
 
-    async with (
-        RawServer(play) as server,
-        client_of(server, timeout=md.Timeout(first_event=0.2)) as client,
-    ):
+    async with played(play, timeout=md.Timeout(first_event=0.2)) as (server, client):
         with pytest.raises(md.ServerError) as caught:
             await client.caption(IMAGE)
         assert caught.value.status == 500
@@ -492,10 +486,7 @@ async def test_redirect_within_the_origin_is_followed_with_method_and_body(statu
     ],
 )
 async def test_redirect_that_cannot_be_followed_is_an_error(status, location, message):
-    async with (
-        RawServer(redirect(status, location, times=100)) as server,
-        client_of(server) as client,
-    ):
+    async with played(redirect(status, location, times=100)) as (server, client):
         with pytest.raises(md.APIStatusError, match=message) as caught:
             await client.caption(IMAGE)
         assert caught.value.status == status

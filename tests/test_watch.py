@@ -78,6 +78,13 @@ class Reader:
         return [each.index for each in self.results]
 
 
+async def result_of(watch, camera, number):
+    """Show a frame while the watch is read; return what comes of it."""
+    reading = asyncio.create_task(anext(watch))
+    await camera.show(number)
+    return await reading
+
+
 def left():
     """The tasks and threads of watches."""
     tasks = [each for each in asyncio.all_tasks() if "moondream_async watch" in each.get_name()]
@@ -231,9 +238,7 @@ async def test_nothing_is_asked_while_nobody_reads(simulator, client, camera):
     async with client.watch(camera, in_flight=2) as watch:
         await anyio.wait_all_tasks_blocked()
         assert watch.frames == 0
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
-        await reading
+        await result_of(watch, camera, 0)
         await camera.show(1, 2, 3)
         await anyio.wait_all_tasks_blocked()
         assert len(simulator.requests) == 1
@@ -299,9 +304,7 @@ async def test_each_result_may_be_a_stream(client, camera):
     texts = []
     async with client.watch(camera, "caption", stream=True) as watch:
         for number in range(3):
-            reading = asyncio.create_task(anext(watch))
-            await camera.show(number)
-            each = await reading
+            each = await result_of(watch, camera, number)
             assert isinstance(each.result, md.CaptionStream)
             texts.append("".join([piece async for piece in each.result.chunk]))
             assert each.result.completed
@@ -311,13 +314,9 @@ async def test_each_result_may_be_a_stream(client, camera):
 async def test_the_next_result_closes_a_stream_that_was_left(simulator, client, camera):
     simulator.script.caption(["A", " red", " cat"], hold_after=1)
     async with client.watch(camera, stream=True) as watch:
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
-        first = await reading
+        first = await result_of(watch, camera, 0)
         assert await anext(first.result) == "A"
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(1)
-        second = await reading
+        second = await result_of(watch, camera, 1)
         await simulator.wait_until(lambda: simulator.requests[0].disconnected)
         assert [piece async for piece in second.result]
 
@@ -325,9 +324,7 @@ async def test_the_next_result_closes_a_stream_that_was_left(simulator, client, 
 async def test_a_stream_that_a_frame_supersedes_just_ends(simulator, client, camera):
     simulator.script.caption(["A", " red", " cat"], hold_after=1)
     async with client.watch(camera, stream=True, supersede=True) as watch:
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
-        stream = (await reading).result
+        stream = (await result_of(watch, camera, 0)).result
         assert await anext(stream) == "A"
         rest = asyncio.create_task(anext(stream, "the end"))
         await anyio.wait_all_tasks_blocked()
@@ -467,10 +464,8 @@ async def test_after_a_failure_the_newest_frame_waits_for_the_pause(simulator, c
 async def test_a_failure_may_end_the_watch(simulator, client, camera):
     simulator.script.caption(fault="status=503")
     async with client.watch(camera, on_error="raise") as watch:
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
         with pytest.raises(md.ServerError):
-            await reading
+            await result_of(watch, camera, 0)
         with pytest.raises(StopAsyncIteration):
             await anext(watch)
 
@@ -487,10 +482,8 @@ async def test_a_wrong_key_ends_the_watch(camera):
         md.MoondreamClient("wrong", endpoint=simulator.endpoint) as client,
         client.watch(camera) as watch,
     ):
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
         with pytest.raises(md.AuthenticationError):
-            await reading
+            await result_of(watch, camera, 0)
         with pytest.raises(StopAsyncIteration):
             await anext(watch)
 
@@ -579,9 +572,7 @@ async def test_a_break_ends_everything(simulator, client):
 async def test_leaving_closes_the_stream_that_was_given(simulator, client, camera):
     simulator.script.caption(["A", " red", " cat"], hold_after=1)
     async with client.watch(camera, stream=True) as watch:
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
-        await anext((await reading).result)
+        await anext((await result_of(watch, camera, 0)).result)
     await simulator.wait_until(lambda: simulator.requests[0].disconnected)
 
 
