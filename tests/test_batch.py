@@ -271,17 +271,32 @@ async def test_what_cannot_be_uploaded_is_refused_before_anything_is_sent(
     assert simulator.requests == []
 
 
+ONE = [md.BatchRequest.caption(IMAGE)]
+ASKED = [
+    *[
+        ("create", {"requests": ONE, "part_bytes": size}, "part_bytes")
+        for size in (0, -1, 1.5, True, 100_000_000, None)
+    ],
+    *[("list", {"limit": limit}, "limit") for limit in (0, 101, True, "10")],
+    *[(way, {"batch": given}, "id") for way in ("get", "wait") for given in ("", None, 7, b"id")],
+]
+
+
+@pytest.mark.parametrize(("method", "given", "message"), ASKED)
+async def test_what_cannot_be_right_is_refused_before_anything_is_sent(
+    client, simulator, method, given, message
+):
+    called = getattr(client.batches, method)(**given)
+    with pytest.raises(md.RequestError, match=message):
+        await (anext(called) if hasattr(called, "__anext__") else called)
+    assert simulator.requests == []
+
+
 async def test_picture_that_cannot_be_read_is_named_with_its_line(client, simulator, photo):
     requests = [md.BatchRequest.caption(photo)] * 5 + [md.BatchRequest.caption("gone.jpg")]
     with pytest.raises(md.ImageError, match=r"line 6 of the batch: 'gone.jpg' does not exist"):
         await client.batches.create(requests)
     assert simulator.requests == []
-
-
-@pytest.mark.parametrize("part_bytes", [0, -1, 1.5, True, 100_000_000, None])
-async def test_bad_part_size_is_refused(client, part_bytes):
-    with pytest.raises(md.RequestError, match="part_bytes"):
-        await client.batches.create([md.BatchRequest.caption(IMAGE)], part_bytes=part_bytes)
 
 
 async def test_more_parts_than_a_server_counts_are_refused(client, simulator):
@@ -407,21 +422,6 @@ async def test_list_goes_through_all_pages_newest_first(client, simulator, photo
     simulator.requests.clear()
     assert [batch.id async for batch in client.batches.list(limit=2)] == ids[::-1]
     assert len(simulator.requests) == 3
-
-
-@pytest.mark.parametrize("limit", [0, 101, True, "10"])
-async def test_bad_page_size_is_refused(client, simulator, limit):
-    with pytest.raises(md.RequestError, match="limit"):
-        await anext(client.batches.list(limit=limit))
-    assert simulator.requests == []
-
-
-@pytest.mark.parametrize("batch", ["", None, 7, b"id"])
-async def test_bad_id_is_refused(client, simulator, batch):
-    for ask in (client.batches.get, client.batches.wait):
-        with pytest.raises(md.RequestError, match="id"):
-            await ask(batch)
-    assert simulator.requests == []
 
 
 async def test_id_cannot_leave_its_place_in_the_path(client, simulator):

@@ -36,6 +36,95 @@ async def tuning_of(server, **options):
         yield client.tuning
 
 
+# -- what cannot be right -------------------------------------------------------------
+
+WHY = md.TuningRequest.query(None, "Why?")
+RIGHT = {"answer": "so"}
+TWO = md.Rollouts(rollouts=(md.Rollout(), md.Rollout()))
+MADE = {
+    "no question": (lambda: md.TuningRequest.query(IMAGE), "question"),
+    "no image": (lambda: md.TuningRequest.detect(None, "a"), "image"),
+    "no object": (lambda: md.TuningRequest.point(IMAGE, ""), "object"),
+    "refs": (lambda: md.TuningRequest.point(IMAGE, "a", spatial_refs=[[2, 0]]), "spatial"),
+    "truth": (lambda: md.TuningRequest.point(IMAGE, "a", ground_truth=[1]), "mapping"),
+    "no rewards": (lambda: md.TrainGroup.rl(TWO), "without rewards"),
+    "too few": (lambda: md.TrainGroup.rl(TWO, [1]), "1 rewards for 2"),
+    "nothing": (lambda: md.TrainGroup.rl(md.Rollouts(), []), "0 rewards"),
+    "nan": (lambda: md.TrainGroup.rl(TWO, [1, math.nan]), "finite"),
+    "text": (lambda: md.TrainGroup.rl(TWO, [1, "1"]), "finite"),
+    "None": (lambda: md.TrainGroup.rl(TWO, [1, None]), "number"),
+    "dict": (lambda: md.TrainGroup.sft({}, RIGHT), "TuningRequest"),
+    "empty": (lambda: md.TrainGroup.sft(WHY, {}), "target"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), MADE.values(), ids=MADE)
+def test_what_cannot_be_right_is_refused_when_it_is_made(make, message):
+    with pytest.raises(md.RequestError, match=message):
+        make()
+
+
+ID = {"finetune": "01HX"}
+OF_FINETUNES = {
+    "get": {},
+    "delete": {},
+    "rollouts": {"request": WHY},
+    "train_step": {"groups": [md.TrainGroup.sft(WHY, RIGHT)]},
+    "log_metrics": {"step": 1, "metrics": {"a": 1}},
+    "save_checkpoint": {},
+    "list_checkpoints": {},
+}
+SFT = [{"mode": "sft"}]
+ASKED = [
+    ("create", {"name": "", "rank": 8}, "name"),
+    ("create", {"name": None, "rank": 8}, "name"),
+    *[("create", {"name": "a", "rank": rank}, "rank") for rank in (7, 8.0, True, "8")],
+    *[
+        (method, {"finetune": finetune, **more}, "finetune")
+        for method, more in OF_FINETUNES.items()
+        for finetune in ("", None, 7)
+    ],
+    *[
+        ("rollouts", {**ID, "request": WHY, "num_rollouts": number}, "num_rollouts")
+        for number in (0, 17, True, 2.0, "2")
+    ],
+    ("rollouts", {**ID, "request": {"skill": "query"}}, "TuningRequest"),
+    *[
+        ("rollout_stream", {**ID, "requests": [], "max_concurrency": number}, "max_concurrency")
+        for number in (0, -1, True, 1.5)
+    ],
+    ("train_step", {**ID, "groups": []}, "empty"),
+    ("train_step", {**ID, "groups": {"mode": "rl"}}, "list"),
+    ("train_step", {**ID, "groups": 7}, "list"),
+    ("train_step", {**ID, "groups": ["rl"]}, "TrainGroup"),
+    ("train_step", {**ID, "groups": SFT, "lr": 0}, "lr"),
+    ("train_step", {**ID, "groups": SFT, "lr": math.inf}, "lr"),
+    ("train_step", {**ID, "groups": [{"mode": "sft", "x": object()}]}, "JSON"),
+    ("train_step", {**ID, "groups": SFT, "timeout": -1}, "first_event"),
+    ("log_metrics", {**ID, "step": -1, "metrics": {"a": 1}}, "step"),
+    ("log_metrics", {**ID, "step": True, "metrics": {"a": 1}}, "step"),
+    ("log_metrics", {**ID, "step": 1, "metrics": {}}, "metrics"),
+    ("log_metrics", {**ID, "step": 1, "metrics": [("a", 1)]}, "metrics"),
+    ("log_metrics", {**ID, "step": 1, "metrics": {"a": math.nan}}, "metrics.*finite"),
+    ("log_metrics", {**ID, "step": 1, "metrics": {"a": None}}, "metrics.*number"),
+    *[
+        (method, {**ID, "step": step}, "step")
+        for method in ("delete_checkpoint", "checkpoint_url")
+        for step in (-1, True, "1", None)
+    ],
+]
+
+
+@pytest.mark.parametrize(("method", "given", "message"), ASKED)
+async def test_what_cannot_be_right_is_refused_before_anything_is_sent(
+    client, simulator, method, given, message
+):
+    called = getattr(client.tuning, method)(**given)
+    with pytest.raises(md.RequestError, match=message):
+        await (anext(called) if hasattr(called, "__anext__") else called)
+    assert simulator.requests == []
+
+
 # -- finetunes ------------------------------------------------------------------------
 
 
@@ -59,23 +148,6 @@ async def test_name_that_is_taken_with_another_rank_is_a_conflict(client):
         await client.tuning.create("a", rank=16)
     assert caught.value.status == 409
     assert type(caught.value) is md.APIStatusError
-
-
-@pytest.mark.parametrize(
-    ("name", "rank", "message"),
-    [
-        ("", 8, "name"),
-        (None, 8, "name"),
-        ("a", 7, "rank"),
-        ("a", 8.0, "rank"),
-        ("a", True, "rank"),
-        ("a", "8", "rank"),
-    ],
-)
-async def test_finetune_that_cannot_be_is_refused(client, simulator, name, rank, message):
-    with pytest.raises(md.RequestError, match=message):
-        await client.tuning.create(name, rank=rank)
-    assert simulator.requests == []
 
 
 INFO = {"finetune_id": "01HX", "name": "a", "rank": 8, "created_at_ms": 1, "updated_at_ms": 2}
@@ -126,23 +198,6 @@ async def test_finetune_without_an_id_is_an_error():
     async with tuning_of(replying({"name": "a"})) as tuning:
         with pytest.raises(md.ServerError, match="finetune_id"):
             await tuning.get("01HX")
-
-
-@pytest.mark.parametrize("finetune", ["", None, 7])
-async def test_what_names_no_finetune_is_refused(client, simulator, finetune):
-    request = md.TuningRequest.query(None, "Why?")
-    for call in (
-        client.tuning.get(finetune),
-        client.tuning.delete(finetune),
-        client.tuning.rollouts(finetune, request),
-        client.tuning.train_step(finetune, [md.TrainGroup.sft(request, {"answer": "so"})]),
-        client.tuning.log_metrics(finetune, 1, {"a": 1}),
-        client.tuning.save_checkpoint(finetune),
-        anext(client.tuning.list_checkpoints(finetune)),
-    ):
-        with pytest.raises(md.RequestError, match="finetune"):
-            await call
-    assert simulator.requests == []
 
 
 async def test_id_cannot_leave_its_place_in_the_path(client, simulator):
@@ -202,40 +257,10 @@ async def test_rollouts_of_a_query_need_no_picture(client, simulator, finetune):
     }
 
 
-@pytest.mark.parametrize("num_rollouts", [0, 17, True, 2.0, "2"])
-async def test_number_of_rollouts_has_limits(client, simulator, finetune, num_rollouts):
-    request = md.TuningRequest.query(None, "Why?")
-    simulator.requests.clear()
-    with pytest.raises(md.RequestError, match="num_rollouts"):
-        await client.tuning.rollouts(finetune, request, num_rollouts=num_rollouts)
-    with pytest.raises(md.RequestError, match="TuningRequest"):
-        await client.tuning.rollouts(finetune, {"skill": "query"})
-    assert simulator.requests == []
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        pytest.param(lambda: md.TuningRequest.query(IMAGE), "question", id="no question"),
-        pytest.param(lambda: md.TuningRequest.detect(None, "a"), "image", id="no image"),
-        pytest.param(lambda: md.TuningRequest.point(IMAGE, ""), "object", id="no object"),
-        pytest.param(
-            lambda: md.TuningRequest.point(IMAGE, "a", spatial_refs=[[2, 0]]), "spatial", id="refs"
-        ),
-        pytest.param(
-            lambda: md.TuningRequest.point(IMAGE, "a", ground_truth=[1]), "mapping", id="truth"
-        ),
-    ],
-)
-def test_request_that_cannot_be_right_is_refused_when_it_is_made(make, message):
-    with pytest.raises(md.RequestError, match=message):
-        make()
-
-
 async def test_rollouts_are_read_as_far_as_they_make_sense():
     odd = {"rollouts": [{"output": None, "coords": "x", "new": 1}, "no rollout"], "rewards": "?"}
     async with tuning_of(replying(odd)) as tuning:
-        rollouts = await tuning.rollouts("01HX", md.TuningRequest.query(None, "Why?"))
+        rollouts = await tuning.rollouts("01HX", WHY)
     assert len(rollouts.rollouts) == 2
     assert rollouts.rollouts[0].raw["new"] == 1
     assert (rollouts.rewards, rollouts.raw) == (None, odd)
@@ -384,12 +409,6 @@ async def test_no_requests_are_no_rollouts(client, finetune):
     assert [each async for each in client.tuning.rollout_stream(finetune, [])] == []
 
 
-@pytest.mark.parametrize("max_concurrency", [0, -1, True, 1.5])
-async def test_bad_concurrency_is_refused(client, max_concurrency):
-    with pytest.raises(md.RequestError, match="max_concurrency"):
-        await anext(client.tuning.rollout_stream("01HX", [], max_concurrency=max_concurrency))
-
-
 # -- training -------------------------------------------------------------------------
 
 
@@ -445,47 +464,6 @@ async def test_group_may_be_in_the_servers_own_format(client, simulator, finetun
     assert sent["request"]["image_url"].startswith("data:image/jpeg;base64,")
     assert "image" not in sent["request"]
     assert sent["targets"] == [{"points": [{"x": 0.5, "y": 0.5}]}]
-
-
-ROLLOUTS = md.Rollouts(rollouts=(md.Rollout(), md.Rollout()))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS), "without rewards", id="no rewards"),
-        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1]), "1 rewards for 2", id="too few"),
-        pytest.param(lambda: md.TrainGroup.rl(md.Rollouts(), []), "0 rewards", id="nothing"),
-        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1, math.nan]), "finite", id="nan"),
-        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1, "1"]), "finite", id="text"),
-        pytest.param(lambda: md.TrainGroup.rl(ROLLOUTS, [1, None]), "number", id="None"),
-        pytest.param(lambda: md.TrainGroup.sft({}, {"answer": "a"}), "TuningRequest", id="dict"),
-        pytest.param(
-            lambda: md.TrainGroup.sft(md.TuningRequest.query(None, "?"), {}), "target", id="empty"
-        ),
-    ],
-)
-def test_group_that_cannot_be_right_is_refused_when_it_is_made(make, message):
-    with pytest.raises(md.RequestError, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("groups", "lr", "message"),
-    [
-        ([], 1e-4, "empty"),
-        ({"mode": "rl"}, 1e-4, "list"),
-        (7, 1e-4, "list"),
-        (["rl"], 1e-4, "TrainGroup"),
-        ([{"mode": "sft"}], 0, "lr"),
-        ([{"mode": "sft"}], math.inf, "lr"),
-        ([{"mode": "sft", "x": object()}], 1e-4, "JSON"),
-    ],
-)
-async def test_step_that_cannot_be_right_is_refused(client, simulator, groups, lr, message):
-    with pytest.raises(md.RequestError, match=message):
-        await client.tuning.train_step("01HX", groups, lr=lr)
-    assert simulator.requests == []
 
 
 GROUPS = [{"mode": "sft", "request": {"skill": "query", "question": "?"}}]
@@ -591,33 +569,10 @@ async def test_step_waits_as_long_as_it_is_told():
     assert len(server.requests) == 1
 
 
-async def test_bad_timeout_of_a_step_is_refused(client, simulator):
-    with pytest.raises(md.RequestError, match="first_event"):
-        await client.tuning.train_step("01HX", GROUPS, timeout=-1)
-    assert simulator.requests == []
-
-
 async def test_metrics_are_logged(client, simulator, finetune):
     logged = await client.tuning.log_metrics(finetune, 3, {"eval/f1": 0.5, "loss": 1})
     assert logged.ok is True
     assert simulator.requests[-1].body == {"step": 3, "metrics": {"eval/f1": 0.5, "loss": 1}}
-
-
-@pytest.mark.parametrize(
-    ("step", "metrics", "message"),
-    [
-        (-1, {"a": 1}, "step"),
-        (True, {"a": 1}, "step"),
-        (1, {}, "metrics"),
-        (1, [("a", 1)], "metrics"),
-        (1, {"a": math.nan}, "metrics.*finite"),
-        (1, {"a": None}, "metrics.*number"),
-    ],
-)
-async def test_metrics_that_are_no_numbers_are_refused(client, simulator, step, metrics, message):
-    with pytest.raises(md.RequestError, match=message):
-        await client.tuning.log_metrics("01HX", step, metrics)
-    assert simulator.requests == []
 
 
 # -- checkpoints ----------------------------------------------------------------------
@@ -668,14 +623,6 @@ async def test_checkpoint_is_a_model_like_any_other(client, simulator, finetune,
     assert simulator.requests[-1].body["model"] == finetune.model(1) == expected
     batch = await client.batches.create([md.BatchRequest.caption(photo)], model=checkpoint.model())
     assert (await client.batches.wait(batch, interval=0.001)).model == expected
-
-
-@pytest.mark.parametrize("step", [-1, True, "1", None])
-async def test_bad_step_is_refused(client, simulator, step):
-    for call in (client.tuning.delete_checkpoint, client.tuning.checkpoint_url):
-        with pytest.raises(md.RequestError, match="step"):
-            await call("01HX", step)
-    assert simulator.requests == []
 
 
 async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
