@@ -1,4 +1,4 @@
-"""Measurements in, words out.
+"""Makes words of measurements.
 
 No model runs here, and the answers say so. They hold what was measured and nothing
 else: the same picture and the same question give the same words.
@@ -58,7 +58,7 @@ def caption(picture: Picture, length: Length) -> str:
 
 
 def answer(picture: Picture | None, question: str, spatial_refs: list[list[float]]) -> str:
-    """Answer a question as far as measuring goes, and say so where it goes no further."""
+    """Answer a question by measurements, or say that measurements can't answer it."""
     if picture is None:
         return (
             f"No picture came with this question, and a simulator can only measure: {_ABILITIES}."

@@ -1,8 +1,7 @@
-"""The Batch API: a file of requests comes up in parts, files of results go down.
+"""The Batch API: clients upload a file of requests in parts, and download files of results.
 
-A batch moves on whenever a client asks for its state, by one stage or by part of its
-lines, and at no other time: how often a client looks, and not the clock, decides what
-the client sees.
+A batch advances at each request for its state, by one stage or by some of its lines, and
+at no other time: the number of requests, and not the clock, decides what a client sees.
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from .dialects import MODELS, Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
-from .steps import Body, Reply, Route
+from .steps import Body, Route
 from .storage import Storage, make_id, take_page
 from .validation import QueryBody, RefusedError, read_body, read_typed
 
 MAX_PART_BYTES = 100 * 1024 * 1024
 
-# At most half of a batch is done at one look, so that there is progress to see.
+# For one request, and at most half of the batch, so that there is progress to see.
 _LINES_PER_LOOK = 200
-# Few, so that results come in several files.
-_LINES_PER_OUTPUT = 10
+_LINES_PER_OUTPUT = 10  # few, so that results come in several files
 
 _SKILLS = ("caption", "query", "detect", "point")
 _Image = Annotated[str, msgspec.Meta(min_length=1)]
@@ -53,7 +51,7 @@ class _Upload(msgspec.Struct):
 
 
 class _Batch:
-    """A file that was completed, and how far it is done."""
+    """A completed file, and the state of its lines."""
 
     def __init__(self, batch_id: str, model: str, data: bytes) -> None:
         self.lines = data.splitlines()
@@ -88,7 +86,7 @@ class Batches:
         self._created = 0
 
     def routes(self) -> list[Route]:
-        """Return the endpoints; what one does depends on `action` in the query string."""
+        """Return the endpoints; most want an `action` in the query string."""
         one = f"{self._path}/{{id}}"
         return [
             Route("POST", self._path, self._create),
@@ -99,24 +97,24 @@ class Batches:
             Route("GET", self._path, self._list),
         ]
 
-    async def _create(self, received: ReceivedRequest) -> Reply:
+    async def _create(self, received: ReceivedRequest) -> Body:
         _expect_action(received, "mpu-create")
         self._created += 1
         file_id = make_id(self._created)
         upload_id = hashlib.sha256(file_id.encode()).hexdigest()[:24]
         self._uploads[file_id] = _Upload(upload_id)
         key = f"requests/simulated/{file_id}.jsonl"
-        return Reply(body={"fileId": file_id, "uploadId": upload_id, "key": key})
+        return {"fileId": file_id, "uploadId": upload_id, "key": key}
 
-    async def _upload_part(self, received: ReceivedRequest) -> Reply:
+    async def _upload_part(self, received: ReceivedRequest) -> Body:
         upload = self._find_upload(received, "mpu-uploadpart")
         number = received.query.get("partNumber", "")
         if not number.isdecimal() or not 1 <= int(number) <= 10_000:
             raise RefusedError("partNumber must be between 1 and 10000", param="partNumber")
         upload.parts[int(number)] = received.body
-        return Reply(body={"partNumber": int(number), "etag": _make_etag(received.body)})
+        return {"partNumber": int(number), "etag": _make_etag(received.body)}
 
-    async def _complete(self, received: ReceivedRequest) -> Reply:
+    async def _complete(self, received: ReceivedRequest) -> Body:
         upload = self._find_upload(received, "mpu-complete")
         body = read_typed(received.body, _Complete)
         pieces = []
@@ -130,14 +128,14 @@ class Batches:
         file_id = received.params["id"]
         del self._uploads[file_id]
         self._batches[file_id] = _Batch(file_id, body.model, data)
-        return Reply(body={"id": file_id, "status": "chunking", "size": len(data)})
+        return {"id": file_id, "status": "chunking", "size": len(data)}
 
-    async def _abort(self, received: ReceivedRequest) -> Reply:
+    async def _abort(self, received: ReceivedRequest) -> Body:
         self._find_upload(received, "mpu-abort")
         del self._uploads[received.params["id"]]
-        return Reply(body={"ok": True})
+        return {"ok": True}
 
-    async def _get(self, received: ReceivedRequest) -> Reply:
+    async def _get(self, received: ReceivedRequest) -> Body:
         batch = self._batches.get(received.params["id"])
         if batch is None:
             raise RefusedError("No such batch", status=404)
@@ -145,12 +143,12 @@ class Batches:
             body = batch.body(self._storage, received.origin)
             if body["status"] in {"chunking", "processing"}:
                 await anyio.to_thread.run_sync(self._move_on, batch)
-        return Reply(body=body)
+        return body
 
-    async def _list(self, received: ReceivedRequest) -> Reply:
+    async def _list(self, received: ReceivedRequest) -> Body:
         newest_first = reversed(self._batches.values())
         batches = [batch.body(self._storage, received.origin) for batch in newest_first]
-        return Reply(body=take_page("batches", batches, received.query))
+        return take_page("batches", batches, received.query)
 
     def _find_upload(self, received: ReceivedRequest, action: str) -> _Upload:
         _expect_action(received, action)
@@ -160,9 +158,9 @@ class Batches:
         return upload
 
     def _move_on(self, batch: _Batch) -> None:
-        """Take a batch one stage on, or do some of its lines. Blocks.
+        """Advance a batch by one stage, or by some of its lines. Blocks.
 
-        What a client can check before it sends a file is not checked again here.
+        Limits that the client checks are not checked again here.
         """
         total, done = len(batch.lines), len(batch.results)
         error = None

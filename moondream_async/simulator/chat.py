@@ -13,7 +13,7 @@ from . import answers
 from .dialects import Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
-from .steps import Answer, Body, Event, Reply, Route, Steps, say, split_words
+from .steps import Answer, Body, Event, Route, Steps, say, split_words
 from .validation import RefusedError, Temperature, TopP, read_typed
 
 _MaxTokens = Annotated[int, Meta(ge=1, le=4096)]
@@ -64,7 +64,7 @@ class _ChatBody(msgspec.Struct, frozen=True):
 
 
 class Chat:
-    """Answers the last question of a conversation, about the pictures nearest before it."""
+    """Answers the last question of a conversation, about the latest pictures."""
 
     def __init__(self, dialect: Dialect, gallery: Gallery) -> None:
         self._dialect = dialect
@@ -76,7 +76,7 @@ class Chat:
         path = f"{self._dialect.prefix}/chat/completions"
         return [Route("POST", path, self._complete, "bearer", skill="chat")]
 
-    async def _complete(self, received: ReceivedRequest) -> Reply | Steps:
+    async def _complete(self, received: ReceivedRequest) -> Body | Steps:
         body = read_typed(received.body, _ChatBody)
         _check_conversation(body.messages)
         answer = received.scripted.begin() if received.scripted else None
@@ -104,7 +104,7 @@ class Chat:
         if thought:
             message["reasoning"] = thought
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
-        return Reply(body=head | {"choices": [choice], "usage": usage})
+        return head | {"choices": [choice], "usage": usage}
 
     async def _solve(self, body: _ChatBody) -> Answer:
         question = body.messages[-1].text
@@ -143,14 +143,14 @@ class Chat:
 
 
 def _check_conversation(messages: list[_Message]) -> None:
-    """Keep to the engine's rules.
+    """Check the engine's rules for the order of messages.
 
     Raises:
-        RefusedError: A message is where it may not be.
+        RefusedError: The conversation breaks a rule.
     """
     systems = [index for index, message in enumerate(messages) if message.role == "system"]
     rules = (
-        # Seen at the cloud: this fault of the caller's comes with a server's status.
+        # Seen at the cloud: status 500, although the caller is at fault.
         (len(systems) > 1, "Only one system message is allowed", 500),
         (systems not in ([], [0]), "A system message must come first", 400),
         (messages[-1].role != "user", "The last message must be from the user", 400),

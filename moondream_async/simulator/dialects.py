@@ -28,24 +28,24 @@ MODELS = ("moondream3.1-9B-A2B", "moondream3-preview", "moondream-2B")
 
 
 class Dialect:
-    """What is the same everywhere; each server's own words override it."""
+    """The common part of all servers; each server's dialect overrides some of it."""
 
     name: ClassVar[str]
     prefix: ClassVar[str] = "/v1"
     skills: ClassVar[tuple[str, ...]] = ("caption", "query", "detect", "point")
     lenient: ClassVar[bool] = False
-    """Takes what it can from a request and overlooks the rest."""
+    """Ignores fields and bodies that it can't read."""
     text_only: ClassVar[bool] = False
     """Answers a question without a picture."""
     hosted: ClassVar[bool] = False
-    """Has what only the cloud has: keys, models to choose from, chat, batches and tuning."""
+    """Has keys, models to choose from, chat, batches and tuning, as the cloud alone has."""
     streams_reasoning: ClassVar[bool] = True
     closes_connections: ClassVar[bool] = False
-    """The end of the connection is the end of a streamed body."""
+    """A streamed body ends with the connection."""
     checks_content_type: ClassVar[bool] = False
-    """Takes ``application/json`` and nothing else, not even with a charset."""
+    """Refuses any content type but ``application/json``, also one with a charset."""
     ascii: ClassVar[bool] = True
-    """Escapes all other characters in the JSON of events."""
+    """The JSON of events has escapes for all characters outside ASCII."""
     health: ClassVar[Body] = {"status": "ok"}
 
     def __init__(self, *, blank_lines: bool = True) -> None:
@@ -164,7 +164,7 @@ class Kestrel(Dialect):
             chunk = "".join(answer.pieces[start : start + size])
             body = {"chunk": chunk, "completed": False, "token_index": start + size - 1}
             yield self.encode(body, tokens=size)
-        rest = answer.pieces[whole:]  # what filled no event goes into the final one
+        rest = answer.pieces[whole:]  # too few for an event; the final one has them
         final = {"chunk": "".join(rest), "completed": True, **self._body(answer)}
         yield self.encode(final, tokens=len(rest), last=True)
 
@@ -182,7 +182,7 @@ class Station(Dialect):
         return super().body(answer) | count | {"_stats": self._stats(answer)}
 
     def _text(self, answer: Answer) -> Iterator[Event]:
-        # Reasoning is lost on the way, as it is in Station.
+        # Station does not stream reasoning.
         for piece in answer.pieces:
             yield self.encode({"chunk": piece}, tokens=1)
         if answer.pieces:

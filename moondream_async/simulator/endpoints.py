@@ -1,4 +1,4 @@
-"""The endpoints that answer about one picture, and those that describe the server."""
+"""The endpoints of the skills, of the list of models, and of the server's health."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .dialects import MODELS, Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
-from .steps import Body, Reply, Route, Steps
+from .steps import Body, Route, Steps
 from .validation import RefusedError, read_body
 
 _STATION_FIELDS = ("image_url", "question", "object", "length", "settings")
@@ -25,7 +25,7 @@ class Endpoints:
         self._answered = 0
 
     def routes(self) -> list[Route]:
-        """Return what the dialect serves, where it serves it."""
+        """Return the endpoints of the dialect."""
         dialect = self._dialect
         prefix, health, models = dialect.prefix, partial(_tell, dialect.health), dialect.models()
         routes = [Route("GET", path, health, "none") for path in ("/health", "/healthz")]
@@ -47,7 +47,7 @@ class Endpoints:
             for skill in self._dialect.skills
         ]
 
-    async def _answer(self, name: str, received: ReceivedRequest) -> Reply | Steps:
+    async def _answer(self, name: str, received: ReceivedRequest) -> Body | Steps:
         started = time.perf_counter()
         skill, dialect = SKILLS[name], self._dialect
         needs_image = name != "query" or not dialect.text_only
@@ -61,35 +61,33 @@ class Endpoints:
             answer = skill.solve(body, picture)
         self._answered += 1
         answer.number, answer.received = self._answered, started
-        return dialect.events(answer) if stream else Reply(body=dialect.body(answer))
+        return dialect.events(answer) if stream else dialect.body(answer)
 
     def _given(self, received: ReceivedRequest) -> Any:
-        """Return the body, or what Station makes of it: blank is absent, any value a boolean."""
+        """Return the body, as Station reads it: a blank field is absent, any value a boolean."""
         body = received.body
         if not self._dialect.lenient:
             return body
         given = {name: body[name] for name in _STATION_FIELDS if body.get(name)}
         return given | {name: bool(body.get(name)) for name in ("stream", "reasoning")}
 
-    async def _stats(self, _: ReceivedRequest) -> Reply:
-        return Reply(
-            body={
-                "workers": 1,
-                "queue_size": 0,
-                "max_queue_size": 10,
-                "processing": 0,
-                "timeouts": 0,
-                "default_timeout": 30.0,
-                "model": MODELS[0],
-                "status": "running",
-                "requests_processed": self._answered,
-            }
-        )
+    async def _stats(self, _: ReceivedRequest) -> Body:
+        return {
+            "workers": 1,
+            "queue_size": 0,
+            "max_queue_size": 10,
+            "processing": 0,
+            "timeouts": 0,
+            "default_timeout": 30.0,
+            "model": MODELS[0],
+            "status": "running",
+            "requests_processed": self._answered,
+        }
 
 
-async def _tell(body: Body, _: ReceivedRequest) -> Reply:
-    return Reply(body=body)
+async def _tell(body: Body, _: ReceivedRequest) -> Body:
+    return body
 
 
-async def _no_such_function(received: ReceivedRequest) -> Reply:
-    return Reply(body={"error": f"Function '{received.params['function']}' not available"})
+async def _no_such_function(received: ReceivedRequest) -> Body:
+    return {"error": f"Function '{received.params['function']}' not available"}

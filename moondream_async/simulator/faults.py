@@ -170,16 +170,16 @@ OPTIONS = {
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """What goes wrong, for which requests, and how often.
+    """A way to fail, the requests that it strikes, and their number.
 
-    Effects act in the order in which they are given: ``stall=3,heartbeats`` is a
-    stream that stalls after three events and sends comments from then on.
+    Effects act in the order of the text: ``stall=3,heartbeats`` is a stream that stalls
+    after three events and then sends comments.
     """
 
     effects: tuple[tuple[str, Any], ...]
     """Names and values."""
     times: int | None = 1
-    """How many requests it strikes; None is all of them."""
+    """The number of requests that it strikes; None is all."""
     path: str = ""
     """Strikes only requests whose path contains this."""
     retry_after: str | None = None
@@ -187,11 +187,11 @@ class Fault(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Read a fault as it is written on a command line.
+        """Read a fault from its text on a command line.
 
         Raises:
-            ValueError: The text names no fault, an unknown one, or a value that the fault
-                can't have. The message says what is known.
+            ValueError: The text has no fault, an unknown one, or an invalid value. The
+                message lists the known faults, or shows how the value is written.
 
         >>> Fault.parse("status=429,retry_after=1,times=2")
         Fault(effects=(('status', 429),), times=2, path='', retry_after='1')
@@ -237,7 +237,7 @@ class Fault(msgspec.Struct, frozen=True):
         return ",".join(parts)
 
     def matches(self, path: str, *, stream: bool) -> bool:
-        """Whether it strikes a request to `path` that does, or does not, ask for a stream."""
+        """Whether it strikes a request to `path`; `stream`: a request for a stream."""
         return self.path in path and (stream or not any(self._of_kind(OnSteps)))
 
     def has(self, name: str) -> bool:
@@ -245,7 +245,7 @@ class Fault(msgspec.Struct, frozen=True):
         return any(effect == name for effect, _ in self.effects)
 
     def before(self) -> Iterator[Step]:
-        """Yield what happens before the answer begins."""
+        """Yield the steps before the answer begins."""
         for effect, value in self._of_kind(Before):
             yield effect.apply(value)
 
@@ -258,7 +258,7 @@ class Fault(msgspec.Struct, frozen=True):
         return None
 
     def spoil(self, steps: Steps) -> Steps:
-        """Return the steps of a stream as this fault leaves them."""
+        """Return the steps of a stream, made worse by this fault."""
         for effect, value in self._of_kind(OnSteps):
             steps = effect.apply(steps, value)
         return steps
@@ -270,9 +270,9 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class FaultQueue(Queue[Fault]):
-    """The faults to come. Each request takes the first that matches it, and no more.
+    """The faults to come. Each request takes the first that matches it, and no other.
 
-    It may be changed from any thread.
+    A queue may be changed from any thread.
     """
 
     def __init__(self, faults: Iterable[Fault | str] = ()) -> None:
@@ -288,7 +288,7 @@ class FaultQueue(Queue[Fault]):
         self._add(Fault.parse(fault) if isinstance(fault, str) else fault)
 
     def extend(self, faults: Iterable[Fault | str]) -> None:
-        """Add several."""
+        """Add several faults."""
         for fault in faults:
             self.append(fault)
 

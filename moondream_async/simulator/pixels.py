@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter, ImageStat
 
 GRID = 160
 
-# What the docs name, and WebP. The engine's own list may be longer.
+# The formats in the API's documentation, and WebP. The engine may accept more.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 
 # One picture costs at most half a gigabyte and some seconds. That is eight bytes a pixel, with
@@ -29,8 +29,8 @@ _MOST_PROGRESSIVE = 50_000_000
 _MOST_SCANNED = 3_000_000_000  # pixels of a progressive JPEG, all scans together
 _LONGEST_SIDE = 100_000
 
-# A cell has the name of the colour nearest to it, so a name that spans much of
-# the colour space stands here with several examples.
+# A cell has the name of the nearest example. A name for a large part of the colour space
+# has several examples.
 _EXAMPLES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "black": ((0, 0, 0), (30, 30, 30)),
     "grey": ((70, 70, 70), (110, 110, 110), (150, 150, 150), (195, 195, 195)),
@@ -55,15 +55,15 @@ _PALETTE_TO_COLOUR = bytes(
     number for number, colours in enumerate(_EXAMPLES.values()) for _ in colours
 ).ljust(256, b"\0")
 
-_SMALLEST_SHARE = 0.001  # of the picture; what is smaller is noise or an edge
+_SMALLEST_SHARE = 0.001  # of the picture; a smaller area is noise or an edge
 
 
 class UnreadablePictureError(ValueError):
-    """The bytes are no picture, or none of a supported format."""
+    """The bytes are not a picture in a supported format."""
 
 
 class Area(msgspec.Struct, frozen=True):
-    """Cells of one colour that hang together."""
+    """Connected cells of one colour."""
 
     colour: str
     share: float
@@ -82,7 +82,7 @@ class Area(msgspec.Struct, frozen=True):
 
 
 class Picture(msgspec.Struct, frozen=True):
-    """What was measured in a picture."""
+    """The measurements of a picture."""
 
     format: str
     width: int
@@ -95,9 +95,11 @@ class Picture(msgspec.Struct, frozen=True):
     darkest: tuple[float, float]
     evenly_lit: bool
     shares: dict[str, float]
-    """How much of the picture has which colour, 0-1, the largest share first."""
+    """The share of each colour, 0-1, the largest first."""
     areas: tuple[Area, ...]
-    """All coloured areas of more than a speck, the largest first; without the background."""
+    """All areas but specks and the background, the largest first."""
+    ground: Area
+    """The whole picture, as an area of the background's colour."""
     columns: int
     rows: int
     cells: bytes
@@ -105,19 +107,8 @@ class Picture(msgspec.Struct, frozen=True):
 
     @property
     def background(self) -> str:
-        """The colour that covers most."""
+        """The colour with the largest share."""
         return next(iter(self.shares))
-
-    @property
-    def ground(self) -> Area:
-        """All of the picture, as an area of the background's colour."""
-        return Area(
-            colour=self.background,
-            share=self.shares[self.background],
-            box=(0.0, 0.0, 1.0, 1.0),
-            centre=(0.5, 0.5),
-            outline=((1.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)),
-        )
 
     def colour_at(self, x: float, y: float) -> str:
         """Return the name of the colour at a place, 0-1."""
@@ -130,8 +121,8 @@ def measure(data: bytes) -> Picture:
     """Decode a picture and measure it.
 
     Raises:
-        UnreadablePictureError: It can't be decoded, to the last row of pixels, or that
-            would cost too much.
+        UnreadablePictureError: The picture can't be decoded to its last row, or decoding
+            would cost too much time or memory.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
@@ -166,6 +157,8 @@ def measure(data: bytes) -> Picture:
     names = Image.frombytes("L", (columns, rows), cells).filter(ImageFilter.MedianFilter(3))
     cells = names.tobytes()
     counts = sorted((-count, number) for number, count in enumerate(names.histogram()) if count)
+    background = counts[0][1]
+    ground = [(row, 0, columns, background) for row in range(rows)]
     light = image.convert("L").resize((columns, rows), Image.Resampling.BOX)
     coarse = light.resize((min(8, columns), min(6, rows)), Image.Resampling.BOX)
     lights = coarse.tobytes()
@@ -180,7 +173,8 @@ def measure(data: bytes) -> Picture:
         darkest=_find(darkest, lights, coarse.size),
         evenly_lit=brightest - darkest < 8,
         shares={COLOURS[number]: -count / len(cells) for count, number in counts},
-        areas=tuple(_find_areas(cells, columns, rows, counts[0][1])),
+        areas=tuple(_find_areas(cells, columns, rows, background)),
+        ground=_describe_area(ground, columns, rows),
         columns=columns,
         rows=rows,
         cells=cells,
@@ -194,7 +188,7 @@ def _find(value: int, lights: bytes, size: tuple[int, int]) -> tuple[float, floa
 
 
 def _check_cost(opened: Image.Image, data: bytes) -> None:
-    """Refuse what would cost too much, before it is decoded."""
+    """Refuse a picture before it is decoded, if decoding would cost too much."""
     width, height = opened.size
     most, scans = _MOST_PIXELS[opened.format or "WEBP"], 1
     if opened.info.get("progressive"):

@@ -1,4 +1,4 @@
-"""What the server remembers of its connections and requests, for tests to look at."""
+"""The server's records of connections and requests, for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ReceivedRequest:
-    """One request, and how its answer went.
+    """One request, and the state of its answer.
 
     Attributes:
         method: As ``POST``.

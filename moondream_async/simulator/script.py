@@ -9,10 +9,10 @@ A script has a method for each skill, named as the client's call is::
         simulator.script.caption(fault="status=503,retry_after=1")
         held = simulator.script.chat(["A red", " circle."], hold_after=1)
 
-Each answers the next request to its skill that is let in, in the order in which they
-were scripted. Requests for which nothing is scripted are answered as ever.
+An answer is for the next request to its skill that the server accepts, in the order of
+the script. A request without a scripted answer gets a measured one.
 
-A script may be written, and what it holds released, from any thread.
+All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .faults import Fault
 from .steps import Answer, Body, Event, Hold, Queue, Steps, say
 
 Text = str | Sequence[str]
-"""A text, or the pieces that it is streamed in."""
+"""A text, or the pieces to stream it in."""
 
 _Place = Point | Region | Mapping[str, float] | Sequence[float]
 

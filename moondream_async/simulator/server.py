@@ -87,9 +87,9 @@ class Simulator:
     Attributes:
         app: The application.
         requests: The requests received, the oldest first.
-        connections: Tells how many were `accepted` in all and are `open` now.
+        connections: Counts the connections `accepted` in all and `open` now.
         faults: What goes wrong next.
-        script: What is answered next, in place of what is measured.
+        script: The answers to give next, in place of measured ones.
 
     Raises:
         ValueError: There is no such dialect or fault.
@@ -309,7 +309,8 @@ class Simulator:
         if received.fault is None and fault and fault.matches(request.path, stream=received.stream):
             received.fault = fault
             reply = await self._strike(request, received)
-        return reply or await route.endpoint(received)
+        answer = reply or await route.endpoint(received)
+        return Reply(body=answer) if isinstance(answer, dict) else answer
 
     async def _strike(self, request: web.Request, received: ReceivedRequest) -> Reply | None:
         """Do what a request's fault does before the answer; return its reply, if it has one."""
@@ -473,35 +474,26 @@ async def serve(
     host: str = "127.0.0.1",
     port: int = 2020,
     *,
-    dialect: str = "cloud",
     rate: float = 30,
-    api_key: str | None = None,
-    faults: Iterable[Fault | str] = (),
-    ssl_context: ssl.SSLContext | None = None,
-    blank_lines: bool = True,
     on_listening: Callable[[Simulator], object] | None = None,
+    **options: Any,
 ) -> None:
-    """Run a `Simulator` until cancelled; the arguments are its own.
+    """Run a `Simulator` until cancelled.
 
-    `on_listening` is called once, when requests can come in: the simulator's
-    `endpoint` then has the real port. No requests are remembered.
+    Args:
+        host: The address to listen on.
+        port: The port to listen on; 0 is any free one.
+        rate: Tokens a second.
+        on_listening: Called once, when requests can come in: the simulator's `endpoint`
+            then has the real port.
+        options: Further arguments of `Simulator`. No requests are remembered.
 
     Raises:
         ValueError: There is no such dialect or fault.
         OSError: The simulator can't listen there.
     """
-    simulator = Simulator(
-        dialect,
-        rate,
-        api_key,
-        faults,
-        host=host,
-        port=port,
-        ssl_context=ssl_context,
-        blank_lines=blank_lines,
-        keep=0,
-    )
-    async with simulator:
+    options = {"rate": rate, "host": host, "port": port, "keep": 0, **options}
+    async with Simulator(**options) as simulator:
         if on_listening is not None:
             on_listening(simulator)
         await asyncio.Event().wait()

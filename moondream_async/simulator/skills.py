@@ -1,7 +1,4 @@
-"""The five skills: what was asked and what was measured in, an answer out.
-
-Pure and quick: the pictures have been measured before.
-"""
+"""The five skills: each makes an answer of a request and a measured picture."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _COARSE_POINTS = 12
 
 
 class Skill(msgspec.Struct, Generic[BodyT], frozen=True):
-    """A skill: the body it takes, and how it is done."""
+    """A skill: the type of its body, and the function that answers it."""
 
     body: type[BodyT]
     solve: Callable[[BodyT, Picture | None], Answer]
@@ -53,7 +50,7 @@ def _point(body: ObjectBody, picture: Picture | None) -> Answer:
 
 
 def _segment(body: ObjectBody, picture: Picture | None) -> Answer:
-    """Outline the largest area that fits: its coarse outline in pieces, and the refined one."""
+    """Outline the largest area that fits: the coarse outline in pieces, and the refined one."""
     found = _find(body, picture)
     if not found:
         return Answer(skill="segment", result={"path": "", "bbox": None})

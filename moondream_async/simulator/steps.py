@@ -1,4 +1,4 @@
-"""What the parts of the simulator hand to each other: answers, replies, steps and routes.
+"""The types that the parts of the simulator exchange: answers, replies, steps and routes.
 
 A skill or a script makes an `Answer`. A dialect words the answer: as the body of one
 `Reply`, or as a row of `Event` steps. A fault makes that row worse. The server alone
@@ -28,9 +28,9 @@ class Answer(msgspec.Struct, kw_only=True):
     result: Body
     """The fields that the skill adds to a body, as ``{"caption": "A red circle."}``."""
     pieces: list[str] = []
-    """What is streamed, a token each: the words of a text, or of a coarse path."""
+    """The pieces of a stream, a token each: the words of a text, or of a coarse path."""
     piece_by_piece: bool = False
-    """Each piece is an event, also where the dialect would put several into one."""
+    """Each piece is an event, also in a dialect that puts several into one."""
     finish_reason: str = "stop"
     reasoning: Body | None = None
     input_tokens: int = 735
@@ -69,7 +69,7 @@ def say(skill: str, key: str, text: str, limit: int | None = None) -> Answer:
 
 
 def split_words(text: str) -> list[str]:
-    """Cut a text into the pieces that a model would write: a word with the space before it.
+    """Split a text into pieces as a model writes them: a word with the space before it.
 
     >>> split_words("A red circle.")
     ['A', ' red', ' circle.']
@@ -93,9 +93,9 @@ class Event(msgspec.Struct, frozen=True):
 
     data: bytes
     tokens: int = 0
-    """How many tokens the bytes carry: at the server's rate, these take their time."""
+    """The tokens in the bytes: the server's rate says how long they take."""
     last: bool = False
-    """Whether the answer is complete with this event, or was before it."""
+    """Whether the answer is complete at this event."""
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -129,8 +129,8 @@ class Route(msgspec.Struct, frozen=True):
     method: str
     path: str
     """As aiohttp writes paths: ``/v1/batch/{id}``."""
-    endpoint: Callable[[ReceivedRequest], Awaitable[Reply | Steps]]
-    """Raises `RefusedError` for a request that can't be served."""
+    endpoint: Callable[[ReceivedRequest], Awaitable[Reply | Body | Steps]]
+    """Returns the body of a reply, a whole reply or a stream; raises `RefusedError`."""
     auth: Auth = "key"
     uploads: int = 0
     """The most bytes of a body that is a file; 0 is a body of JSON."""
@@ -147,7 +147,7 @@ QueuedT = TypeVar("QueuedT", bound=_Counted)
 
 
 class Queue(Generic[QueuedT]):
-    """What waits for the requests to come, in order; used from any thread."""
+    """A queue of answers or faults for later requests. It may be used from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -158,13 +158,13 @@ class Queue(Generic[QueuedT]):
             self._waiting.append(queued)
 
     def clear(self) -> None:
-        """Forget all that no request has taken yet."""
+        """Remove all items."""
         with self._lock:
             self._waiting.clear()
 
     @property
     def unused(self) -> list[QueuedT]:
-        """What requests have yet to take, without what is for any number of them."""
+        """The items that no request has taken, without the items for any number of requests."""
         return [queued for queued in self if queued.times is not None]
 
     def __iter__(self) -> Iterator[QueuedT]:

@@ -1,4 +1,4 @@
-"""Files to download, lists to page through, and ids: what batches and tuning have in common."""
+"""Files to download, pages of lists, and ids, for batches and tuning."""
 
 from __future__ import annotations
 

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from .faults import FaultQueue
-from .received import Connections, ReceivedRequest
-from .script import Script
 from .server import Simulator
 
 if TYPE_CHECKING:
@@ -37,12 +34,22 @@ class SimulatorThread:
     Args:
         simulator: Not entered yet; None makes one with all defaults.
 
+    Attributes:
+        requests: The requests received, the oldest first.
+        connections: Counts the connections `accepted` in all and `open` now.
+        faults: What goes wrong next.
+        script: The answers to give next, in place of measured ones.
+
     Raises:
         OSError: On entering: the simulator can't listen on its host and port.
     """
 
     def __init__(self, simulator: Simulator | None = None) -> None:
         self._simulator = simulator or Simulator()
+        self.requests = self._simulator.requests
+        self.connections = self._simulator.connections
+        self.faults = self._simulator.faults
+        self.script = self._simulator.script
         self._thread = threading.Thread(target=self._run, name="moondream-simulator", daemon=True)
         self._listening: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop: asyncio.AbstractEventLoop
@@ -55,26 +62,6 @@ class SimulatorThread:
     def endpoint(self) -> str:
         """The base URL for a client, as ``http://127.0.0.1:2020/v1``."""
         return self._simulator.endpoint
-
-    @property
-    def requests(self) -> list[ReceivedRequest]:
-        """The requests received, the oldest first."""
-        return self._simulator.requests
-
-    @property
-    def connections(self) -> Connections:
-        """Tells how many were `accepted` in all and are `open` now."""
-        return self._simulator.connections
-
-    @property
-    def faults(self) -> FaultQueue:
-        """What goes wrong next."""
-        return self._simulator.faults
-
-    @property
-    def script(self) -> Script:
-        """What is answered next, in place of what is measured."""
-        return self._simulator.script
 
     def __enter__(self) -> Self:
         self._thread.start()

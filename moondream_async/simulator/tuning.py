@@ -1,9 +1,9 @@
 """The tuning API, under ``/v1/tuning``. Nothing is trained; steps are counted.
 
-What a client can check before it asks is not checked again here.
+Values that the client checks are not checked again here.
 
-Rollouts are the simulator's own answers: the first is the right one, and each
-further one is a little worse, so that rewards differ.
+Rollouts are the simulator's own answers: the first is right, and each later one is a
+little worse, so that rewards differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .dialects import Dialect
 from .gallery import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
-from .steps import Answer, Body, Reply, Route
+from .steps import Answer, Body, Route
 from .storage import Storage, make_id, take_page
 from .validation import RefusedError, read_body, read_typed
 
@@ -65,7 +65,7 @@ class _Truth(msgspec.Struct, frozen=True):
     boxes: list[_Box] = []
 
     def reward(self, output: Body) -> float:
-        """Return how right an output is, 0-1: what was found and is true, of all found or true."""
+        """Return a score, 0-1: the places found and true, of all places found or true."""
         if "objects" in output:
             found = msgspec.convert(output["objects"], list[_Box])
             overlaps = [max((box.overlap(one) for one in found), default=0.0) for box in self.boxes]
@@ -100,7 +100,7 @@ class _Metrics(msgspec.Struct, frozen=True):
 
 
 class _Finetune:
-    """A finetune, and how far it is trained."""
+    """A finetune, its steps and its checkpoints."""
 
     def __init__(self, number: int, name: str, rank: int) -> None:
         self.body: Body = {"finetune_id": make_id(number), "name": name, "rank": rank, **_times()}
@@ -136,7 +136,7 @@ class Tuning:
             Route("GET", f"{saved}/{{step}}/download", self._download_checkpoint),
         ]
 
-    async def _create(self, received: ReceivedRequest) -> Reply:
+    async def _create(self, received: ReceivedRequest) -> Body:
         body = read_typed(received.body, _Create)
         for finetune_id, finetune in self._finetunes.items():
             if finetune.body["name"] == body.name:
@@ -144,25 +144,25 @@ class Tuning:
                 if rank != body.rank:
                     message = f"Finetune {body.name!r} exists with rank {rank}"
                     raise RefusedError(message, status=409)
-                return Reply(body={"finetune_id": finetune_id})
+                return {"finetune_id": finetune_id}
         self._created += 1
         finetune = _Finetune(self._created, body.name, body.rank)
         self._finetunes[finetune.body["finetune_id"]] = finetune
-        return Reply(body={"finetune_id": finetune.body["finetune_id"]})
+        return {"finetune_id": finetune.body["finetune_id"]}
 
-    async def _list(self, received: ReceivedRequest) -> Reply:
+    async def _list(self, received: ReceivedRequest) -> Body:
         finetunes = [finetune.body for finetune in self._finetunes.values()]
-        return Reply(body=take_page("finetunes", finetunes, received.query, default=20))
+        return take_page("finetunes", finetunes, received.query, default=20)
 
-    async def _get(self, received: ReceivedRequest) -> Reply:
-        return Reply(body={"finetune": self._find(received.params["id"]).body})
+    async def _get(self, received: ReceivedRequest) -> Body:
+        return {"finetune": self._find(received.params["id"]).body}
 
-    async def _delete(self, received: ReceivedRequest) -> Reply:
+    async def _delete(self, received: ReceivedRequest) -> Body:
         self._find(received.params["id"])
         del self._finetunes[received.params["id"]]
-        return Reply(body={"ok": True})
+        return {"ok": True}
 
-    async def _roll_out(self, received: ReceivedRequest) -> Reply:
+    async def _roll_out(self, received: ReceivedRequest) -> Body:
         body = read_typed(received.body, _Rollouts)
         self._find(body.finetune_id)
         name = body.request.get("skill")
@@ -187,39 +187,37 @@ class Tuning:
             "sizes": [],
         }
         rollouts = [rollout | {"output": output} for output in outputs]
-        return Reply(body={"request": body.request, "rollouts": rollouts, "rewards": rewards})
+        return {"request": body.request, "rollouts": rollouts, "rewards": rewards}
 
-    async def _train(self, received: ReceivedRequest) -> Reply:
+    async def _train(self, received: ReceivedRequest) -> Body:
         body = read_typed(received.body, _TrainStep)
         finetune = self._find(body.finetune_id)
         rewards = [reward for group in body.groups for reward in group.rewards]
         tuned = any(group.mode == "sft" for group in body.groups)
         finetune.step += 1
         finetune.body["updated_at_ms"] = _times()["updated_at_ms"]
-        return Reply(
-            body={
-                "step": finetune.step,
-                "applied": True,
-                "kl": 0.01 if rewards else None,
-                "router_kl": 0.001 if rewards else None,
-                "grad_norm": 1.0,
-                "reward_mean": statistics.mean(rewards) if rewards else None,
-                "reward_std": statistics.pstdev(rewards) if rewards else None,
-                "sft_loss": 1 / finetune.step if tuned else None,
-            }
-        )
+        return {
+            "step": finetune.step,
+            "applied": True,
+            "kl": 0.01 if rewards else None,
+            "router_kl": 0.001 if rewards else None,
+            "grad_norm": 1.0,
+            "reward_mean": statistics.mean(rewards) if rewards else None,
+            "reward_std": statistics.pstdev(rewards) if rewards else None,
+            "sft_loss": 1 / finetune.step if tuned else None,
+        }
 
-    async def _log_metrics(self, received: ReceivedRequest) -> Reply:
+    async def _log_metrics(self, received: ReceivedRequest) -> Body:
         self._find(received.params["id"])
         read_typed(received.body, _Metrics)
-        return Reply(body={"ok": True})
+        return {"ok": True}
 
-    async def _list_checkpoints(self, received: ReceivedRequest) -> Reply:
+    async def _list_checkpoints(self, received: ReceivedRequest) -> Body:
         finetune = self._find(received.params["id"])
         saved = [checkpoint for checkpoint in finetune.checkpoints.values() if checkpoint]
-        return Reply(body=take_page("checkpoints", saved, received.query))
+        return take_page("checkpoints", saved, received.query)
 
-    async def _save_checkpoint(self, received: ReceivedRequest) -> Reply:
+    async def _save_checkpoint(self, received: ReceivedRequest) -> Body:
         finetune = self._find(received.params["id"])
         step = finetune.step
         if step == 0:
@@ -232,18 +230,18 @@ class Tuning:
                 "step": step,
                 **_times(),
             }
-        return Reply(body={"ok": True, "checkpoint": finetune.checkpoints[step]})
+        return {"ok": True, "checkpoint": finetune.checkpoints[step]}
 
-    async def _delete_checkpoint(self, received: ReceivedRequest) -> Reply:
+    async def _delete_checkpoint(self, received: ReceivedRequest) -> Body:
         finetune, step = self._find_checkpoint(received)
         finetune.checkpoints[step] = None
-        return Reply(body={"ok": True})
+        return {"ok": True}
 
-    async def _download_checkpoint(self, received: ReceivedRequest) -> Reply:
+    async def _download_checkpoint(self, received: ReceivedRequest) -> Body:
         _, step = self._find_checkpoint(received)
         name = f"{received.params['id']}-{step}.safetensors"
         self._storage.put(name, b"No weights: nothing was trained.")
-        return Reply(body={"url": self._storage.url(received.origin, name), "expires_in": 3600})
+        return {"url": self._storage.url(received.origin, name), "expires_in": 3600}
 
     def _find(self, finetune_id: str) -> _Finetune:
         finetune = self._finetunes.get(finetune_id)
@@ -263,7 +261,7 @@ class Tuning:
 
 
 def _worsen(answer: Answer, steps: int) -> Body:
-    """Return a skill's output, made worse: words are lost, places slide to the right."""
+    """Return a skill's output, made worse: it loses words, or its places move to the right."""
     output = dict(answer.result)
     if "answer" in output:
         output["answer"] = "".join(answer.pieces[: max(1, len(answer.pieces) - steps)])

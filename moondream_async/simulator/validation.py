@@ -1,4 +1,4 @@
-"""What a request must be, and how a server says that it is not.
+"""Checks requests, and words the errors.
 
 The rules are those of the engine behind the cloud: strict booleans, texts that
 are not blank, settings in range, strict base64.
@@ -26,7 +26,7 @@ _Reference = Annotated[list[_Share], Meta(min_length=2, max_length=4)]
 
 
 class RefusedError(Exception):
-    """The request can't be served; a dialect turns this into its own body."""
+    """The request is refused; each dialect has its own body for the error."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class SettingsBody(msgspec.Struct, frozen=True):
 
 
 class SkillBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What all skills take."""
+    """The fields that all skills take."""
 
     image_url: str | None = None
     model: str | None = None
@@ -55,7 +55,7 @@ class SkillBody(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens the answer may have; 768 is the engine's own limit."""
+        """The most tokens of the answer; 768 is the engine's own limit."""
         return (self.settings and self.settings.max_tokens) or 768
 
 
@@ -134,7 +134,7 @@ def decode_image(image_url: str) -> bytes:
     """Return the bytes of a data URL, or of bare base64.
 
     Raises:
-        RefusedError: It is a remote URL, not base64, or a picture over the limit.
+        RefusedError: The URL is remote or malformed, or the picture is over the limit.
     """
     head, comma, encoded = image_url.rpartition(",")
     status = 400
