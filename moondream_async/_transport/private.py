@@ -54,7 +54,7 @@ class Protocol(ResponseHandler):
         if self._answer is None:
             # The head first: wrong bytes behind an answer must not spoil the answer.
             end = data.find(b"\r\n\r\n") + 4
-            if end < 4 or end >= len(data):
+            if end < 4 or end >= len(data) or _is_whole_answer(data, end):
                 super().data_received(data)
                 return
             super().data_received(data[:end])
@@ -88,6 +88,21 @@ class Protocol(ResponseHandler):
             self._answer = body
             self._is_chunked = message.chunked
         super().feed_data(data, size)
+
+
+def _is_whole_answer(data: bytes, end: int) -> bool:
+    """Tell whether an answer whose head ends at `end` is in there, and nothing else.
+
+    As most plain answers come; any doubt is False.
+    """
+    if not data.startswith(b"HTTP/1.1 200 "):
+        return False
+    head = data[:end].lower()
+    name = b"\r\ncontent-length:"
+    if head.count(name) != 1 or b"\r\ntransfer-encoding" in head:
+        return False
+    begin = head.index(name) + len(name)
+    return head[begin : head.index(b"\r\n", begin)].strip() == b"%d" % (len(data) - end)
 
 
 def use_protocol(connector: aiohttp.BaseConnector, loop: asyncio.AbstractEventLoop) -> None:

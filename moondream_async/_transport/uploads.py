@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from moondream_async.types import EncodedImage
 
@@ -167,13 +168,17 @@ def size_on_wire(parts: Sequence[Part]) -> int:
     return size
 
 
+_encode_bytes = msgspec.json.Encoder().encode
+
+
 def _whole(parts: Sequence[Any]) -> bytes:
     """Return a body, other than a file, in one piece."""
-    pieces: list[bytes] = []
+    pieces: list[bytes | memoryview] = []
     for part in parts:
         if type(part) is bytes:
             pieces += (part,)
         else:
-            head = f'"data:{part.media_type};base64,'.encode()
-            pieces += (head, binascii.b2a_base64(part.data, newline=False), b'"')
+            # In quotes, as base64, in two thirds of binascii's time.
+            quoted = memoryview(_encode_bytes(part.data))
+            pieces += (f'"data:{part.media_type};base64,'.encode(), quoted[1:])
     return b"".join(pieces)
