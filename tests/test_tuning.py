@@ -196,8 +196,9 @@ async def test_pages_that_go_round_in_circles_end_with_an_error():
 
 async def test_finetune_without_an_id_is_an_error():
     async with tuning_of(replying({"name": "a"})) as tuning:
-        with pytest.raises(md.ServerError, match="finetune_id"):
+        with pytest.raises(md.ServerError, match="finetune_id") as caught:
             await tuning.get("01HX")
+        assert caught.value.status == 200
 
 
 async def test_id_cannot_leave_its_place_in_the_path(client, simulator):

@@ -1,7 +1,7 @@
 """Many pictures through one client, as fast as the server takes them.
 
-`run` reads the items and asks about them, `control` finds how many requests the
-server takes at once, and `items` says what goes in and what comes out.
+`run` reads the items and makes their calls, `control` finds how many requests the server takes,
+and `items` has the types of items and results.
 """
 
 from __future__ import annotations

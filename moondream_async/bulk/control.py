@@ -1,13 +1,13 @@
 """How many requests to have open, and how fast to start new ones: arithmetic only.
 
-Answers and failures go in, each with the time at which it came; a number of
-places and a number of seconds come out. There is no clock in here.
+Answers and errors go in, each with its time; a number of requests and a number of seconds come
+out. There is no clock in this module.
 
-Two numbers, since servers say in two ways that it is too much. One that grows
-slow, fails or does not answer has too many requests open: `limit` falls. One
-that answers 429 counts requests over time: then `rate` is kept, and falls to
-what the server was seen to take. Both are of the kind that made TCP share its
-lines: grow by a step while all goes well, fall by a factor when it doesn't.
+There are two limits, since servers are overloaded in two ways. A server that slows down, fails or
+does not answer has too many requests open: `limit` falls. A server that answers 429 counts
+requests over time: from then on `rate` is kept, which falls to the rate that the server accepts.
+Both limits work like TCP's congestion control: they grow by a step while requests succeed, and
+fall by a factor when one fails.
 """
 
 from __future__ import annotations
@@ -20,39 +20,40 @@ START = 4
 """How many requests may be open at first."""
 LEAST = 1
 
-FALL = 0.5  # of the limit, when the server fails; TCP's figure
-SLOWING = 0.8  # of the limit, when the server only gets slower
+FALL = 0.5  # factor of the limit when the server fails, as in TCP
+SLOWING = 0.8  # factor of the limit when the server only gets slower
 SLOW = 3.0
-"""How many times longer than at its best an answer may take.
+"""How many times the best time an answer may take before the server counts as slow.
 
-A server that works on several pictures at once takes longer for each, and does
-more of them: twice as long is no sign of trouble.
+A server that works on several pictures at once needs more time for each, and still does more
+pictures in total: twice the time is no sign of trouble.
 """
 ROUND = 8
-"""Answers, at least, whose time is averaged: one picture takes longer than another."""
+"""The least number of answers whose times are averaged, since pictures differ."""
 FORGET = 1.01
-"""By how much the best time grows with each round, so that a good minute is forgotten."""
+"""The factor by which the best time grows with each round, so that it is forgotten slowly."""
 
 WINDOW = 0.25
-"""Seconds over which accepted requests are counted, to have a rate to begin with."""
+"""Seconds over which accepted requests are counted for the first rate."""
 FIRST_RATE = 1.0  # requests a second, at least
 SEARCH = 1.0
-"""What each start adds to the rate while it looks for the server's limit: it doubles in less
-than a second."""
+"""What each request adds to the rate until the server's limit is found: the rate doubles in
+less than a second."""
 STEP = 0.006
-"""What each start adds from then on, as a part of the rate. It falls by some seven times that,
-so that a seventh of the requests may be refused: servers that refuse at random, whatever the
-rate, are not met with ever lower ones."""
+"""The part of the rate that each request adds from then on. A refusal takes away about seven
+times as much, so the rate stays level with one refusal in seven requests, and does not fall
+forever if a server refuses at random."""
 LEAST_RATE = 0.2
 PATIENCE = 15.0
-"""Seconds without a refusal after which the step doubles every second: what the server
-allowed then is not what it allows now."""
+"""Seconds without a refusal after which the step doubles every second: the server now seems to
+allow more."""
 LEAST_FALL = 0.04
-"""Of the rate, for a first refusal; twice as much for each more in a row, up to `FALL`."""
+"""The part of the rate that a first refusal takes away; each further one in a row takes twice as
+much, up to `FALL`."""
 
 
 class Control:
-    """Finds how much a server takes.
+    """Finds how many requests a server takes.
 
     >>> control = Control(100)
     >>> control.limit
@@ -73,11 +74,11 @@ class Control:
         self.rate: float | None = None
         """Requests a second; None while the server has refused none."""
         self.accepted_at = float("-inf")
-        """When the server last took a request."""
+        """When the server last accepted a request."""
         self.paused_until = float("-inf")
-        """Until when the server asked that nothing starts."""
+        """The end of the pause that the server asked for."""
         self.refusals = 0
-        """How many in a row, since the server last took a request."""
+        """How many refusals came since the server last accepted a request."""
         self._most = most
         self._limit = float(min(START, most))
         self._searching_limit = True
@@ -85,7 +86,7 @@ class Control:
         self._fell_at = float("-inf")
         self._rate_fell_at = float("-inf")
         self._next_at = float("-inf")
-        self._accepted: deque[float] = deque()  # when; while there is no rate
+        self._accepted: deque[float] = deque()  # times of answers, while there is no rate
         self._refused = 0  # falls of the rate in a row
         self._times: list[float] = []
         self._best = float("inf")
@@ -104,18 +105,18 @@ class Control:
         if self.rate is None:
             return
         interval = 1 / self.rate
-        if now - self._next_at < interval:  # else the rate isn't what holds the requests up
+        if now - self._next_at < interval:  # else the rate does not limit the requests
             calm = now - self._rate_fell_at - PATIENCE
             step = self.rate * STEP * 2 ** min(max(calm, 0.0), 10.0)
             self.rate += SEARCH if self._searching_rate else min(step, SEARCH)
-        # What could have been sent earlier and was not is no credit, but for a moment's
-        # lateness: else it would be the timers that set the rate.
+        # Time that was not used is lost, except for a quarter of the interval: timers are late by
+        # a little, and would else lower the rate.
         self._next_at = max(self._next_at, now - interval / 4) + interval
 
     def succeeded(self, now: float, seconds: float, *, full: bool) -> None:
-        """An answer came `seconds` after it was asked for.
+        """An answer came `seconds` after its request.
 
-        `full` tells that all places were taken: more are of use to nobody else.
+        `full` tells whether all requests that `limit` allows were open; else it need not grow.
         """
         self.took(now)
         self._times.append(seconds)
@@ -133,7 +134,7 @@ class Control:
             self._limit = min(float(self._most), self._limit + step)
 
     def took(self, now: float) -> None:
-        """The server took a request, whatever it made of it."""
+        """The server accepted a request, even if it then failed."""
         self.accepted_at = now
         self.refusals = 0
         self._refused = 0
@@ -143,9 +144,9 @@ class Control:
                 self._accepted.popleft()
 
     def overloaded(self, now: float, *, sent_at: float) -> None:
-        """A request failed as they do when a server has too many: 503, a time limit, no line.
+        """A request failed as in an overload: by status 503, a time limit, a lost connection.
 
-        What was sent before the limit last fell says nothing new.
+        A request that was sent before the limit last fell changes nothing.
         """
         if sent_at < self._fell_at:
             return
@@ -154,11 +155,10 @@ class Control:
         self._limit = max(float(LEAST), self._limit * FALL)
 
     def refused(self, now: float, *, sent_at: float, retry_after: float | None = None) -> None:
-        """The server answered 429; with `retry_after`, nothing is to start for so many seconds.
+        """The server answered 429; with `retry_after`, no request starts for so many seconds.
 
-        It is waited for as long as in other calls at most.
-
-        What was sent before the rate last fell says nothing new.
+        The pause has the same upper limit as in other calls. A request that was sent before the
+        rate last fell does not change the rate.
         """
         self.refusals += 1
         if retry_after is not None:

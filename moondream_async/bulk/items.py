@@ -1,4 +1,4 @@
-"""What goes into a bulk run and what comes out of it."""
+"""The items and the results of a bulk run."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
     "point": (point_request, {"object": None, "spatial_refs": None}),
     "segment": (segment_request, {"object": None, "stream": False, "spatial_refs": None}),
 }
-_OWN = ("question", "object", "length")  # what an item may say for itself
+_OWN = ("question", "object", "length")  # arguments that an item may have for itself
 _ASKED = ("image", *_OWN)
 NO_PICTURE = EncodedImage(b"", "image/jpeg", 0, 0)
 
 
 class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
-    """A picture with what is to be asked about it; None is what the run asks about all.
+    """A picture with its own question, object or length; None takes the value of the run.
 
-    A mapping with the same keys does as well, and may have others of yours. A key that is
-    nearly one of these, as ``questoin``, is that item's own failure, a `RequestError`.
+    A mapping with the same keys can be an item, too, and may have further keys. A misspelt key,
+    as ``questoin``, makes the item fail with a `RequestError`.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -58,31 +58,31 @@ class BulkItem(msgspec.Struct, frozen=True, kw_only=True):
     image: Any
     """The picture, as `caption` takes it."""
     id: Any = None
-    """Anything of yours, to know the result by."""
+    """Your own id of the item; the result has it, too."""
     question: str | None = None
     object: str | None = None
     length: str | None = None
 
 
 class BulkResult(msgspec.Struct, Generic[ItemT, ResultT], frozen=True, kw_only=True):
-    """What became of one item: a result or an error.
+    """The outcome of one item: a result or an error.
 
     >>> BulkResult(item="photo.jpg", index=0, error=MoondreamError("unreadable")).ok
     False
     """
 
     item: ItemT
-    """The item, as it was handed in."""
+    """The item, as it came from the iterable."""
     index: int
-    """Its place among the items, from 0."""
-    result: ResultT = None  # type: ignore[assignment] # or else `ok` would have to be asked twice
-    """The skill's answer; None where `ok` is false."""
+    """The number of the item, from 0."""
+    result: ResultT = None  # type: ignore[assignment] # so that after `ok` no check for None is needed
+    """The skill's result; None if `ok` is false."""
     error: MoondreamError | None = None
-    """Why there is no answer."""
+    """The error if there is no result."""
     tries: int = 0
-    """How many requests were sent for it; 0 where the picture could not be."""
+    """How many requests were sent for the item; 0 if its picture could not be prepared."""
     seconds: float = 0.0
-    """From the item's start until its end, waiting between attempts included."""
+    """The time from the item's start to its end, with all attempts and waits."""
 
     @property
     def ok(self) -> bool:
@@ -91,7 +91,7 @@ class BulkResult(msgspec.Struct, Generic[ItemT, ResultT], frozen=True, kw_only=T
 
     @property
     def id(self) -> Any:
-        """The item's own id, if it has one."""
+        """The item's id, if it has one."""
         if isinstance(self.item, Mapping):
             return self.item.get("id")
         return self.item.id if isinstance(self.item, BulkItem) else None
@@ -110,7 +110,7 @@ class Arguments(TypedDict, total=False):
 
 
 class BulkOptions(Arguments, total=False):
-    """What `MoondreamClient.bulk` takes by name."""
+    """The keyword arguments of `MoondreamClient.bulk`."""
 
     ordered: bool
     concurrency: int | None
@@ -118,11 +118,11 @@ class BulkOptions(Arguments, total=False):
 
 
 class Asking:
-    """What a run asks: a skill and the arguments that hold for all its items.
+    """What a run asks: a skill, and its arguments for all items.
 
     Raises:
-        RequestError: There is no such skill, or an argument can't be right. An item may
-            bring what is still missing here.
+        RequestError: There is no such skill, or an argument is wrong. A missing question or
+            object is no error, since each item may have its own.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class Asking:
         self._make(NO_PICTURE, **{**self._arguments, **may_come}).parts()
 
     def about(self, item: Any) -> tuple[Any, Make]:
-        """Return an item's picture, and what makes its request of that, prepared or not.
+        """Return the picture of an item, and a function that makes the request for a picture.
 
         Raises:
-            RequestError: The item is none.
+            RequestError: The item is invalid.
         """
         if isinstance(item, Mapping):
             item = self._read(item)
@@ -179,7 +179,7 @@ def _near(name: Any, known: Iterable[str]) -> list[str]:
 
 
 def _misspelt(unknown: Iterable[Any], known: Iterable[str]) -> str:
-    """Name what is not known, each with the name that was probably meant."""
+    """List unknown names, each with the name that was probably meant."""
     names = []
     for name in sorted(map(str, unknown)):
         near = _near(name, known)

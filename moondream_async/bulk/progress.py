@@ -1,4 +1,4 @@
-"""How far a run is."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _WINDOW = 15.0  # seconds over which the rate is measured
 
 
 class BulkProgress:
-    """Counts of a run, which go on while it does."""
+    """The counts of a run; they change while it runs."""
 
     def __init__(self, total: int | None) -> None:
         self.total = total
-        """How many items there are; None where the iterable doesn't tell by its length."""
+        """The number of items; None if the iterable has no length."""
         self.done = 0
-        """How many items were answered, or failed."""
+        """The number of items that have a result or an error."""
         self.failed = 0
         self.tokens = 0
-        """Tokens in and out, as far as the server says."""
+        """The input and output tokens that the server has reported."""
         self._marks: deque[tuple[float, int]] = deque()
 
     def __repr__(self) -> str:
@@ -30,7 +30,7 @@ class BulkProgress:
 
     @property
     def rate(self) -> float:
-        """Items a second, over the last seconds."""
+        """Items a second, over the last 15 seconds."""
         if len(self._marks) < 2:
             return 0.0
         (start, before), (end, after) = self._marks[0], self._marks[-1]
@@ -38,13 +38,13 @@ class BulkProgress:
 
     @property
     def eta(self) -> float | None:
-        """Seconds until the end, at this rate; None where the rate is unknown."""
+        """Seconds until the end at this rate; None if the rate or the total is unknown."""
         if self.total is None or not self.rate:
             return None
         return (self.total - self.done) / self.rate
 
     def count(self, result: BulkResult[Any, Any]) -> None:
-        """Count an item that is done."""
+        """Count a finished item."""
         now = time.monotonic()
         self.done += 1
         self.failed += result.error is not None

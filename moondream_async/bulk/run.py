@@ -1,8 +1,8 @@
-"""A run: one task that reads the items, asks about them, and keeps what a reader will take.
+"""A run: one task that reads the items, makes their calls, and keeps the results for a reader.
 
-The task owns a task group with a task for each item that is under way. All that
-the reader and those share is in `_Work`, which does not know the reader's object:
-so a reader who drops that, as with a plain ``break``, ends the run.
+The task has a task group with a task for each item in progress. `_Work` holds all that these tasks
+share with the reader, and has no reference to the reader's `BulkRun`. So dropping the `BulkRun`,
+as with a plain ``break``, ends the run.
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ Items = Iterable[ItemT] | AsyncIterable[ItemT]
 
 _END: Any = object()
 _REFUSALS_PER_RETRY = 3
-"""How many refusals in a row count as one failure, while the server lets nobody else in."""
+"""How many refusals in a row count as one failure, while the server refuses all requests."""
 _REFUSALS_OF_A_RUN = 10
-"""How many refusals in a row, at least, end a run whose items are refused as often as they may."""
+"""The least number of refusals in a row, over all items, that ends a run when an item gives up."""
 
 
 class BulkRun(Generic[ItemT, ResultT]):
     """The results of a bulk run, as an asynchronous iterator; see `MoondreamClient.bulk`.
 
-    Leaving ``async with``, `aclose`, and dropping it, as with ``break``, end the run:
-    what is under way is cancelled, and its connections are closed. Inside ``async
-    with``, cancelling a reader takes nothing from the next; elsewhere it ends the run.
+    The run ends when its ``async with`` is left, by `aclose`, and when it is dropped, as with
+    ``break``: open requests are cancelled, and their connections are closed. Inside ``async with``,
+    cancelling a task that reads loses no result, and another task can read on; outside of it,
+    cancelling ends the run.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -68,7 +69,7 @@ class BulkRun(Generic[ItemT, ResultT]):
     ...             async for each in run:
     ...                 if each.index == 2:
     ...                     run.stop()  # takes no further item
-    ...             await run.aclose()  # which leaving does
+    ...             await run.aclose()  # leaving `async with` does this, too
     ...             return run.progress.done
     >>> asyncio.run(main())
     3
@@ -100,26 +101,26 @@ class BulkRun(Generic[ItemT, ResultT]):
 
     @property
     def progress(self) -> BulkProgress:
-        """How far the run is: done, failed, rate, eta, tokens."""
+        """The progress of the run: done, failed, rate, eta, tokens."""
         return self._work.progress
 
     @property
     def in_flight(self) -> int:
-        """How many items are under way."""
+        """How many items are in progress."""
         return self._work.open
 
     @property
     def limit(self) -> int:
-        """How many requests may be open just now."""
+        """How many requests may be open at present."""
         return self._work.control.limit
 
     @property
     def paused_for(self) -> float:
-        """Seconds until more requests start, where the server asked for a pause; else 0."""
+        """Seconds until the end of the pause that the server asked for; 0 without a pause."""
         return max(0.0, self._work.control.paused_until - time.monotonic())
 
     def stop(self) -> None:
-        """Take no more items. The iterator ends when those under way are done."""
+        """Take no more items. The iterator ends after the results of the items in progress."""
         self._work.stop()
 
     async def __aenter__(self) -> Self:
@@ -141,16 +142,16 @@ class BulkRun(Generic[ItemT, ResultT]):
         """Return the next result.
 
         Raises:
-            AuthenticationError: The server knows no such key. The run has ended.
+            AuthenticationError: The server refuses the key. The run has ended.
             ClientClosedError: The client was closed. The run has ended.
-            RateLimitError: The server has let nobody in for as long as a call would have
-                waited, and items are left. The run has ended.
-            Exception: What the iterable of items raised, after the results of those
-                that came before.
+            RateLimitError: The server has refused all requests for as long as a call would
+                have waited, and items are left. The run has ended.
+            Exception: The iterable of items raised it; the results of the items before it
+                came first.
         """
         if self._task is None and not self._work.closed:
-            # A task of the event loop's, and the task group inside it: a group that was
-            # opened here would have to be closed in this very task, by whoever reads last.
+            # The task group is in a task of its own: a group that is opened here would have to
+            # be closed by the same task, and another task may read the last result.
             self._task = asyncio.create_task(self._work.run(), name="moondream_async bulk")
         try:
             return cast("BulkResult[ItemT, ResultT]", await self._work.next())
@@ -160,7 +161,7 @@ class BulkRun(Generic[ItemT, ResultT]):
             raise
 
     async def aclose(self) -> None:
-        """End the run, and return when nothing of it is left. May be called twice."""
+        """End the run, and return when all its tasks have ended. May be called twice."""
         self._work.close()
         if self._task is not None:
             self._task.cancel()
@@ -192,7 +193,7 @@ class _Work:
     ) -> None:
         self.control = Control(most)
         self.open = 0
-        """Items under way: being prepared, asked about, or waiting for another attempt."""
+        """Items in progress: prepared, sent, or waiting for another attempt."""
         self.closed = False
         self.progress = BulkProgress(len(items) if isinstance(items, Sized) else None)
         self._caller = caller
@@ -201,7 +202,7 @@ class _Work:
         self._ordered = ordered
         self._most = most
         self._max_retries = max_retries
-        self._asked = 0  # requests that are on their way
+        self._asked = 0  # open requests
         self._queue: deque[asyncio.Future[None]] = deque()  # of attempts that may not start yet
         self._timer: asyncio.TimerHandle | None = None  # where the rate alone holds them up
         self._resting: list[asyncio.Future[tuple[int, Any] | None]] = []  # tasks without an item
@@ -220,7 +221,7 @@ class _Work:
     # -- the reader's side ----------------------------------------------------------
 
     async def next(self) -> BulkResult[Any, Any]:
-        """Return the next result, or raise what ended the run, once."""
+        """Return the next result, or raise once the error that ended the run."""
         await self._ready.until(lambda: bool(self._done) or self._ended or self.closed)
         if self.closed:
             raise StopAsyncIteration
@@ -234,13 +235,13 @@ class _Work:
         raise failure
 
     def close(self) -> None:
-        """Keep nothing more for a reader."""
+        """Drop all results that were not read, and keep no more."""
         self.closed = True
         self._done.clear()
         self._out_of_order.clear()
 
     def stop(self) -> None:
-        """Take no more items, and wait for none."""
+        """Take no more items."""
         self._stopped = True
         if self._feeding is not None:
             self._feeding.cancel()
@@ -250,8 +251,7 @@ class _Work:
     async def run(self) -> None:
         """Do all items."""
         try:
-            # Here, and not by the first of many threads that meets a picture which needs it:
-            # the others would find it half loaded.
+            # Imported here, since several worker threads would import it at the same time.
             await anyio.to_thread.run_sync(importlib.import_module, "PIL.Image")
             self._feeding = anyio.CancelScope()
             async with anyio.create_task_group() as group:
@@ -293,15 +293,16 @@ class _Work:
     def _has_room(self) -> bool:
         """Tell whether another item may be taken.
 
-        Those that wait for a reader count, and so do those that wait for another try: then
-        others go on in their places, up to twice as many. In order, one may hold up many.
+        Up to twice `limit` items may be in progress or wait for the reader: so others go on while
+        some wait for another attempt. In order, up to twice as many as requests may ever be open,
+        since one item may delay many.
         """
         waiting = len(self._done) + len(self._out_of_order)
         room = 2 * (self._most if self._ordered else self.control.limit)
         return self.open + waiting < room
 
     async def _do_all(self, index: int, item: Any) -> None:
-        """Do one item, and then those that `_feed` hands over."""
+        """Do one item, and then the items that `_feed` hands over."""
         given: tuple[int, Any] | None = (index, item)
         while given is not None:
             await self._do(*given)
@@ -320,7 +321,7 @@ class _Work:
             call = self._caller.call(make(image), retries=turns, admission=turns)
             result = await call.result()
         except (AuthenticationError, ClientClosedError) as fatal:
-            # No other item would fare better.
+            # All other items would fail, too.
             self._fail(fatal)
             return
         except MoondreamError as failure:
@@ -363,17 +364,17 @@ class _Work:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the server has let nobody in for so long that the run ends."""
+        """Whether the run ends since the server has refused all requests for long."""
         return self._hopeless is not None
 
     def give_up(self, error: MoondreamError) -> None:
-        """End the run, if not only one item was refused as often as it may be."""
+        """An item was refused too often: end the run, if other items were refused, too."""
         if self._hopeless is None and self.control.refusals >= _REFUSALS_OF_A_RUN:
             self._hopeless = error
             self.stop()
 
     async def enter(self) -> None:
-        """Wait, in a queue, until a request may start."""
+        """Wait in a queue until a request may start."""
         if not self._queue and self._starts():
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -381,13 +382,13 @@ class _Work:
         try:
             await waiter
         except asyncio.CancelledError:
-            if not waiter.cancelled():  # it was let in at the same moment
+            if not waiter.cancelled():  # it was admitted at the same moment
                 self._asked -= 1
                 self._let_in()
             raise
 
     def _starts(self) -> bool:
-        """Start a request, if one may start now; or else see to it that this is asked again."""
+        """Start a request if one may start now; if not, make sure that this is tried again."""
         if self._asked >= self.control.limit:
             return False  # until `leave`
         now = time.monotonic()
@@ -405,7 +406,7 @@ class _Work:
         self._let_in()
 
     def _let_in(self) -> None:
-        """Let in those who wait, in their order, as many as may start now."""
+        """Admit waiting attempts in their order, as many as may start now."""
         while self._queue:
             if not self._queue[0].done():  # cancelled
                 if not self._starts():
@@ -414,7 +415,7 @@ class _Work:
             self._queue.popleft()
 
     def leave(self, error: MoondreamError | None, sent_at: float, *, answered: bool) -> None:
-        """Let the control know what became of a request, and others have its place."""
+        """Report the outcome of a request to the control, and let the next requests start."""
         now = time.monotonic()
         if answered:
             full = self._asked >= self.control.limit
@@ -433,25 +434,25 @@ class _Work:
         self.ring_for_room()
 
     def ring_for_room(self) -> None:
-        """Wake who takes the items, if another may be taken."""
+        """Wake the task that takes the items, if another item may be taken."""
         if self._has_room():
             self._room.ring()
 
 
 class _Bell:
-    """Wakes those who wait for one kind of change, and nobody else."""
+    """Wakes the tasks that wait for one kind of change."""
 
     def __init__(self) -> None:
         self._event: asyncio.Event | None = None
 
     def ring(self) -> None:
-        """Wake whoever waits."""
+        """Wake all tasks that wait."""
         if self._event is not None:
             self._event.set()
             self._event = None
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until it holds; looked at whenever this rings."""
+        """Wait until `condition` holds; it is checked at each `ring`."""
         while not condition():
             if self._event is None:
                 self._event = asyncio.Event()
@@ -459,7 +460,7 @@ class _Bell:
 
 
 class _Turns:
-    """The attempts of one item's call: when each may start, and whether there is another."""
+    """The admission and the retries of one item's call."""
 
     def __init__(self, work: _Work, most: int) -> None:
         self.most = most
@@ -476,14 +477,14 @@ class _Turns:
         self._sent_at = time.monotonic()
 
     def leave(self, error: MoondreamError | None, *, answered: bool) -> None:
-        """Take note of the end of an attempt."""
+        """Note the end of an attempt."""
         self._work.leave(error, self._sent_at, answered=answered)
 
     def delay(self, error: MoondreamError, *, jitter: float, left: float) -> float | None:
-        """Return the seconds until the next attempt; None if there is to be none.
+        """Return the seconds until the next attempt; None for no further attempt.
 
-        A refusal says nothing about this item while others are let in: it has to wait for
-        its turn, however long that takes.
+        While the server accepts other requests, a refusal does not count: the item tries again,
+        however long that takes.
         """
         if is_refusal(error):
             return self._delay_after_refusal(error, jitter)
@@ -509,7 +510,7 @@ class _Turns:
         if too_many or (too_long and self._refusals > self.most) or self._work.is_hopeless:
             self._work.give_up(error)
             return None
-        # What the server asked for holds up all of the run, see `Control.refused`.
+        # The pause that the server asked for holds for the whole run: see `Control.refused`.
         return backoff(self._refusals - 1, 0.5 + jitter / 2)
 
     def succeeded(self) -> None:
@@ -517,9 +518,9 @@ class _Turns:
 
 
 def _reader(items: Items[Any]) -> Callable[[], Awaitable[Any]]:
-    """Return what gives the next item each time, and `_END` at the end.
+    """Return a function that returns the next item each time, and `_END` at the end.
 
-    The iterator is the caller's: it is not closed, and may be read on after the run.
+    The iterator belongs to the caller, who may read on after the run, so it is not closed.
     """
     if isinstance(items, AsyncIterable):
         later = aiter(items)
@@ -533,10 +534,10 @@ def _reader(items: Items[Any]) -> Callable[[], Awaitable[Any]]:
 
 
 def check_items(items: Any) -> None:
-    """Refuse what is one picture and not many.
+    """Raise unless `items` is an iterable of pictures.
 
     Raises:
-        RequestError: It can't be iterated over, or is a string, bytes or a mapping.
+        RequestError: `items` is no iterable, or is a string, bytes or a mapping.
     """
     one = isinstance(items, (str, bytes, bytearray, dict))
     if one or not isinstance(items, (Iterable, AsyncIterable)):
