@@ -550,12 +550,12 @@ def test_the_rate_settles_at_what_the_server_allows(allowed, seconds):
 def test_rate_and_time_left_are_those_of_the_last_fifteen_seconds(monkeypatch):
     clock, progress = OwnClock(monkeypatch), BulkProgress(10)
     seen = []
-    for seconds in (0, 2, 2, 14, 22):
+    for seconds in (0, 2.5, 1.5, 14, 22):
         seen.append((progress.rate, progress.eta))
         clock.now += seconds
         progress.count(BulkResult(item=0, index=0))
     seen.append((progress.rate, progress.eta))
-    assert seen == [(0, None), (0, None), (0.5, 16), (0.5, 14), (1 / 14, 84), (1 / 22, 110)]
+    assert seen == [(0, None), (0, None), (0.4, 20), (0.5, 14), (1 / 14, 84), (1 / 22, 110)]
     assert BulkProgress(None).eta is None
 
 
