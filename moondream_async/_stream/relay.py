@@ -1,21 +1,20 @@
-"""A stream passed on to a browser or a proxy, as bytes: what a web server sends from.
+"""A stream in bytes, for a web server to relay to a browser or a proxy.
 
-Web frameworks differ in how they let go of what they iterate over when the browser has
-gone. Some close it; some cancel the task that reads, be it waiting for more or writing to a
-browser that reads slowly; and some of those leave it to the garbage collector, since an
-exception keeps the frames of that task, and the frames keep the stream. Closing and
-cancelling close the stream at once (`owner`). Dropping closes it, too, and without a
-warning: there is nothing that the program could have done better.
+Web frameworks end an iterator in different ways when the browser has gone. Some close it. Some
+cancel the task that reads, which may be waiting for the next piece or writing to a slow browser;
+an exception may then keep the frames of the task, and with them the stream, until the garbage
+collector comes. Closing and cancelling close the stream at once (`owner`). Dropping closes it,
+too, and without a warning, since the program could have done nothing better.
 
-For `EventStream`, each block of the stream's events that has arrived becomes one piece of
-bytes, so that fast answers take few writes. When there is none, the next is waited for, and
-a heartbeat is given in its place when that takes long.
+In an `EventStream`, each block of events that has arrived becomes one piece of bytes, so that a
+fast answer takes few writes. If no block has arrived, the stream waits for one, and gives a
+heartbeat if the wait is long.
 
-While it is waited for, and only then, there is a task, since the wait must go on while a
-heartbeat is on its way: it may be in the middle of another try at the request, which would
-begin anew. So the server's limits (`Timeout`) run on under heartbeats, too. The task ends
-with one block, and the next begins when that has been taken: nothing is read ahead of a
-slow browser but that. Without heartbeats there is no task.
+During the wait, and only then, there is a task, since the wait must go on while the web server
+sends a heartbeat: another attempt at the request may be in progress, which must not begin anew.
+So the limits of `Timeout` run on under heartbeats, too. The task ends with one block, and the next
+begins when that block has been taken: no more than one block is read ahead of a slow browser.
+Without heartbeats there is no task.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
     from asyncio import Task
 
 HEARTBEAT = b":\n\n"
-"""A comment: readers of events overlook it, and proxies see that the line is in use."""
+"""A comment: readers of events ignore it, and proxies see that the connection is in use."""
 
 _HEADERS = {
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx, and others after it, would hold back what is short
+    "X-Accel-Buffering": "no",  # else nginx, and other proxies, hold back short pieces
 }
 
 _FACTS = (
@@ -58,14 +57,14 @@ _FAULT_FIELDS = ("status", "phase")
 
 
 class Answer(Protocol):
-    """What of a stream is used here."""
+    """The part of a stream that is used here."""
 
     @property
     def completed(self) -> bool:
-        """Whether all of it has arrived."""
+        """Whether the whole answer has arrived."""
 
     async def aclose(self) -> None:
-        """Give its connection back, or drop it if there is more to come."""
+        """Give its connection back, or drop it if the answer is unfinished."""
 
     _owner: Owner | None
 
@@ -81,10 +80,10 @@ class Answer(Protocol):
 
 
 class Relay(AsyncIterator[bytes]):
-    """A stream in bytes, with the headers of the answer that carries it.
+    """A stream in bytes, with headers for the response that carries it.
 
-    It ends when it was read to the end, when it is closed, when the task that reads it is
-    cancelled, and when it is dropped; and the stream with it.
+    The stream ends when this is read to the end, closed or dropped, and when the task that reads
+    it is cancelled.
     """
 
     __slots__ = ("__weakref__", "_stream")
@@ -96,25 +95,22 @@ class Relay(AsyncIterator[bytes]):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers for the answer that carries it: its type, and to cache and hold back nothing."""
+        """Headers for the response: the content type, and to cache and hold back nothing."""
         return {"Content-Type": self.content_type, **_HEADERS}
 
     def __aiter__(self) -> Self:
         return self
 
     async def aclose(self) -> None:
-        """End it, and the stream with it; any task may, at any time, and again.
+        """Close the stream; from any task, at any time, and more than once.
 
-        An unfinished answer's connection is dropped at once, so that the server stops
+        The connection of an unfinished answer is dropped at once, so that the server stops
         working.
         """
         await self._stream.aclose()
 
     def close(self) -> None:
-        """End it, and the stream with it, without waiting; from any thread.
-
-        Django calls it at the end of a request.
-        """
+        """Close the stream without waiting, from any thread; Django calls it after a request."""
         self._stream._close()  # noqa: SLF001 - a part of the stream
 
     def __reduce__(self) -> NoReturn:
@@ -125,7 +121,7 @@ class Relay(AsyncIterator[bytes]):
             end_loop(self._stream)
             self.close()
         except (AttributeError, ImportError):
-            return  # its construction failed; the interpreter ends
+            return  # `__init__` failed, or the interpreter ends
 
 
 class ByteStream(Relay):
@@ -138,7 +134,7 @@ class ByteStream(Relay):
         """Return the next pieces of text. Cancelling it closes the stream.
 
         Raises:
-            MoondreamError: What reading the stream itself raises.
+            MoondreamError: As reading the stream itself raises.
         """
         stream = self._stream
         stream._belong_to_reader()  # noqa: SLF001 - a part of the stream
@@ -172,20 +168,18 @@ class EventStream(Relay):
         if heartbeat is not None:
             check_positive("heartbeat", heartbeat, "a number of seconds over 0, or None")
         self._heartbeat = heartbeat
-        self._busy = False  # somebody waits
-        self._opening = True  # some servers hold the head of an answer back until it has a body
-        self._over = False  # what comes last was given, or it was closed
+        self._busy = False  # a task waits in `__anext__`
+        self._opening = True  # some servers send the head of a response only with its first bytes
+        self._over = False  # the last event was given, or the stream was closed
         self._reading: Task[tuple[bytes, bool]] | None = None
         super().__init__(stream)
 
     async def __anext__(self) -> bytes:
-        """Return what is to be written next.
-
-        Cancelling it closes the stream.
+        """Return the next bytes to write. Cancelling it closes the stream.
 
         Raises:
-            MoondreamError: Another task waits for the same. Whatever goes wrong with the
-                stream is no exception here, but an event.
+            MoondreamError: Another task is reading. An error of the stream is not raised: it
+                becomes an event.
         """
         if self._busy:
             raise MoondreamError("Another task is already reading this stream")
@@ -206,7 +200,7 @@ class EventStream(Relay):
         raise StopAsyncIteration
 
     async def _next(self) -> bytes:
-        """Return what is ready, or comes, or a heartbeat; nothing if it was closed meanwhile."""
+        """Return the next events, or a heartbeat; nothing if it was closed meanwhile."""
         stream = self._stream
         opening, self._opening = self._opening, False
         if self._reading is None:
@@ -237,10 +231,10 @@ class EventStream(Relay):
         return data
 
     async def aclose(self) -> None:
-        """End it, and the stream with it; any task may, at any time, and again.
+        """Close the stream; from any task, at any time, and more than once.
 
-        An unfinished answer's connection is dropped at once, so that the server stops
-        working. A task that waits for more sees the end.
+        The connection of an unfinished answer is dropped at once, so that the server stops
+        working. A task that waits for the next bytes gets the end.
         """
         self._over = True
         await super().aclose()
@@ -250,16 +244,13 @@ class EventStream(Relay):
             await wait([self._reading])
 
     def close(self) -> None:
-        """End it, and the stream with it, without waiting; from any thread.
-
-        Django calls it at the end of a request.
-        """
+        """Close the stream without waiting, from any thread; Django calls it after a request."""
         self._over = True
         super().close()
 
 
 async def _read(stream: Answer) -> tuple[bytes, bool]:
-    """Wait for what comes next; return it as events, and whether it is the last."""
+    """Wait for the next block; return its events, and whether they are the last."""
     data, over = b"", False
     while not data:
         try:
@@ -273,7 +264,7 @@ async def _read(stream: Answer) -> tuple[bytes, bool]:
 
 
 def _take(stream: Answer) -> tuple[bytes, bool]:
-    """Return all that has arrived as events, and whether it is the last."""
+    """Return the events that have arrived, and whether they are the last."""
     block = stream._rest()  # noqa: SLF001 - a part of the stream
     data = b"".join(
         _encode("chunk", {"chunk": text}) if text else _without_text(block[i])
@@ -305,11 +296,11 @@ def _failed(error: MoondreamError) -> bytes:
 
 
 def _encode(name: str, data: dict[str, Any]) -> bytes:
-    """Return one event. JSON has no line breaks but escaped ones, so its data is one line."""
+    """Return one event. Its data is one line, since JSON escapes line breaks."""
     try:
         body = msgspec.json.encode(data)
-    except UnicodeEncodeError:  # half a character, which UTF-8 can't say, and JSON can
-        import json  # noqa: PLC0415 - it hardly ever happens
+    except UnicodeEncodeError:  # half a character: JSON can escape it, UTF-8 can't encode it
+        import json  # noqa: PLC0415 - rarely needed
 
         body = json.dumps(msgspec.to_builtins(data)).encode()
     return b"event: %b\ndata: %b\n\n" % (name.encode(), body)
