@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from bulk_runs import make_pictures, paths_of, records
 from PIL import Image
 
@@ -206,11 +207,8 @@ async def test_boxes_are_coco_and_yolo_as_others_read_them(bulk, photos, tmp_pat
 async def web_folder(photos):
     application = web.Application()
     application.router.add_static("/photos", photos)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/photos"
-    await runner.cleanup()
+    async with TestServer(application) as server:
+        yield str(server.make_url("/photos"))
 
 
 @pytest.mark.parametrize("way", ["zip", "member", "http", "table of http"])

@@ -8,12 +8,13 @@ import pickle
 import threading
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from backends import uvicorn
 from PIL import Image
+from spoken import get, post
 
 import moondream_async as md
 
@@ -105,27 +106,21 @@ def test_boxes_are_detections_to_supervision():
 # -- the web, under real servers ---------------------------------------------------------
 
 
-async def fetched(address, **options):
-    async with aiohttp.ClientSession() as session, session.get(address, **options) as response:
-        assert response.status == 200, await response.text()
-        return await response.json()
+async def fetched(address):
+    answer = await get(None, address)
+    assert answer.status == 200, answer.data
+    return answer.json
 
 
-@every_result
-async def test_a_result_is_an_answer_of_aiohttp_web(result):
+async def test_a_result_is_an_answer_of_aiohttp_web():
     async def answer(request):
-        return web.json_response(result)
+        return web.json_response(RESULTS[int(request.match_info["number"])])
 
     app = web.Application()
-    app.router.add_get("/", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        assert await fetched(f"http://127.0.0.1:{runner.addresses[0][1]}/") == (PLAIN[type(result)])
-    finally:
-        await runner.cleanup()
+    app.router.add_get("/{number}", answer)
+    async with TestServer(app) as server:
+        for number, plain in enumerate(PLAIN.values()):
+            assert await fetched(str(server.make_url(f"/{number}"))) == plain
 
 
 async def test_a_result_is_an_answer_of_starlette():
@@ -186,11 +181,9 @@ async def test_our_types_stand_in_pydantic_models_and_in_requests(fastapi_app):
             "boxes": BOXES,
             "thought": THOUGHT,
         }
-        async with aiohttp.ClientSession() as session:
-            async with session.post(f"{address}/given", json=PLAIN[md.DetectResult]) as response:
-                assert await response.json() == 0.75
-            async with session.post(f"{address}/given", json={"objects": [{"x_min": 1}]}) as bad:
-                assert bad.status == 422
+        given = f"{address}/given"
+        assert (await post(None, given, PLAIN[md.DetectResult])).json == 0.75
+        assert (await post(None, given, {"objects": [{"x_min": 1}]})).status == 422
 
 
 def test_the_openapi_schema_tells_the_keys(fastapi_app):
