@@ -84,52 +84,6 @@ async def test_stream_may_be_asked_for_by_a_variable(client, photo):
             await answer.text()
 
 
-async def test_reasoning_comes_with_the_answer(client, photo):
-    result = await client.query(photo, QUESTION, reasoning=True)
-    assert result.reasoning.text
-    assert result["reasoning"] == result.reasoning
-
-
-async def test_refusal_to_reason_in_a_stream_is_answered_in_one_piece(photo):
-    async with (
-        Simulator("kestrel") as simulator,
-        md.MoondreamClient(endpoint=simulator.endpoint) as client,
-    ):
-        plain = await client.query(photo, QUESTION, reasoning=True)
-        stream = await client.query(photo, QUESTION, stream=True, reasoning=True)
-        assert [piece async for piece in stream] == [plain.answer]
-        assert stream.reasoning == plain.reasoning
-        assert [request.status for request in simulator.requests] == [200, 400, 200]
-
-
-async def test_question_about_no_picture_sends_none(simulator, client):
-    await client.query(question="What is a cat?")
-    assert "image_url" not in simulator.requests[0].body
-
-
-async def test_request_says_what_the_caller_said_and_no_more(simulator, client, photo):
-    await client.caption(photo)
-    await client.query(
-        photo,
-        QUESTION,
-        reasoning=False,
-        spatial_refs=[(0.5, 0.5), (0, 0, 1, 1)],
-        settings={"temperature": 0, "variant": "new"},
-        model="moondream-2B",
-    )
-    caption, query = (dict(request.body) for request in simulator.requests)
-    assert caption.pop("image_url") == query.pop("image_url")
-    assert caption == {"length": "normal", "stream": False}
-    assert query == {
-        "question": QUESTION,
-        "stream": False,
-        "reasoning": False,
-        "spatial_refs": [[0.5, 0.5], [0, 0, 1, 1]],
-        "settings": {"temperature": 0, "variant": "new"},
-        "model": "moondream-2B",
-    }
-
-
 async def test_model_of_the_client_is_that_of_calls_that_name_none(simulator, photo):
     async with md.MoondreamClient(endpoint=simulator.endpoint, model="of-the-client") as client:
         await client.caption(photo)

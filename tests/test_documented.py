@@ -305,7 +305,7 @@ STATS = {
     "requests_processed": 0,
 }
 HEALTHY = {"status": "ok", "server": "moondream-station"}
-STOPPED = {"status": "stopped", "requests_processed": 3}
+STOPPED = {"status": "stopped", "requests_processed": 3, "mine": [1]}
 ABOUT = {
     "seen models": (
         lambda client: client.models(),
@@ -330,7 +330,7 @@ ABOUT = {
     "station stats, stopped": (
         lambda client: client.server_stats(),
         STOPPED,
-        md.ServerStats(**STOPPED, raw=STOPPED),
+        md.ServerStats(status="stopped", requests_processed=3, raw=STOPPED),
     ),
 }
 
@@ -346,7 +346,8 @@ async def test_starting_engine_is_told_from_a_ready_one():
     gone = whole(b"Not Found", status="404 Not Found", kind="text/plain")
     starting = whole({"status": "starting"}, status="503 Service Unavailable")
     async with canned(gone, starting, gone, whole({"status": "ok"})) as (client, _):
-        assert not (await client.health()).ok
+        expected = md.Health(ok=False, status="starting", raw={"status": "starting"})
+        assert await client.health() == expected
         assert (await client.health()).ok
 
 
