@@ -549,6 +549,21 @@ async def test_batch_part_over_the_limit_is_refused(simulator):
     assert answer.status == simulator.requests[-1].status == 413
 
 
+async def test_numbers_that_python_does_not_read_are_refused(simulator):
+    created = (await post(simulator, "/batch?action=mpu-create")).json
+    made = (await post(simulator, "/tuning/finetunes", {"name": "mine", "rank": 8})).json
+    long = "9" * 5000
+    part = f"action=mpu-uploadpart&uploadId={created['uploadId']}&partNumber={long}"
+    answers = [
+        await speak(simulator, "PUT", f"/batch/{created['fileId']}?{part}"),
+        await speak(simulator, "GET", f"/batch?limit={long}"),
+        await speak(
+            simulator, "DELETE", f"/tuning/finetunes/{made['finetune_id']}/checkpoints/{long}"
+        ),
+    ]
+    assert [answer.status for answer in answers] == [400, 400, 404]
+
+
 # Tuning
 
 

@@ -10,6 +10,7 @@ import asyncio
 import datetime as dt
 import hashlib
 import math
+import re
 from typing import Annotated
 
 import anyio.to_thread
@@ -109,7 +110,7 @@ class Batches:
     async def _upload_part(self, received: ReceivedRequest) -> Body:
         upload = self._find_upload(received, "mpu-uploadpart")
         number = received.query.get("partNumber", "")
-        if not number.isdecimal() or not 1 <= int(number) <= 10_000:
+        if not re.fullmatch("[0-9]{1,5}", number) or not 1 <= int(number) <= 10_000:
             raise RefusedError("partNumber must be between 1 and 10000", param="partNumber")
         upload.parts[int(number)] = received.body
         return {"partNumber": int(number), "etag": _make_etag(received.body)}

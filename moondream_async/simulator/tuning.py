@@ -8,6 +8,7 @@ little worse, so that rewards differ.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from typing import Annotated, Literal
@@ -252,7 +253,7 @@ class Tuning:
     def _find_checkpoint(self, received: ReceivedRequest) -> tuple[_Finetune, int]:
         finetune = self._find(received.params["id"])
         text = received.params["step"]
-        step = int(text) if text.isdecimal() else 0
+        step = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
         if finetune.checkpoints.get(step):
             return finetune, step
         if step in finetune.checkpoints:
