@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -136,22 +137,19 @@ def decode_image(image_url: str) -> bytes:
     Raises:
         RefusedError: The URL is remote or malformed, or the picture is over the limit.
     """
-    head, comma, encoded = image_url.rpartition(",")
-    status = 400
+    refused = partial(RefusedError, param="image_url")
     if re.match(r"https?://", image_url):
-        fault = "Field 'image_url' must be a data URL; remote URLs are not fetched"
-    elif comma and not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
-        fault = "Field 'image_url' must begin with data:image/...;base64,"
-    else:
-        try:
-            data = base64.b64decode(encoded, validate=True)
-        except ValueError:  # not base64, or not even ASCII
-            fault = "Invalid base64 image data"
-        else:
-            if len(data) <= MAX_IMAGE_BYTES:
-                return data
-            fault, status = "Image is larger than 10 MB", 413
-    raise RefusedError(fault, status=status, param="image_url")
+        raise refused("Field 'image_url' must be a data URL; remote URLs are not fetched")
+    head, comma, encoded = image_url.rpartition(",")
+    if comma and not re.fullmatch(r"data:image/[\w.+-]+;base64", head):
+        raise refused("Field 'image_url' must begin with data:image/...;base64,")
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError as error:  # not base64, or not even ASCII
+        raise refused("Invalid base64 image data") from error
+    if len(data) > MAX_IMAGE_BYTES:
+        raise refused("Image is larger than 10 MB", status=413)
+    return data
 
 
 def _explain(message: str) -> RefusedError:
