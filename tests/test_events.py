@@ -8,13 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
-from decoding import CUTS, NOTHING, STOP, chat, cuts, decode, known, sse, text
+from decoding import CUTS, NOTHING, STOP, chat, cuts, decode, sse, text
 
 import moondream_async as md
 from moondream_async._protocol.events import (
     MAX_EVENT_BYTES,
     AnswerDecoder,
-    ChatDecoder,
     decoder_for,
 )
 from moondream_async._protocol.secret import Redactor, Secret
@@ -567,19 +566,6 @@ def test_an_event_up_to_the_limit_passes():
     assert text(events) == "x" * 1000
     assert last.completed
     assert MAX_EVENT_BYTES == 4 * 1024 * 1024
-
-
-def test_another_try_starts_afresh():
-    decoder = ChatDecoder("chat", secret=Redactor(Secret("KEY-12345")), max_event_bytes=500)
-    decoder.feed(sse({"id": "42", **chat(content="a heron")}, STOP, b"odd KEY-12345"))
-
-    again = decoder.fresh()
-
-    assert type(again) is ChatDecoder
-    assert known(again) == NOTHING
-    again.feed(sse(b"odd KEY-12345"))
-    assert "KEY-12345" not in again.failure().message
-    assert not decoder.fresh().feed(sse({"chunk": "x" * 1000}))
 
 
 # -- what no server should send, and some do ------------------------------------------------

@@ -184,10 +184,6 @@ class AnswerDecoder:
         self._half = ""  # the first half of a surrogate pair, if the last chunk ended in one
         self._ended_early = False
 
-    def fresh(self) -> AnswerDecoder:
-        """Return a decoder for another attempt at the same answer."""
-        return type(self)(self._skill, secret=self.secret, max_event_bytes=self._max_event_bytes)
-
     @property
     def done(self) -> bool:
         """Whether the rest of the body can be ignored."""
