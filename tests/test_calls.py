@@ -107,14 +107,6 @@ async def test_refusal_to_reason_in_a_stream_is_asked_again_without(code):
 
 
 @both
-async def test_burst_of_refusals_is_outlasted(stream):
-    burst = [status(429), status(503), status(429)]
-    async with RawServer(play_in_turn(*burst)) as server, client_of(server) as client:
-        assert await call(client, stream) == TEXT
-        assert len(server.requests) == 4
-
-
-@both
 async def test_when_no_try_is_left_the_last_error_is_raised(stream):
     burst = [status(429), status(503), status(500, {"error": "the last"})]
     async with played(play_in_turn(*burst), max_retries=2) as (server, client):

@@ -77,8 +77,8 @@ async def test_total_is_the_limit_of_all(clock, script):
 
 @pytest.mark.parametrize(
     "packet",
-    [b": ping\n\n", b"\n", b"event: mood\n\n", b" "],
-    ids=["comment", "blank", "no data", "half"],
+    [b": ping\n\n", b":\n", b"\n", b"event: mood\n\n", b"retry: 100\n\n", b" ", b"data: "],
+    ids=["comment", "bare colon", "blank", "no data", "retry", "half", "half data"],
 )
 @pytest.mark.parametrize(
     ("before", "phase", "seconds"),

@@ -164,27 +164,6 @@ def event_row(name, data, message):
     return Row(name, sends(STREAM_HEAD + in_chunks(EVENTS[0], data), whole(ANSWER)), failure, TEXT)
 
 
-def retry_after_row(name, value, seconds):
-    failure = fails(md.RateLimitError, status=429, retry_after=seconds)
-    answer_429 = whole({"error": "slow down"}, f"Retry-After: {value}", status="429 Too Many")
-    return Row(name, sends(answer_429), failure, failure)
-
-
-def redirect_row(name, status, location):
-    failure = fails(md.APIStatusError, status=status)
-    return Row(
-        name,
-        sends(head(f"Location: {location}", "Content-Length: 0", status=f"{status} There")),
-        failure,
-        failure,
-    )
-
-
-def burst_row(name, status):
-    refusal = sends(whole({"error": "busy"}, "Retry-After: 0", status=status))
-    return Row(name, in_turn(refusal, refusal, answer), TEXT, TEXT, {"max_retries": 2})
-
-
 IN_AN_HOUR = dt.datetime(2100, 1, 1, tzinfo=dt.UTC)
 INSIDE = STREAM_HEAD + in_chunks(EVENTS[0], EVENTS[1][:12], end=False)
 CHUNK_CUT = STREAM_HEAD + in_chunks(EVENTS[0], end=False) + b"20\r\n" + EVENTS[1][:9]
@@ -353,22 +332,8 @@ ROWS = [
     event_row("an error event with an object", event(error={"message": "Out of memory"}), "Out of memory"),
     event_row("an event named error", b"event: error\ndata: out of memory\n\n", "out of memory"),
     event_row("an error in the answer's place", event("An error occurred during caption generation.", completed=True), "An error occurred during caption generation."),
-    # -- when to come again
-    retry_after_row("Retry-After in seconds", "7", 7.0),
-    retry_after_row("Retry-After absurd", "999999999", 999999999.0),
-    retry_after_row("Retry-After negative", "-5", None),
-    retry_after_row("Retry-After in words", "soon", None),
-    retry_after_row("Retry-After in the past", "Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
-    burst_row("503 in a burst", "503 Busy"),
-    burst_row("429 in a burst", "429 Slow"),
+    # -- once
     Row("lost once, before the first event", in_turn(sends(STREAM_HEAD, b""), answer), TEXT, TEXT, {"max_retries": 1}),
-    # -- elsewhere
-    redirect_row("redirect to another host", 307, "http://127.0.0.2:9/v1/caption"),
-    redirect_row("redirect to another port", 308, "http://127.0.0.1:9/v1/caption"),
-    redirect_row("redirect to another scheme", 301, "https://127.0.0.1/v1/caption"),
-    redirect_row("redirect to a file", 302, "file:///etc/passwd"),
-    redirect_row("redirect that makes a GET of it", 303, "/v1/other"),
-    redirect_row("redirect in circles", 307, "/v1/caption"),
 ]  # fmt: skip
 
 

@@ -327,36 +327,6 @@ async def test_waiting_calls_are_counted(simulator, photo):
         assert (await call).caption
 
 
-@pytest.mark.parametrize(
-    "endpoint",
-    ["http://example.com/v1", "http://93.184.216.34/v1", "http://vision.example.org:8080"],
-)
-def test_a_key_over_plain_http_to_far_away_is_refused(endpoint):
-    with pytest.raises(md.RequestError, match="plain http"):
-        md.MoondreamClient("a key", endpoint=endpoint)
-
-
-@pytest.mark.parametrize(
-    "endpoint",
-    [
-        "http://127.0.0.1:2020/v1",
-        "http://localhost:2020/v1",
-        "http://[::1]:2020/v1",
-        "http://192.168.1.7/v1",
-        "http://moondream:2020/v1",
-        "http://station.local/v1",
-        "https://example.com/v1",
-    ],
-)
-def test_a_key_may_go_near_or_over_tls(endpoint):
-    md.MoondreamClient("a key", endpoint=endpoint)
-
-
-def test_a_host_may_be_allowed_by_name():
-    md.MoondreamClient("a key", endpoint="http://example.com", insecure_hosts=["example.com"])
-    md.MoondreamClient(endpoint="http://example.com")  # no key, nothing to read
-
-
 async def test_an_answer_keeps_words_that_are_the_key_too(simulator, photo):
     plain = md.MoondreamClient("measurements", endpoint=simulator.endpoint)
     async with plain as client:

@@ -204,21 +204,34 @@ async def test_a_key_goes_over_plain_http_to_no_address_beyond_the_local_network
 
 
 @pytest.mark.parametrize(
-    ("host", "insecure_hosts"),
+    ("endpoint", "insecure_hosts"),
     [
-        ("example\u3002com", ()),
-        ("\uff18.\uff18.\uff18.\uff18", ()),
-        ("134744072", ()),
-        ("example.com", "my.example.com"),
+        ("http://example.com/v1", ()),
+        ("http://93.184.216.34/v1", ()),
+        ("http://vision.example.org:8080", ()),
+        ("http://example\u3002com/v1", ()),
+        ("http://\uff18.\uff18.\uff18.\uff18/v1", ()),
+        ("http://134744072/v1", ()),
+        ("http://example.com/v1", "my.example.com"),
     ],
 )
-def test_a_key_is_refused_over_plain_http_however_the_host_is_written(host, insecure_hosts):
+def test_a_key_is_refused_over_plain_http_however_the_host_is_written(endpoint, insecure_hosts):
     with pytest.raises(md.RequestError, match="plain http"):
-        md.MoondreamClient("key", f"http://{host}/v1", insecure_hosts=insecure_hosts)
+        md.MoondreamClient("key", endpoint, insecure_hosts=insecure_hosts)
+    md.MoondreamClient(endpoint=endpoint)  # no key, nothing to read
 
 
 @pytest.mark.parametrize(
-    "names", ["Example.com", ["EXAMPLE.com."], {"example\u3002com"}], ids=ascii
+    ("endpoint", "insecure_hosts"),
+    [
+        *((f"http://{host}/v1", ()) for host in ("127.0.0.1:2020", "localhost:2020", "[::1]:2020")),
+        *((f"http://{host}/v1", ()) for host in ("192.168.1.7", "moondream:2020", "station.local")),
+        ("https://example.com/v1", ()),
+        ("http://example.com", "Example.com"),
+        ("http://example.com", ["EXAMPLE.com."]),
+        ("http://example.com", {"example\u3002com"}),
+    ],
+    ids=ascii,
 )
-def test_insecure_hosts_are_names_in_whatever_spelling(names):
-    md.MoondreamClient("key", "http://example.com/v1", insecure_hosts=names)
+def test_a_key_may_go_near_or_over_tls_or_to_hosts_that_are_named(endpoint, insecure_hosts):
+    md.MoondreamClient("key", endpoint, insecure_hosts=insecure_hosts)
