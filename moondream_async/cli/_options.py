@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from moondream_async import CallEvent, Hooks, MoondreamClient, types
 from moondream_async import Timeout as Limits
 
 from ._output import note
+from ._session import run
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 """The root of typer's errors of usage, made of a message and a context.
@@ -131,8 +132,11 @@ class Group(NamedTuple):
     gather: Callable[..., Any]
 
 
-def expand(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command for typer, with a group's options in place of each parameter of a group."""
+def expand(command: Callable[..., object]) -> Callable[..., None]:
+    """Return a command for typer, with a group's options in place of each parameter of a group.
+
+    An asynchronous command is run, and its `client` is open meanwhile.
+    """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, tuple[Group, list[inspect.Parameter]]] = {}
     options: list[inspect.Parameter] = []
@@ -149,11 +153,21 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     def expanded(**given: Any) -> None:
         for name, (group, own) in groups.items():
             given[name] = group.gather(**{option.name: given.pop(option.name) for option in own})
-        command(**given)
+        if inspect.iscoroutinefunction(command):
+            run(_with_client(command, **given))
+        else:
+            command(**given)
 
     expanded.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     expanded.__annotations__ = {option.name: option.annotation for option in options}
     return expanded
+
+
+async def _with_client(
+    command: Callable[..., Awaitable[object]], *, client: Server, **given: Any
+) -> None:
+    async with client.client() as opened:
+        await command(client=opened, **given)
 
 
 def _settings(
@@ -245,5 +259,5 @@ Settings = Annotated[types.Settings | None, Group(_settings)]
 Asked = Annotated[tuple[str, dict[str, Any]], Group(_asked)]
 """A skill, and the arguments that were given for it."""
 OfModel = Annotated[Server, Group(_server)]
-OfServer = Annotated[Server, Group(_server_alone)]
-"""For what no model answers."""
+Client = Annotated[MoondreamClient, Group(_server_alone)]
+"""For asynchronous commands that need no model."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from moondream_async import Batch, BatchRequest, MoondreamClient
+from moondream_async import Batch, BatchRequest
 from moondream_async.types import Length
 
 from . import _options as options
@@ -58,56 +58,31 @@ def create(
         make: Any = getattr(BatchRequest, skill)
         requests = [make(path, id=path, **{own: asked}) for path in files]
 
-    async def upload(client: MoondreamClient) -> None:
-        batch = await client.batches.create(requests, on_progress=_report_progress)
+    async def upload() -> None:
+        async with server.client() as client:
+            batch = await client.batches.create(requests, on_progress=_report_progress)
         _print_batch(batch, as_json=as_json)
 
-    _run(server, upload)
+    run(upload())
 
 
-def list_(
-    *,
-    as_json: options.AsJson = False,
-    server: options.OfServer,
-) -> None:
+async def list_(*, as_json: options.AsJson = False, client: options.Client) -> None:
     """List the account's batches, a line each."""
-
-    async def show(client: MoondreamClient) -> None:
-        async for batch in client.batches.list():
-            _print_batch(batch, as_json=as_json)
-
-    _run(server, show)
+    async for batch in client.batches.list():
+        _print_batch(batch, as_json=as_json)
 
 
-def get(
-    *,
-    batch: BatchId,
-    as_json: options.AsJson = False,
-    server: options.OfServer,
-) -> None:
+async def get(*, batch: BatchId, as_json: options.AsJson = False, client: options.Client) -> None:
     """Tell how far a batch is."""
-
-    async def show(client: MoondreamClient) -> None:
-        _print_batch(await client.batches.get(batch), as_json=as_json)
-
-    _run(server, show)
+    _print_batch(await client.batches.get(batch), as_json=as_json)
 
 
-def wait(
-    *,
-    batch: BatchId,
-    as_json: options.AsJson = False,
-    server: options.OfServer,
-) -> None:
+async def wait(*, batch: BatchId, as_json: options.AsJson = False, client: options.Client) -> None:
     """Wait until a batch has ended; --timeout limits each question, not the wait."""
-
-    async def show(client: MoondreamClient) -> None:
-        _print_batch(await client.batches.wait(batch), as_json=as_json)
-
-    _run(server, show)
+    _print_batch(await client.batches.wait(batch), as_json=as_json)
 
 
-def results(
+async def results(
     *,
     batch: BatchId,
     output: Annotated[
@@ -116,38 +91,23 @@ def results(
             "--output", "-o", metavar="FILE", help="Write them there, once all have arrived."
         ),
     ] = None,
-    server: options.OfServer,
+    client: options.Client,
 ) -> None:
     """Print the answers of a batch that has completed, a JSON object a line, in no order.
 
     Lines that failed are among them, with their error.
     """
-
-    async def fetch(client: MoondreamClient) -> None:
-        if output is None:
-            async for result in client.batches.results(batch):
-                print_json(result.raw)
-            return
-        failed = total = 0
-        with replacing(output) as file:
-            async for result in client.batches.results(batch):
-                file.write(encode_json(result.raw) + b"\n")
-                total += 1
-                failed += not result.ok
-        note(f"Written: {output}, {total} answers, of which {failed} failed")
-
-    _run(server, fetch)
-
-
-def _run(
-    server: options.Server,
-    work: Callable[[MoondreamClient], Coroutine[Any, Any, None]],
-) -> None:
-    async def with_client() -> None:
-        async with server.client() as client:
-            await work(client)
-
-    run(with_client())
+    if output is None:
+        async for result in client.batches.results(batch):
+            print_json(result.raw)
+        return
+    failed = total = 0
+    with replacing(output) as file:
+        async for result in client.batches.results(batch):
+            file.write(encode_json(result.raw) + b"\n")
+            total += 1
+            failed += not result.ok
+    note(f"Written: {output}, {total} answers, of which {failed} failed")
 
 
 def _report_progress(sent: int, total: int) -> None:
@@ -159,20 +119,14 @@ def _print_batch(batch: Batch, *, as_json: bool) -> None:
         print_json(batch.raw)
         return
     done = batch.progress
-    said: Sequence[str] = (
-        batch.id,
-        batch.status,
-        f"{done.completed} of {done.total} done, {done.failed} failed",
+    print_text(
+        f"{batch.id}  {batch.status}  {done.completed} of {done.total} done, {done.failed} failed"
     )
-    print_text("  ".join(said))
     if batch.error is not None:
         note(f"{batch.error.code}: {batch.error.message}")
 
 
-app = typer.Typer(
-    help="Hand many pictures over, and fetch the answers later.",
-    no_args_is_help=False,
-)
-_commands: list[Callable[..., None]] = [create, list_, get, wait, results]
+app = typer.Typer(help="Hand many pictures over, and fetch the answers later.")
+_commands: list[Callable[..., object]] = [create, list_, get, wait, results]
 for _command in _commands:
     app.command(_command.__name__.rstrip("_"))(options.expand(_command))

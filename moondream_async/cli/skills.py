@@ -212,22 +212,17 @@ def _checked(context: typer.Context, save: Path | None) -> Path | None:
     return save
 
 
-def models(*, as_json: options.AsJson = False, server: options.OfServer) -> None:
+async def models(*, as_json: options.AsJson = False, client: options.Client) -> None:
     """List the models that the server offers, a line each.
 
     With --json, a line is an object as the server sent it.
     """
-
-    async def show() -> None:
-        async with server.client() as client:
-            for model in await client.models():
-                if as_json:
-                    print_json(model.raw)
-                else:
-                    said = [model.id, model.name, model.description]
-                    print_text("  ".join(each for each in said if each))
-
-    run(show())
+    for model in await client.models():
+        if as_json:
+            print_json(model.raw)
+        else:
+            said = [model.id, model.name, model.description]
+            print_text("  ".join(each for each in said if each))
 
 
 async def _ask(

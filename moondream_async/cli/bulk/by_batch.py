@@ -6,7 +6,7 @@ the next run fetches their results, and nothing is paid for twice.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,11 +45,13 @@ class Sent(msgspec.Struct):
     batch: str
     pictures: list[tuple[_Named, Contents | None]]
 
-    def parts(self) -> Iterator[tuple[Found, Contents | None, dict[str, Any] | None]]:
-        """Yield each picture, its contents, and what is asked about it."""
+    def pendings(self, asked: Mapping[str, Any]) -> Iterator[Pending]:
+        """Yield the pictures; `asked` is for those of an old record, which does not say it."""
         for named, contents in self.pictures:
             found = Found(path_of(named.path), path_of(named.below), named.row)
-            yield found, contents, named.asked
+            pending = Pending(found, named.asked or asked, {})
+            pending.file.contents, pending.tries = contents, 1
+            yield pending
 
 
 async def ask_by_batch(job: Job) -> None:
@@ -109,7 +111,7 @@ async def _next_good(job: Job, items: AsyncIterator[Pending]) -> _Good | None:
         try:
             return pending, await job.client.encode_image(cast("Any", pending.file))
         except ImageError as error:
-            job.keep(pending.found, pending.file.contents, error, asked=pending.asked)
+            job.keep(pending, error)
     return None
 
 
@@ -123,28 +125,26 @@ async def _fetch(job: Job, sent: Sent) -> None:
         progress = batch.progress
         note(f"Batch {batch.id}: {batch.status}, {progress.completed:,} of {progress.total:,}")
 
-    left = dict(enumerate(sent.parts()))
+    # A run that was ended here has already written some of the results.
+    left: dict[int | None, Pending] = {
+        place: pending
+        for place, pending in enumerate(sent.pendings(job.journal.asked))
+        if not job.journal.has(pending.found, pending.asked)
+    }
     failure = "the batch has no result for it"
     try:
         batch = await job.client.batches.wait(sent.batch, on_poll=show)
         async for line in job.client.batches.results(batch):
-            place = _place(line)
-            # A run that was ended here has already written some of the results.
-            if place in left:
-                found, contents, asked = left.pop(place)
-                if not job.journal.has(found, asked):
-                    job.keep(
-                        found, contents, _outcome(line), asked=asked, tries=1, usage=line.usage
-                    )
+            if (pending := left.pop(_place(line), None)) is not None:
+                job.keep(pending, _outcome(line), usage=line.usage)
     except APIStatusError as error:
         if not _is_lasting(error):
             raise
         failure = str(error)
         note(f"Batch {sent.batch} came to nothing: {failure}")
-    for found, contents, asked in left.values():
-        if not job.journal.has(found, asked):
-            job.keep(found, contents, _failure(failure), asked=asked, tries=1)
-            job.not_again.add(found.name)  # the next run asks about it again
+    for pending in left.values():
+        job.keep(pending, _failure(failure))
+        job.not_again.add(pending.found.name)  # the next run asks about it again
 
 
 def _place(line: BatchResult) -> int | None:

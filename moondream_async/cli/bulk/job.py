@@ -31,7 +31,7 @@ from .pending import Pending, prepared
 from .progress import BATCH_DISCOUNT, Progress
 from .questions import Questions
 from .report import write_report
-from .sources import Contents, Found
+from .sources import Found
 from .texts import TextFolder, write_classes
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ class Job:
         self, refuse: Callable[[Found, MoondreamError], object] | None = None
     ) -> AsyncGenerator[Pending, None]:
         """Yield the pictures to ask about; count those that are done or refused."""
-        refuse = refuse or (lambda found, error: self.keep(found, None, error))
+        refuse = refuse or (
+            lambda found, error: self.keep(Pending(found, self.journal.asked, {}), error)
+        )
         given = 0
         async with contextlib.aclosing(self._finder.chunks()) as chunks:
             async for chunk in chunks:
@@ -164,26 +166,21 @@ class Job:
                         given += 1
                         yield state
 
-    def keep(
-        self,
-        found: Found,
-        contents: Contents | None,
-        outcome: Outcome,
-        *,
-        asked: Mapping[str, Any] | None = None,
-        tries: int = 0,
-        seconds: float = 0.0,
-        usage: Any = None,
-    ) -> None:
+    def keep(self, pending: Pending, outcome: Outcome, *, usage: Any = None) -> None:
         """Write and count what became of a picture."""
-        fields = fields_of(outcome)
+        found, fields = pending.found, fields_of(outcome)
         if usage is not None and not fields.get("metrics"):
             fields["metrics"] = dict(usage)
 
         def append(fields: Mapping[str, Any]) -> None:
             with explained("write", self.journal.path):
                 self.journal.append(
-                    found, contents, fields, asked=asked, tries=tries, seconds=seconds
+                    found,
+                    pending.file.contents,
+                    fields,
+                    asked=pending.asked,
+                    tries=pending.tries,
+                    seconds=pending.seconds,
                 )
 
         append(fields)
@@ -225,14 +222,8 @@ class Job:
                 pending, name = each.item.id
                 outcome = pending.take(name, each)
                 if outcome is not None:
-                    self._keep_pending(pending, outcome)
+                    self.keep(pending, outcome)
                 self._check_reachable(each.error)
-
-    def _keep_pending(self, pending: Pending, outcome: Outcome) -> None:
-        contents, tries, seconds = pending.file.contents, pending.tries, pending.seconds
-        self.keep(
-            pending.found, contents, outcome, asked=pending.asked, tries=tries, seconds=seconds
-        )
 
     async def _bulk_items(self) -> AsyncGenerator[BulkItem, None]:
         async with contextlib.aclosing(self.items()) as pendings:
@@ -244,7 +235,7 @@ class Job:
             async with contextlib.aclosing(prepared(self.client, pendings)) as pictures:
                 async for pending, image in pictures:
                     if isinstance(image, MoondreamError):
-                        self._keep_pending(pending, image)
+                        self.keep(pending, image)
                         continue
                     for item in pending.items(image):
                         yield item
