@@ -83,7 +83,7 @@ def print_text(text: str, *, end: str = "\n") -> None:
     """Print a text, at once; a terminal gets it without control characters."""
     if sys.stdout is not None and sys.stdout.isatty():  # None: it is closed
         text = text.replace("\r\n", "\n").translate(_REPLACED)
-    typer.echo(text + end, nl=False, color=True)  # True: elsewhere, the text is left as it is
+    typer.echo(text + end, nl=False, color=True)  # True: typer changes no text
 
 
 def coordinates(place: Region | Point) -> str:

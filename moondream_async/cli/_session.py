@@ -1,12 +1,14 @@
-"""What commands work with: a picture that the user names, and a loop to run in."""
+"""What commands work with: the user's picture, a loop to run in, and a server's port."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moondream_async import fetch_image
+from moondream_async.errors import MoondreamError
 
 if TYPE_CHECKING:
     from moondream_async import EncodedImage
@@ -46,3 +48,18 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     import asyncio  # noqa: PLC0415 - --help and errors of usage do without
 
     return asyncio.run(main)
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    server: contextlib.AbstractAsyncContextManager[Any], where: str
+) -> AsyncIterator[None]:
+    """Start a server; a port that can't be had is a MoondreamError in the system's words."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(server)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that can't be a name
+            errno = getattr(error, "errno", None) or 0
+            reason = os.strerror(errno) if errno > 0 else str(error)  # asyncio names the address
+            raise MoondreamError(f"Can't listen on {where}: {reason}") from error
+        yield

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moondream_async.errors import MoondreamError
 from moondream_async.types import SAMPLE_IMAGE, EncodedImage
 
 from . import _options as options
 from ._options import UsageError
 from ._output import note, print_pieces, print_text
 from ._picture import print_wrapped, show_picture
-from ._session import read_image, run
+from ._session import listening, read_image, run
 from ._words import own_name
 
 if TYPE_CHECKING:
@@ -155,12 +154,7 @@ async def _serve_page(
             model=model,
             port=port,
         )
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                await stack.enter_async_context(page)
-            except OSError as error:
-                reason = os.strerror(error.errno) if error.errno else str(error)
-                raise MoondreamError(f"Can't listen on port {port}: {reason}") from error
+        async with listening(page, f"port {port}"):
             _name_server(client, simulated=simulated)
             note("Open this page in a browser on this machine; Ctrl-C ends it.")
             print_text(page.url)

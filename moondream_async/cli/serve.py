@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import time
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moondream_async.errors import MoondreamError
-
 from ._options import UsageError
 from ._output import one_line, print_text
-from ._session import run
+from ._session import listening, run
 
 if TYPE_CHECKING:
     from moondream_async.simulator import ReceivedRequest, Simulator
@@ -92,14 +89,7 @@ def _report_request(request: ReceivedRequest) -> None:
 async def _serve(simulator: Simulator, address: str, *, needs_key: bool) -> None:
     import anyio  # noqa: PLC0415 - --help and errors of usage do without
 
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            await stack.enter_async_context(simulator)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a host that can't be a name
-            errno = getattr(error, "errno", None) or 0
-            # The system's words: asyncio would name the address once more.
-            reason = os.strerror(errno) if errno > 0 else str(error)
-            raise MoondreamError(f"Can't listen on {address}: {reason}") from error
+    async with listening(simulator, address):
         _announce(simulator, needs_key=needs_key)
         await anyio.sleep_forever()
 

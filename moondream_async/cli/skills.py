@@ -182,8 +182,8 @@ def segment(
 ) -> None:
     """Draw the outline of an object.
 
-    Prints it as SVG path data, from 0 to 1 of the object's box; the box is told on
-    stderr, as an SVG transform that puts the outline in its place.
+    Prints it as SVG path data, from 0 to 1 of the object's box; the box is printed
+    on stderr, as an SVG transform that puts the outline in its place.
 
     With --json, the answer is one object with the keys path, bbox, transform,
     parse_error, request_id, finish_reason and metrics. With --json --stream, every
@@ -286,6 +286,6 @@ async def _draw(found: Any, picture: ImageInput, path: Path) -> None:
 
 
 def _is_streamed(*, stream: bool | None, as_json: bool) -> bool:
-    # A plain answer tells more of itself than a stream does on some servers, and a program
-    # that reads one object has no use for its pieces.
+    # Some servers send more keys in a plain answer than in a stream, and a program that reads
+    # one object has no use for pieces.
     return not as_json if stream is None else stream

@@ -66,8 +66,8 @@ def watch(
 
     Prints a line for each answer: the frame's time in the source, how old the frame is
     by now, and the answer. Boxes are left, top, right and bottom, points x and y, from
-    0 to 1 of the picture. Frames that failed are told on stderr, and the next is asked
-    about.
+    0 to 1 of the picture. Frames that failed are reported on stderr, and the next is
+    asked about.
 
     With --json, each is an object with the keys index (of the frame), time, taken_at
     (seconds since 1970), age, skipped (frames since the line before) and the answer's

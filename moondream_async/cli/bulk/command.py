@@ -120,18 +120,18 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
 ) -> None:
     """Ask the same about many pictures.
 
-    Each picture is a line of JSON in the file as soon as it is done, in the order in
+    Each picture gets a line of JSON in the file as soon as it is done, in the order in
     which they end: {"path": ..., "skill": ..., "caption": ...}, or with "error" in place
     of an answer. Run again, it asks only about pictures that are missing or failed, or
-    whose file has changed; those are known by their path, size, time and SHA-256. The other
-    forms are made from such a file beside them, which is kept for that; lines on stdout
-    can't be gone on from.
+    whose file has changed, by its path, size, time and SHA-256. The other forms are made
+    from such a file of lines, which stays beside them; after lines on stdout, the next
+    run begins anew.
 
-    Of a video, each frame is such a picture, or one for each --every; its line has the
+    In a video, each frame is a picture, or one frame for each --every; its line has the
     frame's "time", in seconds.
 
-    In a question or an object, {column} stands for what the row of a table has there; a
-    shard's sample has its .txt as {txt}, what is in its .json by its names, and {__key__}.
+    In a question or an object, {column} stands for the value in the picture's row of a
+    table; a shard's sample has {__key__}, its .txt as {txt}, and the keys of its .json.
 
     The exit status is 1 when a picture failed. Ctrl-C finishes what is under way; a
     second one stops at once.

@@ -18,8 +18,6 @@ import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal, Self
 
-import msgspec
-
 from moondream_async.cli._files import UNSUPPORTED, flush, replacing
 from moondream_async.errors import MoondreamError, RequestError
 
@@ -27,8 +25,8 @@ from .lines import (
     ASKED,
     BEGINNING,
     Key,
-    Line,
     Outcome,
+    contents_of,
     decode,
     encode,
     fields_of,
@@ -151,7 +149,7 @@ class Journal:
         self._write(data + b"\n")
         failed = "error" in record
         self._learn(key_of(found.name, asked), None if failed else contents)
-        self._remember_text(found.name, text_of(record))
+        self._remember_text(found.name, record)
         self._on_line(data)
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -264,25 +262,25 @@ class Journal:
     def _mend(self, rest: bytes, end: int) -> None:
         """Repair a last line that has no end; RequestError where no run leaves such a line."""
         try:
-            line = read_line(rest)
+            record = read_line(rest)
         except ValueError:
             if not _is_torn(rest, first=not end):
                 raise RequestError(f"{self.path} has other things in it than results") from None
             os.ftruncate(self._file, end)
         else:  # an editor has removed the line break
             self._write(b"\n")
-            self._take(line, end)
+            self._take(record, end)
 
-    def _take(self, line: Line, start: int) -> None:
-        key = line.key
-        self._learn(key, line.contents)
+    def _take(self, record: dict[str, Any], start: int) -> None:
+        key, failed = key_of(record["path"], record), record.get("error") is not None
+        self._learn(key, None if failed else contents_of(record.get("file")))
         self._in_part.pop(key, None)
-        if line.asks and line.error is not None:
+        if failed and record.get("asks"):
             self._in_part[key] = start
-        self._remember_text(line.path, text_of(msgspec.structs.asdict(line)))
+        self._remember_text(record["path"], record)
 
-    def _remember_text(self, name: str, text: str | None) -> None:
-        if self._with_texts and text is not None:
+    def _remember_text(self, name: str, record: Mapping[str, Any]) -> None:
+        if self._with_texts and (text := text_of(record)) is not None:
             before, _ = self._texts.get(_hash(name), (None, None))
             self._texts[_hash(name)] = (_hash(text), before)
 
@@ -310,10 +308,10 @@ class Journal:
         last: dict[Key, int] = {}
         if self._again:
             for start, data in self._lines():
-                if (key := read_line(data).key) in self._again:
+                if (key := _key(data)) in self._again:
                     last[key] = start
         for start, data in self._lines():
-            if not self._again or last.get(read_line(data).key, start) == start:
+            if not self._again or last.get(_key(data), start) == start:
                 yield data
 
     def _write(self, data: bytes) -> None:
@@ -336,6 +334,11 @@ def _is_torn(rest: bytes, *, first: bool) -> bool:
     if first:
         return rest.startswith(BEGINNING)
     return rest[: len(BEGINNING)] == BEGINNING[: len(rest)] or not rest.strip(b"\0")
+
+
+def _key(data: bytes) -> Key:
+    record = read_line(data)
+    return key_of(record["path"], record)
 
 
 def _hash(text: str) -> bytes:

@@ -32,37 +32,8 @@ _DICTS = ("row", "asks")
 BOX = ("x_min", "y_min", "x_max", "y_max")
 
 
-class Line(msgspec.Struct):
-    """The parts of a line that are needed when a journal is opened."""
-
-    path: str
-    skill: str
-    question: Any = None
-    object: Any = None
-    length: Any = None
-    reasoning: Any = None
-    model: Any = None
-    settings: Any = None
-    asks: Any = None
-    error: Any = None
-    file: Any = None
-    caption: Any = None
-    answer: Any = None
-    objects: Any = None
-
-    @property
-    def key(self) -> Key:
-        """The picture and the question of the line."""
-        return key_of(self.path, msgspec.structs.asdict(self))
-
-    @property
-    def contents(self) -> Contents | None:
-        """The state of the picture's file; None where the picture failed, or the line is older."""
-        return None if self.error is not None else _contents(self.file)
-
-
 def key_of(name: str, asked: Mapping[str, Any]) -> Key:
-    """Return a key for a picture and what is asked about it."""
+    """Return a key for a picture and what is asked about it; a line says both."""
     about = [name, *(asked.get(each) for each in ASKED)]
     return hashlib.blake2b(encode(about), digest_size=16).digest()
 
@@ -95,15 +66,12 @@ def decode(data: bytes) -> dict[str, Any]:
     return value
 
 
-def read_line(data: bytes) -> Line:
-    """Return what a journal needs of a line; ValueError where the line is no result."""
-    try:
-        return msgspec.json.decode(data, type=Line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        try:
-            return msgspec.convert(decode(data), Line)
-        except msgspec.ValidationError as error:
-            raise ValueError(str(error)) from None
+def read_line(data: bytes) -> dict[str, Any]:
+    """Return a line's object; ValueError where it is no result."""
+    record = decode(data)
+    if not (isinstance(record.get("path"), str) and isinstance(record.get("skill"), str)):
+        raise ValueError("it is no result")  # noqa: TRY004 - the file's contents are wrong
+    return record
 
 
 def fields_of(outcome: Outcome) -> dict[str, Any]:
@@ -171,7 +139,7 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
         error = error if isinstance(error, dict) else {"message": error}
         words = {name: whole(str(error.get(name) or "")) for name in ("type", "message")}
         tidied["error"] = {**error, **words}
-    contents = _contents(tidied.pop("file", None))
+    contents = contents_of(tidied.pop("file", None))
     if contents is not None:
         tidied["file"] = msgspec.structs.asdict(contents)
     metrics = tidied.get("metrics")
@@ -183,7 +151,8 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     return tidied
 
 
-def _contents(value: Any) -> Contents | None:
+def contents_of(value: Any) -> Contents | None:
+    """Return the state of a file, as it stands in a line."""
     try:
         contents = msgspec.convert(value, Contents)
     except msgspec.ValidationError:
