@@ -195,3 +195,17 @@ def with_secrets(name):
 def frames(kind, **options):
     turned = [PHOTO.transpose(Image.Transpose.ROTATE_180), DRAWING]
     return save(PHOTO, kind, save_all=True, append_images=turned, duration=40, **options)
+
+
+def png_head(width, height, colour, body=b""):
+    """A PNG that says what it has, and has what it is given."""
+    head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", body), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def jpeg_of(width, height):
+    """A JPEG that says it has another size than it has."""
+    data = CLEAN["jpeg"]
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]

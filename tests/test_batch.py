@@ -5,8 +5,6 @@ import base64
 import contextlib
 import datetime as dt
 import json
-import re
-import shutil
 import signal
 import ssl
 import sys
@@ -1071,21 +1069,6 @@ async def test_full_disk_is_an_error_of_ours(client, simulator, photo, monkeypat
     with pytest.raises(md.MoondreamError, match="No space left"):
         await client.batches.create([md.BatchRequest.caption(photo)])
     assert simulator.requests == []
-
-
-@pytest.mark.slow
-async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
-    from moondream_async.batch import batches
-
-    (tmp_path / "photos").mkdir()
-    shutil.copy(photo, tmp_path / "photos" / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
-    example = re.search(r"::\n\n((?: {4}.*\n)+)", batches.__doc__)[1]
-    namespace = {"md": md, "Path": Path}
-    exec(f"async def example():\n{example}", namespace)
-    await namespace["example"]()
-    assert capsys.readouterr().out.startswith("photo.jpg A bright 640")
 
 
 async def test_simulator_refuses_a_key_at_its_storage(photo):

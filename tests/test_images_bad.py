@@ -2,8 +2,6 @@
 
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,9 @@ from pictures import (
     difference,
     exif,
     frames,
+    jpeg_of,
     opened,
-    riff,
+    png_head,
     save,
     segment,
     with_secrets,
@@ -206,80 +205,10 @@ def test_damaged_png_is_told_by_its_checksum():
         encode_image(bytes(data))
 
 
-def png_header(width, height):
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-def jpeg_of(width, height):
-    data = CLEAN["jpeg"]
-    at = data.index(b"\xff\xc0") + 5
-    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(png_header(20_000, 20_000), id="png"),
-        pytest.param(png_header(0x7FFFFFFF, 0x7FFFFFFF), id="png-absurd"),
-        pytest.param(jpeg_of(65_000, 65_000), id="jpeg"),
-        pytest.param(
-            b"GIF89a"
-            + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
-            + b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;",
-            id="gif",
-        ),
-        pytest.param(b"P6 20000 20000 255\n", id="ppm"),
-        pytest.param(
-            save(PHOTO, "BMP")[:18] + struct.pack("<ii", 40_000, 40_000) + save(PHOTO, "BMP")[26:],
-            id="bmp",
-        ),
-    ],
-)
-def test_decompression_bomb_is_refused_by_its_header(data):
-    with pytest.raises(ImageError, match="too large to be opened"):
-        encode_image(data)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(png_header(0, 8), id="png"),
-        pytest.param(jpeg_of(0, 8), id="jpeg"),
-    ],
-)
+@pytest.mark.parametrize("data", [png_head(0, 8, 2), jpeg_of(0, 8)], ids=["png", "jpeg"])
 def test_picture_without_pixels_is_refused(data):
     with pytest.raises(ImageError, match="no pixels"):
         encode_image(data)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(
-            CLEAN["jpeg"][:2] + segment(0xFE, b"") * 20_000 + CLEAN["jpeg"][2:], id="jpeg"
-        ),
-        pytest.param(
-            CLEAN["png"][:33] + chunk(b"tEXt", b"") * 110_000 + CLEAN["png"][33:], id="png"
-        ),
-        pytest.param(b"GIF89a" + bytes(7) + b"!\xfe\x01x\0" * 600_000 + b";", id="gif"),
-        pytest.param(
-            b"RIFF" + struct.pack("<I", 4 + 8 * 20_000) + b"WEBP" + riff(b"x   ", b"") * 20_000,
-            id="webp",
-        ),
-    ],
-)
-def test_file_of_countless_parts_is_given_up(data):
-    with pytest.raises(ImageError, match="no ordinary"):
-        encode_image(data)
-
-
-def test_jpeg_of_countless_scans_is_given_up():
-    data = CLEAN["jpeg-progressive"]
-    at = data.rindex(b"\xff\xda")
-    with pytest.raises(ImageError, match="scans"):
-        encode_image(data[:at] + data[at:-2] * 300 + b"\xff\xd9")
 
 
 def test_animation_of_thousands_of_frames_costs_no_more_than_its_first():

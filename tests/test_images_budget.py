@@ -10,7 +10,7 @@ import warnings
 import zlib
 
 import pytest
-from pictures import CLEAN, PHOTO, chunk, exif, opened, save
+from pictures import CLEAN, PHOTO, chunk, exif, jpeg_of, opened, png_head, riff, save, segment
 from PIL import Image, ImageFile
 
 from moondream_async._images import decode_image, encode_image
@@ -18,12 +18,6 @@ from moondream_async.errors import ImageError
 from moondream_async.simulator.pixels import UnreadablePictureError, measure
 
 SIDE = 9_400  # squared, it is just within what is opened at all
-
-
-def png_head(width, height, colour, body=b""):
-    head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    chunks = [(b"IHDR", head), (b"IDAT", body), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
 
 
 def png(width, height, colour):
@@ -70,11 +64,14 @@ def icns(data):
     )
 
 
-def many_scans():
-    e = exif(6)
-    data = save(Image.new("RGB", (8_000, 8_000)), "JPEG", progressive=True, exif=e)
+def with_scans(data, count):
     at = data.rindex(b"\xff\xda")
-    return data[:at] + data[at:-2] * 80 + b"\xff\xd9"
+    return data[:at] + data[at:-2] * count + b"\xff\xd9"
+
+
+def many_scans():
+    picture = Image.new("RGB", (8_000, 8_000))
+    return with_scans(save(picture, "JPEG", progressive=True, exif=exif(6)), 80)
 
 
 def tags_over_and_over():
@@ -86,7 +83,22 @@ def tags_over_and_over():
     return b"II*\0" + struct.pack("<I", 4_000_008) + bytes(4_000_000) + ifd + bytes(4)
 
 
+BITMAP = save(PHOTO, "BMP")
+WIDE_FRAME = b",\0\0\0\0\xff\xff\xff\xff\0\x02\0;"
 REFUSED = {  # by what is said at the beginning: whoever reads on finds no pixels at all
+    "png": lambda: png_head(20_000, 20_000, 2, zlib.compress(bytes(99))),
+    "png-absurd": lambda: png_head(0x7FFFFFFF, 0x7FFFFFFF, 2, zlib.compress(bytes(99))),
+    "png-chunks": lambda: CLEAN["png"][:33] + chunk(b"tEXt", b"") * 110_000 + CLEAN["png"][33:],
+    "jpeg": lambda: jpeg_of(65_000, 65_000),
+    "jpeg-segments": lambda: CLEAN["jpeg"][:2] + segment(0xFE, b"") * 20_000 + CLEAN["jpeg"][2:],
+    "jpeg-scans": lambda: with_scans(CLEAN["jpeg-progressive"], 300),
+    "gif": lambda: b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\0\0\0" + WIDE_FRAME,
+    "gif-blocks": lambda: b"GIF89a" + bytes(7) + b"!\xfe\x01x\0" * 600_000 + b";",
+    "webp-chunks": lambda: (
+        b"RIFF" + struct.pack("<I", 160_004) + b"WEBP" + riff(b"x   ", b"") * 20_000
+    ),
+    "ppm-head": lambda: b"P6 20000 20000 255\n",
+    "bmp-head": lambda: BITMAP[:18] + struct.pack("<ii", 40_000, 40_000) + BITMAP[26:],
     "tall": lambda: png_head(1, 89_000_000, 2),
     "wide": lambda: png_head(89_000_000, 1, 6),
     "webp": lossless_webp,
@@ -109,7 +121,7 @@ REFUSED = {  # by what is said at the beginning: whoever reads on finds no pixel
 def test_what_costs_too_much_is_refused_undecoded(name):
     data = REFUSED[name]()
     for call in (encode_image, decode_image):
-        with pytest.raises(ImageError, match=r"too large to be opened|no ordinary"):
+        with pytest.raises(ImageError, match=r"too large to be opened|no ordinary|scans"):
             call(data)
 
 

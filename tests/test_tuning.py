@@ -5,8 +5,6 @@ import collections
 import contextlib
 import json
 import math
-import re
-import shutil
 
 import pytest
 from canned import IMAGE, replying
@@ -624,19 +622,6 @@ async def test_checkpoint_is_a_model_like_any_other(client, simulator, finetune,
     assert simulator.requests[-1].body["model"] == finetune.model(1) == expected
     batch = await client.batches.create([md.BatchRequest.caption(photo)], model=checkpoint.model())
     assert (await client.batches.wait(batch, interval=0.001)).model == expected
-
-
-async def test_example_of_the_module_runs(simulator, photo, tmp_path, monkeypatch, capsys):
-    from moondream_async.tuning import finetunes
-
-    shutil.copy(photo, tmp_path / "hall.jpg")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
-    example = re.search(r"::\n\n((?: {4}.*\n)+)", finetunes.__doc__)[1]
-    namespace = {"md": md}
-    exec(f"async def example():\n{example}", namespace)
-    await namespace["example"]()
-    assert re.match(r"1 [\d.]+\nPointResult\(", capsys.readouterr().out)
 
 
 def test_values_are_json_when_their_raw_is():
