@@ -64,7 +64,7 @@ from .answers import (
     show,
     to_id,
 )
-from .chunks import NOTHING, Block, ChatChunk, Chunk, Template
+from .chunks import NOTHING, Block, ChatChunk, Chunk
 from .decoding import FAULTS, LOST, decode, join_halves
 from .requests import Skill
 from .secret import NOTHING_SECRET, Redactor
@@ -87,9 +87,6 @@ _DISGUISED_ERRORS = frozenset(
         "An error occurred during query processing.",
     }
 )
-
-_LESSONS = 4
-"""How many templates a stream may learn: its first event may differ from all others."""
 
 # Shared by all streams, to save memory: most streams never fill them. Neither is ever changed.
 _NO_GROUNDING: list[Grounding] = []
@@ -122,13 +119,11 @@ class AnswerDecoder:
         "_has_text",
         "_is_between",
         "_last",
-        "_lessons",
         "_max_event_bytes",
         "_parser",
         "_skill",
         "_start",
         "_tail",
-        "_template",
         "_thought",
         "_thoughts",
         "_whole",
@@ -145,7 +140,6 @@ class AnswerDecoder:
     )
 
     _strict: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(Chunk)
-    _key: ClassVar[bytes] = b'"chunk":'
 
     def __init__(
         self,
@@ -178,8 +172,6 @@ class AnswerDecoder:
         self._by_line = False  # whether `_start` and the parser hold no bytes back
         self._tail: bytearray | None = None  # the beginning of a line whose end has not come
         self._parser: SSEParser | None = None  # made for the first odd line
-        self._template: Template | None = None
-        self._lessons = _LESSONS
         self._has_text = False
         self._half = ""  # the first half of a surrogate pair, if the last chunk ended in one
         self._ended_early = False
@@ -193,13 +185,6 @@ class AnswerDecoder:
         """Take the next bytes of the body; return the events that they complete."""
         if not self._by_line or self._tail is not None:
             return self._feed_otherwise(data)
-        template = self._template
-        if template is not None and len(data) <= self._max_event_bytes:
-            text = template.read_one(data)  # most packets hold one event
-            if text is not None:
-                self.request_id = template.request_id or self.request_id
-                self._has_text = self._has_text or text != ""
-                return Block([text], data)
         if b"\r" in data:
             return self._feed_otherwise(data)
         return self._feed_lines(data)
@@ -210,20 +195,51 @@ class AnswerDecoder:
         if cut < len(data):
             self._tail = bytearray(data[cut:])
             data = data[:cut]
-        template = self._template
-        if template is not None and len(data) <= self._max_event_bytes:  # so is each event
-            texts = template.read(data)
-            if texts is not None:
-                self.request_id = template.request_id or self.request_id
-                self._has_text = self._has_text or any(texts)
-                return Block(texts, data)
+        if data[:6] == b"data: " and data[-2:] == b"\n\n" and len(data) <= self._max_event_bytes:
+            try:
+                block = self._decode_together(data)
+            except FAULTS:
+                block = None
+            if block is not None:
+                return block
         return self._decode_lines(data)
+
+    def _decode_together(self, data: bytes) -> Block | None:
+        """Decode a packet of whole events at once; None if it may hold anything else.
+
+        This is the one shortcut of the decoder: each event is one line and has a blank line
+        behind it, as in nearly all packets. `_decode_lines` would give the same block.
+        """
+        decode = self._strict.decode
+        if data.find(b"\n") == len(data) - 2:  # most packets hold one event
+            chunk = decode(data[6:])
+            if chunk.completed is True:
+                return None
+            text = chunk.chunk
+            self._has_text = self._has_text or text != ""
+            self.request_id = chunk.request_id or self.request_id
+            return Block([text], data)
+        events = data[6:-2].split(b"\n\ndata: ")
+        if data.count(b"\n") != 2 * len(events):
+            return None
+        chunks = list(map(decode, events))
+        return None if True in [each.completed for each in chunks] else self._block(chunks, data)
+
+    def _texts(self, chunks: list[Any]) -> list[str]:
+        return [each.chunk for each in chunks]
+
+    def _block(self, chunks: list[Any], data: bytes) -> Block:
+        """Return the block of chunk events that `data` was decoded to."""
+        texts = self._texts(chunks)
+        self._has_text = self._has_text or any(texts)
+        for each in chunks:
+            self.request_id = each.request_id or self.request_id
+        return Block(texts, data)
 
     def _decode_lines(self, data: bytes) -> Block:
         """Decode line by line; give the first odd line, and all lines after it, to the parser."""
-        texts: list[str] = []
+        chunks: list[Any] = []
         end = 0
-        last = b""
         for line in data.split(b"\n"):
             if line[:6] == b"data: ":
                 try:
@@ -232,19 +248,11 @@ class AnswerDecoder:
                     break
                 if chunk.completed is True or len(line) > self._max_event_bytes:
                     break
-                texts.append(chunk.chunk)
-                self.request_id = chunk.request_id or self.request_id
-                last = line
+                chunks.append(chunk)
             elif line:
                 break
             end += len(line) + 1
-        self._has_text = self._has_text or any(texts)
-        if last and self._lessons:
-            self._lessons -= 1
-            gap = b"\n\n" if last + b"\n\n" in data else b"\n"
-            request_id = chunk.request_id or None
-            self._template = Template.learn(last, self._key, gap, request_id) or self._template
-        block = Block(texts, data[:end])
+        block = self._block(chunks, data[:end])
         if end >= len(data):
             return block
         rest = data[end:] + (self._tail or b"")
@@ -518,7 +526,9 @@ class ChatDecoder(AnswerDecoder):
 
     __slots__ = ()
     _strict = msgspec.json.Decoder(ChatChunk)
-    _key = b'"content":'
+
+    def _texts(self, chunks: list[ChatChunk]) -> list[str]:
+        return [each.choices[0].delta.content for each in chunks]
 
     def end(self) -> Block:
         """Take the end of the body; a `finish_reason` counts as the end marker."""
