@@ -362,11 +362,6 @@ class _Work:
             self._failure = error
         self.stop()
 
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether the run ends since the server has refused all requests for long."""
-        return self._hopeless is not None
-
     def give_up(self, error: MoondreamError) -> None:
         """An item was refused too often: end the run, if other items were refused, too."""
         if self._hopeless is None and self.control.refusals >= _REFUSALS_OF_A_RUN:
@@ -507,7 +502,7 @@ class _Turns:
         self._refusals += 1
         too_many = self._refusals > self.most * _REFUSALS_PER_RETRY
         too_long = now - self._refused_since >= self.most * LONGEST_RETRY_AFTER
-        if too_many or (too_long and self._refusals > self.most) or self._work.is_hopeless:
+        if too_many or (too_long and self._refusals > self.most):
             self._work.give_up(error)
             return None
         # The pause that the server asked for holds for the whole run: see `Control.refused`.
