@@ -36,6 +36,7 @@ import moondream_async as md
 from moondream_async._protocol.events import decoder_for
 from moondream_async._stream.kinds import CaptionStream
 from moondream_async._stream.opening import Opening
+from moondream_async._stream.relay import HEARTBEAT
 
 FIRST = HERON[0]["chunk"]
 SHORT = 0.01  # seconds until somebody loses patience; nothing else happens meanwhile
@@ -50,35 +51,27 @@ def _no_garbage_collection():
 # -- a stream belongs to the task that reads it ------------------------------------------------
 
 
-async def by_loop(stream, pause):
-    async for _ in stream:
-        await pause()
+def by(name, of):
+    """A reader that loops over what `of` makes of a stream."""
+
+    async def read(stream, pause):
+        async for piece in of(stream):
+            if piece != HEARTBEAT:
+                await pause()
+
+    read.__name__ = name
+    return read
 
 
-async def by_chunk(stream, pause):
-    async for _ in stream.chunk:
-        await pause()
+async def passed_on(stream):
+    """As web backends are written."""
+    async for piece in stream:
+        yield piece
 
 
 async def by_held_chunk(stream, pause):
     pieces = stream["chunk"]
     async for _ in pieces:
-        await pause()
-
-
-async def by_events(stream, pause):
-    async for _ in stream.events:
-        await pause()
-
-
-async def by_generator(stream, pause):
-    """As web backends are written."""
-
-    async def text():
-        async for piece in stream:
-            yield piece
-
-    async for _ in text():
         await pause()
 
 
@@ -92,25 +85,22 @@ async def by_text(stream, _pause):
     await stream.text()
 
 
-async def by_sse(stream, pause):
-    async for data in stream.sse(heartbeat=None):
-        if b"chunk" in data:
-            await pause()
-
-
-async def by_sse_with_heartbeats(stream, pause):
-    async for data in stream.sse():
-        if b"chunk" in data:
-            await pause()
-
-
-async def by_bytes(stream, pause):
-    async for _ in stream.chunk_bytes():
-        await pause()
-
-
-LOOPS = [by_loop, by_chunk, by_held_chunk, by_events]
-READERS = [*LOOPS, by_generator, by_hand, by_sse, by_sse_with_heartbeats, by_bytes]
+by_loop = by("loop", lambda stream: stream)
+by_generator = by("generator", passed_on)
+LOOPS = [
+    by_loop,
+    by("chunk", lambda stream: stream.chunk),
+    by_held_chunk,
+    by("events", lambda stream: stream.events),
+]
+READERS = [
+    *LOOPS,
+    by_generator,
+    by_hand,
+    by("sse", lambda stream: stream.sse(heartbeat=None)),
+    by("sse with heartbeats", lambda stream: stream.sse()),
+    by("bytes", lambda stream: stream.chunk_bytes()),
+]
 
 
 async def task(reading):

@@ -228,16 +228,6 @@ async def test_plain_text_breaks_off_where_the_answer_does():
         await anext(as_bytes)
 
 
-async def test_dropping_plain_text_closes_the_stream_at_once_without_a_word():
-    source = Source(sse(HERON[0]))
-    with no_cycles():
-        as_bytes = opened(source).chunk_bytes()
-        await anext(as_bytes)
-        del as_bytes
-
-        assert source.closed
-
-
 # -- what goes wrong ---------------------------------------------------------------------
 
 
@@ -414,80 +404,72 @@ async def test_there_is_a_task_only_while_the_server_is_waited_for():
 # -- the end -----------------------------------------------------------------------------
 
 
-async def not_yet(source):
-    return opened(source).sse()
-
-
-async def between_events(source):
+async def between_events(pieces, source):
     source.send(sse(HERON[0]))
-    events = opened(source).sse()
-    assert await anext(events) == HEARTBEAT
-    assert parse(await anext(events)) == [("chunk", HERON[0])]
-    return events
-
-
-async def after_a_heartbeat(source):
-    events = opened(source).sse()
-    assert [await anext(events), await anext(events)] == [HEARTBEAT, HEARTBEAT]
-    return events
-
-
-OPEN = {"not read": not_yet, "between events": between_events, "waiting": after_a_heartbeat}
-
-
-@pytest.mark.parametrize("make", OPEN.values(), ids=OPEN)
-async def test_closing_it_closes_the_stream_at_once(make):
-    source = Source()
-    before = asyncio.all_tasks()
-    events = await make(source)
-
-    await events.aclose()
-    await events.aclose()
-
-    assert source.closed
-    assert asyncio.all_tasks() == before
-    assert await read_all(events) == []
-
-
-@pytest.mark.parametrize("make", OPEN.values(), ids=OPEN)
-async def test_dropping_it_closes_the_stream_at_once_without_a_word(make):
-    """Web frameworks drop what a browser no longer wants, so there is nothing to warn of."""
-    source = Source()
-    before = asyncio.all_tasks()
-    with no_cycles():
-        events = await make(source)
-        freed = weakref.ref(events._stream)
-        del events
-
-        assert source.closed
-        await until_idle()
-        assert freed() is None
-    assert asyncio.all_tasks() == before
-
-
-async def wait_for_more(pieces):
-    async for _ in pieces:
+    while await anext(pieces) == HEARTBEAT:
         pass
 
 
-@pytest.mark.parametrize("heartbeat", [15.0, None], ids=["heartbeats", "none"])
-@pytest.mark.parametrize("make", OPEN.values(), ids=OPEN)
-async def test_cancelling_who_waits_closes_the_stream_at_once(make, heartbeat):
-    source = Source()
-    before = asyncio.all_tasks()
-    events = await make(source)
-    events._heartbeat = heartbeat
-    reader = asyncio.create_task(wait_for_more(events))
-    await until_idle()
+async def after_a_heartbeat(pieces, source):
+    assert [await anext(pieces), await anext(pieces)] == [HEARTBEAT, HEARTBEAT]
 
+
+async def not_read(pieces, source):
+    pass
+
+
+async def closed(held):
+    await held[0].aclose()
+    await held[0].aclose()
+
+
+async def closed_in_another_thread(held):
+    thread = threading.Thread(target=held[0].close)
+    thread.start()
+    thread.join()
+
+
+async def cancelled(held):
+    reader = asyncio.create_task(read_all(held[0]))
+    await until_idle()
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
 
-    assert source.closed
+
+async def dropped(held):
+    """Web frameworks drop what a browser no longer wants, so there is nothing to warn of."""
+    freed = weakref.ref(held[0]._stream)
+    held.clear()
     await until_idle()
-    assert asyncio.all_tasks() == before
-    assert await read_all(events) == []
+    assert freed() is None
+
+
+HOLDERS = {
+    "sse": (lambda stream: stream.sse(), (not_read, between_events, after_a_heartbeat)),
+    "sse, no heartbeats": (lambda stream: stream.sse(heartbeat=None), (not_read, between_events)),
+    "bytes": (lambda stream: stream.chunk_bytes(), (not_read, between_events)),
+}
+
+
+@pytest.mark.parametrize("leave", [closed, closed_in_another_thread, cancelled, dropped])
+@pytest.mark.parametrize(
+    ("holder", "begin"), [(holder, begin) for holder in HOLDERS for begin in HOLDERS[holder][1]]
+)
+async def test_leaving_it_closes_the_stream_at_once_without_a_word(holder, begin, leave):
+    source, before = Source(), asyncio.all_tasks()
+    with no_cycles():
+        held = [HOLDERS[holder][0](opened(source))]
+        await begin(held[0], source)
+
+        await leave(held)
+
+        assert source.closed
+        await until_idle()
+        assert asyncio.all_tasks() == before
+        for pieces in held:  # of which events say nothing more, and text says why
+            with pytest.raises(md.ClientClosedError if holder == "bytes" else StopAsyncIteration):
+                await anext(pieces)
 
 
 @pytest.mark.parametrize("heartbeat", [15.0, None], ids=["heartbeats", "none"])
@@ -535,16 +517,3 @@ async def test_an_answer_that_was_passed_on_gives_its_connection_back():
     await read_all(opened(source).sse())
 
     assert (source.finished, source.closed) == (True, True)
-
-
-@pytest.mark.parametrize("pass_on", ["sse", "chunk_bytes"])
-async def test_it_can_be_closed_from_another_thread(pass_on):
-    source = Source(sse(HERON[0]))
-    pieces = getattr(opened(source), pass_on)()
-    await anext(pieces)
-
-    thread = threading.Thread(target=pieces.close)
-    thread.start()
-    thread.join()
-
-    assert source.closed
