@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from typing import ClassVar
 
 import anyio
 import anyio.to_thread
@@ -20,8 +21,9 @@ _AT_ONCE = 4  # pictures measured together: two gigabytes at worst
 class Gallery:
     """Measures pictures, and remembers the latest ones."""
 
+    _measured: ClassVar[OrderedDict[bytes, Picture]] = OrderedDict()  # of all simulators
+
     def __init__(self) -> None:
-        self._measured: OrderedDict[bytes, Picture] = OrderedDict()
         self._limiter = anyio.CapacityLimiter(_AT_ONCE)
 
     async def look(self, image_url: str) -> Picture:
