@@ -191,8 +191,8 @@ class AnswerDecoder:
 
     def _feed_lines(self, data: bytes) -> Block:
         """Take lines; the last one may still lack its end."""
-        cut = data.rfind(b"\n") + 1
-        if cut < len(data):
+        if data[-1:] not in (b"", b"\n"):
+            cut = data.rfind(b"\n") + 1
             self._tail = bytearray(data[cut:])
             data = data[:cut]
         if data[:6] == b"data: " and data[-2:] == b"\n\n" and len(data) <= self._max_event_bytes:
@@ -211,15 +211,16 @@ class AnswerDecoder:
         behind it, as in nearly all packets. `_decode_lines` would give the same block.
         """
         decode = self._strict.decode
-        if data.find(b"\n") == len(data) - 2:  # most packets hold one event
-            chunk = decode(data[6:])
+        body = data[6:-2]
+        if b"\n" not in body:  # most packets hold one event
+            chunk = decode(body)
             if chunk.completed is True:
                 return None
             text = chunk.chunk
             self._has_text = self._has_text or text != ""
             self.request_id = chunk.request_id or self.request_id
             return Block([text], data)
-        events = data[6:-2].split(b"\n\ndata: ")
+        events = body.split(b"\n\ndata: ")
         if data.count(b"\n") != 2 * len(events):
             return None
         chunks = list(map(decode, events))
