@@ -38,7 +38,7 @@ class Search:
         column: A table's column of pictures, or the end of a shard's pictures' names.
         every: Seconds between two frames of a video; None is for all of them.
         at_once: Refuse videos and shards: their pictures can only be counted by reading all.
-        is_own: Tells of a path whether this run writes it; such files count as no other files.
+        is_own: Tells whether this run writes a file; `left_out` does not count such files.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Search:
         act: str,
         nothing: str | None = "there is no picture in",
     ) -> Iterator[Found]:
-        """Yield what is found; complain where that is nothing, or reading fails."""
+        """Yield the files in `found`; complain where there are none, or reading fails."""
         try:
             for each in found:
                 nothing = None

@@ -65,7 +65,7 @@ class TextFolder:
 
         Raises:
             RequestError: The file's name is the reason for a failure.
-            OSError: The disk is.
+            OSError: The disk is full or failing.
         """
         path = self.path(found)
         try:

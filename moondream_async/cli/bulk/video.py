@@ -40,7 +40,7 @@ def check_sources(
 
     Raises:
         RequestError: Subtitles without exactly one video, or a video for the Batch API.
-        MissingExtraError: What reads them is not installed.
+        MissingExtraError: The library for videos or shards is not installed.
     """
     videos = [each for each in paths if is_video(each)]
     one = len(videos) == len(paths) == 1 and not lists
