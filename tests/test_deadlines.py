@@ -202,6 +202,29 @@ async def test_upload_that_stands_still_is_a_time_out_that_says_so(clock):
         assert clock.now - started < 10 * 60
 
 
+async def test_server_that_is_silent_after_a_large_upload_has_not_begun_its_answer(clock):
+    async def play(peer):
+        await peer.request()
+        await peer.until_gone()
+
+    async with RawServer(play) as server, client_of(server, timeout=only(first_event=60)) as client:
+        with pytest.raises(md.APITimeoutError, match="answer did not begin within 60 seconds"):
+            await client.caption(BIG_IMAGE)
+
+
+async def test_error_whose_body_has_no_end_is_read_no_further_than_it_is_of_use(clock):
+    async def play(peer):
+        await peer.request()
+        await peer.send(head("Content-Length: 9000000", status="400 Bad Request"), b"x" * 200_000)
+        await peer.until_gone()
+
+    async with RawServer(play) as server, client_of(server) as client:
+        started = clock.now
+        with pytest.raises(md.BadRequestError):
+            await client.caption(IMAGE)
+        assert clock.now - started < 1
+
+
 def chatting(beginning, chatter):
     """Say the beginning, and then go on with chatter, once a second."""
 

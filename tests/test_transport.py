@@ -253,7 +253,8 @@ async def test_request_that_meets_a_connection_just_closed_goes_again_uncounted(
         assert len(server.peers) == calls
 
 
-async def test_request_goes_again_once_however_many_closed_connections_were_kept():
+@pytest.mark.parametrize("said", ["", "408"])
+async def test_request_goes_again_once_however_many_closed_connections_were_kept(said):
     seen = 0
 
     async def play(peer):
@@ -261,6 +262,7 @@ async def test_request_goes_again_once_however_many_closed_connections_were_kept
         await answer(peer)
         await peer.next_byte()
         seen += 1
+        await peer.send(STRAYS["408"] if said else b"")
 
     async with RawServer(play) as server, client_of(server) as client:
         await asyncio.gather(*[client.caption(IMAGE) for _ in range(50)])

@@ -127,12 +127,11 @@ def is_quiet(protocol: Any) -> bool:
         return False
     if not _HAS_POLL:
         return not select.select([number], [], [], 0)[0]
-    kept: tuple[int, Any] | None = getattr(protocol, "looks", None)  # aiohttp's has none
-    if kept is None or kept[0] != number:
-        poll = select.poll()
+    poll = getattr(protocol, "looks", None)  # aiohttp's has none
+    if poll is None:
+        poll = protocol.looks = select.poll()
         poll.register(number, select.POLLIN)
-        kept = protocol.looks = (number, poll)
-    return not kept[1].poll(0)
+    return not poll.poll(0)
 
 
 _HAS_POLL = hasattr(select, "poll")  # Windows has none
