@@ -90,24 +90,76 @@ async def test_pool_limits_the_wait_for_a_place(clock, call):
         await second.aclose()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        plainly,
-        streaming,
-        lambda client: client.models(),
-        lambda client: client.health(),
-        lambda client: client.server_stats(),
-    ],
-    ids=["plain", "streamed", "models", "health", "server_stats"],
-)
-async def test_connect_limits_the_making_of_a_connection(clock, call):
+JSON_HEAD = head("Content-Type: application/json", "Content-Length: 1000")
+BEGINNINGS = {  # of answers, and what comes once a second from then on
+    "half a head": (STREAM_HEAD[:20], b""),
+    "informational": (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+    "JSON": (JSON_HEAD, b" "),
+    "half a JSON": (JSON_HEAD + b'{"caption": "', b"x"),
+    "text that may be JSON": (head("Content-Type: text/plain"), b" "),
+}
+
+
+def beginning(name):
+    async def play(peer):
+        await peer.request()
+        start, more = BEGINNINGS[name]
+        await peer.send(start)
+        while True:
+            await asyncio.sleep(1)
+            await peer.send(more)
+
+    return play
+
+
+async def refuse_once(peer):
+    await peer.request()
+    await asyncio.sleep(2)
+    await peer.send(head("Content-Length: 0", "Retry-After: 3", status="503 Busy"))
+    await listen(peer)
+
+
+# What the server plays, the client's options, the limits, and how many requests are sent: a
+# model that is slow once is slow twice.
+RUN_OUT = {
+    "connect": (hang, {"tls": True}, {"connect": SECONDS}, 0),
+    "connect, in total": (hang, {"tls": True}, {"total": 7.5}, 0),
+    "answer": (listen, {"max_retries": 3}, {"first_event": SECONDS}, 1),
+    "answer, in total": (listen, {"max_retries": 3}, {"total": SECONDS}, 1),
+    "answer, first_event first": (listen, {}, {"first_event": 4, "total": 9}, 1),
+    "answer, total first": (listen, {}, {"first_event": 9, "total": 4}, 1),
+    "two tries and the wait between": (refuse_once, {"max_retries": 1}, {"total": 30.5}, 2),
+    **{
+        name: (beginning(name), {"max_retries": 3}, {"first_event": 30.5}, 1) for name in BEGINNINGS
+    },
+}
+
+
+@CALLS
+@pytest.mark.parametrize("row", RUN_OUT)
+async def test_the_limit_that_runs_out_ends_the_call_and_is_named(clock, call, row):
+    play, options, limits, sent = RUN_OUT[row]
+    phase = min(limits, key=limits.get)
     async with (
-        RawServer(hang) as server,
-        client_of(server, tls=True, timeout=only(connect=SECONDS)) as client,
+        RawServer(play) as server,
+        client_of(server, timeout=only(**limits), **options) as client,
     ):
-        with running_out(clock, "connect", SECONDS):
+        with running_out(clock, phase, limits[phase]):
             await call(client)
+        assert len(server.requests) == sent
+
+
+@pytest.mark.parametrize("call", ["models", "health", "server_stats"])
+@pytest.mark.parametrize("row", ["connect", "answer"])
+async def test_what_is_asked_of_a_server_has_the_same_limits(clock, call, row):
+    play, options, limits, _ = RUN_OUT[row]
+    ((phase, seconds),) = limits.items()
+    async with (
+        RawServer(play) as server,
+        client_of(server, timeout=only(**limits), **options) as client,
+    ):
+        with running_out(clock, phase, seconds):
+            await getattr(client, call)()
 
 
 async def test_connect_begins_anew_with_each_try(clock):
@@ -121,44 +173,6 @@ async def test_connect_begins_anew_with_each_try(clock):
         with pytest.raises(md.APITimeoutError):
             await client.caption(IMAGE)
         assert clock.now - started == pytest.approx(4 * 5 + sum(delays))
-
-
-@pytest.mark.parametrize(
-    "call",
-    [plainly, streaming, lambda client: client.models()],
-    ids=["plain", "streamed", "models"],
-)
-async def test_first_event_limits_the_wait_for_an_answer(clock, call):
-    async with played(listen, timeout=only(first_event=SECONDS)) as (_, client):
-        with running_out(clock, "first_event", SECONDS):
-            await call(client)
-
-
-JSON_HEAD = head("Content-Type: application/json", "Content-Length: 1000")
-BEGINNINGS = {  # of answers, and what comes once a second from then on
-    "half a head": (STREAM_HEAD[:20], b""),
-    "informational": (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
-    "JSON": (JSON_HEAD, b" "),
-    "half a JSON": (JSON_HEAD + b'{"caption": "', b"x"),
-    "text that may be JSON": (head("Content-Type: text/plain"), b" "),
-}
-
-
-@CALLS
-@pytest.mark.parametrize("beginning", BEGINNINGS)
-async def test_first_event_limits_the_whole_of_what_has_no_events(clock, call, beginning):
-    async def play(peer):
-        await peer.request()
-        start, more = BEGINNINGS[beginning]
-        await peer.send(start)
-        while True:
-            await asyncio.sleep(1)
-            await peer.send(more)
-
-    async with played(play, timeout=only(first_event=30.5), max_retries=3) as (server, client):
-        with running_out(clock, "first_event", 30.5):
-            await call(client)
-        assert len(server.requests) == 1  # a model that is slow once is slow twice
 
 
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
@@ -327,37 +341,6 @@ async def test_total_counts_the_wait_for_the_pace(clock, call):
 
 
 @CALLS
-async def test_total_counts_the_making_of_a_connection(clock, call):
-    async with (
-        RawServer(hang) as server,
-        client_of(server, tls=True, timeout=only(total=7.5)) as client,
-    ):
-        with running_out(clock, "total", 7.5):
-            await call(client)
-
-
-@CALLS
-async def test_total_counts_the_wait_for_an_answer(clock, call):
-    async with played(listen, timeout=only(total=SECONDS)) as (_, client):
-        with running_out(clock, "total", SECONDS):
-            await call(client)
-
-
-@CALLS
-async def test_total_counts_tries_and_the_waits_between_them(clock, call):
-    async def play(peer):
-        await peer.request()
-        await asyncio.sleep(2)
-        await peer.send(head("Content-Length: 0", "Retry-After: 3", status="503 Busy"))
-        await listen(peer)
-
-    async with played(play, timeout=only(total=30.5), max_retries=1) as (server, client):
-        with running_out(clock, "total", 30.5):
-            await call(client)
-        assert len(server.requests) == 2
-
-
-@CALLS
 async def test_retry_that_would_come_too_late_for_total_is_not_waited_for(clock, call):
     async def play(peer):
         await peer.request()
@@ -402,16 +385,6 @@ async def test_total_ends_a_stream_that_was_lost_and_is_asked_for_again(clock):
 
 
 # -- and together ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shortest", ["first_event", "total"])
-async def test_of_two_limits_the_one_that_ran_out_is_named(clock, shortest):
-    limits = {"first_event": 9, "total": 9} | {shortest: 4}
-    async with RawServer(listen) as server, client_of(server, timeout=only(**limits)) as client:
-        with running_out(clock, shortest, 4):
-            await client.caption(IMAGE)
-        with running_out(clock, shortest, 4):
-            await streaming(client)
 
 
 @pytest.mark.parametrize("shortest", ["idle", "total"])

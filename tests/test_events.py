@@ -409,6 +409,17 @@ def test_a_plain_answer_that_is_none_raises(skill, body):
 # -- failures ------------------------------------------------------------------------------
 
 
+NO_JSON = {
+    "no JSON": (b"{odd}", ": {odd}"),
+    "a list": ([1], ": [1]"),
+    "bad UTF-8": (b'{"chunk": "\xff', ""),
+    "nested deeper than any answer": (b'{"chunk": "x", "x": ' + b"[" * 70 + b"]" * 70 + b"}", ""),
+    "a number that is none": (b'{"chunk": "x", "x": 1e400}', ""),
+    "two values in a line": (b'{"chunk": "a"}{"chunk": "b"}', ""),
+    "a line break in a value": (b'{"chunk":\n"a"}', ""),
+}
+
+
 @every_cut
 @pytest.mark.parametrize(
     ("stream", "cls", "says"),
@@ -454,39 +465,12 @@ def test_a_plain_answer_that_is_none_raises(skill, body):
             id="error disguised as text",
         ),
         pytest.param(
-            sse(CHUNK, b"{odd}"), md.StreamProtocolError, "no JSON object: {odd}", id="no JSON"
-        ),
-        pytest.param(sse(CHUNK, [1]), md.StreamProtocolError, "no JSON object: [1]", id="a list"),
-        pytest.param(
             sse(CHUNK, {"chunk": 5}), md.StreamProtocolError, "no text: 5", id="a chunk, no text"
         ),
-        pytest.param(
-            sse(CHUNK, b'{"chunk": "\xff'), md.StreamProtocolError, "no JSON object", id="bad UTF-8"
-        ),
-        pytest.param(
-            sse(CHUNK, b'{"chunk": "x", "x": ' + b"[" * 70 + b"]" * 70 + b"}"),
-            md.StreamProtocolError,
-            "no JSON object",
-            id="nested deeper than any answer",
-        ),
-        pytest.param(
-            sse(CHUNK, b'{"chunk": "x", "x": ' + b"1e400}"),
-            md.StreamProtocolError,
-            "no JSON object",
-            id="a number that is none",
-        ),
-        pytest.param(
-            sse(CHUNK, b'{"chunk": "a"}{"chunk": "b"}'),
-            md.StreamProtocolError,
-            "no JSON object",
-            id="two values in a line",
-        ),
-        pytest.param(
-            sse(CHUNK, b'{"chunk":\n"a"}'),
-            md.StreamProtocolError,
-            "no JSON object",
-            id="a line break in a value",
-        ),
+        *[
+            pytest.param(sse(CHUNK, body), md.StreamProtocolError, f"no JSON object{said}", id=name)
+            for name, (body, said) in NO_JSON.items()
+        ],
         pytest.param(
             sse(CHUNK, {"chunk": "x" * 1000}),
             md.StreamProtocolError,
