@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,14 @@ async def client(simulator):
 def cli(simulator):
     """Runs the command line, which asks the simulator."""
     return functools.partial(run, MOONDREAM_ENDPOINT=simulator.endpoint)
+
+
+@pytest.fixture
+def nobody():
+    """An endpoint where nobody listens."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
 
 
 @pytest.fixture

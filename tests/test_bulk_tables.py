@@ -3,7 +3,6 @@
 import csv
 import json
 import signal
-import socket
 import sys
 import zipfile
 
@@ -140,9 +139,9 @@ async def test_what_gives_no_picture_is_an_error(bulk, tmp_path, what):
     assert what in said
 
 
-async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(bulk, photos, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        nobody = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(
+    bulk, photos, tmp_path, nobody
+):
     arguments = ("photos", "-o", "o.jsonl", "--retries", 0)
     status, said = await bulk(*arguments, MOONDREAM_ENDPOINT=nobody)
     assert status == 1

@@ -144,13 +144,6 @@ def test_errors_speak_of_options_and_variables(args, expected, photo, capsys, ho
     assert not_says not in errors.removeprefix("moondream-async: ").replace("MOONDREAM_", "")
 
 
-@pytest.fixture
-def nobody():
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # and nobody listens
-        yield f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
-
-
 async def test_where_nobody_listens_it_says_so_tries_again_and_names_what_does(nobody, photo):
     args = ("caption", photo, "--endpoint", nobody)
     async with running_in_terminal("moondream-async", *args, TERM="dumb") as program:

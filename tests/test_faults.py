@@ -11,7 +11,6 @@ import asyncio
 import datetime as dt
 import gzip
 import json
-import socket
 import ssl
 import time
 from typing import NamedTuple
@@ -400,13 +399,10 @@ async def test_fault(row, play):
         await server.until_idle()
 
 
-async def test_refused_connection(play):
-    with socket.socket() as taken:  # bound, and not listening
-        taken.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        async with md.MoondreamClient(endpoint=endpoint, max_retries=0) as client:
-            got, _ = await play("refused", client, None, LOST)
-            assert "127.0.0.1" in str(got)
+async def test_refused_connection(play, nobody):
+    async with md.MoondreamClient(endpoint=nobody, max_retries=0) as client:
+        got, _ = await play("refused", client, None, LOST)
+    assert "127.0.0.1" in str(got)
 
 
 async def test_refusal_while_the_upload_goes_on_is_heard(play):

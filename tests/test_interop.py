@@ -60,13 +60,6 @@ def test_a_result_is_json_as_it_is(result, encode):
     assert json.loads(encode(result)) == PLAIN[type(result)]
 
 
-@every_result
-def test_a_result_crosses_processes_with_its_body(result):
-    other = pickle.loads(pickle.dumps(result))
-
-    assert (other, other.raw, type(other)) == (result, BODY, type(result))
-
-
 # -- tables ------------------------------------------------------------------------------
 
 

@@ -68,11 +68,6 @@ def test_server_is_there_for_other_processes(moondream_simulator):
     assert [request.status for request in moondream_simulator.requests] == [200]
 
 
-def test_environment_names_the_server_and_no_key(moondream_simulator):
-    assert os.environ["MOONDREAM_ENDPOINT"] == moondream_simulator.endpoint
-    assert "MOONDREAM_API_KEY" not in os.environ
-
-
 @pytest.fixture
 def environment(monkeypatch):
     monkeypatch.setenv("MOONDREAM_ENDPOINT", "http://127.0.0.1:9/v1")

@@ -364,9 +364,7 @@ async def test_a_refusal_of_the_server_comes_with_its_status(skill, ask, simulat
     assert answer.message
 
 
-async def test_a_server_that_is_not_there_is_a_bad_gateway(photo):
-    with closing(socket.create_server(("127.0.0.1", 0))) as bound:
-        nobody = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+async def test_a_server_that_is_not_there_is_a_bad_gateway(photo, nobody):
     async with (
         md.MoondreamClient(endpoint=nobody, max_retries=0) as client,
         DemoPage(client, photo, port=0) as page,

@@ -21,7 +21,7 @@ from PIL import Image
 from raw_server import DONE, EVENTS, STREAM_HEAD, TEXT, WORDS, RawServer, event, in_chunks
 
 import moondream_async as md
-from moondream_async.simulator import SAMPLE_IMAGE, Simulator
+from moondream_async.simulator import Simulator
 from moondream_async.web import DemoPage
 
 expect = pytest.importorskip("playwright.async_api", reason=NEEDS).expect
@@ -176,13 +176,14 @@ def writes(*events, rest=()):
 
 @pytest.fixture
 async def tab_of(bare_tab, photo):
-    """Opens a page in the tab whose answers are played by a server of bare sockets."""
+    """Opens a page whose answers a server of bare sockets plays, or a client of a test's gets."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def tab_of(play):
-            server = await stack.enter_async_context(RawServer(play))
-            client = await stack.enter_async_context(client_of(server))
-            page = await stack.enter_async_context(DemoPage(client, photo, port=0))
+        async def tab_of(play=None, *, client=None, **options):
+            if client is None:
+                client = client_of(await stack.enter_async_context(RawServer(play)))
+            await stack.enter_async_context(client)
+            page = await stack.enter_async_context(DemoPage(client, photo, port=0, **options))
             stack.push_async_callback(bare_tab.leave)
             await bare_tab.open(page.url)
             return bare_tab
@@ -206,16 +207,15 @@ async def test_page_is_ready_to_ask_and_says_that_no_model_looks(tab):
     await tab.photograph("start")
 
 
-async def test_page_names_the_server_that_answers(bare_tab, client, photo):
-    tab = bare_tab
-    async with DemoPage(client, photo, name="/home/me/cat.jpg", model="m", port=0) as page:
-        await tab.open(page.url)
-        await expect(tab.tab.get_by_text(f"Answers come from {client.endpoint}")).to_be_visible()
-        await expect(tab.name).to_contain_text("cat.jpg")
-        code = await tab.code.inner_text()
-        assert "client.caption(" in code
-        assert '"/home/me/cat.jpg"' in code
-        assert 'model="m"' in code
+async def test_page_names_the_server_that_answers(tab_of, simulator):
+    client = md.MoondreamClient(endpoint=simulator.endpoint)
+    tab = await tab_of(client=client, name="/home/me/cat.jpg", model="m")
+    await expect(tab.tab.get_by_text(f"Answers come from {client.endpoint}")).to_be_visible()
+    await expect(tab.name).to_contain_text("cat.jpg")
+    code = await tab.code.inner_text()
+    assert "client.caption(" in code
+    assert '"/home/me/cat.jpg"' in code
+    assert 'model="m"' in code
 
 
 # -- an answer being written --------------------------------------------------------------
@@ -398,14 +398,10 @@ async def test_an_error_in_the_answer_is_shown_below_what_had_arrived(tab, simul
     await expect(tab.error).to_be_empty()
 
 
-async def test_a_refused_key_is_said_and_not_shown(bare_tab, photo):
-    tab = bare_tab
-    async with (
-        Simulator(api_key="right") as simulator,
-        md.MoondreamClient("not-the-key", endpoint=simulator.endpoint) as client,
-        DemoPage(client, photo, port=0) as page,
-    ):
-        await tab.open(page.url)
+async def test_a_refused_key_is_said_and_not_shown(tab_of):
+    async with Simulator(api_key="right") as simulator:
+        client = md.MoondreamClient("not-the-key", endpoint=simulator.endpoint)
+        tab = await tab_of(client=client)
         await tab.ask()
         await expect(tab.error).to_contain_text("Invalid API key")
         assert "not-the-key" not in await tab.tab.content()
@@ -431,34 +427,23 @@ REMEDIES = [
 ]
 
 
-async def test_an_error_says_what_can_be_done(bare_tab, simulator):
-    async with (
-        md.MoondreamClient(endpoint=simulator.endpoint, max_retries=0) as client,
-        DemoPage(client, SAMPLE_IMAGE, port=0) as page,
-    ):
-        await bare_tab.open(page.url)
-        for fault, said, remedy in REMEDIES:
-            simulator.faults.append(fault)
-            await bare_tab.ask()
-            await expect(bare_tab.error.locator("p").first).to_contain_text(said)
-            await expect(bare_tab.error.locator("p").last).to_contain_text(remedy)
-            await bare_tab.until_done()
+async def test_an_error_says_what_can_be_done(tab_of, simulator):
+    tab = await tab_of(client=client_of(simulator))
+    for fault, said, remedy in REMEDIES:
+        simulator.faults.append(fault)
+        await tab.ask()
+        await expect(tab.error.locator("p").first).to_contain_text(said)
+        await expect(tab.error.locator("p").last).to_contain_text(remedy)
+        await tab.until_done()
 
 
-async def test_a_server_that_is_gone_is_named_with_what_starts_one(bare_tab, photo):
-    async with RawServer(lambda peer: peer.request()) as server:
-        endpoint = server.endpoint
-    async with (
-        md.MoondreamClient(endpoint=endpoint, max_retries=0) as client,
-        DemoPage(client, photo, port=0) as page,
-    ):
-        await bare_tab.open(page.url)
-        await bare_tab.ask()
-        await expect(bare_tab.error).to_contain_text(endpoint)
-        await expect(bare_tab.error).to_contain_text("Connection refused")
-        await expect(bare_tab.error).not_to_contain_text("Errno")
-        await expect(bare_tab.error).to_contain_text("moondream-async serve")
-        await bare_tab.photograph("error-nobody")
+async def test_a_server_that_is_gone_is_named_with_what_starts_one(tab_of, nobody):
+    tab = await tab_of(client=md.MoondreamClient(endpoint=nobody, max_retries=0))
+    await tab.ask()
+    for said in (nobody, "Connection refused", "moondream-async serve"):
+        await expect(tab.error).to_contain_text(said)
+    await expect(tab.error).not_to_contain_text("Errno")
+    await tab.photograph("error-nobody")
 
 
 # -- what each skill shows ----------------------------------------------------------------
