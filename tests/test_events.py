@@ -145,76 +145,57 @@ def test_a_failure_disguised_as_text_is_a_failure(cut):
 
 
 CHUNK = {"chunk": "a heron", "completed": False}
-SHAPES = [
-    pytest.param(sse({"text": "a "}, {"text": "heron"}, b"[DONE]"), id="docs widget"),
-    pytest.param(
-        sse({"chunk": "a heron", "completed": True, "caption": "a heron"}),
-        id="kestrel, all in the final event",
+SHAPES = {
+    "docs widget": sse({"text": "a "}, {"text": "heron"}, b"[DONE]"),
+    "kestrel, all in the final event": sse(
+        {"chunk": "a heron", "completed": True, "caption": "a heron"}
     ),
-    pytest.param(
-        sse({"chunk": "a heron", "completed": True, "caption": "A heron."}),
-        id="all in the final event, worded differently",
+    "all in the final event, worded differently": sse(
+        {"chunk": "a heron", "completed": True, "caption": "A heron."}
     ),
-    pytest.param(sse({"completed": True, "caption": "a heron"}), id="final without a chunk"),
-    pytest.param(
-        sse({"chunk": "", "completed": True, "caption": "a heron"}), id="final, empty chunk"
+    "final without a chunk": sse({"completed": True, "caption": "a heron"}),
+    "final, empty chunk": sse({"chunk": "", "completed": True, "caption": "a heron"}),
+    "final after nothing but empty chunks": sse(
+        {"chunk": ""}, {"chunk": "", "completed": True, "caption": "a heron"}
     ),
-    pytest.param(
-        sse({"chunk": ""}, {"chunk": "", "completed": True, "caption": "a heron"}),
-        id="final after nothing but empty chunks",
-    ),
-    pytest.param(
-        sse(CHUNK, {"completed": True, "caption": "a heron"}), id="final repeats the answer"
-    ),
-    pytest.param(
-        sse(CHUNK, {"completed": True, "caption": "a heron!"}), id="final words it differently"
-    ),
-    pytest.param(sse({"chunk": None}, CHUNK, {"completed": True}), id="null chunk"),
-    *[
-        pytest.param(
-            empty + sse({"chunk": "a "}) + empty + sse({"chunk": "heron"}, {"completed": True}),
-            id=f"empty events: {empty!r}",
-        )
+    "final repeats the answer": sse(CHUNK, {"completed": True, "caption": "a heron"}),
+    "final words it differently": sse(CHUNK, {"completed": True, "caption": "a heron!"}),
+    "null chunk": sse({"chunk": None}, CHUNK, {"completed": True}),
+    **{
+        f"empty events: {empty!r}": empty
+        + sse({"chunk": "a "})
+        + empty
+        + sse({"chunk": "heron"}, {"completed": True})
         for empty in (b"data:\n\n", b"data: \n\n", b"event: ping\ndata:\n\n", b"data\n\n")
-    ],
-    pytest.param(sse(CHUNK, {"chunk": None, "completed": True}), id="null in the final"),
-    pytest.param(sse(CHUNK, {"completed": True}, {"chunk": "!"}), id="text after the end"),
-    pytest.param(sse(CHUNK, b"[DONE]"), id="OpenAI's end"),
-    pytest.param(sse(CHUNK, b" [DONE] "), id="OpenAI's end, spaces"),
-    pytest.param(sse(CHUNK, {"mood": "calm"}, {"completed": True}), id="an unknown event"),
-    pytest.param(
-        sse(CHUNK, {"mood": "calm"}, {"completed": True}, end=b"\n"),
-        id="an unknown event, no blank lines",
+    },
+    "null in the final": sse(CHUNK, {"chunk": None, "completed": True}),
+    "text after the end": sse(CHUNK, {"completed": True}, {"chunk": "!"}),
+    "OpenAI's end": sse(CHUNK, b"[DONE]"),
+    "OpenAI's end, spaces": sse(CHUNK, b" [DONE] "),
+    "an unknown event": sse(CHUNK, {"mood": "calm"}, {"completed": True}),
+    "an unknown event, no blank lines": sse(
+        CHUNK, {"mood": "calm"}, {"completed": True}, end=b"\n"
     ),
-    pytest.param(sse(CHUNK, {"error": None, "completed": True}), id="an error that is none"),
-    pytest.param(b'data:{"chunk":"a heron"}\n\ndata:{"completed":true}\n\n', id="no spaces"),
-    pytest.param(
-        sse(b'{"chunk":\ndata: "a heron"}', {"completed": True}), id="JSON over two lines"
-    ),
-    pytest.param(b"\xef\xbb\xbf" + sse(CHUNK, {"completed": True}), id="byte order mark"),
-    pytest.param(
-        b": ping\n\n" + sse(CHUNK) + b":\n\n: ping\n" + sse({"completed": True}), id="heartbeats"
-    ),
-    pytest.param(
-        b"event: chunk\nid: 1\nretry: 5\n"
-        + sse(CHUNK)
-        + b"event: end\n"
-        + sse({"completed": True}),
-        id="all fields of an event",
-    ),
-    *[
-        pytest.param(sse(CHUNK, {"completed": True}, end=end), id=f"lines end in {end!r}")
+    "an error that is none": sse(CHUNK, {"error": None, "completed": True}),
+    "no spaces": b'data:{"chunk":"a heron"}\n\ndata:{"completed":true}\n\n',
+    "JSON over two lines": sse(b'{"chunk":\ndata: "a heron"}', {"completed": True}),
+    "byte order mark": b"\xef\xbb\xbf" + sse(CHUNK, {"completed": True}),
+    "heartbeats": b": ping\n\n" + sse(CHUNK) + b":\n\n: ping\n" + sse({"completed": True}),
+    "all fields of an event": b"event: chunk\nid: 1\nretry: 5\n"
+    + sse(CHUNK)
+    + b"event: end\n"
+    + sse({"completed": True}),
+    **{
+        f"lines end in {end!r}": sse(CHUNK, {"completed": True}, end=end)
         for end in (b"\r\n\r\n", b"\r\r", b"\n", b"\r\n", b"\r", b"\n\r\n")
-    ],
-    pytest.param(
-        sse(CHUNK) + b'data: {"completed": true}', id="no line end at the end of the stream"
-    ),
-    pytest.param(sse({"chunk": "a heron", "type": "x"}, {"type": "final"}), id="final by type"),
-]
+    },
+    "no line end at the end of the stream": sse(CHUNK) + b'data: {"completed": true}',
+    "final by type": sse({"chunk": "a heron", "type": "x"}, {"type": "final"}),
+}
 
 
 @every_cut
-@pytest.mark.parametrize("stream", SHAPES)
+@pytest.mark.parametrize("stream", SHAPES.values(), ids=SHAPES)
 def test_every_shape_of_a_stream_gives_its_text_once(stream, cut):
     events, last = decode(*list(cuts(stream))[cut])
 
@@ -232,35 +213,31 @@ def test_an_answer_that_was_not_streamed_is_found_in_the_final_event(skill, key)
 
 
 COUNTED = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-CHATS = [
-    pytest.param(sse(chat(content="a heron"), STOP, b"[DONE]"), None, id="as documented"),
-    pytest.param(sse(chat(content="a heron"), STOP), None, id="no [DONE] after the finish reason"),
-    pytest.param(
+CHATS = {
+    "as documented": (sse(chat(content="a heron"), STOP, b"[DONE]"), None),
+    "no [DONE] after the finish reason": (sse(chat(content="a heron"), STOP), None),
+    "a role by itself": (
         sse(chat(role="assistant", content=None), chat(content="a heron"), b"[DONE]"),
         None,
-        id="a role by itself",
     ),
-    *[
-        pytest.param(
+    **{
+        f"delta.{key} (a guess)": (
             sse(
                 chat(**{key: "Look "}), chat(**{key: "again."}), chat(content="a heron"), b"[DONE]"
             ),
             "Look again.",
-            id=f"delta.{key} (a guess)",
         )
         for key in ("reasoning", "reasoning_content")
-    ],
-    pytest.param(
+    },
+    "delta.reasoning_details (a guess)": (
         sse(chat(reasoning_details=[{"text": "Look."}]), chat(content="a heron"), b"[DONE]"),
         "Look.",
-        id="delta.reasoning_details (a guess)",
     ),
-    pytest.param(
+    "reasoning and text in one event": (
         sse(chat(reasoning="Look.", content="a "), chat(content="heron"), b"[DONE]"),
         "Look.",
-        id="reasoning and text in one event",
     ),
-    pytest.param(
+    "odd events": (
         sse(
             {"choices": [{"delta": None}]},
             {"choices": None},
@@ -271,18 +248,13 @@ CHATS = [
             b"[DONE]",
         ),
         None,
-        id="odd events",
     ),
-    pytest.param(
-        sse(chat(content="a heron"), {"choices": [], "usage": COUNTED}, b"[DONE]"),
-        None,
-        id="usage",
-    ),
-]
+    "usage": (sse(chat(content="a heron"), {"choices": [], "usage": COUNTED}, b"[DONE]"), None),
+}
 
 
 @every_cut
-@pytest.mark.parametrize(("stream", "thought"), CHATS)
+@pytest.mark.parametrize(("stream", "thought"), CHATS.values(), ids=CHATS)
 def test_every_shape_of_a_chat_gives_its_text_once(stream, thought, cut):
     events, last = decode(*list(cuts(stream))[cut], skill="chat")
 
