@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import io
 import threading
+from functools import partial
 
 import anyio
 import pytest
@@ -17,6 +18,7 @@ from raw_server import RawServer
 
 import moondream_async as md
 from moondream_async._call.limits import Semaphore
+from moondream_async._transport.workers import ShortJobs, Workers
 from moondream_async.simulator import SAMPLE_IMAGE
 
 
@@ -164,6 +166,30 @@ async def test_no_more_than_four_pictures_are_prepared_at_once():
         assert len(threads) == 4
         go_on.set()
         assert {image.width for image in await asyncio.gather(*calls)} == {640}
+
+
+@pytest.mark.parametrize("has_thread", [False, True])
+async def test_without_another_thread_a_picture_fails_or_waits_for_those_there_are(
+    has_thread, monkeypatch
+):
+    workers, go_on = Workers("test", 4), threading.Event()
+    if has_thread:
+        first = workers.submit(go_on.wait)
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        second = workers.submit(str, 2)
+        if not has_thread:
+            with pytest.raises(RuntimeError, match="new thread"):
+                await second
+            assert await ShortJobs(workers).submit(partial(str, 3)) is None
+    go_on.set()
+    if has_thread:
+        assert (await first, await second) == (True, "2")
+    assert await workers.submit(str, 4) == "4"
 
 
 async def test_no_more_than_eight_pictures_are_ready_before_their_turn():

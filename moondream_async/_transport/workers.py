@@ -56,8 +56,23 @@ class Workers:
             self._ready.notify()
         if is_short:
             # A daemon, so that the end of the program does not wait for a picture.
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system allows no more threads
+                self._do_without(error)
         return future
+
+    def _do_without(self, error: RuntimeError) -> None:
+        """Leave the jobs to the other threads; fail them if there is none."""
+        with self._ready:
+            self._threads -= 1
+            if self._threads:
+                return
+            jobs, self._jobs = self._jobs, deque()
+        for future, *_ in jobs:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                future.get_loop().call_soon_threadsafe(_settle, future, None, error)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -138,7 +153,9 @@ class ShortJobs:
         self._hops -= 1
         if not self._hops:
             self._hop()
-        for future, result in zip(futures, outcome.result(), strict=True):
+        failed = outcome.exception() is not None  # no thread could be had
+        results = [None] * len(futures) if failed else outcome.result()
+        for future, result in zip(futures, results, strict=True):
             if not future.done():  # cancelled
                 future.set_result(result)
 
