@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
         plan = Plan.parse(text)
         skill = "chat" if last == "completions" else last
         if plan.kind == "call":
-            self.transport.write(wire.ANSWER)
+            self.transport.write(wire.CHAT_ANSWER if skill == "chat" else wire.ANSWER)
         elif plan.kind == "release":
             for group in self._groups.values():
                 group.go_on()

@@ -136,7 +136,23 @@ STREAM_HEAD = (
 ANSWER = json.dumps(
     {"caption": "A grey heron stands in shallow water.", "request_id": "2026-11-23_caption_1"}
 ).encode()
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
-    len(ANSWER),
-    ANSWER,
+CHAT_ANSWER = json.dumps(
+    {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1795392000,
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": json.loads(ANSWER)["caption"]},
+                "finish_reason": "stop",
+            }
+        ],
+    }
+).encode()
+ANSWER, CHAT_ANSWER = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+    % (len(body), body)
+    for body in (ANSWER, CHAT_ANSWER)
 )

@@ -30,6 +30,7 @@ ALL = (
     "openai_default",
     "openai_aiohttp",
     "official_sdk",
+    "huggingface",
 )
 
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+from pathlib import Path
 
 from benchmarks.wire import MODEL, QUESTION
 
@@ -19,3 +20,13 @@ JSON = {"Content-Type": "application/json"}
 CAPTION = json.dumps({"image_url": TINY_URL, "length": "normal", "stream": True}).encode()
 CHAT = json.dumps({"model": MODEL, "messages": MESSAGES, "stream": True}).encode()
 CALL = json.dumps({"image_url": PICTURE_URL, "length": "normal", "stream": False}).encode()
+
+
+def messages_about(path):
+    """Return the messages that ask a chat about a picture."""
+    image = base64.b64encode(Path(path).read_bytes()).decode()
+    content = [
+        {"type": "text", "text": QUESTION},
+        {"type": "image_url", "image_url": {"url": f"data:{TYPE};base64,{image}"}},
+    ]
+    return [{"role": "user", "content": content}]

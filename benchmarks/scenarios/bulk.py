@@ -2,7 +2,8 @@
 
 Files of 10 kB are read from disk (from the system's memory, after the first round), encoded
 and posted. The bare loop does just that, in workers; the official SDK opens each with Pillow
-in a thread, as its documentation shows. The server is in a process of its own, and looks at
+in a thread, as its documentation shows; the openai package and Hugging Face's client ask a
+chat about each, in workers. The server is in a process of its own, and looks at
 no picture.
 """
 
@@ -21,6 +22,7 @@ AT_ONCE = (16, 256)
 PICTURES, QUICK = 4_000, 1_000
 MOST_OF_SDK = 16
 """Threads that it is given."""
+MOST_OF_PEERS = 16
 
 
 def write_pictures(folder: Path, count: int) -> list[str]:
@@ -52,8 +54,12 @@ def run(bench: Bench) -> Outcome:
                 ours: (OURS, "bulk", about),
                 by_calls: (OURS, "bulk", about | {"way": "bulk_by_calls"}),
             }
+            few = about | {"paths": paths[:1_000]}
             if at_once <= MOST_OF_SDK:
-                tasks[sdk] = ("official_sdk", "bulk", about | {"paths": paths[:1_000]})
+                tasks[sdk] = ("official_sdk", "bulk", few)
+            for peer in ("openai_default", "openai_aiohttp", "huggingface"):
+                if peer in bench.names and at_once <= MOST_OF_PEERS:
+                    tasks[bench.names[peer]] = (peer, "bulk", few)
             found = bench.rounds(3 if bench.quick else 5, tasks)
             cpu = Table(
                 f"{at_once} at once",

@@ -34,10 +34,12 @@ PER_PACKET = (
 
 def run(bench: Bench) -> Outcome:
     events = PER * (200 if bench.quick else 800)
-    captions = tuple(name for name in ALL if not name.startswith("openai"))
+    chats = tuple(name for name in ALL if name != "huggingface")
+    captions = tuple(name for name in chats if not name.startswith("openai"))
     tables = [
-        measure(bench, "back to back, captions", "caption", captions, events=events, every_us=0),
-        measure(bench, "back to back, chat", "chat", ALL, events=events, every_us=0),
+        measure(bench, "back to back, captions", "caption", captions, events=events),
+        measure(bench, "back to back, engine", "caption", captions, events=events, kind="engine"),
+        measure(bench, "back to back, chat", "chat", chats, events=events),
         measure(
             bench,
             "one packet at a time, captions",
@@ -51,14 +53,21 @@ def run(bench: Bench) -> Outcome:
 
 
 def measure(
-    bench: Bench, title: str, skill: str, names: tuple[str, ...], *, events: int, every_us: int
+    bench: Bench,
+    title: str,
+    skill: str,
+    names: tuple[str, ...],
+    *,
+    events: int,
+    every_us: int = 0,
+    kind: str = "stream",
 ) -> Table:
     bench.say(f"{NAME}: {title}")
     streams = 8 if every_us else 1
     tasks, counts = {}, {}
     for name in names:
         share = int(events * SHARE.get(name, 1)) // streams // PER * PER
-        plan = Plan(events=share, per=PER, streams=streams, every_us=every_us)
+        plan = Plan(kind, events=share, per=PER, streams=streams, every_us=every_us)
         arguments = {"skill": skill, "plan": str(plan), "warm": str(Plan(events=PER * 4, per=PER))}
         tasks[name] = (name, "stream", arguments)
         counts[name] = share * streams
@@ -86,15 +95,15 @@ def woken(table: Table, name: str) -> str:
     )
 
 
-def targets(burst: Table, chat: Table, single: Table) -> list[Target]:
+def targets(burst: Table, engine: Table, chat: Table, single: Table) -> list[Target]:
     ours = load(OURS).NAME
     found = []
-    for table in (burst, single):
+    for table, most in ((burst, 1.35), (engine, 1.35), (single, 1.25)):
         found += [
             Target(
                 f"{table.title}: CPU an event, of the aiohttp floor",
                 table.ratio(ours, table.floor),
-                1.3,
+                most,
                 obstacle=PER_PACKET,
             ),
             *(
@@ -110,7 +119,7 @@ def targets(burst: Table, chat: Table, single: Table) -> list[Target]:
         ]
     found.append(
         Target(
-            f"{chat.title}: CPU an event, of the aiohttp floor", chat.ratio(ours, chat.floor), 1.3
+            f"{chat.title}: CPU an event, of the aiohttp floor", chat.ratio(ours, chat.floor), 1.35
         )
     )
     found += [

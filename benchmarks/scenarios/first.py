@@ -60,6 +60,14 @@ def run(bench: Bench) -> Outcome:
                 )
                 for other in ("openai", "openai, aiohttp")
             ]
+            if at_once > 1:
+                targets.append(
+                    Target(
+                        f"{at_once} at once: added delay, {word}, of the aiohttp floor's",
+                        table.ratio(names[OURS], table.floor),
+                        1.5,
+                    )
+                )
     return Outcome(NAME, TITLE, tables, targets)
 
 

@@ -119,7 +119,7 @@ def run(bench: Bench) -> Outcome:
         Target(
             "import and construction, of import aiohttp",
             imports.ratio(BOTH, AIOHTTP),
-            1.25,
+            1.2,
             obstacle=OWN,
         ),
     ]

@@ -59,7 +59,7 @@ def run(bench: Bench) -> Outcome:
         Target(
             "memory an open stream, of the aiohttp floor",
             memory.ratio(ours, floor),
-            1.3,
+            1.25,
             obstacle=MEMORY,
         ),
     ]

@@ -6,7 +6,10 @@ machine does is in neither. The ways take turns.
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ NAME = "photos"
 TITLE = "A picture that is made smaller"
 US, PILLOW = "moondream_async", "Pillow, plain"
 PHOTO_PIXELS, FRAME_PIXELS = 2_000_000, 1_000_000
+PHOTOS = 40
 
 
 def ways(directory: Path) -> dict[str, dict[str, Callable[[], object]]]:
@@ -68,6 +72,20 @@ def timed(way: Callable[[], object]) -> float:
     return (time.thread_time() - begun) * 1e3
 
 
+def cores_used(origin: str, path: Path) -> float:
+    """Return how many processors a bulk run keeps busy whose pictures all are made smaller."""
+    import moondream_async as md
+
+    async def main() -> None:
+        async with md.MoondreamClient(endpoint=origin, max_pixels=PHOTO_PIXELS) as client:
+            async for done in client.bulk([path] * PHOTOS, "caption"):
+                assert done.ok
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    asyncio.run(main())
+    return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+
 def run(bench: Bench) -> Outcome:
     bench.say(f"{NAME}: a photo and a frame")
     tables, targets = [], []
@@ -82,7 +100,12 @@ def run(bench: Bench) -> Outcome:
             table = Table(f"{kind}, ms of a worker", "ms", samples, floor=PILLOW, us=US)
             tables.append(table)
             targets.append(Target(f"{kind}, of Pillow's", table.ratio(US, PILLOW), 1.1))
+        origin = f"{bench.origin}/kind=call/v1"
+        used = [cores_used(origin, directory / "photo.jpg") for _ in range(3)]
     frame = tables[-1].median(US)
+    tables.append(Table("bulk, photos of 12 megapixels to 2", "processors used", {US: used}))
+    share = statistics.median(used) / (os.cpu_count() or 1)
+    targets.append(Target("bulk: processors used, of those there are", share, 0.9, at_least=True))
     obstacle = "copying takes 2 ms, two samples a pixel 6, libjpeg 6; the rest is fresh memory"
     targets.append(Target("a frame of 1080p, ms of a worker", frame, 15, obstacle=obstacle))
     return Outcome(NAME, TITLE, tables, targets)
