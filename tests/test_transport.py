@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import errno
+import itertools
 import socket
 import ssl
 import sys
 import tracemalloc
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import aiohttp
 import pytest
 import trustme
 from canned import IMAGE, client_of, played, rounds
@@ -30,6 +35,8 @@ from raw_server import (
 )
 
 import moondream_async as md
+from moondream_async._transport import bodies
+from moondream_async._transport.faults import is_disconnect
 
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
 
@@ -251,6 +258,51 @@ async def test_request_that_meets_a_connection_just_closed_goes_again_uncounted(
                 assert (await client.caption(image)).caption == TEXT
         assert len(server.requests) == calls
         assert len(server.peers) == calls
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (aiohttp.ServerDisconnectedError(), True),
+        (ConnectionResetError("Connection lost"), True),
+        (aiohttp.ClientOSError(errno.EPIPE, "Broken pipe"), True),
+        (caused(aiohttp.ClientOSError(), ConnectionResetError("Connection lost")), True),
+        (aiohttp.ClientOSError(errno.EHOSTUNREACH, "No route"), False),
+        (aiohttp.ClientPayloadError(), False),
+    ],
+    ids=repr,
+)
+def test_a_connection_that_the_server_has_closed_is_told_from_other_faults(error, expected):
+    assert is_disconnect(error) is expected
+
+
+async def test_large_bytes_are_decoded_in_parts_between_which_other_tasks_run(monkeypatch):
+    monkeypatch.setattr(bodies, "monotonic", partial(next, itertools.count(0, 0.003)))
+    loop, sent, read, turns = asyncio.get_running_loop(), [b"", bytes(100_000)], [], set()
+
+    async def readany():
+        return sent.pop()
+
+    def turn():
+        turns.add(len(read))
+        if sent:
+            loop.call_soon(turn)
+
+    response = SimpleNamespace(
+        status=200, headers={}, connection=None, content=SimpleNamespace(readany=readany)
+    )
+    pool = SimpleNamespace(loop=loop, bodies=set(), discard=lambda _: None)
+    loop.call_soon(turn)
+    async for part in bodies.Body(pool, response, lambda _: None):
+        read.append(part)  # noqa: PERF401 - `turn` looks at it meanwhile
+    assert b"".join(read) == bytes(100_000)
+    assert max(map(len, read)) <= 8 * 1024
+    assert len(turns) > 4
 
 
 @pytest.mark.parametrize("said", ["", "408"])

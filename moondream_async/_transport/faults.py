@@ -25,8 +25,7 @@ _REFUSED = re.compile(r"\[Errno (\d+)\] Connect call failed \([^)]*\)")
 
 
 def is_disconnect(error: BaseException) -> bool:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return False
+    """Tell whether an error means that the other side had closed a connection."""
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return True
     # A read raises the error itself; aiohttp wraps the error of a write, mostly without errno.
