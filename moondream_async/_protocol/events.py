@@ -71,8 +71,7 @@ from .secret import NOTHING_SECRET, Redactor
 from .sse import BOM, ServerSentEvent, SSEParser
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
-"""Limit of one event. The largest events hold a mask in base64 and stay far below. Decoding more
-would block the event loop."""
+"""Limit of one event, so as not to block the event loop: far above the largest, masks in base64."""
 
 MAX_ANSWER_CHARACTERS = 64 * 1024 * 1024
 """Limit of an answer's text, and of its reasoning: far above any real answer."""
@@ -183,9 +182,7 @@ class AnswerDecoder:
 
     def feed(self, data: bytes) -> Block:
         """Take the next bytes of the body; return the events that they complete."""
-        if not self._by_line or self._tail is not None:
-            return self._feed_otherwise(data)
-        if b"\r" in data:
+        if not self._by_line or self._tail is not None or b"\r" in data:
             return self._feed_otherwise(data)
         return self._feed_lines(data)
 
@@ -389,7 +386,10 @@ class AnswerDecoder:
                 return []  # some relays send empty events as heartbeats
             if said == "[DONE]":
                 return self._finish({}, "")
-            value = _json_or_text(event.data)
+            try:
+                value = decode(event.data.encode(errors="replace"))
+            except ValueError:
+                value = event.data
         if event.event == "error" or (isinstance(value, dict) and value.get("error")):
             return self._fail_with(self.secret.value(value))
         if not isinstance(value, dict):
@@ -596,10 +596,3 @@ def _status_error(skill: Skill, data: bytes, partial: str = "") -> MoondreamErro
     except APIStatusError as error:
         return error.with_traceback(None)
     raise AssertionError  # `_end_start` has seen the same error
-
-
-def _json_or_text(data: str) -> Any:
-    try:
-        return decode(data.encode(errors="replace"))
-    except ValueError:
-        return data
