@@ -750,6 +750,13 @@ def test_max_pixels_is_kept(name, max_pixels):
         assert result.width / result.height == pytest.approx(1.5, rel=0.15)
 
 
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2, 5000)], ids=str)
+@pytest.mark.parametrize("max_pixels", [1, 100, 2000])
+def test_max_pixels_is_kept_by_a_narrow_picture(size, max_pixels):
+    picture = opened(encode_image(Image.new("RGB", size), max_pixels=max_pixels))
+    assert picture.width * picture.height <= max_pixels
+
+
 def test_smaller_picture_shows_the_same():
     photo = make_photo(2000, 1500)
     expected = photo.resize((500, 375), Image.Resampling.LANCZOS)

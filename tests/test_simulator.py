@@ -12,7 +12,7 @@ import ssl
 import aiohttp
 import pytest
 import trustme
-from aiohttp import web
+from aiohttp.test_utils import TestServer
 from PIL import Image, ImageDraw
 from spoken import SAMPLE, get, post, speak, stream
 
@@ -874,19 +874,13 @@ async def test_leaving_the_simulator_ends_open_answers(session):
 
 async def test_app_runs_in_a_runner_of_the_users_own(session):
     simulator = Simulator(faults=["endless"])
-    runner = web.AppRunner(simulator.app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0]
-    try:
-        response = await session.post(f"http://{host}:{port}/v1/query", json=STREAM)
+    async with TestServer(simulator.app) as server:
+        response = await session.post(server.make_url("/v1/query"), json=STREAM)
         await response.content.readline()
         response.close()
         await simulator.requests[0].ended.wait()
         assert simulator.requests[0].disconnected
         assert simulator.requests[0].connection == 0
-    finally:
-        await runner.cleanup()
 
 
 async def test_serve_tells_its_port_and_runs_until_cancelled():

@@ -220,7 +220,7 @@ def _fitted(
         return size
     width = max(1, min(int(width * scale), limit))
     height = max(1, min(int(height * scale), limit // width))
-    return min(width, limit // height), height
+    return width, height
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
