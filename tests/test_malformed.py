@@ -69,7 +69,7 @@ async def test_what_is_no_request_is_no_traceback(name, where, caplog, photo):
         answer = await exchange(REQUESTS[name], port, path, cut=name == "cut")
         assert answer == b"" or answer.startswith((b"HTTP/1.1 ", b"HTTP/1.0 "))
         assert b"Traceback" not in answer
-        async with asyncio.timeout(30):  # and whoever comes next is answered
-            good = (await exchange(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n", port, path))[:12]
+        # And whoever comes next is answered.
+        good = await exchange(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n", port, path)
         assert good.startswith(b"HTTP/1.1 ")
     assert [record for record in caplog.records if record.levelname != "DEBUG"] == []

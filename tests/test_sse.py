@@ -237,7 +237,7 @@ CASES = STANDARD | FORMAT | GLUED
 
 @pytest.mark.parametrize(("stream", "events"), CASES.values(), ids=CASES)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=settings.default.max_examples // 3)  # of each case
 def test_stream_cut_anywhere_gives_the_same_events(stream, events, data):
     assert parse(stream) == parse(*byte_by_byte(stream)) == events
     assert parse(*cut(data.draw, stream)) == events

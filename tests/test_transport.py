@@ -184,7 +184,7 @@ def play_cut(cut, *, in_one_packet):
 @pytest.mark.parametrize("cut", CUTS)
 async def test_stream_cut_before_completed_raises_with_the_text_so_far(cut, in_one_packet, reader):
     async with played(play_cut(cut, in_one_packet=in_one_packet)) as (server, client):
-        for _ in range(20):
+        for _ in range(5):
             stream = await client.caption(IMAGE, stream=True)
             pieces = [await anext(stream)]
             if reader == "slow":
@@ -618,7 +618,7 @@ async def test_stream_over_tls_that_is_cut_raises(server_context, client_context
         RawServer(play, ssl_context=server_context) as server,
         client_of(server, ssl_context=client_context) as client,
     ):
-        for _ in range(20):
+        for _ in range(5):
             stream = await client.caption(IMAGE, stream=True)
             with pytest.raises(md.StreamInterruptedError) as caught:
                 await stream.text()
