@@ -17,10 +17,13 @@ from moondream_async.integrations.datasets import Secret, ask, asking
 
 INSTALL = "python -m pip install '.[datasets]'"
 
-pytestmark = pytest.mark.skipif(find_spec("datasets") is None, reason=f"needs: {INSTALL}")
+pytestmark = [
+    pytest.mark.skipif(find_spec("datasets") is None, reason=f"needs: {INSTALL}"),
+    pytest.mark.usefixtures("hf"),
+]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def hf(monkeypatch, tmp_path):
     """The package, offline; the event loops that its `map` leaves open are closed."""
     loops = []
