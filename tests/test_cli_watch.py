@@ -65,7 +65,9 @@ async def test_each_answer_is_a_line_with_its_time_and_age(watch, clip, argument
 
 async def test_frames_are_as_far_apart_as_is_asked_for(watch, clip):
     _, said, _ = await watch(clip, "--every", "200ms", "--json", "--in-flight", "2")
-    assert [json.loads(line)["time"] for line in said.splitlines()] == times(clip)[::6]
+    asked = [json.loads(line)["time"] for line in said.splitlines()]
+    # On a busy machine a frame may be superseded, but never the last one.
+    assert asked in (times(clip)[::6], times(clip)[6::6])
 
 
 async def test_a_network_camera_is_watched(watch):
