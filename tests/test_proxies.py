@@ -167,6 +167,7 @@ async def test_a_proxy_that_is_named_is_used_for_loopback_too():
         ("example.com:8080", "example.com", True),
         ("10.0.0.0/8", "10.1.2.3", False),
         ("10.0.0.0/8", "11.1.2.3", True),
+        ("10.1.2.3/8", "10.9.9.9", False),
         ("[fd00::1]", "[fd00::1]", False),
     ],
 )
