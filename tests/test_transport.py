@@ -35,7 +35,7 @@ from raw_server import (
 )
 
 import moondream_async as md
-from moondream_async._transport import bodies
+from moondream_async._transport import bodies, private
 from moondream_async._transport.faults import is_disconnect
 
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
@@ -303,6 +303,45 @@ async def test_large_bytes_are_decoded_in_parts_between_which_other_tasks_run(mo
     assert b"".join(read) == bytes(100_000)
     assert max(map(len, read)) <= 8 * 1024
     assert len(turns) > 4
+
+
+@pytest.mark.parametrize("size", [9, 10, 11])
+async def test_whole_body_has_no_more_than_its_limit(size):
+    async def readany():
+        return bytes(size)
+
+    content = SimpleNamespace(readany=readany, at_eof=lambda: True, exception=lambda: None)
+    response = SimpleNamespace(
+        status=200, headers={}, connection=None, content=content, close=lambda: None
+    )
+    pool = SimpleNamespace(loop=asyncio.get_running_loop(), bodies=set(), discard=lambda _: None)
+    body = bodies.Body(pool, response, lambda _: None)
+    if size <= 10:
+        assert await body.whole(len, limit=10) == size
+    else:
+        with pytest.raises(md.APIConnectionError, match="over the limit of 10 bytes"):
+            await body.whole(len, limit=10)
+
+
+def connection(number, *, closing=False):
+    sock = None if number is None else SimpleNamespace(fileno=lambda: number)
+    transport = SimpleNamespace(is_closing=lambda: closing, get_extra_info=lambda _: sock)
+    return SimpleNamespace(should_close=False, transport=transport)
+
+
+def test_connection_without_an_open_socket_is_used_no_more_and_needs_no_disowning():
+    assert not private.is_quiet(connection(-1))
+    assert not private.is_quiet(connection(0, closing=True))
+    assert private.is_quiet(connection(None))
+    private.disown(SimpleNamespace(_conns={}, _acquired=[connection(None), connection(-1)]))
+
+
+async def test_connection_on_which_something_came_unasked_is_closed_at_once():
+    protocol, closed = private.Protocol(asyncio.get_running_loop()), []
+    protocol.transport = SimpleNamespace(close=lambda: closed.append(True))
+    protocol._answer = SimpleNamespace(is_eof=lambda: True)
+    protocol.data_received(b"HTTP/1.1 200 OK")
+    assert (closed, protocol.should_close) == ([True], True)
 
 
 @pytest.mark.parametrize("said", ["", "408"])

@@ -140,8 +140,8 @@ def is_near_host(host: str) -> bool:
 def shown(address: str) -> str:
     """Return a URL as it may be shown: without a user and a password, and not too long.
 
-    >>> shown("https://user:word@example.com/x"), shown("user:wo/rd@[proxy")
-    ('https://***@example.com/x', '***@[proxy')
+    >>> shown("https://user:word@example.com/x"), shown("user:wo/rd@[proxy"), shown("@proxy")
+    ('https://***@example.com/x', '***@[proxy', '***@proxy')
     """
     match = re.match(r"(?:\s*(?:[a-z][a-z0-9+.-]*:)?[/\\]{2,})?([^/?#\\]*)", address, re.IGNORECASE)
     start, end = (0, len(address)) if match is None else match.span(1)

@@ -56,7 +56,7 @@ def _resolve(host: str, port: int, family: socket.AddressFamily) -> list[Resolve
                 port=int(address[1]),
                 family=each,
                 proto=protocol,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+                flags=socket.AI_NUMERICHOST,
             )
         )
     return results
