@@ -307,10 +307,12 @@ async def test_large_bytes_are_decoded_in_parts_between_which_other_tasks_run(mo
 
 @pytest.mark.parametrize("size", [9, 10, 11])
 async def test_whole_body_has_no_more_than_its_limit(size):
-    async def readany():
-        return bytes(size)
+    sent = [b"", bytes(size)]
 
-    content = SimpleNamespace(readany=readany, at_eof=lambda: True, exception=lambda: None)
+    async def readany():
+        return sent.pop()
+
+    content = SimpleNamespace(readany=readany, at_eof=lambda: not sent, exception=lambda: None)
     response = SimpleNamespace(
         status=200, headers={}, connection=None, content=content, close=lambda: None
     )
