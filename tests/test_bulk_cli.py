@@ -16,9 +16,6 @@ from moondream_async.errors import RequestError
 from moondream_async.results import CaptionResult
 from moondream_async.simulator import Simulator
 
-pytest.importorskip("typer", reason="the extra cli is not installed")
-pytest.importorskip("rich", reason="the extra cli is not installed")
-
 pytestmark = pytest.mark.slow  # each test runs the program several times
 
 

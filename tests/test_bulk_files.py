@@ -27,8 +27,6 @@ from moondream_async.cli.bulk.sources import Contents, Found
 from moondream_async.errors import MoondreamError, RequestError
 from moondream_async.results import CaptionResult
 
-pytest.importorskip("typer", reason="the extra cli is not installed")
-
 pytestmark = pytest.mark.slow  # most tests run the program several times
 
 CONTENTS = Contents(1, 1, "x")

@@ -9,7 +9,6 @@ import pytest
 from bulk_runs import records
 from PIL import Image
 
-pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
 
 from webdataset.tariterators import group_by_keys, tar_file_expander

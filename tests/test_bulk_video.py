@@ -3,7 +3,6 @@
 import pytest
 from bulk_runs import records
 
-pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("av", reason="the extra video is not installed")
 from pictures_moving import make_clip, times
 

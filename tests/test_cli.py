@@ -22,9 +22,6 @@ from moondream_async.cli import main
 from moondream_async.simulator import DIALECTS, Simulator
 from moondream_async.simulator.faults import EFFECTS
 
-pytest.importorskip("typer", reason="the extra cli is not installed")
-pytest.importorskip("rich", reason="the extra cli is not installed")
-
 WORDS = "A bright 640\N{MULTIPLICATION SIGN}480"  # the sample picture's first three tokens
 
 

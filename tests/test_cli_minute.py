@@ -14,13 +14,9 @@ from raw_server import whole
 from test_cli import is_one_line
 
 import moondream_async as md
-from moondream_async.simulator import Simulator
-
-pytest.importorskip("typer", reason="the extra cli is not installed")
-pytest.importorskip("rich", reason="the extra cli is not installed")
-
 from moondream_async.cli import main
 from moondream_async.cli._words import own_name
+from moondream_async.simulator import Simulator
 
 pytestmark = pytest.mark.slow  # most tests run the program
 

@@ -12,9 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("typer", reason="the extra cli is not installed")
-pytest.importorskip("rich", reason="the extra cli is not installed")
-
 from moondream_async.cli import main
 
 ORDERS = "\x1b]0;owned\x07\x1b[2J\x9b2J\x7f\x08\r\x00\u202e\u2066"

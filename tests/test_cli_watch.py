@@ -12,7 +12,6 @@ from raw_server import RawServer, head
 from moondream_async.cli import main
 from moondream_async.simulator import SAMPLE_IMAGE
 
-pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("av", reason="the extra video is not installed")
 from pictures_moving import make_clip, times
 

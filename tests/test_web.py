@@ -427,7 +427,6 @@ async def test_leaving_the_page_ends_answers_on_their_way(simulator, client, pho
 @asynccontextmanager
 async def demo(*args, **environment):
     """Run ``demo --web``; yields the program and the page's address."""
-    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
     command = ("moondream-async", "demo", "--web", "--port", "0", *args)
     async with running(*command, **environment) as program:
         await program.until("\n")
@@ -472,7 +471,6 @@ async def test_demo_serves_the_picture_and_the_server_that_it_is_given(simulator
     ids=str,
 )
 def test_demo_says_in_one_line_why_there_is_no_page(args, status, reason, capsys):
-    pytest.importorskip("typer", reason="needs: python -m pip install '.[cli]'")
     from moondream_async.cli import main
 
     with closing(socket.create_server(("127.0.0.1", 0))) as other:
