@@ -239,6 +239,19 @@ async def test_error_whose_body_has_no_end_is_read_no_further_than_it_is_of_use(
         assert clock.now - started < 1
 
 
+def test_end_of_a_loop_does_not_wait_for_a_client_that_it_closes(clock):
+    async def ask():
+        async with RawServer(answer_all) as server:
+            client = client_of(server)
+            await client.caption(IMAGE)
+            return client
+
+    with asyncio.Runner(loop_factory=clock.new_loop) as runner:
+        client = runner.run(ask())
+        ended = clock.now
+    assert (clock.now, client.stats().pooled_connections) == (ended, 0)
+
+
 def chatting(beginning, chatter):
     """Say the beginning, and then go on with chatter, once a second."""
 
