@@ -331,8 +331,7 @@ class _Work:
             self._fail(bug)
             return
         finally:
-            self.open -= 1
-            self.ring_for_room()
+            self.open -= 1  # which makes no room: its result waits for the reader
         self._keep(
             BulkResult(
                 item=item,
