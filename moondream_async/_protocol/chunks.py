@@ -5,6 +5,7 @@ A line with any field that these types do not have is odd: `events` decodes it a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +13,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from moondream_async.results import ChunkEvent, StreamEvent
+
+from .decoding import FAULTS
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -37,7 +40,7 @@ class _Choice(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class ChatChunk(msgspec.Struct, rename={"request_id": "id"}, forbid_unknown_fields=True, gc=False):
-    """A chunk event of a chat; the attributes that are used have the names that `Chunk` gives."""
+    """A chunk event of a chat; its id has the name that `Chunk` gives it."""
 
     choices: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=1)]
     request_id: str | UnsetType = UNSET
@@ -47,11 +50,6 @@ class ChatChunk(msgspec.Struct, rename={"request_id": "id"}, forbid_unknown_fiel
     usage: UnsetType | None = UNSET
 
     completed: ClassVar[bool] = False
-
-    @property
-    def chunk(self) -> str:
-        """The text of the event."""
-        return self.choices[0].delta.content
 
 
 class Block(msgspec.Struct, gc=False):
@@ -96,3 +94,75 @@ class Block(msgspec.Struct, gc=False):
 
 
 NOTHING = Block([], b"")
+
+
+class Template:
+    """The bytes before and after the text in a stream's events, if only the texts differ.
+
+    This is the one shortcut of the decoder. It halves the time of a chat's events, and of an
+    event that comes alone. A stream whose events do not match is decoded without a template,
+    with the same result.
+    """
+
+    __slots__ = ("_cut", "_end", "_gap", "_head", "_start", "_tail", "request_id")
+
+    _decode_text = msgspec.json.Decoder(str).decode
+    _decode_texts = msgspec.json.Decoder(list[str]).decode
+
+    def __init__(self, head: bytes, tail: bytes, gap: bytes, request_id: str | None) -> None:
+        self.request_id = request_id
+        self._head = head
+        self._tail = tail + gap
+        self._gap = gap
+        self._start = len(head)
+        self._end = -len(self._tail)
+        self._cut = operator.itemgetter(slice(len(head), -len(tail)))
+
+    @classmethod
+    def learn(cls, line: bytes, key: bytes, gap: bytes, request_id: str | None) -> Template | None:
+        """Make a template of a line that was decoded as a chunk event; None if that is not safe.
+
+        In JSON without a backslash every quote begins or ends a string. So `key`, with its quotes
+        and its colon, is a key, and the next two quotes enclose its text.
+        """
+        _, _, after = line.partition(key)
+        text = after.lstrip(b" ")
+        if b"\\" in line or key in text or text[:1] != b'"':
+            return None
+        head = line[: len(line) - len(text) + 1]
+        return cls(head, text[text.index(b'"', 1) :], gap, request_id)
+
+    def read_one(self, data: bytes) -> str | None:
+        """Return the text of one event that matches; None if `data` does not."""
+        text = data[self._start : self._end]
+        if b'"' in text or self._head + text + self._tail != data:
+            return None
+        try:
+            return self._decode_text(b'"' + text + b'"')
+        except FAULTS:
+            return None
+
+    def read(self, block: bytes) -> list[str] | None:
+        """Return the texts of a block whose events all match; None if one does not.
+
+        The texts are cut out of the lines, and put back between the parts of the template: if
+        this gives the same bytes, the lines hold nothing else. Then the texts are joined to a
+        JSON list of strings, and decoded at once. Without an escaped quote, every quote in the
+        list begins or ends a string; so if the list has as many strings as there are texts, no
+        text holds a quote.
+        """
+        head, tail = self._head, self._tail
+        if not block.endswith(tail):
+            return None
+        texts = list(map(self._cut, block.split(self._gap)))
+        del texts[-1]  # the empty piece after the last gap
+        if head + (tail + head).join(texts) + tail != block:
+            return None
+        quoted = b'["' + b'","'.join(texts) + b'"]'
+        if b'\\"' in quoted:
+            return None
+        try:
+            decoded = self._decode_texts(quoted)
+        except FAULTS:
+            return None
+        return decoded if len(decoded) == len(texts) else None

@@ -64,7 +64,7 @@ from .answers import (
     show,
     to_id,
 )
-from .chunks import NOTHING, Block, ChatChunk, Chunk
+from .chunks import NOTHING, Block, ChatChunk, Chunk, Template
 from .decoding import FAULTS, LOST, decode, join_halves
 from .requests import Skill
 from .secret import NOTHING_SECRET, Redactor
@@ -86,6 +86,9 @@ _DISGUISED_ERRORS = frozenset(
         "An error occurred during query processing.",
     }
 )
+
+_LESSONS = 4
+"""How many templates a stream may learn: its first event may differ from all others."""
 
 # Shared by all streams, to save memory: most streams never fill them. Neither is ever changed.
 _NO_GROUNDING: list[Grounding] = []
@@ -118,11 +121,13 @@ class AnswerDecoder:
         "_has_text",
         "_is_between",
         "_last",
+        "_lessons",
         "_max_event_bytes",
         "_parser",
         "_skill",
         "_start",
         "_tail",
+        "_template",
         "_thought",
         "_thoughts",
         "_whole",
@@ -139,6 +144,7 @@ class AnswerDecoder:
     )
 
     _strict: ClassVar[msgspec.json.Decoder[Any]] = msgspec.json.Decoder(Chunk)
+    _key: ClassVar[bytes] = b'"chunk":'
 
     def __init__(
         self,
@@ -171,6 +177,8 @@ class AnswerDecoder:
         self._by_line = False  # whether `_start` and the parser hold no bytes back
         self._tail: bytearray | None = None  # the beginning of a line whose end has not come
         self._parser: SSEParser | None = None  # made for the first odd line
+        self._template: Template | None = None
+        self._lessons = _LESSONS
         self._has_text = False
         self._half = ""  # the first half of a surrogate pair, if the last chunk ended in one
         self._ended_early = False
@@ -182,7 +190,16 @@ class AnswerDecoder:
 
     def feed(self, data: bytes) -> Block:
         """Take the next bytes of the body; return the events that they complete."""
-        if not self._by_line or self._tail is not None or b"\r" in data:
+        if not self._by_line or self._tail is not None:
+            return self._feed_otherwise(data)
+        template = self._template
+        if template is not None and len(data) <= self._max_event_bytes:
+            text = template.read_one(data)  # most packets hold one event
+            if text is not None:
+                self.request_id = template.request_id or self.request_id
+                self._has_text = self._has_text or text != ""
+                return Block([text], data)
+        if b"\r" in data:
             return self._feed_otherwise(data)
         return self._feed_lines(data)
 
@@ -192,46 +209,49 @@ class AnswerDecoder:
             cut = data.rfind(b"\n") + 1
             self._tail = bytearray(data[cut:])
             data = data[:cut]
-        if data[:6] == b"data: " and data[-2:] == b"\n\n" and len(data) <= self._max_event_bytes:
-            try:
-                block = self._decode_together(data)
-            except FAULTS:
-                block = None
-            if block is not None:
-                return block
-        return self._decode_lines(data)
+        if len(data) > self._max_event_bytes:  # or else no event is too large
+            return self._decode_lines(data)
+        template = self._template
+        if template is not None:
+            texts = template.read(data)
+            if texts is not None:
+                return self._block(texts, template.request_id, data)
+            self._template = None  # it may not fit the other events either
+        block = self._decode_together(data)
+        return self._decode_lines(data) if block is None else block
 
     def _decode_together(self, data: bytes) -> Block | None:
-        """Decode a packet of whole events at once; None if it may hold anything else.
+        """Decode a packet of whole events, each of one line; None if it may hold anything else.
 
-        This is the one shortcut of the decoder: each event is one line and has a blank line
-        behind it, as in nearly all packets. `_decode_lines` would give the same block.
+        `_decode_lines` would give the same block.
         """
-        decode = self._strict.decode
-        body = data[6:-2]
-        if b"\n" not in body:  # most packets hold one event
-            chunk = decode(body)
-            if chunk.completed is True:
-                return None
-            text = chunk.chunk
-            self._has_text = self._has_text or text != ""
-            self.request_id = chunk.request_id or self.request_id
-            return Block([text], data)
-        events = body.split(b"\n\ndata: ")
+        if data[:6] != b"data: " or data[-2:] != b"\n\n":
+            return None
+        events = data[6:-2].split(b"\n\ndata: ")
         if data.count(b"\n") != 2 * len(events):
             return None
-        chunks = list(map(decode, events))
-        return None if True in [each.completed for each in chunks] else self._block(chunks, data)
+        try:
+            chunks = list(map(self._strict.decode, events))
+        except FAULTS:
+            return None
+        if True in [each.completed for each in chunks]:
+            return None
+        self._learn(b"data: " + events[-1], b"\n\n", chunks[-1])
+        return self._block(self._texts(chunks), _last_id(chunks), data)
+
+    def _learn(self, line: bytes, gap: bytes, chunk: Any) -> None:
+        """Make a template of a line, for the events that follow."""
+        if self._lessons:
+            self._lessons -= 1
+            self._template = Template.learn(line, self._key, gap, chunk.request_id or None)
 
     def _texts(self, chunks: list[Any]) -> list[str]:
         return [each.chunk for each in chunks]
 
-    def _block(self, chunks: list[Any], data: bytes) -> Block:
-        """Return the block of chunk events that `data` was decoded to."""
-        texts = self._texts(chunks)
+    def _block(self, texts: list[str], request_id: str | None, data: bytes) -> Block:
+        """Return the block of chunk events that `data` holds, in whole lines."""
         self._has_text = self._has_text or any(texts)
-        for each in chunks:
-            self.request_id = each.request_id or self.request_id
+        self.request_id = request_id or self.request_id
         return Block(texts, data)
 
     def _decode_lines(self, data: bytes) -> Block:
@@ -247,10 +267,14 @@ class AnswerDecoder:
                 if chunk.completed is True or len(line) > self._max_event_bytes:
                     break
                 chunks.append(chunk)
+                last = line
             elif line:
                 break
             end += len(line) + 1
-        block = self._block(chunks, data[:end])
+        if chunks:
+            gap = b"\n\n" if last + b"\n\n" in data else b"\n"
+            self._learn(last, gap, chunks[-1])
+        block = self._block(self._texts(chunks), _last_id(chunks), data[:end])
         if end >= len(data):
             return block
         rest = data[end:] + (self._tail or b"")
@@ -527,6 +551,7 @@ class ChatDecoder(AnswerDecoder):
 
     __slots__ = ()
     _strict = msgspec.json.Decoder(ChatChunk)
+    _key = b'"content":'
 
     def _texts(self, chunks: list[ChatChunk]) -> list[str]:
         return [each.choices[0].delta.content for each in chunks]
@@ -582,6 +607,12 @@ class ChatDecoder(AnswerDecoder):
             self._has_text = self._has_text or bool(chunk)
             events.append(ChunkEvent(chunk=chunk or "", raw=raw))
         return events
+
+
+def _last_id(chunks: list[Any]) -> str | None:
+    """Return the id that the last of the events with one has."""
+    ids = [each.request_id for each in chunks if each.request_id]
+    return ids[-1] if ids else None
 
 
 def decoder_for(skill: Skill, *, secret: Redactor = NOTHING_SECRET) -> AnswerDecoder:
