@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async.results import Reasoning, Region, Usage
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from decoding import sse
 
 import moondream_async as md
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async._stream.kinds import CaptionStream
 from moondream_async._stream.opening import Opening
 

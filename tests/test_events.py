@@ -11,11 +11,8 @@ import pytest
 from decoding import CUTS, NOTHING, STOP, chat, cuts, decode, sse, text
 
 import moondream_async as md
-from moondream_async._protocol.events import (
-    MAX_EVENT_BYTES,
-    AnswerDecoder,
-    decoder_for,
-)
+from moondream_async._protocol.decoders import decoder_for
+from moondream_async._protocol.events import MAX_EVENT_BYTES, AnswerDecoder
 from moondream_async._protocol.secret import Redactor, Secret
 from moondream_async.results import Grounding, Reasoning, Region, Usage
 

@@ -33,7 +33,7 @@ from sources import (
 )
 
 import moondream_async as md
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async._stream.kinds import CaptionStream
 from moondream_async._stream.opening import Opening
 from moondream_async._stream.relay import HEARTBEAT

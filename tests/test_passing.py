@@ -29,7 +29,7 @@ from sources import (
 
 import moondream_async as md
 from moondream_async._protocol.chunks import Block
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async._protocol.secret import Redactor, Secret
 from moondream_async._protocol.sse import SSEParser
 from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream

@@ -13,7 +13,7 @@ from raw_server import STREAM_HEAD, in_chunks, whole
 
 import moondream_async as md
 from moondream_async._protocol.answers import read_result
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async.simulator import DIALECTS, Simulator
 
 QUESTION = "Where is the red circle?"

@@ -23,7 +23,7 @@ from sources import (
 )
 
 import moondream_async as md
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async._stream.call import StreamCall
 from moondream_async._stream.kinds import CaptionStream, ChatStream, QueryStream, SegmentStream
 from moondream_async._stream.opening import Opening

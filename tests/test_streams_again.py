@@ -19,7 +19,7 @@ from sources import (
 )
 
 import moondream_async as md
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async._stream.opening import Opening
 
 pytestmark = pytest.mark.own_time

@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moondream_async as md
-from moondream_async._protocol.events import AnswerDecoder, ChatDecoder
+from moondream_async._protocol.decoders import ChatDecoder
+from moondream_async._protocol.events import AnswerDecoder
 from moondream_async._protocol.secret import Redactor, Secret
 from moondream_async.results import StreamEvent
 

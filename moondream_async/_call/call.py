@@ -25,7 +25,7 @@ from moondream_async._protocol.answers import (
     error_from_response,
     read_result,
 )
-from moondream_async._protocol.events import decoder_for
+from moondream_async._protocol.decoders import decoder_for
 from moondream_async._protocol.requests import Picture
 from moondream_async._protocol.secret import conceal
 from moondream_async._stream.opening import Opening
