@@ -239,6 +239,17 @@ async def test_error_whose_body_has_no_end_is_read_no_further_than_it_is_of_use(
         assert clock.now - started < 1
 
 
+async def test_total_of_a_picture_in_a_run_counts_from_when_it_may_start(clock):
+    async def play(peer):
+        while True:
+            await peer.request()
+            await asyncio.sleep(20)
+            await peer.send(whole(ANSWER))
+
+    async with RawServer(play) as server, client_of(server, timeout=only(total=30)) as client:
+        assert [each.ok async for each in client.bulk([IMAGE] * 3, concurrency=1)] == [True] * 3
+
+
 def test_end_of_a_loop_does_not_wait_for_a_client_that_it_closes(clock):
     async def ask():
         async with RawServer(answer_all) as server:
