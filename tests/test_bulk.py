@@ -159,6 +159,8 @@ async def test_what_can_pass_is_tried_again_and_counted(simulator, client, photo
     (result,) = [each async for each in client.bulk([photo])]
     assert result.ok
     assert result.tries == 3
+    session = client._caller.session
+    assert (session.slots.taken, session.preparing.taken) == (0, 0)
 
 
 async def test_without_retries_one_failure_is_the_end_of_an_item(simulator, impatient, photo):

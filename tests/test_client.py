@@ -352,6 +352,8 @@ async def test_options_for_other_calls_go_over_the_same_connections(simulator, p
         await other.caption(photo)
         await other.aclose()
         assert (other.closed, client.closed) == (True, False)
+        with pytest.raises(md.ClientClosedError):
+            await other.caption(photo)
         await client.caption(photo)
         again = client.with_options(max_retries=0)
     assert client.closed
