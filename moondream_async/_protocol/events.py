@@ -214,7 +214,6 @@ class AnswerDecoder:
             texts = template.read(data)
             if texts is not None:
                 return self._block(texts, template.request_id, data)
-            self._template = None  # it may not fit the other events either
         block = self._decode_together(data)
         return self._decode_lines(data) if block is None else block
 
@@ -234,12 +233,13 @@ class AnswerDecoder:
             return None
         if True in [each.completed for each in chunks]:
             return None
+        self._template = None  # it did not fit these events
         self._learn(b"data: " + events[-1], b"\n\n", chunks[-1])
         return self._block(self._texts(chunks), _last_id(chunks), data)
 
     def _learn(self, line: bytes, gap: bytes, chunk: Any) -> None:
-        """Make a template of a line, for the events that follow."""
-        if self._lessons:
+        """Make a template of a line, for the events that follow, if there is none."""
+        if self._template is None and self._lessons:
             self._lessons -= 1
             self._template = Template.learn(line, self._key, gap, chunk.request_id or None)
 
