@@ -5,6 +5,7 @@ import gc
 import heapq
 import io
 import math
+import weakref
 
 import anyio
 import anyio.lowlevel
@@ -115,6 +116,31 @@ async def test_items_may_come_from_an_asynchronous_iterable(client):
             yield picture(number)
 
     assert len([each async for each in client.bulk(pictures())]) == 5
+
+
+async def test_what_is_done_and_read_is_held_no_more_while_the_run_goes_on(client, photo):
+    """Arrays and Pillow's images would fill the memory, with as many requests as may be open."""
+
+    class Photo(str):
+        __slots__ = ("__weakref__",)
+
+    held = []
+
+    async def photos():
+        for _ in range(20):
+            path = Photo(photo)
+            held.append(weakref.ref(path))
+            yield path
+            del path
+        await anyio.sleep_forever()
+
+    async with client.bulk(photos()) as run:
+        for _ in range(20):
+            assert (await anext(run)).ok
+        while run.in_flight:
+            await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint()
+        assert [ref for ref in held if ref() is not None] == []
 
 
 async def test_no_items_are_no_results(simulator, client):

@@ -284,6 +284,7 @@ class _Work:
                     self._resting.pop().set_result((index, item))
                 else:
                     group.start_soon(self._do_all, index, item)
+                del item  # it may be large, and the next one may take long
         finally:
             self._is_fed = True
             for task in self._resting:
@@ -303,14 +304,21 @@ class _Work:
 
     async def _do_all(self, index: int, item: Any) -> None:
         """Do one item, and then the items that `_feed` hands over."""
-        given: tuple[int, Any] | None = (index, item)
-        while given is not None:
-            await self._do(*given)
-            if self._is_fed:
+        while True:
+            await self._do(index, item)
+            del item  # it may be large, and the task may rest for long
+            given = None if self._is_fed else await self._rest()
+            if given is None:
                 return
-            rest = asyncio.get_running_loop().create_future()
-            self._resting.append(rest)
-            given = await rest
+            index, item = given
+            del given
+
+    async def _rest(self) -> tuple[int, Any] | None:
+        """Wait for an item; return None at the end of the items."""
+        rest = asyncio.get_running_loop().create_future()
+        self._resting.append(rest)
+        given: tuple[int, Any] | None = await rest
+        return given
 
     async def _do(self, index: int, item: Any) -> None:
         began = time.monotonic()
