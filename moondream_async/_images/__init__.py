@@ -129,14 +129,12 @@ def encode_at_once(image: object, *, max_pixels: int | None = None) -> EncodedIm
 
 def encode_small_file(path: object, *, max_pixels: int | None = None) -> EncodedImage | None:
     """Do as `encode_at_once` for the path of a small file; this blocks for a millisecond."""
-    try:
-        return _encode_small(inputs.read(path, _SMALL_FILE_BYTES), max_pixels)
-    except Exception:  # noqa: BLE001 - `encode_image` raises it again
-        return None
+    return _encode_small(path, max_pixels)
 
 
-def _encode_small(image: bytes, max_pixels: int | None) -> EncodedImage | None:
+def _encode_small(source: object, max_pixels: int | None) -> EncodedImage | None:
     try:
+        image = inputs.read(source, _SMALL_FILE_BYTES)
         if image.startswith(png.SIGNATURE):
             width, height = struct.unpack(">II", image[16:24])
             if width * height > _AT_ONCE_PIXELS:
@@ -147,7 +145,7 @@ def _encode_small(image: bytes, max_pixels: int | None) -> EncodedImage | None:
             if not few or "moondream_async._images.convert" not in sys.modules:
                 return None
         return _as_it_is(data, header, max_pixels, len(image))
-    except Exception:  # noqa: BLE001 - likewise
+    except Exception:  # noqa: BLE001 - `encode_image` raises it again
         return None
 
 

@@ -233,13 +233,13 @@ class AnswerDecoder:
             return None
         if True in [each.completed for each in chunks]:
             return None
-        self._template = None  # it did not fit these events
         self._learn(b"data: " + events[-1], b"\n\n", chunks[-1])
         return self._block(self._texts(chunks), _last_id(chunks), data)
 
     def _learn(self, line: bytes, gap: bytes, chunk: Any) -> None:
-        """Make a template of a line, for the events that follow, if there is none."""
-        if self._template is None and self._lessons:
+        """Make a template of a line, for the events that follow; the one before did not fit."""
+        self._template = None
+        if self._lessons:
             self._lessons -= 1
             self._template = Template.learn(line, self._key, gap, chunk.request_id or None)
 
@@ -269,7 +269,7 @@ class AnswerDecoder:
             elif line:
                 break
             end += len(line) + 1
-        if chunks:
+        if chunks and self._template is None:
             gap = b"\n\n" if last + b"\n\n" in data else b"\n"
             self._learn(last, gap, chunks[-1])
         block = self._block(self._texts(chunks), _last_id(chunks), data[:end])
