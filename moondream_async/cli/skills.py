@@ -113,13 +113,21 @@ def query(
     run(_ask(client, "query", picture, as_json=as_json, **asked))
 
 
+def _sought(
+    *, context: typer.Context, object: Object, max_objects: MaxObjects = None, save: Save = None
+) -> dict[str, Any]:
+    settings = None if max_objects is None else {"max_objects": max_objects}
+    return {"object": object, "settings": settings, "save": _checked(context, save)}
+
+
+Sought = Annotated[dict[str, Any], options.Group(_sought)]
+"""What to look for, and where to draw what was found."""
+
+
 def detect(
-    context: typer.Context,
     *,
     image: options.Image,
-    object: Object,
-    max_objects: MaxObjects = None,
-    save: Save = None,
+    sought: Sought,
     as_json: options.AsJson = False,
     server: options.OfModel,
 ) -> None:
@@ -130,21 +138,13 @@ def detect(
     With --json, the answer is one object with the keys objects, request_id,
     finish_reason and metrics.
     """
-    asked: dict[str, Any] = {
-        "save": _checked(context, save),
-        "settings": _limit(max_objects),
-        "object": object,
-    }
-    run(_ask(server.client(), "detect", read_image(image), as_json=as_json, **asked))
+    run(_ask(server.client(), "detect", read_image(image), as_json=as_json, **sought))
 
 
 def point(
-    context: typer.Context,
     *,
     image: options.Image,
-    object: Object,
-    max_objects: MaxObjects = None,
-    save: Save = None,
+    sought: Sought,
     as_json: options.AsJson = False,
     server: options.OfModel,
 ) -> None:
@@ -155,12 +155,7 @@ def point(
     With --json, the answer is one object with the keys points, request_id,
     finish_reason and metrics.
     """
-    asked: dict[str, Any] = {
-        "save": _checked(context, save),
-        "settings": _limit(max_objects),
-        "object": object,
-    }
-    run(_ask(server.client(), "point", read_image(image), as_json=as_json, **asked))
+    run(_ask(server.client(), "point", read_image(image), as_json=as_json, **sought))
 
 
 def segment(
@@ -194,10 +189,6 @@ def segment(
         raise MoondreamError("--save of an outline needs: pip install 'moondream-async[cli]'")
     asked: dict[str, Any] = {"object": object, "stream": stream}
     run(_ask(server.client(), "segment", read_image(image), as_json=as_json, save=save, **asked))
-
-
-def _limit(max_objects: int | None) -> dict[str, int] | None:
-    return None if max_objects is None else {"max_objects": max_objects}
 
 
 def _checked(context: typer.Context, save: Path | None) -> Path | None:
