@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 
+import pytest
 from raw_server import RawServer, whole
 
 import moondream_async as md
@@ -19,6 +20,13 @@ async def rounds(count=50):
     """Let everything run that can run."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def refuses(method, given, message):
+    """Call a method with arguments that can't be right; it is a coroutine or an iterator."""
+    called = method(**given)
+    with pytest.raises(md.RequestError, match=message):
+        await (anext(called) if hasattr(called, "__anext__") else called)
 
 
 def replying(*replies):

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import anyio
 import pytest
 import trustme
-from canned import IMAGE, client_of, replying
+from canned import IMAGE, client_of, refuses, replying
 from raw_server import GoneError, RawServer, head, whole
 
 import moondream_async as md
@@ -284,9 +284,7 @@ ASKED = [
 async def test_what_cannot_be_right_is_refused_before_anything_is_sent(
     client, simulator, method, given, message
 ):
-    called = getattr(client.batches, method)(**given)
-    with pytest.raises(md.RequestError, match=message):
-        await (anext(called) if hasattr(called, "__anext__") else called)
+    await refuses(getattr(client.batches, method), given, message)
     assert simulator.requests == []
 
 

@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from canned import IMAGE, replying
+from canned import IMAGE, refuses, replying
 from raw_server import RawServer, whole
 
 import moondream_async as md
@@ -117,9 +117,7 @@ ASKED = [
 async def test_what_cannot_be_right_is_refused_before_anything_is_sent(
     client, simulator, method, given, message
 ):
-    called = getattr(client.tuning, method)(**given)
-    with pytest.raises(md.RequestError, match=message):
-        await (anext(called) if hasattr(called, "__anext__") else called)
+    await refuses(getattr(client.tuning, method), given, message)
     assert simulator.requests == []
 
 

@@ -1,5 +1,6 @@
 """What is the same for all contenders: the picture, and the bodies that are sent."""
 
+import asyncio
 import base64
 import json
 import random
@@ -30,3 +31,14 @@ def messages_about(path):
         {"type": "image_url", "image_url": {"url": f"data:{TYPE};base64,{image}"}},
     ]
     return [{"role": "user", "content": content}]
+
+
+async def in_workers(ask, paths, at_once):
+    """Ask about each picture, in as many workers as are to be at once; return the answers."""
+    left = iter(paths)
+
+    async def work():
+        return [await ask(path) for path in left]
+
+    found = await asyncio.gather(*(work() for _ in range(at_once)))
+    return [answer for each in found for answer in each]

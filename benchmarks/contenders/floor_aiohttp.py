@@ -4,7 +4,6 @@ It knows the one form in which the events come, and looks for no fault.
 """
 # ruff: noqa: D101, D102 - the package's docstring says what each has
 
-import asyncio
 import base64
 import contextlib
 import json
@@ -86,18 +85,15 @@ class Session:
 
     async def bulk(self, paths, at_once):
         """Read, encode and post each picture, in as many workers as are to be at once."""
-        left, answers = iter(paths), []
 
-        async def work():
-            for path in left:
-                image = base64.b64encode(read(path)).decode()
-                url = f"data:image/jpeg;base64,{image}"
-                body = json.dumps({"image_url": url, "length": "normal", "stream": False})
-                post = self._session.post(
-                    f"{self._endpoint}/caption", data=body.encode(), headers=_same.JSON
-                )
-                async with post as response:
-                    answers.append(decode_answer(await response.read())["caption"])
+        async def ask(path):
+            image = base64.b64encode(read(path)).decode()
+            url = f"data:image/jpeg;base64,{image}"
+            body = json.dumps({"image_url": url, "length": "normal", "stream": False})
+            post = self._session.post(
+                f"{self._endpoint}/caption", data=body.encode(), headers=_same.JSON
+            )
+            async with post as response:
+                return decode_answer(await response.read())["caption"]
 
-        await asyncio.gather(*(work() for _ in range(at_once)))
-        return answers
+        return await _same.in_workers(ask, paths, at_once)

@@ -1,7 +1,6 @@
 """Hugging Face's client for inference servers, on the chat."""
 # ruff: noqa: D101 - the package's docstring says what each has
 
-import asyncio
 import contextlib
 
 import huggingface_hub
@@ -26,12 +25,9 @@ class Session:
 
     async def bulk(self, paths, at_once):
         """Ask the chat about each picture, in as many workers as are to be at once."""
-        left, answers = iter(paths), []
 
-        async def work():
-            for path in left:
-                answer = await self._client.chat_completion(_same.messages_about(path), model=MODEL)
-                answers.append(answer.choices[0].message.content)
+        async def ask(path):
+            answer = await self._client.chat_completion(_same.messages_about(path), model=MODEL)
+            return answer.choices[0].message.content
 
-        await asyncio.gather(*(work() for _ in range(at_once)))
-        return answers
+        return await _same.in_workers(ask, paths, at_once)

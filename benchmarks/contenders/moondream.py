@@ -1,7 +1,6 @@
 """This project."""
 # ruff: noqa: D101, D102 - the package's docstring says what each has
 
-import asyncio
 import contextlib
 
 import moondream_async as md
@@ -46,10 +45,7 @@ class Session:
             return [done.result.caption async for done in run]
 
     async def bulk_by_calls(self, paths, at_once):
-        left = iter(paths)
+        async def ask(path):
+            return (await self._client.caption(path)).caption
 
-        async def work():
-            return [(await self._client.caption(path)).caption for path in left]
-
-        found = await asyncio.gather(*(work() for _ in range(at_once)))
-        return [caption for each in found for caption in each]
+        return await _same.in_workers(ask, paths, at_once)

@@ -1,7 +1,6 @@
 """The openai package with the HTTP client that it brings, on the chat stream."""
 # ruff: noqa: D101, D102 - the package's docstring says what each has
 
-import asyncio
 import contextlib
 
 import openai
@@ -35,14 +34,10 @@ class Session:
 
     async def bulk(self, paths, at_once):
         """Ask the chat about each picture, in as many workers as are to be at once."""
-        left, answers = iter(paths), []
 
-        async def work():
-            for path in left:
-                answer = await self._client.chat.completions.create(
-                    model=MODEL, messages=_same.messages_about(path)
-                )
-                answers.append(answer.choices[0].message.content)
+        async def ask(path):
+            messages = _same.messages_about(path)
+            answer = await self._client.chat.completions.create(model=MODEL, messages=messages)
+            return answer.choices[0].message.content
 
-        await asyncio.gather(*(work() for _ in range(at_once)))
-        return answers
+        return await _same.in_workers(ask, paths, at_once)
