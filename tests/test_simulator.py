@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import re
+import socket
 import ssl
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -103,6 +106,20 @@ async def test_station_streams_bare_chunks_then_stats_then_the_marker():
     assert chunks == [{"chunk": word} for word in WORDS]
     assert stats["stats"].keys() == {"tokens", "duration", "tokens_per_sec"}
     assert final == {"completed": True}
+
+
+@pytest.mark.parametrize("rounds", range(6))
+async def test_connection_that_comes_at_the_end_is_closed(rounds):
+    """Where it is not, a warning that is an error says so."""
+    async with Simulator() as simulator:
+        address = urlsplit(simulator.endpoint)
+        # This blocks the event loop, so that the server has not accepted it yet.
+        peer = socket.create_connection((address.hostname, address.port), timeout=60)
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+    with peer:
+        assert peer.recv(1) == b""
+    gc.collect()
 
 
 async def test_old_server_streams_without_ids_and_closes_the_connection():

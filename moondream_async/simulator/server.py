@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # A picture of 10 MB is 13.4 MB of base64. A longer body is refused.
 MAX_BODY_BYTES = 20 * 1024 * 1024
 
+_ROUNDS_TO_ACCEPT = 5  # of the event loop; asyncio needs three
+
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -186,6 +188,9 @@ class Simulator:
         for task in self._answering:
             task.cancel()
         if self._runner is not None:
+            # asyncio leaves a connection open whose server is closed while it is accepted.
+            for _ in range(_ROUNDS_TO_ACCEPT):
+                await asyncio.sleep(0)
             await self._runner.cleanup()
             self._runner = None
 
