@@ -25,10 +25,27 @@ async def test_detect_prints_a_box_a_line_and_draws_them(cli, photo, tmp_path):
     assert list(tmp_path.iterdir()) == [target]  # and nothing half written beside it
 
 
-async def test_nothing_found_is_said_and_is_no_error(cli, photo):
-    status, out, errors = await cli("detect", photo, "purple unicorn")
-    assert (status, out) == (0, "")
-    assert "Nothing found" in errors
+_NOTHING = "Nothing found."
+_EMPTY = "The answer is empty."
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("detect {photo} unicorn", _NOTHING),
+        ("point {photo} unicorn", _NOTHING),
+        ("segment {photo} unicorn", _NOTHING),
+        ("segment {photo} unicorn --stream", _NOTHING),
+        ("caption {photo}", _EMPTY),
+        ("query {photo} Why? --no-stream", _EMPTY),
+        ("chat", _EMPTY),
+    ],
+)
+async def test_nothing_found_or_said_is_told_and_is_no_error(cli, photo, simulator, asked, said):
+    for scripted in (simulator.script.caption, simulator.script.query, simulator.script.chat):
+        scripted("", times=None)
+    status, out, errors = await cli(*asked.format(photo=photo).split(), stdin=b"Why?\n")
+    assert (status, out, errors) == (0, "", f"{said}\n")
 
 
 async def test_point_gives_json(cli, photo):

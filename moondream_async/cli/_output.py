@@ -39,6 +39,9 @@ _ESCAPED = re.compile(
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
+EMPTY = "The answer is empty."
+"""The remark about a caption or a reply without text."""
+
 
 def one_line(text: str) -> str:
     r"""Return a text in one line, without control characters.

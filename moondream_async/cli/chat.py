@@ -14,7 +14,7 @@ import typer
 from moondream_async import ChatStream, MoondreamClient, MoondreamError
 
 from . import _options as options
-from ._output import note, print_events, print_json, print_pieces
+from ._output import EMPTY, note, print_events, print_json, print_pieces
 from ._session import at_home
 
 _HELP = "/image PATH adds a picture to the next message, /new begins anew, /quit or Ctrl-D ends."
@@ -120,6 +120,8 @@ class Conversation:
         await print_pieces(stream)
         if stream.reasoning is not None:
             note(f"Reasoning: {stream.reasoning.text}")
+        if not stream.text_so_far:
+            note(EMPTY)
 
 
 def _obey(runner: asyncio.Runner, conversation: Conversation, line: str) -> None:

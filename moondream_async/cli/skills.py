@@ -12,13 +12,13 @@ import typer
 from moondream_async import ImageInput, MoondreamClient, MoondreamError
 from moondream_async._stream.kinds import SegmentStream
 from moondream_async._stream.stream import Stream
-from moondream_async.results import DetectResult, PointResult, SegmentResult
+from moondream_async.results import CaptionResult, QueryResult, SegmentResult
 from moondream_async.types import Length
 
 from . import _options as options
 from ._files import replacing
 from ._options import UsageError
-from ._output import coordinates, note, print_events, print_json, print_pieces, print_text
+from ._output import EMPTY, coordinates, note, print_events, print_json, print_pieces, print_text
 from ._session import at_home, read_image, run
 
 _ABOUT_IT = ("request_id", "finish_reason", "metrics")
@@ -239,30 +239,31 @@ async def _ask(
         print_json(last | said)
     else:
         if not isinstance(answer, Stream) or isinstance(answer, SegmentStream):
-            for line in _lines(result, keys[0]):
+            for line in _lines(result.get(keys[0])):
                 print_text(line)
-        for remark in _remarks(result):
+        for remark in _remarks(result, result.get(keys[0])):
             note(remark)
     if save is not None:
         await _draw(result, picture, save)
 
 
-def _lines(result: Any, key: str) -> list[str]:
-    answer = result.get(key)
-    return [coordinates(place) for place in answer] if isinstance(answer, list) else [str(answer)]
+def _lines(answer: Any) -> list[str]:
+    if isinstance(answer, list):
+        return [coordinates(place) for place in answer]
+    return [str(answer)] if answer else []
 
 
-def _remarks(result: Any) -> Iterator[str]:
+def _remarks(result: Any, answer: Any) -> Iterator[str]:
     if isinstance(result, SegmentResult):
         if result.transform is not None:
             yield f"Transform: {result.transform}"
         if result.parse_error is not None:
             yield f"The server could not read all of the outline: {result.parse_error}"
-    elif isinstance(result, (DetectResult, PointResult)):
-        if not any(result.get(name) for name in ("objects", "points")):
-            yield "Nothing found."
+            return
     elif reasoning := getattr(result, "reasoning", None):
         yield f"Reasoning: {reasoning.text}"
+    if not answer:
+        yield EMPTY if isinstance(result, (CaptionResult, QueryResult)) else "Nothing found."
 
 
 async def _draw(found: Any, picture: ImageInput, path: Path) -> None:
