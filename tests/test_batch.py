@@ -408,14 +408,14 @@ async def test_model_is_that_of_the_call_or_else_the_client(client, simulator, p
     assert [body["model"] for body in bodies] == expected
 
 
-@pytest.mark.slow
-async def test_picture_too_large_for_a_line_is_made_smaller(client, simulator):
-    noise = Image.effect_noise((2400, 2400), 100)
+async def test_pictures_too_large_for_a_line_are_made_smaller(client, simulator, monkeypatch):
+    assert protocol.MAX_IMAGE_BYTES * 4 / 3 < protocol.MAX_LINE_BYTES - 100_000
+    monkeypatch.setattr("moondream_async.batch.uploads.MAX_IMAGE_BYTES", 100_000)
+    noise = Image.effect_noise((400, 400), 100)
     batch = await finished(client, [BatchRequest.query(images=[noise] * 2, question="Same?")])
-    result = (await collect(client.batches.results(batch)))[0]
-    assert result.ok
+    assert (await collect(client.batches.results(batch)))[0].ok
     sent = sum(len(each.body) for each in simulator.requests if each.method == "PUT")
-    assert 1_000_000 < sent <= protocol.MAX_LINE_BYTES
+    assert 50_000 < sent <= 100_000 * 4 / 3 + 1000
 
 
 async def test_list_goes_through_all_pages_newest_first(client, simulator, photo):

@@ -51,37 +51,16 @@ async def in_thread(function, *args, **kwargs):
     return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
 
 
-def paths(hf, photo):
-    return hf.Dataset.from_dict({"image": [str(photo)]})
-
-
-def files(hf, photo):
-    return paths(hf, photo).cast_column("image", hf.Image(decode=False))
-
-
-def stored_files(hf, photo):
-    features = hf.Features({"image": hf.Image(decode=False)})
-    row = {"bytes": photo.read_bytes(), "path": None}
-    return hf.Dataset.from_list([{"image": row}], features=features)
-
-
-@pytest.mark.parametrize("form", [files, stored_files])
-async def test_files_are_sent_as_they_are(hf, simulator, client, photo, form):
-    answered = await in_thread(ask, form(hf, photo), endpoint=simulator.endpoint)
-    assert answered[0]["caption"] == (await client.caption(photo)).caption
-
-
 async def test_decoded_pictures_are_asked_about(hf, simulator, client, photo):
-    dataset = paths(hf, photo).cast_column("image", hf.Image())
+    dataset = hf.Dataset.from_dict({"image": [str(photo)]}).cast_column("image", hf.Image())
     answered = await in_thread(ask, dataset, endpoint=simulator.endpoint)
     with Image.open(photo) as image:
         assert answered[0]["caption"] == (await client.caption(image)).caption
     assert answered.features["image"] == dataset.features["image"]
 
 
-@pytest.mark.parametrize("decode", [True, False], ids=["decoded", "as files"])
-async def test_bad_pictures_are_errors_in_their_rows(hf, simulator, photo, decode):
-    features = hf.Features({"image": hf.Image(decode=decode)})
+async def test_pictures_that_cannot_be_decoded_are_errors_in_their_rows(hf, simulator, photo):
+    features = hf.Features({"image": hf.Image()})
     rows = [photo.read_bytes(), b"no picture", None, photo.read_bytes()]
     rows = [{"image": data and {"bytes": data, "path": None}} for data in rows]
     dataset = hf.Dataset.from_list(rows, features=features)

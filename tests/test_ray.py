@@ -44,50 +44,16 @@ def pa():
     return pytest.importorskip("pyarrow", reason="needs: python -m pip install '.[ray]'")
 
 
-async def captions_of(pa, simulator, pictures, **options):
-    stage = SkillStage(endpoint=simulator.endpoint, **options)
-    table = await stage(pa.table({"image": pictures}))
-    return table.to_pylist()
-
-
-def as_bytes(photo):
-    return photo.read_bytes()
-
-
-def as_stored_by_hugging_face(photo):
-    return {"bytes": photo.read_bytes(), "path": None}
-
-
-def as_path_stored_by_hugging_face(photo):
-    return {"bytes": None, "path": str(photo)}
-
-
-@pytest.mark.parametrize(
-    "form", [as_bytes, as_stored_by_hugging_face, as_path_stored_by_hugging_face]
-)
-async def test_pictures_are_read_from_columns_of_any_form(pa, simulator, client, photo, form):
-    (row,) = await captions_of(pa, simulator, [form(photo)])
-    assert row["caption"] == (await client.caption(photo)).caption
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # what Ray warns of is its own
 @pytest.mark.parametrize("sizes", [[20, 20, 20], [20, 21, 22]], ids=["of one size", "of several"])
 async def test_arrays_are_read_from_columns_as_ray_makes_them(pa, simulator, sizes):
     tensors = pytest.importorskip("ray.data.extensions", reason="needs: pip install '.[ray]'")
     pictures = [np.full((height, 30, 3), 200, np.uint8) for height in sizes]
-    rows = await captions_of(pa, simulator, tensors.TensorArray(pictures).__arrow_array__())
-    for row, height in zip(rows, sizes, strict=True):
-        assert f"30\N{MULTIPLICATION SIGN}{height} PNG picture" in row["caption"]
-
-
-async def test_bad_pictures_are_errors_in_their_rows(pa, simulator, photo):
-    cut = photo.read_bytes()[:1000]
-    pictures = [photo.read_bytes(), b"no picture", None, cut, photo.read_bytes()]
-    rows = await captions_of(pa, simulator, pictures)
-    assert [row["error_type"] for row in rows] == [None, *["ImageError"] * 3, None]
-    assert [row["caption"] is None for row in rows] == [False, True, True, True, False]
-    assert all(row["error_message"] for row in rows[1:4])
+    column = tensors.TensorArray(pictures).__arrow_array__()
+    rows = await SkillStage(endpoint=simulator.endpoint)(pa.table({"image": column}))
+    for caption, height in zip(rows["caption"].to_pylist(), sizes, strict=True):
+        assert f"30\N{MULTIPLICATION SIGN}{height} PNG picture" in caption
 
 
 async def test_every_batch_has_the_same_types_whatever_happened_in_it(pa, simulator, photo):

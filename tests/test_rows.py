@@ -95,8 +95,17 @@ async def test_no_key_for_the_cloud_is_told_before_anything_is_read(ask):
         await ask([{"image": "gone.jpg"}])
 
 
-async def test_pictures_are_read_from_paths(ask, here, client, photo):
-    (row,) = await ask([{"image": str(photo)}], **here)
+FORMS = {
+    "a path": str,
+    "a file's bytes": lambda photo: photo.read_bytes(),
+    "bytes as Hugging Face stores them": lambda photo: {"bytes": photo.read_bytes(), "path": None},
+    "a path as Hugging Face stores it": lambda photo: {"bytes": None, "path": str(photo)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+async def test_pictures_are_read_in_any_form(ask, here, client, photo, form):
+    (row,) = await ask([{"image": form(photo)}], **here)
     expected = await client.caption(photo)
     assert row["caption"] == expected.caption
     assert row["finish_reason"] == expected.finish_reason
@@ -104,12 +113,14 @@ async def test_pictures_are_read_from_paths(ask, here, client, photo):
     assert row["error_type"] is row["error_message"] is None
 
 
-async def test_what_fails_is_an_error_in_its_row(ask, here, simulator, photo, tmp_path):
-    pictures = [str(photo), None, str(tmp_path / "gone.jpg"), str(photo)]
-    rows = await ask([{"image": each} for each in pictures], **here)
-    assert [row["error_type"] for row in rows] == [None, "ImageError", "ImageError", None]
-    assert [row["caption"] is None for row in rows] == [False, True, True, False]
-    assert "does not exist" in rows[2]["error_message"]
+async def test_what_fails_is_an_error_in_its_row(ask, here, simulator, photo):
+    good = photo.read_bytes()
+    rows = await ask([{"image": each} for each in (good, None, b"none", good[:1000], good)], **here)
+    assert [row["error_type"] for row in rows] == [None, *["ImageError"] * 3, None]
+    assert [row["caption"] is None for row in rows] == [False, True, True, True, False]
+    assert all(row["error_message"] for row in rows[1:4])
+    (gone,) = await ask([{"image": "gone.jpg"}], **here)
+    assert "does not exist" in gone["error_message"]
     simulator.faults.extend(["status=400", "status=503"])
     rows = await ask([{"image": str(photo)}] * 3, max_retries=0, max_connections=1, **here)
     assert [row["error_type"] for row in rows] == ["BadRequestError", "ServerError", None]

@@ -32,15 +32,6 @@ async def post(simulator, path, body=BODY, **more):
 
 @in_every_dialect
 @in_words
-async def test_text_is_answered_plain_and_in_a_stream(simulator, skill):
-    getattr(simulator.script, skill)(TEXT, times=2)
-
-    assert (await post(simulator, f"/{skill}"))[KEYS[skill]] == TEXT
-    assert (await spoken.stream(simulator, f"/{skill}", BODY)).text == TEXT
-
-
-@in_every_dialect
-@in_words
 async def test_pieces_are_events_of_their_own(simulator, skill):
     pieces = ["A r", "ed ci", "rcle", " \N{MULTIPLICATION SIGN}", "\n"]
     getattr(simulator.script, skill)(pieces, times=2)
@@ -286,13 +277,6 @@ async def test_fault_of_streams_leaves_a_plain_answer_alone(client, simulator):
     assert await captions(client, 1) == [TEXT]
 
 
-async def test_answer_may_come_as_json_where_a_stream_was_asked(client, simulator):
-    simulator.script.caption(TEXT, fault="json")
-
-    async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
-        assert [piece async for piece in answer] == [TEXT]
-
-
 async def test_fault_of_the_simulator_leaves_the_answer_to_the_next_request(client, simulator):
     simulator.faults.append("status=503,retry_after=0")
     simulator.script.caption(TEXT)
@@ -414,12 +398,6 @@ async def test_leaving_the_simulator_ends_what_is_held(client, simulator):
         with pytest.raises(md.StreamInterruptedError):
             await stream.text()
     answer.release()  # nobody is there: nothing happens
-
-
-async def test_every_event_that_is_sent_wakes_those_who_wait(client, simulator):
-    simulator.script.caption(["A", " red", " circle."], hold_after=2)
-    async with client.caption(SAMPLE_IMAGE, stream=True):
-        await simulator.wait_until(lambda: simulator.requests[0].events_sent == 2)
 
 
 # -- what was received ---------------------------------------------------------------------
