@@ -7,7 +7,7 @@ else: the same picture and the same question give the same words.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from moondream_async.types import Length
@@ -57,30 +57,28 @@ def caption(picture: Picture, length: Length) -> str:
     return " ".join([*sentences, _DISCLAIMER])
 
 
-def answer(picture: Picture | None, question: str, spatial_refs: list[list[float]]) -> str:
-    """Answer a question by measurements, or say that measurements can't answer it."""
-    if picture is None:
+def answer(
+    pictures: Sequence[Picture], question: str, spatial_refs: Iterable[list[float]] = ()
+) -> str:
+    """Answer a question about each picture by measurements, or say that these can't answer it."""
+    if not pictures:
         return (
             f"No picture came with this question, and a simulator can only measure: {_ABILITIES}."
         )
-    there = [_tell_reference(picture, reference) for reference in spatial_refs]
-    return " ".join([*there, _answer_question(picture, question)])
+    if len(pictures) > 1:
+        return " ".join(
+            f"Picture {number}: {answer([picture], question)}"
+            for number, picture in enumerate(pictures, 1)
+        )
+    there = [_tell_reference(pictures[0], reference) for reference in spatial_refs]
+    return " ".join([*there, _answer_question(pictures[0], question)])
 
 
-def answer_about_several(pictures: list[Picture], question: str) -> str:
-    """Answer a question about each of several pictures."""
-    if len(pictures) < 2:
-        return answer(pictures[0] if pictures else None, question, [])
-    return " ".join(
-        f"Picture {number}: {answer(picture, question, [])}"
-        for number, picture in enumerate(pictures, 1)
-    )
-
-
-def think(picture: Picture | None, question: str) -> dict[str, Any]:
+def think(pictures: Sequence[Picture], question: str) -> dict[str, Any]:
     """Return the reasoning that leads to the answer: a text, and the place each span names."""
-    if picture is None:
+    if not pictures:
         return {"text": "There is no picture to measure.", "grounding": []}
+    picture = pictures[0]
     text = f"The question has {len(question.split())} words. I measure {_tell_size(picture)}."
     grounding = []
     for area in picture.areas[:4]:
@@ -102,7 +100,7 @@ def find_areas(picture: Picture, object: str, spatial_refs: list[list[float]]) -
     colour = name_colour(object)
     if colour is None:
         general = re.search(r"\b(shape|object|thing|area|region)", object.lower())
-        areas = list(picture.areas) if general else []
+        areas = picture.areas if general else []
     elif colour == picture.background:
         areas = [picture.ground]
     else:
@@ -110,7 +108,12 @@ def find_areas(picture: Picture, object: str, spatial_refs: list[list[float]]) -
     if not spatial_refs:
         return areas
     places = [_middle(reference) for reference in spatial_refs]
-    return [area for area in areas if any(area.holds(*place) for place in places)]
+    return [
+        area
+        for area in areas
+        for left, top, right, bottom in [area.box]
+        if any(left <= x <= right and top <= y <= bottom for x, y in places)
+    ]
 
 
 def _answer_question(picture: Picture, question: str) -> str:
@@ -181,7 +184,7 @@ _TOPICS: tuple[tuple[str, Callable[[Picture, str, str | None], str]], ...] = (
 
 
 def _tell_brightest(picture: Picture) -> str:
-    if picture.evenly_lit:
+    if picture.brightest is None:
         return "It is equally bright everywhere."
     return f"The brightest part is at the {_tell_place(*picture.brightest)}."
 

@@ -81,7 +81,7 @@ class Chat:
         _check_conversation(body.messages)
         answer = received.scripted.begin() if received.scripted else None
         if answer is None:
-            answer = await self._solve(body)
+            answer = await self._gallery.run(self._measure, body)
         self._answered += 1
         head = {
             "id": f"chatcmpl-{self._answered:08x}",
@@ -106,16 +106,16 @@ class Chat:
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
         return head | {"choices": [choice], "usage": usage}
 
-    async def _solve(self, body: _ChatBody) -> Answer:
+    def _measure(self, body: _ChatBody) -> Answer:
         question = body.messages[-1].text
         shown = [message.images for message in body.messages if message.images]
-        pictures = [await self._gallery.look(url) for url in (shown[-1] if shown else [])]
+        pictures = [self._gallery.look(url) for url in (shown[-1] if shown else [])]
         limit = body.max_completion_tokens or body.max_tokens or 4096
         thought = ""
         if body.reasoning:
-            thought = answers.think(pictures[0] if pictures else None, question)["text"]
+            thought = answers.think(pictures, question)["text"]
         words = split_words(thought)
-        text = answers.answer_about_several(pictures, question)
+        text = answers.answer(pictures, question)
         answer = say("chat", "content", text, max(0, limit - len(words)))
         answer.reasoning = {"text": "".join(words[:limit])}
         return answer

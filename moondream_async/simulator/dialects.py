@@ -53,13 +53,7 @@ class Dialect:
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""
-        body = self._body(answer)
-        if answer.reasoning is not None:
-            body["reasoning"] = answer.reasoning
-        return body
-
-    def _body(self, answer: Answer) -> Body:
-        return dict(answer.result)
+        return answer.fields()
 
     def events(self, answer: Answer) -> Iterator[Event]:
         """Yield the answer as events, each made when it is asked for."""
@@ -111,8 +105,9 @@ class Cloud(Dialect):
     hosted = True
     ascii = False
 
-    def _body(self, answer: Answer) -> Body:
-        head = {"request_id": self._request_id(answer), **answer.result}
+    def body(self, answer: Answer) -> Body:
+        """Return the answer as one JSON body."""
+        head = {"request_id": self._request_id(answer), **answer.fields()}
         return head | {"finish_reason": answer.finish_reason, "metrics": answer.metrics()}
 
     def _text(self, answer: Answer) -> Iterator[Event]:
@@ -153,9 +148,10 @@ class Kestrel(Dialect):
     streams_reasoning = False
     tokens_per_event: ClassVar[int] = 3
 
-    def _body(self, answer: Answer) -> Body:
+    def body(self, answer: Answer) -> Body:
+        """Return the answer as one JSON body."""
         head = {"request_id": str(answer.number), "finish_reason": answer.finish_reason}
-        return head | answer.result | {"metrics": answer.metrics()}
+        return head | answer.fields() | {"metrics": answer.metrics()}
 
     def _text(self, answer: Answer) -> Iterator[Event]:
         size = 1 if answer.piece_by_piece else self.tokens_per_event
@@ -165,7 +161,7 @@ class Kestrel(Dialect):
             body = {"chunk": chunk, "completed": False, "token_index": start + size - 1}
             yield self.encode(body, tokens=size)
         rest = answer.pieces[whole:]  # too few for an event; the final one has them
-        final = {"chunk": "".join(rest), "completed": True, **self._body(answer)}
+        final = {"chunk": "".join(rest), "completed": True, **self.body(answer)}
         yield self.encode(final, tokens=len(rest), last=True)
 
 

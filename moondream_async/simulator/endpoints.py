@@ -57,8 +57,7 @@ class Endpoints:
             raise RefusedError("Streaming is not supported when reasoning is enabled")
         answer = received.scripted.begin() if received.scripted else None
         if answer is None:
-            picture = await self._gallery.look(body.image_url) if body.image_url else None
-            answer = skill.solve(body, picture)
+            answer = await self._gallery.run(skill.answer, body, self._gallery)
         self._answered += 1
         answer.number, answer.received = self._answered, started
         return dialect.events(answer) if stream else dialect.body(answer)

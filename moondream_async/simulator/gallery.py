@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import anyio
 import anyio.to_thread
 
 from .pixels import Picture, UnreadablePictureError, measure
 from .validation import RefusedError, decode_image
+
+T = TypeVar("T")
 
 # How many pictures' measurements are kept; each is some tens of kilobytes.
 _KEPT_PICTURES = 64
@@ -26,18 +29,19 @@ class Gallery:
     def __init__(self) -> None:
         self._limiter = anyio.CapacityLimiter(_AT_ONCE)
 
-    async def look(self, image_url: str) -> Picture:
-        """Decode a data URL and measure the picture in it, in a worker thread.
+    async def run(self, look: Callable[..., T], *args: Any) -> T:
+        """Call a function that looks at pictures, in a worker thread.
 
-        Cancelling waits for the thread, which takes tenths of a second at most.
+        Cancelling waits for the thread, which takes tenths of a second for a picture.
+        """
+        return await anyio.to_thread.run_sync(look, *args, limiter=self._limiter)
+
+    def look(self, image_url: str) -> Picture:
+        """Decode a data URL and measure the picture in it. Blocks.
 
         Raises:
             RefusedError: The data URL is malformed, or doesn't hold a picture.
         """
-        return await anyio.to_thread.run_sync(self.look_blocking, image_url, limiter=self._limiter)
-
-    def look_blocking(self, image_url: str) -> Picture:
-        """Do what `look` does, in the calling thread."""
         data = decode_image(image_url)
         digest = hashlib.sha256(data).digest()
         picture = self._measured.get(digest)

@@ -1,11 +1,9 @@
 """A picture's bytes in, what can be measured in its pixels out.
 
-Nothing here knows what a picture shows: it measures how large and how bright a picture
-is, and where its colours lie. Colours are measured on a small copy of the picture, at
-most `GRID` cells wide or high, in which every cell has the name of a colour: enough to
-find a red circle, and fast enough for every request.
-
-`measure` blocks, for milliseconds to tenths of a second: call it in a thread.
+Nothing here knows what a picture shows: `measure` finds out how large and how bright a
+picture is, and where its colours lie. Colours are measured on a small copy of the
+picture, at most `GRID` cells wide or high, in which every cell has the name of a colour:
+enough to find a red circle, and fast enough for every request.
 """
 
 from __future__ import annotations
@@ -19,14 +17,11 @@ from PIL import Image, ImageFilter, ImageStat
 
 GRID = 160
 
-# The formats in the API's documentation, and WebP. The engine may accept more.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-
-# One picture costs at most half a gigabyte and some seconds. That is eight bytes a pixel, with
-# WebP sixteen; large JPEGs are decoded at an eighth of their size, but for progressive ones.
-_MOST_PIXELS = {"JPEG": 100_000_000, "PNG": 50_000_000, "GIF": 50_000_000, "WEBP": 25_000_000}
-_MOST_PROGRESSIVE = 50_000_000
-_MOST_SCANNED = 3_000_000_000  # pixels of a progressive JPEG, all scans together
+# What decoding a pixel costs, beside a JPEG's: a large JPEG is decoded at an eighth of its
+# size, but for a progressive one. The formats are those in the API's documentation, and WebP.
+_COSTS = {"JPEG": 1.0, "PNG": 2.0, "GIF": 2.0, "WEBP": 4.0}
+_COST_OF_A_SCAN = 1 / 30
+_MOST_PIXELS = 100_000_000  # of a JPEG: half a gigabyte and some seconds
 _LONGEST_SIDE = 100_000
 
 # A cell has the name of the nearest example. A name for a large part of the colour space
@@ -46,20 +41,30 @@ _EXAMPLES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "brown": ((139, 69, 19), (100, 60, 30), (170, 120, 70)),
 }
 COLOURS = tuple(_EXAMPLES)
-
 _PALETTE = Image.new("P", (1, 1))
-_PALETTE.putpalette(
-    [value for colours in _EXAMPLES.values() for colour in colours for value in colour]
-)
-_PALETTE_TO_COLOUR = bytes(
+_PALETTE.putpalette([part for colours in _EXAMPLES.values() for rgb in colours for part in rgb])
+_COLOUR_OF_ENTRY = bytes(
     number for number, colours in enumerate(_EXAMPLES.values()) for _ in colours
 ).ljust(256, b"\0")
 
 _SMALLEST_SHARE = 0.001  # of the picture; a smaller area is noise or an edge
+_UNEVEN = 8  # of 255: the least difference between a picture's brightest and darkest part
+
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,  # of Pillow's reader of PNG
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # raised where warnings are errors
+)
 
 
 class UnreadablePictureError(ValueError):
     """The bytes are not a picture in a supported format."""
+
+
+Place = tuple[float, float]
+"""X and y, 0-1."""
 
 
 class Area(msgspec.Struct, frozen=True):
@@ -70,15 +75,10 @@ class Area(msgspec.Struct, frozen=True):
     """Of the picture, 0-1."""
     box: tuple[float, float, float, float]
     """Left, top, right, bottom, 0-1."""
-    centre: tuple[float, float]
-    """The mean of its cells, x and y, 0-1."""
-    outline: tuple[tuple[float, float], ...]
-    """Down the right side and up the left one, 0-1: exact for shapes without bays at the sides."""
-
-    def holds(self, x: float, y: float) -> bool:
-        """Whether a place lies in the box."""
-        left, top, right, bottom = self.box
-        return left <= x <= right and top <= y <= bottom
+    centre: Place
+    """The mean of its cells."""
+    outline: list[Place]
+    """Down the right side and up the left one: exact for shapes without bays at the sides."""
 
 
 class Picture(msgspec.Struct, frozen=True):
@@ -90,185 +90,144 @@ class Picture(msgspec.Struct, frozen=True):
     file_bytes: int
     brightness: float
     """The mean, 0 (black) to 1 (white)."""
-    brightest: tuple[float, float]
-    """The middle of the brightest part, x and y, 0-1."""
-    darkest: tuple[float, float]
-    evenly_lit: bool
+    brightest: Place | None
+    """The middle of the brightest part; None where all parts are equally bright."""
+    darkest: Place
     shares: dict[str, float]
     """The share of each colour, 0-1, the largest first."""
-    areas: tuple[Area, ...]
+    areas: list[Area]
     """All areas but specks and the background, the largest first."""
-    ground: Area
-    """The whole picture, as an area of the background's colour."""
-    columns: int
-    rows: int
-    cells: bytes
-    """The number of each cell's colour in `COLOURS`, row by row."""
+    named: Image.Image
+    """The small copy; the value of a cell is the number of its colour in `COLOURS`."""
 
     @property
     def background(self) -> str:
         """The colour with the largest share."""
         return next(iter(self.shares))
 
+    @property
+    def ground(self) -> Area:
+        """The whole picture, as an area of the background's colour."""
+        corners = [(1.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)]
+        return Area(self.background, 1.0, (0.0, 0.0, 1.0, 1.0), (0.5, 0.5), corners)
+
     def colour_at(self, x: float, y: float) -> str:
         """Return the name of the colour at a place, 0-1."""
-        column = min(int(x * self.columns), self.columns - 1)
-        row = min(int(y * self.rows), self.rows - 1)
-        return COLOURS[self.cells[row * self.columns + column]]
+        columns, rows = self.named.size
+        column, row = min(int(x * columns), columns - 1), min(int(y * rows), rows - 1)
+        return COLOURS[self.named.tobytes()[row * columns + column]]
 
 
 def measure(data: bytes) -> Picture:
-    """Decode a picture and measure it.
+    """Decode a picture and measure it. Blocks, for milliseconds to tenths of a second.
 
     Raises:
         UnreadablePictureError: The picture can't be decoded to its last row, or decoding
             would cost too much time or memory.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            picture_format = opened.format or ""
+        with Image.open(io.BytesIO(data), formats=tuple(_COSTS)) as opened:
             width, height = opened.size
             _check_cost(opened, data)
             # A JPEG decodes at a fraction of its size in a fraction of the time.
             opened.draft("RGB", (2 * GRID, 2 * GRID))
-            opened.load()
-            image = opened if opened.mode == "RGB" else opened.convert("RGB")
-    except UnreadablePictureError:
-        raise
-    # SyntaxError is Pillow's PNG reader's. Bombs are warnings, and errors where warnings are.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+            image = opened.convert("RGB")
+    except _UNREADABLE as error:
         raise UnreadablePictureError(f"not a readable picture: {error}") from error
 
     scale = min(1.0, GRID / max(image.size))
-    columns, rows = (max(1, round(side * scale)) for side in image.size)
-    # The nearest pixel, not the mean: a mean of red and white would be pink.
-    small = image.resize((columns, rows), Image.Resampling.NEAREST)
-    nearest = small.quantize(palette=_PALETTE, dither=Image.Dither.NONE)
-    cells = nearest.tobytes().translate(_PALETTE_TO_COLOUR)
-    # Where two colours meet, each cell takes the colour that most of its neighbours have, as
-    # the median of two numbers is the more frequent one: specks and thin rims vanish. (A mode
-    # filter has the right name, and takes four times as long.)
-    names = Image.frombytes("L", (columns, rows), cells).filter(ImageFilter.MedianFilter(3))
-    cells = names.tobytes()
-    counts = sorted((-count, number) for number, count in enumerate(names.histogram()) if count)
-    background = counts[0][1]
-    ground = [(row, 0, columns, background) for row in range(rows)]
-    light = image.convert("L").resize((columns, rows), Image.Resampling.BOX)
-    coarse = light.resize((min(8, columns), min(6, rows)), Image.Resampling.BOX)
+    size = [max(1, round(side * scale)) for side in image.size]
+    named = _name_colours(image.resize(size, Image.Resampling.NEAREST))
+    counts = sorted((-count, number) for number, count in enumerate(named.histogram()) if count)
+    shares = {COLOURS[number]: -count / math.prod(size) for count, number in counts}
+    light = image.convert("L").resize(size, Image.Resampling.BOX)
+    coarse = light.resize((min(8, size[0]), min(6, size[1])), Image.Resampling.BOX)
     lights = coarse.tobytes()
-    darkest, brightest = min(lights), max(lights)
+    dark, bright = min(lights), max(lights)
     return Picture(
-        format=picture_format,
+        format=opened.format or "",
         width=width,
         height=height,
         file_bytes=len(data),
         brightness=ImageStat.Stat(light).mean[0] / 255,
-        brightest=_find(brightest, lights, coarse.size),
-        darkest=_find(darkest, lights, coarse.size),
-        evenly_lit=brightest - darkest < 8,
-        shares={COLOURS[number]: -count / len(cells) for count, number in counts},
-        areas=tuple(_find_areas(cells, columns, rows, background)),
-        ground=_describe_area(ground, columns, rows),
-        columns=columns,
-        rows=rows,
-        cells=cells,
+        brightest=_find(bright, lights, coarse.size) if bright - dark >= _UNEVEN else None,
+        darkest=_find(dark, lights, coarse.size),
+        shares=shares,
+        areas=_measure_areas(named, next(iter(shares))),
+        named=named,
     )
-
-
-def _find(value: int, lights: bytes, size: tuple[int, int]) -> tuple[float, float]:
-    """Return the middle of the first pixel with this value, 0-1."""
-    row, column = divmod(lights.index(value), size[0])
-    return (column + 0.5) / size[0], (row + 0.5) / size[1]
 
 
 def _check_cost(opened: Image.Image, data: bytes) -> None:
     """Refuse a picture before it is decoded, if decoding would cost too much."""
     width, height = opened.size
-    most, scans = _MOST_PIXELS[opened.format or "WEBP"], 1
+    cost = _COSTS[opened.format or "WEBP"]
     if opened.info.get("progressive"):
-        most, scans = _MOST_PROGRESSIVE, data.count(b"\xff\xda")
-    if (
-        width * height > most
-        or max(width, height) > _LONGEST_SIDE
-        or width * height * scans > _MOST_SCANNED
-    ):
+        cost = max(2.0, data.count(b"\xff\xda") * _COST_OF_A_SCAN)
+    if width * height * cost > _MOST_PIXELS or max(width, height) > _LONGEST_SIDE:
         raise UnreadablePictureError(f"too large a picture: {width}x{height}")
 
 
-# A row's cells of one colour side by side: row, start, stop, and the colour's number.
-_Run = tuple[int, int, int, int]
+def _name_colours(small: Image.Image) -> Image.Image:
+    """Return a copy in which the value of a pixel is the number of its colour in `COLOURS`."""
+    nearest = small.quantize(palette=_PALETTE, dither=Image.Dither.NONE).tobytes()
+    named = Image.frombytes("L", small.size, nearest.translate(_COLOUR_OF_ENTRY))
+    # Where two colours meet, each cell takes the colour that most of its neighbours have, as
+    # the median of two numbers is the more frequent one: specks and thin rims vanish. (A mode
+    # filter has the right name, and takes four times as long.)
+    return named.filter(ImageFilter.MedianFilter(3))
+
+
+def _find(value: int, lights: bytes, size: tuple[int, int]) -> Place:
+    """Return the middle of the first pixel with this value."""
+    row, column = divmod(lights.index(value), size[0])
+    return (column + 0.5) / size[0], (row + 0.5) / size[1]
+
+
+_Run = tuple[int, int, int]  # cells of one colour side by side: their row, start and stop
 _SAME = re.compile(rb"(.)\1*", re.DOTALL)
 
 
-def _find_areas(cells: bytes, columns: int, rows: int, background: int) -> list[Area]:
-    areas: dict[int, list[_Run]] = {}
-    for number, run in _find_runs(cells, columns, rows):
-        if run[3] != background:
-            areas.setdefault(number, []).append(run)
-    smallest = max(1, math.ceil(len(cells) * _SMALLEST_SHARE))
-    described = [
-        _describe_area(runs, columns, rows)
-        for runs in areas.values()
-        if sum(stop - start for _, start, stop, _ in runs) >= smallest
-    ]
-    return sorted(described, key=lambda area: -area.share)
-
-
-def _find_runs(cells: bytes, columns: int, rows: int) -> list[tuple[int, _Run]]:
-    """Return all runs, row by row, each with the number of its area's first run."""
-    runs: list[_Run] = []
-    earlier: list[int] = []  # of each run, one of its area that was found before it, or itself
-
-    def first(number: int) -> int:
-        while earlier[number] != number:
-            earlier[number] = number = earlier[earlier[number]]
-        return number
-
-    above: list[int] = []  # the number of the run that each cell of the row above is in
+def _measure_areas(named: Image.Image, background: str) -> list[Area]:
+    """Connect the runs of one colour that touch, row by row, and measure what they make."""
+    cells = named.tobytes()
+    columns, rows = named.size
+    area_of: dict[_Run, list[_Run]] = {}
+    above: list[_Run] = []  # the run that each cell of the row above is in
     for row in range(rows):
-        here: list[int] = []
+        here: list[_Run] = []
         for match in _SAME.finditer(cells, row * columns, (row + 1) * columns):
-            number, colour, start = len(runs), match[0][0], len(here)
-            here += [number] * len(match[0])
-            runs.append((row, start, len(here), colour))
-            earlier.append(number)
-            for over in set(above[start : len(here)]):
-                if runs[over][3] == colour:
-                    one, other = sorted((first(over), first(number)))
-                    earlier[other] = one
+            run = (row, len(here), len(here) + len(match[0]))
+            area_of[run] = [run]
+            for over in set(above[run[1] : run[2]]):
+                small, large = sorted((area_of[over], area_of[run]), key=len)
+                same_colour = cells[(row - 1) * columns + over[1]] == match[0][0]
+                if same_colour and small is not large:
+                    large += small
+                    area_of.update(dict.fromkeys(small, large))
+            here += [run] * len(match[0])
         above = here
-    return [(first(number), run) for number, run in enumerate(runs)]
+    areas = []
+    for runs in {id(runs): runs for runs in area_of.values()}.values():
+        runs.sort()
+        colour = COLOURS[cells[runs[0][0] * columns + runs[0][1]]]
+        share = sum(stop - start for _, start, stop in runs) / len(cells)
+        if colour != background and share >= _SMALLEST_SHARE:
+            areas.append(_measure_area(runs, colour, share, named.size))
+    return sorted(areas, key=lambda area: -area.share)
 
 
-def _describe_area(found: list[_Run], columns: int, rows: int) -> Area:
-    sides: dict[int, tuple[int, int]] = {}  # row: where its cells begin and end
-    size = across = down = 0
-    for row, start, stop, _ in found:
+def _measure_area(runs: list[_Run], colour: str, share: float, size: tuple[int, int]) -> Area:
+    columns, rows = size
+    sides: dict[int, tuple[int, int]] = {}  # of each row: where its cells begin and end
+    for row, start, stop in runs:
         sides[row] = (sides.get(row, (start,))[0], stop)
-        size += stop - start
-        across += (stop - start) * (start + stop)  # twice the sum of its cells' middles
-        down += (stop - start) * row
-    # Down the right side, and up the left one.
-    corners = [(stop, row + edge) for row, (_, stop) in sides.items() for edge in (0, 1)]
-    corners += [
-        (start, row + edge) for row, (start, _) in reversed(sides.items()) for edge in (1, 0)
-    ]
-    across_all, down_all = zip(*corners, strict=True)
-    return Area(
-        colour=COLOURS[found[0][3]],
-        share=size / (columns * rows),
-        box=(
-            min(across_all) / columns,
-            min(down_all) / rows,
-            max(across_all) / columns,
-            max(down_all) / rows,
-        ),
-        centre=(across / size / 2 / columns, (down / size + 0.5) / rows),
-        outline=tuple((x / columns, y / rows) for x, y in corners),
-    )
+    right = [(stop, row + edge) for row, (_, stop) in sides.items() for edge in (0, 1)]
+    left = [(start, row + edge) for row, (start, _) in sides.items() for edge in (0, 1)]
+    outline = [(x / columns, y / rows) for x, y in (*right, *reversed(left))]
+    xs, ys = zip(*outline, strict=True)
+    count = sum(stop - start for _, start, stop in runs)
+    x = sum((stop - start) * (start + stop) / 2 for _, start, stop in runs) / count
+    y = sum((stop - start) * (row + 0.5) for row, start, stop in runs) / count
+    box = (min(xs), min(ys), max(xs), max(ys))
+    return Area(colour, share, box, (x / columns, y / rows), outline)

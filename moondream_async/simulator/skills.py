@@ -8,6 +8,7 @@ from typing import Any, Generic
 import msgspec
 
 from . import answers
+from .gallery import Gallery
 from .pixels import Area, Picture
 from .steps import Answer, Body, say, split_words
 from .validation import BodyT, CaptionBody, ObjectBody, QueryBody
@@ -17,41 +18,49 @@ _COARSE_POINTS = 12
 
 
 class Skill(msgspec.Struct, Generic[BodyT], frozen=True):
-    """A skill: the type of its body, and the function that answers it."""
+    """A skill: the type of its body, and the function that answers it from measurements."""
 
     body: type[BodyT]
-    solve: Callable[[BodyT, Picture | None], Answer]
+    measure: Callable[[BodyT, list[Picture]], Answer]
     streams: bool = False
 
+    def answer(self, body: BodyT, gallery: Gallery, *more_images: str) -> Answer:
+        """Answer a request about its picture, and about more of them. Blocks.
 
-def _caption(body: CaptionBody, picture: Picture | None) -> Answer:
-    text = answers.caption(picture, body.length) if picture else ""
-    return say("caption", "caption", text, body.max_tokens)
+        Raises:
+            RefusedError: A picture can't be read.
+        """
+        images = [image for image in (body.image_url, *more_images) if image]
+        return self.measure(body, [gallery.look(image) for image in images])
 
 
-def _query(body: QueryBody, picture: Picture | None) -> Answer:
-    text = answers.answer(picture, body.question, body.spatial_refs or [])
+def _caption(body: CaptionBody, pictures: list[Picture]) -> Answer:
+    return say("caption", "caption", answers.caption(pictures[0], body.length), body.max_tokens)
+
+
+def _query(body: QueryBody, pictures: list[Picture]) -> Answer:
+    text = answers.answer(pictures, body.question, body.spatial_refs or [])
     answer = say("query", "answer", text, body.max_tokens)
-    answer.input_tokens = 6 + len(body.question.split()) + (729 if picture else 0)
+    answer.input_tokens = 6 + len(body.question.split()) + 729 * len(pictures)
     if body.reasoning:
-        answer.reasoning = answers.think(picture, body.question)
+        answer.reasoning = answers.think(pictures, body.question)
     return answer
 
 
-def _detect(body: ObjectBody, picture: Picture | None) -> Answer:
-    boxes = [_name_sides(area) for area in _find(body, picture)]
+def _detect(body: ObjectBody, pictures: list[Picture]) -> Answer:
+    boxes = [_name_sides(area) for area in _find(body, pictures)]
     return Answer(skill="detect", result={"objects": boxes})
 
 
-def _point(body: ObjectBody, picture: Picture | None) -> Answer:
-    centres = [area.centre for area in _find(body, picture)]
+def _point(body: ObjectBody, pictures: list[Picture]) -> Answer:
+    centres = [area.centre for area in _find(body, pictures)]
     points = [{"x": round(x, 4), "y": round(y, 4)} for x, y in centres]
     return Answer(skill="point", result={"points": points})
 
 
-def _segment(body: ObjectBody, picture: Picture | None) -> Answer:
+def _segment(body: ObjectBody, pictures: list[Picture]) -> Answer:
     """Outline the largest area that fits: the coarse outline in pieces, and the refined one."""
-    found = _find(body, picture)
+    found = _find(body, pictures)
     if not found:
         return Answer(skill="segment", result={"path": "", "bbox": None})
     outline = _relate_to_box(found[0])
@@ -70,11 +79,9 @@ SKILLS: dict[str, Skill[Any]] = {
 }
 
 
-def _find(body: ObjectBody, picture: Picture | None) -> list[Area]:
-    if picture is None:
-        return []
+def _find(body: ObjectBody, pictures: list[Picture]) -> list[Area]:
     limit = (body.settings and body.settings.max_objects) or _DEFAULT_MAX_OBJECTS
-    return answers.find_areas(picture, body.object, body.spatial_refs or [])[:limit]
+    return answers.find_areas(pictures[0], body.object, body.spatial_refs or [])[:limit]
 
 
 def _name_sides(area: Area) -> Body:

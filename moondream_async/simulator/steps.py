@@ -48,6 +48,11 @@ class Answer(msgspec.Struct, kw_only=True):
         places = self.result.get("objects") or self.result.get("points") or ()
         return len(self.pieces) + sum(map(len, places))
 
+    def fields(self) -> Body:
+        """Return the fields that the skill adds to a body, with the reasoning if there is one."""
+        thought = {} if self.reasoning is None else {"reasoning": self.reasoning}
+        return self.result | thought
+
     def usage(self) -> Body:
         """Return the counts of tokens."""
         return {"input_tokens": self.input_tokens, "output_tokens": self.tokens}

@@ -36,12 +36,6 @@ class _Point(msgspec.Struct, frozen=True):
     x: float
     y: float
 
-    def is_in(self, box: _Box) -> bool:
-        return box.x_min <= self.x <= box.x_max and box.y_min <= self.y <= box.y_max
-
-    def around(self) -> _Box:
-        return _Box(self.x - _NEAR, self.y - _NEAR, self.x + _NEAR, self.y + _NEAR)
-
 
 class _Box(msgspec.Struct, frozen=True):
     x_min: float
@@ -49,16 +43,18 @@ class _Box(msgspec.Struct, frozen=True):
     x_max: float
     y_max: float
 
+    @property
     def size(self) -> float:
         return max(0.0, self.x_max - self.x_min) * max(0.0, self.y_max - self.y_min)
 
+    def holds(self, point: _Point) -> bool:
+        return self.x_min <= point.x <= self.x_max and self.y_min <= point.y <= self.y_max
+
     def overlap(self, other: _Box) -> float:
         """Return the intersection over the union."""
-        left, right = max(self.x_min, other.x_min), min(self.x_max, other.x_max)
-        top, bottom = max(self.y_min, other.y_min), min(self.y_max, other.y_max)
-        common = _Box(left, top, right, bottom).size()
-        union = self.size() + other.size() - common
-        return common / union if union else 0.0
+        starts = max(self.x_min, other.x_min), max(self.y_min, other.y_min)
+        common = _Box(*starts, min(self.x_max, other.x_max), min(self.y_max, other.y_max)).size
+        return common / ((self.size + other.size - common) or 1)
 
 
 class _Truth(msgspec.Struct, frozen=True):
@@ -68,13 +64,13 @@ class _Truth(msgspec.Struct, frozen=True):
     def reward(self, output: Body) -> float:
         """Return a score, 0-1: the places found and true, of all places found or true."""
         if "objects" in output:
-            found = msgspec.convert(output["objects"], list[_Box])
-            overlaps = [max((box.overlap(one) for one in found), default=0.0) for box in self.boxes]
-            return sum(overlaps) / max(len(found), len(self.boxes), 1)
+            boxes, wanted = msgspec.convert(output["objects"], list[_Box]), self.boxes
+            hits = sum(max(map(box.overlap, boxes), default=0.0) for box in wanted)
+            return hits / max(len(boxes), len(wanted), 1)
         points = msgspec.convert(output.get("points", ()), list[_Point])
-        wanted = [point.around() for point in self.points] + self.boxes
-        hits = sum(any(point.is_in(box) for point in points) for box in wanted)
-        return hits / max(len(points), len(wanted), 1)
+        near = [_Box(p.x - _NEAR, p.y - _NEAR, p.x + _NEAR, p.y + _NEAR) for p in self.points]
+        wanted = near + self.boxes
+        return sum(any(map(box.holds, points)) for box in wanted) / max(len(points), len(wanted), 1)
 
 
 class _Rollouts(msgspec.Struct, frozen=True):
@@ -95,18 +91,13 @@ class _TrainStep(msgspec.Struct, frozen=True):
     groups: list[_Group]
 
 
-class _Metrics(msgspec.Struct, frozen=True):
-    step: int
-    metrics: dict[str, float]
+class _Finetune(msgspec.Struct):
+    """A finetune as the API sends it, the steps it was trained, and its checkpoints by step."""
 
-
-class _Finetune:
-    """A finetune, its steps and its checkpoints."""
-
-    def __init__(self, number: int, name: str, rank: int) -> None:
-        self.body: Body = {"finetune_id": make_id(number), "name": name, "rank": rank, **_times()}
-        self.step = 0
-        self.checkpoints: dict[int, Body | None] = {}  # None is one that was deleted
+    body: Body
+    step: int = 0
+    checkpoints: dict[int, Body | None] = {}
+    """None is a checkpoint that was deleted."""
 
 
 class Tuning:
@@ -121,63 +112,57 @@ class Tuning:
 
     def routes(self) -> list[Route]:
         """Return the endpoints."""
-        every, one = f"{self._path}/finetunes", f"{self._path}/finetunes/{{id}}"
-        saved = f"{one}/checkpoints"
-        return [
-            Route("POST", every, self._create),
-            Route("GET", every, self._list),
-            Route("GET", one, self._get),
-            Route("DELETE", one, self._delete),
-            Route("POST", f"{self._path}/rollouts", self._roll_out),
-            Route("POST", f"{self._path}/train_step", self._train),
-            Route("POST", f"{one}/metrics", self._log_metrics),
-            Route("GET", saved, self._list_checkpoints),
-            Route("POST", f"{saved}/save", self._save_checkpoint),
-            Route("DELETE", f"{saved}/{{step}}", self._delete_checkpoint),
-            Route("GET", f"{saved}/{{step}}/download", self._download_checkpoint),
-        ]
+        every, one = "finetunes", "finetunes/{id}"
+        endpoints = (
+            ("POST", every, self._create),
+            ("GET", every, self._list),
+            ("GET", one, self._get),
+            ("DELETE", one, self._delete),
+            ("POST", "rollouts", self._roll_out),
+            ("POST", "train_step", self._train),
+            ("POST", f"{one}/metrics", self._log_metrics),
+            ("GET", f"{one}/checkpoints", self._list_checkpoints),
+            ("POST", f"{one}/checkpoints/save", self._save_checkpoint),
+            ("DELETE", f"{one}/checkpoints/{{step}}", self._delete_checkpoint),
+            ("GET", f"{one}/checkpoints/{{step}}/download", self._download_checkpoint),
+        )
+        return [Route(method, f"{self._path}/{path}", do) for method, path, do in endpoints]
 
     async def _create(self, received: ReceivedRequest) -> Body:
-        body = read_typed(received.body, _Create)
+        wanted = read_typed(received.body, _Create)
         for finetune_id, finetune in self._finetunes.items():
-            if finetune.body["name"] == body.name:
-                rank = finetune.body["rank"]
-                if rank != body.rank:
-                    message = f"Finetune {body.name!r} exists with rank {rank}"
+            if finetune.body["name"] == wanted.name:
+                if finetune.body["rank"] != wanted.rank:
+                    message = f"Finetune {wanted.name!r} exists with rank {finetune.body['rank']}"
                     raise RefusedError(message, status=409)
                 return {"finetune_id": finetune_id}
-        self._created += 1
-        finetune = _Finetune(self._created, body.name, body.rank)
-        self._finetunes[finetune.body["finetune_id"]] = finetune
-        return {"finetune_id": finetune.body["finetune_id"]}
+        made = self._make("finetune_id") | msgspec.structs.asdict(wanted)
+        self._finetunes[made["finetune_id"]] = _Finetune(made)
+        return {"finetune_id": made["finetune_id"]}
 
     async def _list(self, received: ReceivedRequest) -> Body:
         finetunes = [finetune.body for finetune in self._finetunes.values()]
         return take_page("finetunes", finetunes, received.query, default=20)
 
     async def _get(self, received: ReceivedRequest) -> Body:
-        return {"finetune": self._find(received.params["id"]).body}
+        return {"finetune": self._find(received).body}
 
     async def _delete(self, received: ReceivedRequest) -> Body:
-        self._find(received.params["id"])
-        del self._finetunes[received.params["id"]]
+        del self._finetunes[self._find(received).body["finetune_id"]]
         return {"ok": True}
 
     async def _roll_out(self, received: ReceivedRequest) -> Body:
         body = read_typed(received.body, _Rollouts)
-        self._find(body.finetune_id)
+        self._find(received)
         name = body.request.get("skill")
         if name not in _SKILLS:
             raise RefusedError(f"skill must be one of {', '.join(_SKILLS)}", param="request.skill")
-        skill = SKILLS[name]
-        request = read_body(body.request, skill.body, needs_image=name != "query")
-        picture = await self._gallery.look(request.image_url) if request.image_url else None
-        answer = skill.solve(request, picture)
+        request = read_body(body.request, SKILLS[name].body, needs_image=name != "query")
+        answer = await self._gallery.run(SKILLS[name].answer, request, self._gallery)
         # At temperature 0 a model says the same each time.
         varies = not request.settings or request.settings.temperature != 0
         outputs = [_worsen(answer, number * varies) for number in range(body.num_rollouts)]
         truth = body.ground_truth
-        rewards = None if truth is None else [truth.reward(output) for output in outputs]
         rollout = {
             "skill": name,
             "finish_reason": answer.finish_reason,
@@ -187,16 +172,19 @@ class Tuning:
             "coords": [],
             "sizes": [],
         }
-        rollouts = [rollout | {"output": output} for output in outputs]
-        return {"request": body.request, "rollouts": rollouts, "rewards": rewards}
+        return {
+            "request": body.request,
+            "rollouts": [rollout | {"output": output} for output in outputs],
+            "rewards": truth and [truth.reward(output) for output in outputs],
+        }
 
     async def _train(self, received: ReceivedRequest) -> Body:
-        body = read_typed(received.body, _TrainStep)
-        finetune = self._find(body.finetune_id)
-        rewards = [reward for group in body.groups for reward in group.rewards]
-        tuned = any(group.mode == "sft" for group in body.groups)
+        groups = read_typed(received.body, _TrainStep).groups
+        finetune = self._find(received)
+        rewards = [reward for group in groups for reward in group.rewards]
+        tuned = any(group.mode == "sft" for group in groups)
         finetune.step += 1
-        finetune.body["updated_at_ms"] = _times()["updated_at_ms"]
+        finetune.body["updated_at_ms"] = _now_ms()
         return {
             "step": finetune.step,
             "applied": True,
@@ -209,29 +197,23 @@ class Tuning:
         }
 
     async def _log_metrics(self, received: ReceivedRequest) -> Body:
-        self._find(received.params["id"])
-        read_typed(received.body, _Metrics)
+        self._find(received)
         return {"ok": True}
 
     async def _list_checkpoints(self, received: ReceivedRequest) -> Body:
-        finetune = self._find(received.params["id"])
-        saved = [checkpoint for checkpoint in finetune.checkpoints.values() if checkpoint]
+        saved = [each for each in self._find(received).checkpoints.values() if each]
         return take_page("checkpoints", saved, received.query)
 
     async def _save_checkpoint(self, received: ReceivedRequest) -> Body:
-        finetune = self._find(received.params["id"])
-        step = finetune.step
+        finetune = self._find(received)
+        step, saved = finetune.step, finetune.checkpoints
         if step == 0:
             raise RefusedError("No checkpoint is available before a step", status=404)
-        if not finetune.checkpoints.get(step):
-            self._created += 1
-            finetune.checkpoints[step] = {
-                "checkpoint_id": make_id(self._created),
-                "finetune_id": received.params["id"],
-                "step": step,
-                **_times(),
-            }
-        return {"ok": True, "checkpoint": finetune.checkpoints[step]}
+        saved[step] = saved.get(step) or self._make("checkpoint_id") | {
+            "finetune_id": finetune.body["finetune_id"],
+            "step": step,
+        }
+        return {"ok": True, "checkpoint": saved[step]}
 
     async def _delete_checkpoint(self, received: ReceivedRequest) -> Body:
         finetune, step = self._find_checkpoint(received)
@@ -239,19 +221,26 @@ class Tuning:
         return {"ok": True}
 
     async def _download_checkpoint(self, received: ReceivedRequest) -> Body:
-        _, step = self._find_checkpoint(received)
-        name = f"{received.params['id']}-{step}.safetensors"
+        finetune, step = self._find_checkpoint(received)
+        name = f"{finetune.body['finetune_id']}-{step}.safetensors"
         self._storage.put(name, b"No weights: nothing was trained.")
         return {"url": self._storage.url(received.origin, name), "expires_in": 3600}
 
-    def _find(self, finetune_id: str) -> _Finetune:
-        finetune = self._finetunes.get(finetune_id)
-        if finetune is None:
+    def _make(self, kind: str) -> Body:
+        """Return the first fields of a new object: its id, and when it was made."""
+        self._created += 1
+        now = _now_ms()
+        return {kind: make_id(self._created), "created_at_ms": now, "updated_at_ms": now}
+
+    def _find(self, received: ReceivedRequest) -> _Finetune:
+        """Return the finetune that a request names, in its path or in its body."""
+        finetune_id = received.params.get("id") or received.body["finetune_id"]
+        if finetune_id not in self._finetunes:
             raise RefusedError("No such finetune", status=404, param="finetune_id")
-        return finetune
+        return self._finetunes[finetune_id]
 
     def _find_checkpoint(self, received: ReceivedRequest) -> tuple[_Finetune, int]:
-        finetune = self._find(received.params["id"])
+        finetune = self._find(received)
         text = received.params["step"]
         step = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
         if finetune.checkpoints.get(step):
@@ -262,23 +251,20 @@ class Tuning:
 
 
 def _worsen(answer: Answer, steps: int) -> Body:
-    """Return a skill's output, made worse: it loses words, or its places move to the right."""
-    output = dict(answer.result)
+    """Return an answer's fields, made worse: it loses words, or its places move to the right."""
+    output = answer.fields()
     if "answer" in output:
         output["answer"] = "".join(answer.pieces[: max(1, len(answer.pieces) - steps)])
-        if answer.reasoning is not None:
-            output["reasoning"] = answer.reasoning
     for kind in output.keys() & {"points", "objects"}:
         output[kind] = [
             {
                 side: min(1.0, round(value + 0.02 * steps, 4)) if side.startswith("x") else value
-                for side, value in found.items()
+                for side, value in place.items()
             }
-            for found in output[kind]
+            for place in output[kind]
         ]
     return output
 
 
-def _times() -> dict[str, int]:
-    now = time.time_ns() // 1_000_000
-    return {"created_at_ms": now, "updated_at_ms": now}
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
