@@ -19,7 +19,7 @@ async def chromium(*arguments):
         pytest.skip("needs a browser: apt-get install chromium")
     playwright.expect.set_options(timeout=PATIENCE_MS)
     async with playwright.async_playwright() as driver:
-        arguments = ["--no-sandbox", *arguments]
+        arguments = ["--no-sandbox", "--disable-gpu", *arguments]
         browser = await driver.chromium.launch(executable_path=found, args=arguments)
         yield browser
         await browser.close()

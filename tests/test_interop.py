@@ -5,7 +5,9 @@ import inspect
 import io
 import json
 import pickle
+import runpy
 import threading
+from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import msgspec
@@ -188,6 +190,18 @@ def test_the_openapi_schema_tells_the_keys(fastapi_app):
     assert schemas["DetectResult"]["properties"]["objects"]["items"]["$ref"].endswith("/Region")
     assert schemas["DetectResult"]["description"] == "Where in the picture the objects are."
     assert not {"raw", "headers"} & schemas["CaptionResult"]["properties"].keys()
+
+
+async def test_the_recipe_of_a_typed_answer_gives_it_and_tells_its_keys(simulator, monkeypatch):
+    pytest.importorskip("fastapi")
+    monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
+    recipe = Path(__file__).parent / "recipes" / "fastapi_answers.py"
+    async with uvicorn(runpy.run_path(str(recipe))["app"]) as address:
+        found = await fetched(f"{address}/detect?object=shape")
+        schema = await fetched(f"{address}/openapi.json")  # which the page /docs shows
+    assert found["objects"][0].keys() == BOXES[0].keys()
+    answers = schema["paths"]["/detect"]["get"]["responses"]["200"]["content"]
+    assert answers["application/json"]["schema"] == {"$ref": "#/components/schemas/DetectResult"}
 
 
 def test_pydantic_keeps_a_result_and_reads_plain_data():
