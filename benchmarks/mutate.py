@@ -5,7 +5,8 @@
 
 First all fast tests run once, with coverage.py, which notes the tests that run each line; `--map`
 keeps these notes for the next room. Then each mutant is judged by the tests that run its line: 25
-of them, one of each function before the second of any, the quickest first; if all pass, 80 more.
+of them, and if all pass, 150 more. One of each test function comes before the second of any, and
+first those that run a line of the changed function which few others run, and the quick ones.
 A test that fails, or that does not end in time, kills the mutant. Code that only other processes
 run, as after a fork, is not noted, and survives.
 
@@ -52,7 +53,7 @@ OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded before the forks
 
 FIRST_TESTS, FIRST_SECONDS = 25, 8.0
-REST_TESTS, REST_SECONDS = 80, 15.0
+REST_TESTS, REST_SECONDS = 150, 30.0
 
 LEFT_OUT = re.compile(
     r"core/(VariableReplacer|VariableInserter"
@@ -229,13 +230,25 @@ def tests_of(source: str, line: int, seen: dict[str, list[int]]) -> list[int]:
     return list(dict.fromkeys(found)) or list({test for tests in seen.values() for test in tests})
 
 
-def in_order(tests: list[str], seconds: dict[str, float]) -> list[str]:
-    """One of each function, the quickest first, and then the second of each."""
+def rarity(source: str, line: int, seen: dict[str, list[int]]) -> dict[int, int]:
+    """For each test, how many run the line of the same function that the fewest tests run."""
+    spans = [
+        (node.lineno + 1, node.end_lineno or 0)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    begin, end = max((span for span in spans if span[0] <= line <= span[1]), default=(line, line))
+    runs = sorted((seen.get(str(number), []) for number in range(begin, end + 1)), key=len)
+    return {test: len(tests) for tests in reversed(runs) for test in tests}
+
+
+def in_order(tests: list[tuple[int, float, str]]) -> list[str]:
+    """One of each function, and then the second of each; the rare and the quick ones first."""
     count: Counter[str] = Counter()
     places = []
-    for test in sorted(tests, key=lambda test: seconds.get(test, 1.0)):
+    for rare, seconds, test in sorted(tests):
         function = test.partition("[")[0]
-        places.append((count[function], seconds.get(test, 1.0), test))
+        places.append((count[function], rare, seconds, test))
         count[function] += 1
     return [test for *_, test in sorted(places)]
 
@@ -262,10 +275,14 @@ def judge(copy: Path, mutant: Mutant, seen: dict[str, Any]) -> tuple[str | None,
         compile(mutated or "", mutant.path, "exec")
     except SyntaxError:
         return None, what
-    numbers = tests_of(source, mutant.start[0], seen["lines"].get(mutant.path, {}))
-    tests = [seen["tests"][number][0] for number in numbers]
+    lines = seen["lines"].get(mutant.path, {})
+    numbers = tests_of(source, mutant.start[0], lines)
+    rare = rarity(source, mutant.start[0], lines)
     seconds = dict(seen["tests"])
-    rest = in_order(tests, seconds)
+    tests = [
+        (rare.get(n, 0).bit_length(), seen["tests"][n][1], seen["tests"][n][0]) for n in numbers
+    ]
+    rest = in_order(tests)
     try:
         file.write_text(mutated or "", encoding="utf-8")
         for number, most in ((FIRST_TESTS, FIRST_SECONDS), (REST_TESTS, REST_SECONDS)):

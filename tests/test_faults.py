@@ -167,6 +167,8 @@ IN_AN_HOUR = dt.datetime(2100, 1, 1, tzinfo=dt.UTC)
 INSIDE = STREAM_HEAD + in_chunks(EVENTS[0], EVENTS[1][:12], end=False)
 CHUNK_CUT = STREAM_HEAD + in_chunks(EVENTS[0], end=False) + b"20\r\n" + EVENTS[1][:9]
 ACCENT = 'data: {"chunk": "é"}'.encode()
+OUT_OF_MEMORY = whole({"error": "Out of memory"}, status="500 No")
+BROKEN = fails(md.ServerError, status=500)
 LONG = b"data: " + b"x" * 17_000_000
 
 ROWS = [
@@ -326,6 +328,10 @@ ROWS = [
     # -- errors by status: what else servers say is in `test_documented_errors`
     status_row("409", "409 No", {"error": {"message": "Other rank"}}, md.APIStatusError, "Other rank"),
     status_row("500 empty", "500 No", b"", md.ServerError, "HTTP status 500: an empty body"),
+    Row("an error, byte by byte", dribbles(OUT_OF_MEMORY, OUT_OF_MEMORY),
+        *[fails(md.ServerError, message="Out of memory")] * 2),
+    Row("an error without end", repeats(head(CHUNKED, status="500 No"), in_chunks(b"x" * 4096, end=False)), BROKEN, BROKEN),
+    Row("an empty error, and noise behind it", sends(whole(b"", status="500 No") + b"\0"), BROKEN, BROKEN),
     # -- errors in the stream
     event_row("an error event", event(error="Out of memory"), "Out of memory"),
     event_row("an error event with an object", event(error={"message": "Out of memory"}), "Out of memory"),

@@ -9,6 +9,7 @@ import pytest
 import trustme
 from canned import IMAGE
 from raw_server import RawServer, answer_all
+from yarl import URL
 
 import moondream_async as md
 from moondream_async._transport.proxies import proxies_of_environment
@@ -172,10 +173,15 @@ async def test_a_proxy_that_is_named_is_used_for_loopback_too():
     ],
 )
 def test_no_proxy_names_hosts_and_networks(direct, host, proxied):
-    from yarl import URL
-
     proxies = proxies_of_environment({"https_proxy": "proxy:3128", "no_proxy": direct})
     assert (proxies.for_url(URL(f"https://{host}/")) is not None) is proxied
+
+
+def test_in_a_cgi_script_no_header_of_a_browser_names_the_proxy():
+    given = {"HTTP_PROXY": "proxy:1", "HTTPS_PROXY": "proxy:2", "REQUEST_METHOD": "GET"}
+    proxies = proxies_of_environment(given)
+    assert proxies.for_url(URL("http://example.com")) is None
+    assert proxies.for_url(URL("https://example.com")).url.port == 2
 
 
 def test_a_proxy_of_the_environment_that_is_not_spoken_is_told_when_it_is_needed(monkeypatch):
