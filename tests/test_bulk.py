@@ -196,6 +196,16 @@ async def test_without_retries_one_failure_is_the_end_of_an_item(simulator, impa
     assert result.tries == 1
 
 
+async def test_only_the_statuses_of_an_overload_lower_the_limit(simulator, impatient, photo):
+    limits = {}
+    for status in (400, 500, 502, 503, 504, *range(520, 525)):
+        simulator.faults.append(f"status={status}")
+        run = impatient.bulk([photo])
+        assert [each.ok async for each in run] == [False]
+        limits[status] = run.limit
+    assert limits == {status: 4 if status <= 500 else 2 for status in limits}
+
+
 @pytest.mark.slow
 async def test_refusals_fail_nothing_while_others_are_let_in(simulator, client):
     simulator.faults.extend(["status=429,times=3"])
@@ -437,7 +447,7 @@ def test_the_limit_falls_by_half_once_for_all_that_was_sent_before():
     for _ in range(10):
         control.overloaded(1.0, sent_at=0.5)
     assert control.limit == 32
-    control.overloaded(2.0, sent_at=1.5)
+    control.overloaded(2.0, sent_at=1.0)
     assert control.limit == 16
     for moment in range(3, 30):
         control.overloaded(moment, sent_at=moment)
@@ -458,13 +468,16 @@ def test_after_a_fall_the_limit_grows_by_one_a_round():
 def test_the_limit_falls_when_answers_take_longer_and_recovers():
     control = Control(64)
     for _ in range(60):
-        control.succeeded(0, 0.5, full=True)
+        control.succeeded(0, 0.05, full=True)
+    limits = []
     for _ in range(300):
-        control.succeeded(1, 5.0, full=True)
+        control.succeeded(1, 0.5, full=True)
+        limits.append(control.limit)
+    assert 51 in limits  # a fall by a fifth
     slow = control.limit
     assert 4 <= slow < 40
     for _ in range(3000):
-        control.succeeded(2, 0.5, full=True)
+        control.succeeded(2, 0.05, full=True)
     assert control.limit > slow
 
 

@@ -186,6 +186,7 @@ async def test_a_count_of_tokens_that_makes_no_sense_is_none(photo, told, count,
         assert (await client.caption(photo)).caption == "a cat"
     end = events[-1][1]
     assert (end.input_tokens, end.output_tokens, end.outcome) == (expected, 7, "complete")
+    assert end.bytes_received == len(body)
 
 
 async def test_calls_at_once_are_told_apart(simulator, photo, told):

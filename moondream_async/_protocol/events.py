@@ -285,7 +285,7 @@ class AnswerDecoder:
         A last line without a line end counts if it is a whole event. Without the server's
         end marker, `failure` is set.
         """
-        block = NOTHING if self.done or self._start is None else self._end_start()
+        block = NOTHING if self._start is None else self._end_start()
         if not self.done:
             block += self._parse(bytes(self._tail or b"") + b"\n")
             self._tail = None

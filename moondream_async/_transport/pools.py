@@ -182,15 +182,15 @@ class Pool:
         self._proxies = proxies
         self._guard = guard
         self._owns_session = session is None
-        self._session = session or aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+        if session is None:
+            connector = aiohttp.TCPConnector(
                 limit=0, socket_factory=open_socket, resolver=Resolver()
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=_NO_TIMEOUT,
-        )
-        if session is None and self._session.connector is not None:
-            use_protocol(self._session.connector, loop)
+            )
+            use_protocol(connector, loop)
+            session = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), timeout=_NO_TIMEOUT
+            )
+        self._session = session
         # The middlewares of a caller's session: aiohttp drops them if a request brings others.
         self._middlewares = middlewares_of(self._session)
         self._used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()

@@ -137,7 +137,7 @@ class Asking:
             raise RequestError(f"skill must be one of {', '.join(_FIELDS)}, not {skill!r}")
         self.skill = cast("Skill", skill)
         self._make, defaults = _FIELDS[skill]
-        known = {name for name in defaults if name != "stream"} | {"settings", "model"}
+        known = {*defaults, "settings", "model"} - {"stream"}
         if unknown := set(arguments) - known:
             raise RequestError(f"{skill} has no argument {_misspelt(unknown, known)}")
         given = {name: value for name, value in arguments.items() if value is not None}
