@@ -286,6 +286,14 @@ async def test_text_that_the_locale_cannot_show_is_no_error(cli, photo):
         ("segment photo.jpg", "OBJECT"),
         ("batch create photo.jpg --skill query", "--question"),
         ("batch create photo.jpg --skill point", "--object"),
+        ("batch create photo.jpg --question Why?", "'--question' is not for '--skill caption'"),
+        ("batch create photo.jpg --skill point --object a --length short", "'--length' is not"),
+        ("batch create asked.jsonl --length short", "'--length' is for pictures"),
+        ("batch create asked.jsonl --skill caption", "'--skill' is for pictures"),
+        ("bulk photos -o a.jsonl --question Why?", "'--question' is not for '--skill caption'"),
+        ("bulk photos -o a.jsonl --reasoning", "'--reasoning' is not for '--skill caption'"),
+        ("bulk photos -o a.jsonl --ask a=Why? --length short", "'--length' is not for '--skill q"),
+        ("bulk photos -o a.jsonl --skill detect --object \N{NO-BREAK SPACE}", "needs '--object'"),
         ("serve --port 65536", "--port"),
         ("serve --fault confetti", "confetti"),
         ("serve --dialect old --api-key word", "--api-key"),
@@ -293,7 +301,7 @@ async def test_text_that_the_locale_cannot_show_is_no_error(cli, photo):
 )
 def test_wrong_usage_is_one_line_however_narrow_the_terminal(args, hint, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
-    assert main(args.split()) == 2
+    assert main(args.split(" ")) == 2
     output, errors = capsys.readouterr()
     assert output == ""
     assert is_one_line(errors)

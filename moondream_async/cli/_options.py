@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import wraps
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
@@ -219,6 +219,18 @@ def _asked(
 ) -> tuple[str, dict[str, Any]]:
     given = {"question": question, "object": object, "length": length, "reasoning": reasoning}
     return skill, {name: value for name, value in given.items() if value is not None}
+
+
+def check_asked(
+    context: typer.Context, skill: str, arguments: Mapping[str, Any], *, needed: bool = True
+) -> None:
+    """Refuse another skill's arguments and, where it is `needed`, a lack of the skill's own."""
+    own = OWN[skill]
+    for name in arguments:
+        if name != own and not (name == "reasoning" and skill == "query"):
+            raise UsageError(f"'--{name}' is not for '--skill {skill}'", context)
+    if needed and own != "length" and not arguments.get(own, "").strip():
+        raise UsageError(f"'--skill {skill}' needs '--{own}'", context)
 
 
 class Server(NamedTuple):

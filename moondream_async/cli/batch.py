@@ -32,14 +32,18 @@ def create(
             show_default=False,
         ),
     ],
-    skill: Annotated[Skill, typer.Option(help="What to ask of each picture.")] = "caption",
+    skill: Annotated[
+        Skill | None, typer.Option(help="What to ask of each picture. [default: caption]")
+    ] = None,
     question: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For query: the question.")
     ] = None,
     object: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For detect and point: what to look for.")
     ] = None,
-    length: Annotated[Length, typer.Option(help="For caption: how much to say.")] = "normal",
+    length: Annotated[
+        Length | None, typer.Option(help="For caption: how much to say. [default: normal]")
+    ] = None,
     as_json: options.AsJson = False,
     server: options.OfModel,
 ) -> None:
@@ -47,16 +51,17 @@ def create(
 
     Ctrl-C aborts the upload, on the server too.
     """
+    asked = {"length": length, "question": question, "object": object}
+    asked = {name: value for name, value in asked.items() if value is not None}
     if len(files) == 1 and files[0].endswith(".jsonl"):
+        for name in [*asked, *(["skill"] if skill else [])]:
+            raise UsageError(f"'--{name}' is for pictures; a .jsonl file says it itself", context)
         requests: str | list[BatchRequest] = files[0]
     else:
-        own = options.OWN[skill]
-        asked = {"length": length, "question": question, "object": object}[own]
-        if asked is None:
-            article = "an" if own == "object" else "a"
-            raise UsageError(f"--skill {skill} needs {article} --{own}", context)
+        skill = skill or "caption"
+        options.check_asked(context, skill, asked)
         make: Any = getattr(BatchRequest, skill)
-        requests = [make(path, id=path, **{own: asked}) for path in files]
+        requests = [make(path, id=path, **asked) for path in files]
 
     async def upload() -> None:
         async with server.client() as client:

@@ -76,12 +76,7 @@ def watch(
     It ends with the video, or with Ctrl-C. The exit status is 1 when nothing was answered.
     """
     skill, arguments = asked
-    own = options.OWN[skill]
-    for name in arguments:
-        if name != own and not (name == "reasoning" and skill == "query"):
-            raise UsageError(f"'--{name}' is not for '--skill {skill}'", context)
-    if own != "length" and not arguments.get(own, "").strip():
-        raise UsageError(f"'--skill {skill}' needs '--{own}'", context)
+    options.check_asked(context, skill, arguments)
     pictures = _open(context, source, every)
     arguments |= {"settings": settings, "max_age": max_age, "in_flight": in_flight}
     run(_watch(server.client(), pictures, skill, arguments, every, as_json=as_json))

@@ -146,11 +146,9 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         if skill not in ("caption", "query") or arguments.get("question") or by_batch:
             raise UsageError("'--ask' is for query by requests, without '--question'", context)
         skill = "query"
-    needed = options.OWN[skill]
+    options.check_asked(context, skill, arguments, needed=not asks)
     if skill == "caption":
         arguments.setdefault("length", "normal")
-    elif not arguments.get(needed) and not asks:
-        raise UsageError(f"'--skill {skill}' needs '--{needed}'", context)
     if skill == "segment" and by_batch:
         raise UsageError("'--via batch-api' takes no '--skill segment'", context)
     from .exports import Output  # noqa: PLC0415 - --help does without
