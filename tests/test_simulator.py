@@ -22,13 +22,10 @@ from spoken import SAMPLE, get, post, speak, stream
 
 from moondream_async.simulator import (
     DIALECTS,
-    SAMPLE_IMAGE,
     Fault,
     FaultQueue,
     Simulator,
     describe_faults,
-    draw_sample,
-    serve,
 )
 from moondream_async.simulator.faults import EFFECTS
 
@@ -273,15 +270,6 @@ async def test_any_format_and_size_is_measured(kind, size):
 async def test_question_without_a_picture_is_answered(dialect):
     answer = (await ask("/query", {"question": "Why?"}, dialect)).json["answer"]
     assert answer.startswith("No picture came with this question")
-
-
-def test_sample_picture_is_what_its_function_draws():
-    drawn = draw_sample()
-    with Image.open(SAMPLE_IMAGE) as sample:
-        assert sample.size == drawn.size == (640, 480)
-        for place in ((140, 260), (330, 250), (320, 460)):
-            assert sample.getpixel(place) == pytest.approx(drawn.getpixel(place), abs=12)
-    assert SAMPLE_IMAGE.stat().st_size < 30_000
 
 
 # Objects
@@ -795,18 +783,6 @@ async def test_app_runs_in_a_runner_of_the_users_own(session):
         await simulator.requests[0].ended.wait()
         assert simulator.requests[0].disconnected
         assert simulator.requests[0].connection == 0
-
-
-async def test_serve_tells_its_port_and_runs_until_cancelled():
-    listening = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(serve(port=0, rate=0, on_listening=listening.set_result))
-    simulator = await listening
-    assert (await post(simulator, "/caption", CAPTION)).status == 200
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    with pytest.raises((aiohttp.ClientError, RuntimeError)):
-        await get(simulator, simulator.origin)
 
 
 async def test_https():

@@ -245,28 +245,23 @@ class Batches:
     async def _output(
         self, batch: Batch, place: int
     ) -> AsyncGenerator[tuple[int, BatchResult], None]:
-        """Yield the numbered results of one file; get a new address if the old one expired."""
-        renewed = False
-        while True:
-            call = self._call_for(batch, place)
-            try:
-                async with contextlib.aclosing(self._download(call)) as results:
-                    async for numbered in results:
-                        yield numbered
-            except APIStatusError as error:
-                if renewed or not 400 <= error.status < 500:
-                    raise
-                renewed = True
-                batch = await self.get(batch)
-            else:
-                return
+        """Yield the numbered results of one file; after a lost connection, from the first again.
 
-    async def _download(self, call: Call) -> AsyncGenerator[tuple[int, BatchResult], None]:
-        """Yield the numbered results of one file; after a lost connection, from the first again."""
+        If the file's address has expired, the client asks for a new one, once.
+        """
+        call, renewed = self._call_for(batch, place), False
         failure: MoondreamError | None = None
         try:
             while True:
-                body = await call.download(after=failure)
+                try:
+                    body = await call.download(after=failure)
+                except APIStatusError as error:
+                    if renewed or not 400 <= error.status < 500:
+                        raise
+                    call.report.ended(error=error)
+                    call, renewed = self._call_for(await self.get(batch), place), True
+                    failure = None
+                    continue
                 try:
                     async with contextlib.aclosing(self._read(body)) as results:
                         async for numbered in results:

@@ -20,9 +20,8 @@ from moondream_async.types import SAMPLE_IMAGE
 from .dialects import DIALECTS
 from .faults import Fault, FaultQueue, describe_faults
 from .received import Connections, ReceivedRequest
-from .sample import draw_sample
 from .script import Script, ScriptedAnswer
-from .server import Simulator, serve
+from .server import Simulator
 from .thread import SimulatorThread
 
 __all__ = [
@@ -37,6 +36,4 @@ __all__ = [
     "Simulator",
     "SimulatorThread",
     "describe_faults",
-    "draw_sample",
-    "serve",
 ]

@@ -473,32 +473,3 @@ def _hang_up(transport: asyncio.Transport | None, *, reset: bool) -> None:
         transport.abort()
     elif transport is not None:
         transport.close()
-
-
-async def serve(
-    host: str = "127.0.0.1",
-    port: int = 2020,
-    *,
-    rate: float = 30,
-    on_listening: Callable[[Simulator], object] | None = None,
-    **options: Any,
-) -> None:
-    """Run a `Simulator` until cancelled.
-
-    Args:
-        host: The address to listen on.
-        port: The port to listen on; 0 is any free one.
-        rate: Tokens a second.
-        on_listening: Called once, when requests can come in: the simulator's `endpoint`
-            then has the real port.
-        options: Further arguments of `Simulator`. No requests are remembered.
-
-    Raises:
-        ValueError: There is no such dialect or fault.
-        OSError: The simulator can't listen there.
-    """
-    options = {"rate": rate, "host": host, "port": port, "keep": 0, **options}
-    async with Simulator(**options) as simulator:
-        if on_listening is not None:
-            on_listening(simulator)
-        await asyncio.Event().wait()
