@@ -7,8 +7,8 @@ First all fast tests run once, with coverage.py, which notes the tests that run 
 keeps these notes for the next room. Then each mutant is judged by the tests that run its line: 25
 of them, and if all pass, 150 more. One of each test function comes before the second of any, and
 first those that run a line of the changed function which few others run, and the quick ones.
-A test that fails, or that does not end in time, kills the mutant. Code that only other processes
-run, as after a fork, is not noted, and survives.
+A test that fails, or that does not end in time, kills the mutant. Functions that only a forked
+child runs are not noted; they are judged by the tests of forks.
 
 The mutants are cosmic-ray's, a random choice, at most one at a place. Some are left out: mutants
 that change nothing (in annotations, overloads and code for type checkers; ``is`` for ``==``), and
@@ -52,6 +52,7 @@ TESTS = (  # noqa: SIM905 - shorter so
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=fast"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded before the forks
 
+FORKS = "tests/test_fork.py"
 FIRST_TESTS, FIRST_SECONDS = 25, 8.0
 REST_TESTS, REST_SECONDS = 150, 30.0
 
@@ -230,14 +231,19 @@ def tests_of(source: str, line: int, seen: dict[str, list[int]]) -> list[int]:
     return list(dict.fromkeys(found)) or list({test for tests in seen.values() for test in tests})
 
 
-def rarity(source: str, line: int, seen: dict[str, list[int]]) -> dict[int, int]:
-    """For each test, how many run the line of the same function that the fewest tests run."""
+def function_at(source: str, line: int) -> tuple[int, int]:
+    """The first and the last line in the innermost function that has a line in its body."""
     spans = [
-        (node.lineno + 1, node.end_lineno or 0)
+        (node.body[0].lineno, node.end_lineno or 0)
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    begin, end = max((span for span in spans if span[0] <= line <= span[1]), default=(line, line))
+    return max((span for span in spans if span[0] <= line <= span[1]), default=(line, line))
+
+
+def rarity(source: str, line: int, seen: dict[str, list[int]]) -> dict[int, int]:
+    """For each test, how many run the line of the same function that the fewest tests run."""
+    begin, end = function_at(source, line)
     runs = sorted((seen.get(str(number), []) for number in range(begin, end + 1)), key=len)
     return {test: len(tests) for tests in reversed(runs) for test in tests}
 
@@ -276,8 +282,11 @@ def judge(copy: Path, mutant: Mutant, seen: dict[str, Any]) -> tuple[str | None,
     except SyntaxError:
         return None, what
     lines = seen["lines"].get(mutant.path, {})
-    numbers = tests_of(source, mutant.start[0], lines)
     rare = rarity(source, mutant.start[0], lines)
+    numbers = tests_of(source, mutant.start[0], lines)
+    begin, end = function_at(source, mutant.start[0])
+    if begin < end and not rare:
+        numbers = [n for n, (test, _) in enumerate(seen["tests"]) if FORKS in test]
     seconds = dict(seen["tests"])
     tests = [
         (rare.get(n, 0).bit_length(), seen["tests"][n][1], seen["tests"][n][0]) for n in numbers

@@ -65,7 +65,7 @@ async def half_a_stream(peer):
     await peer.next_byte()  # never: it waits until the client has gone
 
 
-@pytest.mark.parametrize("what", ["use", "close", "drop", "nothing"])
+@pytest.mark.parametrize("what", ["use", "read", "close", "drop", "nothing"])
 async def test_child_leaves_the_streams_of_its_parent_alone(what):
     go_on = asyncio.Event()
 
@@ -91,6 +91,9 @@ async def test_child_leaves_the_streams_of_its_parent_alone(what):
             assert client.stats().open_streams == client.stats().pooled_connections == 0
             if what == "use":
                 kept.append(await client.caption(IMAGE))
+            if what == "read":
+                with pytest.raises(md.ClientClosedError):
+                    await anext(stream)
             if what == "drop":
                 del stream
             if what in ("use", "close"):

@@ -331,11 +331,13 @@ def connection(number, *, closing=False):
     return SimpleNamespace(should_close=False, transport=transport)
 
 
-def test_connection_without_an_open_socket_is_used_no_more_and_needs_no_disowning():
+def test_connection_without_an_open_socket_is_used_no_more_and_needs_no_end():
     assert not private.is_quiet(connection(-1))
     assert not private.is_quiet(connection(0, closing=True))
     assert private.is_quiet(connection(None))
     private.disown(SimpleNamespace(_conns={}, _acquired=[connection(None), connection(-1)]))
+    gone = connection(-1, closing=True).transport
+    private.close_transport(gone, SimpleNamespace(is_closed=lambda: False))
 
 
 async def test_connection_on_which_something_came_unasked_is_closed_at_once():
