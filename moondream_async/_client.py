@@ -17,7 +17,6 @@ from .types import Hooks, Timeout, to_timeout
 
 if TYPE_CHECKING:
     import ssl
-    from types import TracebackType
     from typing import Self
 
     import aiohttp
@@ -493,12 +492,7 @@ class MoondreamClient(Skills, ServerQuestions):
         self._caller.check_open()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self, grace: float | None = None) -> None:

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .stream import Stream
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
 AnyStream = TypeVar("AnyStream", bound=Stream)
 
 
@@ -47,12 +44,7 @@ class StreamCall(Coroutine[Any, Any, AnyStream]):
         self._stream = await self._call
         return self._stream
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stream.aclose()
 
     # -- operations of a stream, which a call refuses --------------------------------

@@ -12,8 +12,6 @@ from .reading import SUPERSEDED, Reading
 from .relay import ByteStream, EventStream
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import TypeVar
 
     ItemT_co = TypeVar("ItemT_co", default=Any, covariant=True)
@@ -247,12 +245,7 @@ class Stream(Reading, Generic[ItemT_co]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     if not TYPE_CHECKING:  # type checkers say by themselves that there are none

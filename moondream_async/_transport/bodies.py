@@ -50,7 +50,6 @@ class Body:
         "_began",
         "_closed_by_client",
         "_finishing",
-        "_is_cut",
         "_on_close",
         "_pool",
         "_response",
@@ -78,8 +77,7 @@ class Body:
         """The number of bytes that have arrived."""
         self._closed_by_client = False
         self._unread = b""
-        self._is_cut = False
-        self._began = 0.0  # when the reader began, or went on, to decode pieces
+        self._began = 0.0  # when the reader got the first of the bytes that are `_unread`
         self._finishing: asyncio.Lock | None = None
         pool.bodies.add(self)
 
@@ -98,7 +96,7 @@ class Body:
         error is raised.
         """
         if self._unread:
-            if self._is_cut and monotonic() - self._began > _TURN:
+            if monotonic() - self._began > _TURN:
                 await asyncio.sleep(0)  # decoding takes long: other tasks first
                 self._began = monotonic()
             data, self._unread = self._unread, b""
@@ -120,7 +118,6 @@ class Body:
     def _cut(self, data: bytes) -> bytes:
         """Return the first piece of `data`, and keep the rest."""
         self._unread = data[_PIECE_BYTES:]
-        self._is_cut = bool(self._unread)
         return data[:_PIECE_BYTES]
 
     def _failed(self, error: BaseException) -> bytes:
@@ -142,7 +139,7 @@ class Body:
     def unread(self, data: bytes) -> None:
         """Put bytes back; the next read returns them."""
         self._unread = data + self._unread
-        self._is_cut = False
+        self._began = monotonic()
 
     async def whole(self, decode: Callable[[bytes], _T], limit: int = MAX_BODY_BYTES) -> _T:
         """Read the whole body, and close it; return the result of `decode`.

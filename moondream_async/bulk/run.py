@@ -13,7 +13,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sized
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic
 
 import anyio
 import anyio.to_thread
@@ -38,11 +38,9 @@ from moondream_async.errors import (
 from .control import Control
 from .items import Asking, BulkResult, ItemT, ResultT
 from .progress import BulkProgress
+from .results import Results
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from moondream_async._call.call import Caller
 
 Items = Iterable[ItemT] | AsyncIterable[ItemT]
@@ -54,13 +52,21 @@ _REFUSALS_OF_A_RUN = 10
 """The least number of refusals in a row, over all items, that ends a run when an item gives up."""
 
 
-class BulkRun(Generic[ItemT, ResultT]):
+class BulkRun(Results[BulkResult[ItemT, ResultT]], Generic[ItemT, ResultT]):
     """The results of a bulk run, as an asynchronous iterator; see `MoondreamClient.bulk`.
 
     The run ends when its ``async with`` is left, by `aclose`, and when it is dropped, as with
     ``break``: open requests are cancelled, and their connections are closed. Inside ``async with``,
     cancelling a task that reads loses no result, and another task can read on; outside of it,
     cancelling ends the run.
+
+    Raises:
+        AuthenticationError: The server refuses the key. The run has ended.
+        ClientClosedError: The client was closed. The run has ended.
+        RateLimitError: The server has refused all requests for as long as a call would have
+            waited, and items are left. The run has ended.
+        Exception: The iterable of items raised it; the results of the items before it came
+            first.
 
     >>> async def main():
     ...     async with md.MoondreamClient() as client:
@@ -75,6 +81,8 @@ class BulkRun(Generic[ItemT, ResultT]):
     3
     """
 
+    _work: _Work
+
     def __init__(
         self,
         caller: Caller,
@@ -85,9 +93,7 @@ class BulkRun(Generic[ItemT, ResultT]):
         concurrency: int | None,
         max_retries: int | None,
     ) -> None:
-        self._task: asyncio.Task[None] | None = None
-        self._entered = False
-        self._work = _Work(
+        work = _Work(
             caller,
             items,
             asking,
@@ -95,6 +101,7 @@ class BulkRun(Generic[ItemT, ResultT]):
             most=min(concurrency or caller.session.slots.total, caller.session.slots.total),
             max_retries=caller.max_retries if max_retries is None else max_retries,
         )
+        super().__init__(work, "bulk")
 
     def __repr__(self) -> str:
         return f"<BulkRun {self.progress!r}, {self.in_flight} under way>"
@@ -122,60 +129,6 @@ class BulkRun(Generic[ItemT, ResultT]):
     def stop(self) -> None:
         """Take no more items. The iterator ends after the results of the items in progress."""
         self._work.stop()
-
-    async def __aenter__(self) -> Self:
-        self._entered = True
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> BulkResult[ItemT, ResultT]:
-        """Return the next result.
-
-        Raises:
-            AuthenticationError: The server refuses the key. The run has ended.
-            ClientClosedError: The client was closed. The run has ended.
-            RateLimitError: The server has refused all requests for as long as a call would
-                have waited, and items are left. The run has ended.
-            Exception: The iterable of items raised it; the results of the items before it
-                came first.
-        """
-        if self._task is None and not self._work.closed:
-            # The task group is in a task of its own: a group that is opened here would have to
-            # be closed by the same task, and another task may read the last result.
-            self._task = asyncio.create_task(self._work.run(), name="moondream_async bulk")
-        try:
-            return cast("BulkResult[ItemT, ResultT]", await self._work.next())
-        except asyncio.CancelledError:
-            if not self._entered:
-                await self.aclose()
-            raise
-
-    async def aclose(self) -> None:
-        """End the run, and return when all its tasks have ended. May be called twice."""
-        self._work.close()
-        if self._task is not None:
-            self._task.cancel()
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait([self._task])
-
-    def __del__(self) -> None:
-        task = self._task
-        if task is None or task.done():
-            return
-        self._work.close()
-        loop = task.get_loop()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(task.cancel)
 
 
 class _Work:

@@ -22,13 +22,14 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import anyio
 
 from moondream_async._call.report import drop_frames
 from moondream_async._call.retry import backoff
 from moondream_async._stream.stream import Stream
+from moondream_async.bulk.results import Results
 from moondream_async.errors import (
     APIStatusError,
     AuthenticationError,
@@ -50,7 +51,7 @@ _LONGEST_PAUSE = 5.0
 """The most seconds between two questions after failures, unless the server asks for more."""
 
 
-class Watch(Generic[FrameT, AnswerT]):
+class Watch(Results[WatchResult[FrameT, AnswerT]], Generic[FrameT, AnswerT]):
     """The answers about moving pictures, as an iterator; see `MoondreamClient.watch`.
 
     The watch ends by leaving ``async with``, by `aclose`, or when it is dropped, as with
@@ -69,6 +70,8 @@ class Watch(Generic[FrameT, AnswerT]):
     True 1 0
     """
 
+    _work: _Work
+
     def __init__(
         self,
         question: Question,
@@ -79,12 +82,9 @@ class Watch(Generic[FrameT, AnswerT]):
         raises: bool,
         supersede: bool,
     ) -> None:
-        self._task: asyncio.Task[None] | None = None
-        self._entered = False
+        work = _Work(question, frames, in_flight=in_flight, max_age=max_age, supersede=supersede)
+        super().__init__(work, "watch")
         self._raises = raises
-        self._work = _Work(
-            question, frames, in_flight=in_flight, max_age=max_age, supersede=supersede
-        )
 
     @property
     def in_flight(self) -> int:
@@ -106,16 +106,6 @@ class Watch(Generic[FrameT, AnswerT]):
         """How many answers came too late: after a newer frame's, or over `max_age`."""
         return self._work.dropped
 
-    async def __aenter__(self) -> Self:
-        self._entered = True
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> WatchResult[FrameT, AnswerT]:
         """Return the next result. The stream of the result before is closed.
 
@@ -127,35 +117,11 @@ class Watch(Generic[FrameT, AnswerT]):
             MoondreamError: A frame failed, with ``on_error="raise"``.
             Exception: The iterable's own, after the results of the frames before.
         """
-        if self._task is None and not self._work.closed:
-            self._task = asyncio.create_task(self._work.run(), name="moondream_async watch")
-        try:
-            result = await self._work.next()
-        except asyncio.CancelledError:
-            if not self._entered:
-                await self.aclose()
-            raise
+        result = await super().__anext__()
         if self._raises and result.error is not None:
             await self.aclose()
             raise result.error
-        return cast("WatchResult[FrameT, AnswerT]", result)
-
-    async def aclose(self) -> None:
-        """End the watch, and return when all its tasks have ended. May be called twice."""
-        self._work.close()
-        if self._task is not None:
-            self._task.cancel()
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait([self._task])
-
-    def __del__(self) -> None:
-        task = self._task
-        if task is None or task.done():
-            return
-        loop = task.get_loop()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(self._work.close)
-            loop.call_soon_threadsafe(task.cancel)
+        return result
 
 
 class _Taken(NamedTuple):
