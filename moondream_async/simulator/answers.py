@@ -39,17 +39,17 @@ def name_colour(text: str) -> str | None:
 def caption(picture: Picture, length: Length) -> str:
     """Describe a picture in one sentence, a few, or many."""
     others = [colour for colour in picture.shares if colour != picture.background][:4]
-    summary = f"A {_tell_brightness(picture)} {_tell_size(picture)} picture, " + (
+    summary = f"A {_describe_brightness(picture)} {_describe_size(picture)} picture, " + (
         f"mostly {picture.background}, with {_join(others)}."
         if others
         else f"{picture.background} all over."
     )
     if length == "short":
         return summary
-    sentences = [summary, _tell_brightest(picture)]
+    sentences = [summary, _describe_brightest(picture)]
     if length == "long":
-        sentences.append(_tell_colours(picture))
-        sentences += [_tell_area(area) for area in picture.areas[:8]]
+        sentences.append(_describe_colours(picture))
+        sentences += [_describe_area(area) for area in picture.areas[:8]]
         sentences.append(
             f"It arrived as {picture.file_bytes:,} bytes, "
             f"and its mean brightness is {picture.brightness:.2f} of 1."
@@ -70,7 +70,7 @@ def answer(
             f"Picture {number}: {answer([picture], question)}"
             for number, picture in enumerate(pictures, 1)
         )
-    there = [_tell_reference(pictures[0], reference) for reference in spatial_refs]
+    there = [_describe_reference(pictures[0], reference) for reference in spatial_refs]
     return " ".join([*there, _answer_question(pictures[0], question)])
 
 
@@ -79,14 +79,14 @@ def think(pictures: Sequence[Picture], question: str) -> dict[str, Any]:
     if not pictures:
         return {"text": "There is no picture to measure.", "grounding": []}
     picture = pictures[0]
-    text = f"The question has {len(question.split())} words. I measure {_tell_size(picture)}."
+    text = f"The question has {len(question.split())} words. I measure {_describe_size(picture)}."
     grounding = []
     for area in picture.areas[:4]:
         span = f"a {area.colour} area"
         start = len(text) + len(" I see ")
         point = [round(place, 3) for place in area.centre]
         grounding.append({"start_idx": start, "end_idx": start + len(span), "points": [point]})
-        text += f" I see {span} at the {_tell_place(*area.centre)}."
+        text += f" I see {span} at the {_describe_place(*area.centre)}."
     return {"text": text, "grounding": grounding}
 
 
@@ -123,7 +123,7 @@ def _answer_question(picture: Picture, question: str) -> str:
         if re.search(pattern, asked):
             return answer_topic(picture, asked, colour)
     if colour is not None:
-        return _tell_presence(picture, colour)
+        return _describe_presence(picture, colour)
     return f"{caption(picture, 'normal')} You can ask for {_ABILITIES}."
 
 
@@ -135,39 +135,39 @@ def _answer_count(picture: Picture, _: str, colour: str | None) -> str:
 
 def _answer_where(picture: Picture, asked: str, colour: str | None) -> str:
     if colour is not None:
-        found = [_tell_area(area) for area in picture.areas if area.colour == colour]
-        return " ".join(found[:4]) or _tell_presence(picture, colour)
+        found = [_describe_area(area) for area in picture.areas if area.colour == colour]
+        return " ".join(found[:4]) or _describe_presence(picture, colour)
     if "dark" in asked:
-        return f"The darkest part is at the {_tell_place(*picture.darkest)}."
+        return f"The darkest part is at the {_describe_place(*picture.darkest)}."
     if "bright" in asked or "light" in asked:
-        return _tell_brightest(picture)
+        return _describe_brightest(picture)
     return "I can only say where a colour, or the brightest or the darkest part, lies."
 
 
 def _answer_brightness(picture: Picture, *_: object) -> str:
     return (
-        f"The picture is {_tell_brightness(picture)}: its mean brightness is "
-        f"{picture.brightness:.2f} of 1. {_tell_brightest(picture)}"
+        f"The picture is {_describe_brightness(picture)}: its mean brightness is "
+        f"{picture.brightness:.2f} of 1. {_describe_brightest(picture)}"
     )
 
 
 def _answer_size(picture: Picture, *_: object) -> str:
     return (
-        f"It is a {_tell_size(picture)} picture of {picture.file_bytes:,} bytes: "
+        f"It is a {_describe_size(picture)} picture of {picture.file_bytes:,} bytes: "
         f"{picture.width} pixels wide and {picture.height} high."
     )
 
 
-def _tell_presence(picture: Picture, colour: str) -> str:
+def _describe_presence(picture: Picture, colour: str) -> str:
     if colour == picture.background:
         return f"Yes, {colour} covers most of the picture."
     for area in picture.areas:
         if area.colour == colour:
-            return f"Yes. {_tell_area(area)}"
+            return f"Yes. {_describe_area(area)}"
     return f"No, I measure no {colour} area."
 
 
-def _tell_colours(picture: Picture, *_: object) -> str:
+def _describe_colours(picture: Picture, *_: object) -> str:
     shares = [f"{colour} ({share:.0%})" for colour, share in picture.shares.items()]
     return f"By area, the main colours are {_join(shares[:5])}."
 
@@ -176,38 +176,38 @@ def _tell_colours(picture: Picture, *_: object) -> str:
 _TOPICS: tuple[tuple[str, Callable[[Picture, str, str | None], str]], ...] = (
     (r"\bhow many\b", _answer_count),
     (r"\bwhere\b", _answer_where),
-    (r"\bcolou?r", _tell_colours),
+    (r"\bcolou?r", _describe_colours),
     (r"\b(bright|dark|light)", _answer_brightness),
     (r"\b(size|large|big|dimension|resolution|wide|width|tall|height)", _answer_size),
     (r"\b(format|file|pixel|byte)", _answer_size),
 )
 
 
-def _tell_brightest(picture: Picture) -> str:
+def _describe_brightest(picture: Picture) -> str:
     if picture.brightest is None:
         return "It is equally bright everywhere."
-    return f"The brightest part is at the {_tell_place(*picture.brightest)}."
+    return f"The brightest part is at the {_describe_place(*picture.brightest)}."
 
 
-def _tell_size(picture: Picture) -> str:
+def _describe_size(picture: Picture) -> str:
     return f"{picture.width}{_TIMES}{picture.height} {picture.format}"
 
 
-def _tell_brightness(picture: Picture) -> str:
+def _describe_brightness(picture: Picture) -> str:
     if picture.brightness < 0.3:
         return "dark"
     return "bright" if picture.brightness > 0.7 else "medium-bright"
 
 
-def _tell_area(area: Area) -> str:
+def _describe_area(area: Area) -> str:
     x, y = area.centre
     return (
-        f"A {area.colour} area lies at the {_tell_place(x, y)}, around ({x:.2f}, {y:.2f}), "
+        f"A {area.colour} area lies at the {_describe_place(x, y)}, around ({x:.2f}, {y:.2f}), "
         f"and covers {area.share:.1%} of the picture."
     )
 
 
-def _tell_reference(picture: Picture, reference: list[float]) -> str:
+def _describe_reference(picture: Picture, reference: list[float]) -> str:
     x, y = _middle(reference)
     return f"At ({x:.2f}, {y:.2f}) it is {picture.colour_at(x, y)}."
 
@@ -217,7 +217,7 @@ def _middle(reference: list[float]) -> tuple[float, float]:
     return (left + right) / 2, (top + bottom) / 2
 
 
-def _tell_place(x: float, y: float) -> str:
+def _describe_place(x: float, y: float) -> str:
     vertical = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
     horizontal = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
     return " ".join(filter(None, (vertical, horizontal))) or "centre"

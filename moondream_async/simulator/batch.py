@@ -51,7 +51,7 @@ class Batches:
         self._path = f"{dialect.prefix}/batch"
         self._gallery = gallery
         self._storage = storage
-        self._uploads: dict[str, dict[int, bytes]] = {}  # the parts of each, by number
+        self._uploads: dict[tuple[str, str], dict[int, bytes]] = {}  # the numbered parts of each
         self._batches: dict[str, Body] = {}  # the state of each, as the API sends it
         self._later: dict[str, Iterator[Body]] = {}  # the states to come
         self._working = asyncio.Lock()
@@ -72,39 +72,38 @@ class Batches:
     async def _create(self, received: ReceivedRequest) -> Body:
         _expect_action(received, "mpu-create")
         self._created += 1
-        file_id = make_id(self._created)
-        self._uploads[file_id] = {}
+        file_id, upload_id = make_id(self._created), f"upload-{self._created}"
+        self._uploads[file_id, upload_id] = {}
         key = f"requests/simulated/{file_id}.jsonl"
-        return {"fileId": file_id, "uploadId": _upload_id(file_id), "key": key}
+        return {"fileId": file_id, "uploadId": upload_id, "key": key}
 
     async def _upload_part(self, received: ReceivedRequest) -> Body:
-        parts = self._find_upload(received, "mpu-uploadpart")
+        upload = self._find_upload(received, "mpu-uploadpart")
         number = received.query.get("partNumber", "")
         if not re.fullmatch("[0-9]{1,5}", number) or not 1 <= int(number) <= 10_000:
             raise RefusedError("partNumber must be between 1 and 10000", param="partNumber")
-        parts[int(number)] = received.body
+        self._uploads[upload][int(number)] = received.body
         return {"partNumber": int(number), "etag": _make_etag(received.body)}
 
     async def _complete(self, received: ReceivedRequest) -> Body:
-        uploaded = self._find_upload(received, "mpu-complete")
+        upload = self._find_upload(received, "mpu-complete")
         body = read_typed(received.body, _Complete)
         pieces = []
         for part in sorted(body.parts, key=lambda part: part.part_number):
-            piece = uploaded.get(part.part_number)
+            piece = self._uploads[upload].get(part.part_number)
             if piece is None or part.etag != _make_etag(piece):
                 message = f"Part {part.part_number} is missing or its etag differs"
                 raise RefusedError(message, param="parts")
             pieces.append(piece)
         data = b"".join(pieces)
+        del self._uploads[upload]
         file_id = received.params["id"]
-        del self._uploads[file_id]
         self._later[file_id] = self._work(file_id, body.model, data.splitlines(), received.origin)
         self._batches[file_id] = next(self._later[file_id])
         return {"id": file_id, "status": "chunking", "size": len(data)}
 
     async def _abort(self, received: ReceivedRequest) -> Body:
-        self._find_upload(received, "mpu-abort")
-        del self._uploads[received.params["id"]]
+        del self._uploads[self._find_upload(received, "mpu-abort")]
         return {"ok": True}
 
     async def _get(self, received: ReceivedRequest) -> Body:
@@ -124,13 +123,12 @@ class Batches:
         newest_first = list(reversed(self._batches.values()))
         return take_page("batches", newest_first, received.query)
 
-    def _find_upload(self, received: ReceivedRequest, action: str) -> dict[int, bytes]:
+    def _find_upload(self, received: ReceivedRequest, action: str) -> tuple[str, str]:
         _expect_action(received, action)
-        file_id = received.params["id"]
-        parts = self._uploads.get(file_id)
-        if parts is None or received.query.get("uploadId") != _upload_id(file_id):
+        upload = (received.params["id"], received.query.get("uploadId", ""))
+        if upload not in self._uploads:
             raise RefusedError("No such upload", status=404, param="uploadId")
-        return parts
+        return upload
 
     def _work(self, file_id: str, model: str, lines: list[bytes], origin: str) -> Iterator[Body]:
         """Yield the states of a batch, one after the other. Blocks.
@@ -138,34 +136,39 @@ class Batches:
         Limits that the client checks are not checked again here.
         """
         results: list[Body] = []
-        state: Body = {"id": file_id, "model": model, "created_at": _tell_time()}
-        yield state | {"status": "chunking", "progress": _count([], total=0)}
-        known = model.partition("/")[0] in MODELS
-        if not known or not lines:
-            code = "empty_batch" if known else "invalid_model"
-            message = "The file has no lines" if known else f"Unknown model {model!r}"
-            error = {"code": code, "message": message}
-            progress = _count([], total=len(lines))
-            yield state | {"status": "failed", "progress": progress, "error": error}
+        head = {"id": file_id, "model": model, "created_at": _time_in()}
+
+        def state(status: str, **more: object) -> Body:
+            failed = sum(result["status"] == "error" for result in results)
+            counted = {"completed": len(results) - failed, "failed": failed}
+            total = 0 if status == "chunking" else len(lines)
+            return head | {"status": status, "progress": {"total": total, **counted}} | more
+
+        yield state("chunking")
+        if model.partition("/")[0] not in MODELS:
+            error = {"code": "invalid_model", "message": f"Unknown model {model!r}"}
+            yield state("failed", error=error)
+            return
+        if not lines:
+            error = {"code": "empty_batch", "message": "The file has no lines"}
+            yield state("failed", error=error)
             return
         step = min(_LINES_PER_LOOK, (len(lines) + 1) // 2)
         for start in range(0, len(lines), step):
-            progress = _count(results, total=len(lines))
-            yield state | {"status": "processing", "progress": progress}
+            yield state("processing")
             results += map(self._do_line, range(start, len(lines)), lines[start : start + step])
         usages = [result.get("usage", {}) for result in results]
-        yield state | {
-            "status": "completed",
-            "progress": _count(results, total=len(lines)),
-            "usage": {
+        yield state(
+            "completed",
+            usage={
                 kind: sum(usage.get(kind, 0) for usage in usages)
                 for kind in ("input_tokens", "output_tokens")
             },
             # The API promises no order of results; here the order is never that of the lines.
-            "outputs": self._store(file_id, results[::-1], origin),
-            "completed_at": _tell_time(),
-            "expires_at": _tell_time(days=7),
-        }
+            outputs=self._store(file_id, results[::-1], origin),
+            completed_at=_time_in(),
+            expires_at=_time_in(days=7),
+        )
 
     def _store(self, file_id: str, results: list[Body], origin: str) -> list[Body]:
         outputs = []
@@ -214,18 +217,9 @@ def _expect_action(received: ReceivedRequest, action: str) -> None:
         raise RefusedError(f"action must be {action}", param="action")
 
 
-def _upload_id(file_id: str) -> str:
-    return hashlib.sha256(file_id.encode()).hexdigest()[:24]
-
-
 def _make_etag(data: bytes) -> str:
     return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
 
 
-def _count(results: list[Body], *, total: int) -> Body:
-    failed = sum(result["status"] == "error" for result in results)
-    return {"total": total, "completed": len(results) - failed, "failed": failed}
-
-
-def _tell_time(*, days: int = 0) -> str:
+def _time_in(*, days: int = 0) -> str:
     return f"{dt.datetime.now(dt.UTC) + dt.timedelta(days):%Y-%m-%dT%H:%M:%SZ}"

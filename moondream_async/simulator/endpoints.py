@@ -27,10 +27,10 @@ class Endpoints:
     def routes(self) -> list[Route]:
         """Return the endpoints of the dialect."""
         dialect = self._dialect
-        prefix, health, models = dialect.prefix, partial(_tell, dialect.health), dialect.models()
+        prefix, health, models = dialect.prefix, partial(_say, dialect.health), dialect.models()
         routes = [Route("GET", path, health, "none") for path in ("/health", "/healthz")]
         if dialect.hosted or dialect.lenient:
-            routes.append(Route("GET", f"{prefix}/models", partial(_tell, models), "optional"))
+            routes.append(Route("GET", f"{prefix}/models", partial(_say, models), "optional"))
         if not dialect.lenient:
             return routes + self._skills("POST", prefix)
         # Station takes any method, and paths with and without its prefix.
@@ -84,7 +84,7 @@ class Endpoints:
         }
 
 
-async def _tell(body: Body, _: ReceivedRequest) -> Body:
+async def _say(body: Body, _: ReceivedRequest) -> Body:
     return body
 
 

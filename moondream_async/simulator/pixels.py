@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-import re
+import statistics
 
 import msgspec
 from PIL import Image, ImageFilter, ImageStat
@@ -139,7 +139,7 @@ def measure(data: bytes) -> Picture:
     size = [max(1, round(side * scale)) for side in image.size]
     named = _name_colours(image.resize(size, Image.Resampling.NEAREST))
     counts = sorted((-count, number) for number, count in enumerate(named.histogram()) if count)
-    shares = {COLOURS[number]: -count / math.prod(size) for count, number in counts}
+    background = counts[0][1]
     light = image.convert("L").resize(size, Image.Resampling.BOX)
     coarse = light.resize((min(8, size[0]), min(6, size[1])), Image.Resampling.BOX)
     lights = coarse.tobytes()
@@ -152,8 +152,8 @@ def measure(data: bytes) -> Picture:
         brightness=ImageStat.Stat(light).mean[0] / 255,
         brightest=_find(bright, lights, coarse.size) if bright - dark >= _UNEVEN else None,
         darkest=_find(dark, lights, coarse.size),
-        shares=shares,
-        areas=_measure_areas(named, next(iter(shares))),
+        shares={COLOURS[number]: -count / math.prod(size) for count, number in counts},
+        areas=_find_areas(named, background),
         named=named,
     )
 
@@ -184,50 +184,42 @@ def _find(value: int, lights: bytes, size: tuple[int, int]) -> Place:
     return (column + 0.5) / size[0], (row + 0.5) / size[1]
 
 
-_Run = tuple[int, int, int]  # cells of one colour side by side: their row, start and stop
-_SAME = re.compile(rb"(.)\1*", re.DOTALL)
+def _find_areas(named: Image.Image, background: int) -> list[Area]:
+    """Return the areas of the other colours that are large enough, the largest first."""
+    colours, columns = named.tobytes(), named.width
+    left = {cell for cell, colour in enumerate(colours) if colour != background}
+    found = []
+    while left:
+        cells = [left.pop()]
+        for cell in cells:  # which grows meanwhile
+            column = cell % columns
+            before, after = (cell - 1 if column else -1), (cell + 1 if column + 1 < columns else -1)
+            for near in (cell - columns, cell + columns, before, after):
+                if near in left and colours[near] == colours[cell]:
+                    left.remove(near)
+                    cells.append(near)
+        if len(cells) >= _SMALLEST_SHARE * len(colours):
+            found.append(sorted(cells))
+    found.sort(key=lambda cells: (-len(cells), cells))
+    return [_measure_area(cells, COLOURS[colours[cells[0]]], named.size) for cells in found]
 
 
-def _measure_areas(named: Image.Image, background: str) -> list[Area]:
-    """Connect the runs of one colour that touch, row by row, and measure what they make."""
-    cells = named.tobytes()
-    columns, rows = named.size
-    area_of: dict[_Run, list[_Run]] = {}
-    above: list[_Run] = []  # the run that each cell of the row above is in
-    for row in range(rows):
-        here: list[_Run] = []
-        for match in _SAME.finditer(cells, row * columns, (row + 1) * columns):
-            run = (row, len(here), len(here) + len(match[0]))
-            area_of[run] = [run]
-            for over in set(above[run[1] : run[2]]):
-                small, large = sorted((area_of[over], area_of[run]), key=len)
-                same_colour = cells[(row - 1) * columns + over[1]] == match[0][0]
-                if same_colour and small is not large:
-                    large += small
-                    area_of.update(dict.fromkeys(small, large))
-            here += [run] * len(match[0])
-        above = here
-    areas = []
-    for runs in {id(runs): runs for runs in area_of.values()}.values():
-        runs.sort()
-        colour = COLOURS[cells[runs[0][0] * columns + runs[0][1]]]
-        share = sum(stop - start for _, start, stop in runs) / len(cells)
-        if colour != background and share >= _SMALLEST_SHARE:
-            areas.append(_measure_area(runs, colour, share, named.size))
-    return sorted(areas, key=lambda area: -area.share)
-
-
-def _measure_area(runs: list[_Run], colour: str, share: float, size: tuple[int, int]) -> Area:
+def _measure_area(cells: list[int], colour: str, size: tuple[int, int]) -> Area:
     columns, rows = size
     sides: dict[int, tuple[int, int]] = {}  # of each row: where its cells begin and end
-    for row, start, stop in runs:
-        sides[row] = (sides.get(row, (start,))[0], stop)
+    for cell in cells:
+        row, column = divmod(cell, columns)
+        sides[row] = (sides.get(row, (column,))[0], column + 1)
     right = [(stop, row + edge) for row, (_, stop) in sides.items() for edge in (0, 1)]
     left = [(start, row + edge) for row, (start, _) in sides.items() for edge in (0, 1)]
     outline = [(x / columns, y / rows) for x, y in (*right, *reversed(left))]
     xs, ys = zip(*outline, strict=True)
-    count = sum(stop - start for _, start, stop in runs)
-    x = sum((stop - start) * (start + stop) / 2 for _, start, stop in runs) / count
-    y = sum((stop - start) * (row + 0.5) for row, start, stop in runs) / count
-    box = (min(xs), min(ys), max(xs), max(ys))
-    return Area(colour, share, box, (x / columns, y / rows), outline)
+    x = statistics.fmean(cell % columns for cell in cells) + 0.5
+    y = statistics.fmean(cell // columns for cell in cells) + 0.5
+    return Area(
+        colour=colour,
+        share=len(cells) / (columns * rows),
+        box=(min(xs), min(ys), max(xs), max(ys)),
+        centre=(x / columns, y / rows),
+        outline=outline,
+    )
