@@ -256,7 +256,7 @@ async def test_a_full_disk_ends_it_with_whole_lines_and_a_reason(bulk, photos, s
         (["-o", "out.jsonl"], "Missing argument"),
         (["photos", "-o", "out.jsonl", "--skill", "query"], "needs '--question'"),
         (["photos", "-o", "texts/", "--skill", "point", "--object", "dog"], "gives no text"),
-        (["photos", "-o", "out.jsonl", "--rate-limit", "0"], "'--rate-limit': it must be over 0"),
+        (["photos", "-o", "out.jsonl", "--rate-limit", "0"], "'--rate-limit': 0 is not over 0"),
     ],
     ids=["no output", "no pictures", "no question", "no text", "no rate"],
 )

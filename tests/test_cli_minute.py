@@ -16,7 +16,7 @@ from test_cli import is_one_line
 import moondream_async as md
 from moondream_async.cli import main
 from moondream_async.cli._words import own_name
-from moondream_async.simulator import Simulator
+from moondream_async.simulator import Simulator, SimulatorThread
 
 pytestmark = pytest.mark.slow  # most tests run the program
 
@@ -123,15 +123,31 @@ def home(tmp_path, monkeypatch):
         ),
         ("caption ~/none.jpg --endpoint {nobody}", (1, "{home}/none.jpg", "~")),
         ("demo --no-open", (2, "'--web'", "Traceback")),
+        ("caption {photo} --timeout inf", (2, "'--timeout': inf is not", "None")),
+        (
+            "caption {photo} --endpoint {nobody} --timeout 0.05",
+            (1, "0.05 seconds (--timeout)", "Timeout."),
+        ),
+        (
+            "HTTPS_PROXY=SOCKS5://A caption {photo} --endpoint https://a.example",
+            (1, "not 'SOCKS5://A'. Unset it to use none.", "False"),
+        ),
+        ("watch {camera} --endpoint {nobody}", (1, "Could not connect to {camera}", "serve")),
+        ("caption {photo} --endpoint {plain}", (1, "[SSL", "serve")),
     ],
 )
-def test_errors_speak_of_options_and_variables(args, expected, photo, capsys, home):
+def test_errors_speak_of_options_and_variables(
+    args, expected, photo, capsys, home, nobody, monkeypatch
+):
     status, says, not_says = expected
-    with closing(socket.create_server(("127.0.0.1", 0))) as bound:
+    with closing(socket.create_server(("127.0.0.1", 0))) as bound, SimulatorThread() as simulator:
         port = bound.getsockname()[1]
-        names = {"photo": photo, "port": port, "home": home}
+        names = {"photo": photo, "port": port, "home": home, "camera": nobody.removesuffix("/v1")}
         names["nobody"] = f"http://127.0.0.1:{port}/v1"
+        names["plain"] = simulator.endpoint.replace("http:", "https:")
         given = [each.format(**names) if each != "_" else "" for each in args.split()]
+        if given[0].isupper():
+            monkeypatch.setenv(*given.pop(0).split("="))
         assert main(given) == status
     output, errors = capsys.readouterr()
     assert output == ""

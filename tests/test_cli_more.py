@@ -74,10 +74,11 @@ async def test_segment_streams_its_events(cli, photo):
     assert events[-1]["path"].startswith("M ")
 
 
-@pytest.mark.parametrize("target", ["found.bmp", "found", "missing/found.png"])
+@pytest.mark.parametrize("target", ["found.bmp", "found", "missing/found.png", "folder.png"])
 async def test_a_file_that_cannot_be_saved_is_refused_before_anything_is_asked(
     cli, photo, tmp_path, simulator, target
 ):
+    (tmp_path / "folder.png").mkdir()
     status, out, errors = await cli("detect", photo, "circle", "--save", tmp_path / target)
     assert (status, out) == (2, "")
     assert len(errors.splitlines()) == 1
@@ -209,6 +210,13 @@ async def test_a_batch_goes_up_and_its_answers_come_down(cli, photo, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
     status, out, _ = await cli("batch", "list")
     assert batch in out
+
+
+async def test_a_folder_that_takes_no_file_is_told_by_the_name_that_was_given(cli, tmp_path):
+    target = tmp_path / "missing" / "answers.jsonl"
+    status, _, errors = await cli("batch", "results", "nothing", "-o", target)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"'{target}'" in errors
 
 
 async def test_batch_results_that_fail_leave_the_old_file(cli, tmp_path):

@@ -46,7 +46,11 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[An
     beside = os.path.join(os.path.dirname(target), f".{secrets.token_hex(6)}.part")  # noqa: PTH118
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(beside, flags, 0o666)
+    try:
+        descriptor = os.open(beside, flags, 0o666)
+    except OSError as error:
+        error.filename = os.fspath(path)  # as the user named it
+        raise
     try:
         with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
             with contextlib.suppress(OSError):

@@ -39,9 +39,9 @@ OWN = {
 
 
 def check_positive(value: float | None) -> float | None:
-    """Refuse a number that is not over 0."""
-    if value is not None and not value > 0:
-        raise typer.BadParameter(f"{value:g} is not over 0.")
+    """Refuse a number that is not over 0, and infinity."""
+    if value is not None and not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{value:g} is not over 0, or not finite.")
     return value
 
 

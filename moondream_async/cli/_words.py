@@ -9,7 +9,13 @@ import sys
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from moondream_async.errors import APIConnectionError, ImageError, MoondreamError, RequestError
+from moondream_async.errors import (
+    APIConnectionError,
+    APITimeoutError,
+    ImageError,
+    MoondreamError,
+    RequestError,
+)
 
 NAME = "moondream-async"
 
@@ -28,8 +34,7 @@ _IN_OTHER_WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^model must be .*, not '\s*'$", "--model must not be empty"),
     (r"\bsettings\['(\w+)'\]", lambda found: f"--{found[1].replace('_', '-')}"),
     (r"\bTimeout\.total\b", "--timeout"),
-    (r"\b(rate_limit|max_retries|max_connections|max_pixels) must", r"--\1 must"),
-    (r"\bproxy= ?", "HTTPS_PROXY "),
+    (r"\bPass proxy=False\b", "Unset it"),
 ]
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _STATION_PORT = 2020
@@ -45,6 +50,9 @@ def in_words(error: MoondreamError) -> str:
     if isinstance(error, RequestError) and not isinstance(error, ImageError):
         for pattern, words in _IN_OTHER_WORDS:
             message = re.sub(pattern, words, message, flags=re.DOTALL)
+    elif isinstance(error, APITimeoutError):
+        message = re.sub(r"\(Timeout\.(total|first_event|idle)\)", "(--timeout)", message)
+        message = re.sub(r" \(Timeout\.\w+\)", "", message)  # no option sets these
     elif isinstance(error, APIConnectionError):
         message += _what_starts_one(message)
     return message
@@ -62,7 +70,7 @@ def own_name() -> str:
 
 def _what_starts_one(message: str) -> str:
     """Return a hint how to start a server, where nothing listens on this machine."""
-    found = re.search(r"^Could not connect to (http\S+?):? ", message)
+    found = re.search(r"^Could not connect to (http\S+?):? (?!\[SSL)", message)
     if found is None:
         return ""
     address = urlsplit(found[1])

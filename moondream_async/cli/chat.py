@@ -16,6 +16,7 @@ from moondream_async import ChatStream, MoondreamClient, MoondreamError
 from . import _options as options
 from ._output import EMPTY, note, print_events, print_json, print_pieces
 from ._session import at_home
+from ._words import in_words
 
 _HELP = "/image PATH adds a picture to the next message, /new begins anew, /quit or Ctrl-D ends."
 
@@ -60,7 +61,7 @@ def chat(
                 except MoondreamError as error:
                     if not interactive:
                         raise
-                    note(str(error))
+                    note(in_words(error))
         finally:
             runner.run(client.aclose())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -200,6 +201,8 @@ def _checked(context: typer.Context, save: Path | None) -> Path | None:
         raise UsageError(f"--save takes a file that ends in {', '.join(_PICTURES)}", context)
     if not save.parent.is_dir():
         raise UsageError(f"--save: there is no folder {save.parent}", context)
+    if save.is_dir() or not os.access(save.parent, os.W_OK):
+        raise UsageError(f"--save: {save} can't be written", context)
     return save
 
 

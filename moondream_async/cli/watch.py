@@ -14,6 +14,7 @@ from moondream_async.errors import (
     APIConnectionError,
     APIStatusError,
     APITimeoutError,
+    ImageError,
     MoondreamError,
     RateLimitError,
 )
@@ -117,7 +118,7 @@ async def _watch(
     answered = False
     async with (
         client,
-        source as pictures,
+        _opened(source) as pictures,
         contextlib.aclosing(_seldom(pictures, every)) as frames,
         client.watch(frames, skill, **arguments) as answers,
     ):
@@ -131,9 +132,20 @@ async def _watch(
                 age, text = each.age, one_line(_text(each.result))
                 print_text(f"{each.frame.time:.3f} s, {age:.2f} s old: {text}")
             else:
-                note(f"{each.frame.time:.3f} s: {each.error}")
+                note(f"{each.frame.time:.3f} s: {in_words(each.error)}")
     if not answered:
         raise typer.Exit(1)
+
+
+@contextlib.asynccontextmanager
+async def _opened(source: Source | MJPEGSource) -> AsyncIterator[AsyncIterator[Frame]]:
+    """Open a source; a camera that can't be reached says nothing of a server to start."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            pictures = await stack.enter_async_context(source)
+        except APIConnectionError as error:
+            raise ImageError(str(error)) from error
+        yield pictures
 
 
 async def _seldom(frames: AsyncIterator[Frame], every: float | None) -> AsyncGenerator[Frame, None]:

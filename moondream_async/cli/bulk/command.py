@@ -96,7 +96,9 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     rate_limit: Annotated[
         float | None,
         typer.Option(
-            metavar="N", help="Requests a second at most. [default: what the server takes]"
+            metavar="N",
+            callback=options.check_positive,
+            help="Requests a second at most. [default: what the server takes]",
         ),
     ] = None,
     retries: Annotated[
@@ -140,8 +142,6 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     by_batch = via == "batch-api"
     if not paths and not from_file:
         raise UsageError("Missing argument 'PATHS...'", context)
-    if rate_limit is not None and rate_limit <= 0:
-        raise UsageError("Invalid value for '--rate-limit': it must be over 0", context)
     if asks := _asks(context, ask or []):
         if skill not in ("caption", "query") or arguments.get("question") or by_batch:
             raise UsageError("'--ask' is for query by requests, without '--question'", context)
