@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from copy import copy
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
 from ._checks import check_count, check_positive, check_ssl_context, is_number
@@ -186,13 +185,14 @@ class MoondreamClient(Skills, ServerQuestions):
         if max_retries is not None:
             check_count("max_retries", max_retries, least=0)
         check_model(model)
-        other = copy(self)
-        other._caller = self._caller.with_options(  # noqa: SLF001 - of the same class
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other._caller = self._caller.with_options(
             timeout=None if timeout is None else to_timeout(timeout),
             max_retries=max_retries,
             headers=check_headers(headers),
         )
-        other._model = self._model if model is None else model  # noqa: SLF001
+        other._model = self._model if model is None else model
         return other
 
     @property
@@ -480,6 +480,12 @@ class MoondreamClient(Skills, ServerQuestions):
         0
         """
         return self._caller.stats()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A MoondreamClient can't be copied: another process makes its own, and with_options() "
+            "gives one over the same connections"
+        )
 
     def __repr__(self) -> str:
         caller = getattr(self, "_caller", None)

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
 import msgspec
 
 from ._checks import check_positive
+from .errors import RequestError
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -187,6 +188,9 @@ class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     further attempt, `first_chunk` of a stream, `end`. Each call has exactly one `end`, also a
     call that failed before its first request, and a stream that was dropped.
 
+    Raises:
+        RequestError: A hook is no function, or a coroutine function, which nobody would await.
+
     >>> async def main():
     ...     hooks = md.Hooks(end=lambda event: print(event.skill, event.outcome, event.attempt))
     ...     async with md.MoondreamClient(hooks=hooks) as client:
@@ -203,3 +207,12 @@ class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     """An attempt failed, and another will follow after `CallEvent.delay`."""
     end: Callable[[CallEvent], object] | None = None
     """A call or stream has ended; `CallEvent.outcome` says how."""
+
+    def __post_init__(self) -> None:
+        from inspect import iscoroutinefunction  # noqa: PLC0415 - the package loads without
+
+        for name in self.__struct_fields__:
+            hook = getattr(self, name)
+            ways = (hook, getattr(type(hook), "__call__", None))  # noqa: B004 - a function's or not
+            if hook is not None and (not callable(hook) or any(map(iscoroutinefunction, ways))):
+                raise RequestError(f"Hooks.{name} must be an ordinary function, not {hook!r}")

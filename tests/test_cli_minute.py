@@ -137,7 +137,7 @@ def home(tmp_path, monkeypatch):
     ],
 )
 def test_errors_speak_of_options_and_variables(
-    args, expected, photo, capsys, home, nobody, monkeypatch
+    args, expected, photo, capsys, *, home, nobody, monkeypatch
 ):
     status, says, not_says = expected
     with closing(socket.create_server(("127.0.0.1", 0))) as bound, SimulatorThread() as simulator:

@@ -1,11 +1,14 @@
 """What a caller of the client sees when all goes well, and when the arguments are wrong."""
 
 import asyncio
+import copy
 import inspect
 import io
+import pickle
 import re
 import sys
 import textwrap
+from functools import partial
 
 import aiohttp
 import pytest
@@ -332,6 +335,9 @@ OPTIONS = [
     {"proxy": "http://"},
     {"proxy": 3128},
     {"proxy": True},
+    {"proxy": b"http://proxy:3128"},
+    {"endpoint": 2020},
+    {"endpoint": b"http://127.0.0.1:2020/v1"},
     {"api_key": "key", "insecure_hosts": 5},
     {"api_key": "key", "insecure_hosts": [None]},
 ]
@@ -339,8 +345,29 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=repr)
 def test_option_that_cannot_be_right_is_refused(options):
-    with pytest.raises(md.RequestError):
+    with pytest.raises(md.RequestError) as caught:
         md.MoondreamClient(**({"endpoint": "http://127.0.0.1:2020/v1"} | options))
+    assert "" in options.values() or not str(caught.value).endswith("not ''")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", ["client", "bulk", "watch"])
+async def test_what_holds_connections_or_tasks_can_not_be_copied(client, photo, kind, copied):
+    one = {"client": client, "bulk": client.bulk([photo]), "watch": client.watch([photo])}[kind]
+    with pytest.raises(TypeError, match="can't be copied"):
+        copied(one)
+
+
+class Waiting:
+    async def __call__(self, event):
+        pass
+
+
+@pytest.mark.parametrize("hook", [5, "x", Waiting(), partial(Waiting().__call__)], ids=repr)
+@pytest.mark.parametrize("name", ["request", "first_chunk", "retry", "end"])
+def test_a_hook_that_would_not_be_called_or_awaited_is_refused(name, hook):
+    with pytest.raises(md.RequestError, match=rf"Hooks\.{name} must be an ordinary function"):
+        md.Hooks(**{name: hook})
 
 
 async def test_options_for_other_calls_go_over_the_same_connections(simulator, photo):

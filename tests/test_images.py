@@ -99,6 +99,18 @@ def test_path_whose_name_is_bytes_is_read(tmp_path):
     assert encode_image(BytesPath()).data == CLEAN["png"]
 
 
+@pytest.mark.parametrize("path", [5, None, ZeroDivisionError()], ids=repr)
+def test_path_without_a_name_is_refused_by_its_type(path):
+    class Nameless:
+        def __fspath__(self):
+            if isinstance(path, Exception):
+                raise path
+            return path
+
+    with pytest.raises(ImageError, match="the Nameless can't be decoded"):
+        encode_image(Nameless())
+
+
 def test_file_is_read_from_where_it_stands_and_left_open(tmp_path):
     path = tmp_path / "archive"
     path.write_bytes(b"head" + CLEAN["png"])

@@ -478,6 +478,10 @@ def test_half_a_character_in_a_question_is_refused():
         ([{"role": "user", "content": 5}], "messages[0]: content must be"),
         ([{"role": "user", "content": b"Hi"}], "messages[0]: content must be"),
         ([{"role": "user", "content": {"type": "text"}}], "messages[0]: content must be"),
+        *[
+            ([{"role": "user", "content": blank}], "messages[0]: content must not be empty")
+            for blank in ("", " \n", [], [""], [{"type": "text", "text": " "}, "\t"])
+        ],
         ([{"role": "user", "content": [{}]}], "messages[0], part 0 must be text, a picture"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part 0 must be text, a picture"),
         ([{"role": "user", "content": ["a", {"type": "image_url"}]}], "part 1 must be text"),

@@ -52,13 +52,18 @@ def is_array(image: object) -> TypeGuard[SupportsArrayInterface]:
 
 def describe(image: object) -> str:
     """Return the picture's name for messages: its path, or the type of the value."""
-    if isinstance(image, os.PathLike):
-        return _shorten(os.fsdecode(image))
     if isinstance(image, str):
         return "the data URI" if _is_data_uri(image) else _shorten(image)
     if isinstance(image, (bytes, bytearray)):
         return f"the picture ({len(image)} bytes)"
-    name = getattr(image, "name", None) or getattr(image, "filename", None)
+    name: object
+    try:
+        if isinstance(image, os.PathLike):
+            name = os.fsdecode(image)
+        else:
+            name = getattr(image, "name", None) or getattr(image, "filename", None)
+    except Exception:  # noqa: BLE001 - raised by a caller's own class
+        name = None
     if isinstance(name, str):
         return _shorten(name)
     return f"the {type(image).__name__}"

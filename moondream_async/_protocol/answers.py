@@ -173,7 +173,9 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
         raw = decode(body)
     except ValueError as error:
         raise ServerError(
-            f"The server's reply is not JSON: {_excerpt(body)}", status=status, body=_excerpt(body)
+            f"The server's reply is not JSON: {_excerpt(body) or 'an empty body'}",
+            status=status,
+            body=_excerpt(body),
         ) from error
     if not isinstance(raw, dict):
         raise ServerError(

@@ -284,6 +284,8 @@ def _messages(messages: Sequence[Mapping[str, Any] | ChatMessage]) -> list[dict[
         if role == "system" and number:
             raise RequestError(f"messages[{number}]: a system message can only be the first")
         content = _content(f"messages[{number}]", message["content"], pictures=role == "user")
+        if role == "user" and _is_blank(content):
+            raise RequestError(f"messages[{number}]: content must not be empty")
         checked.append({**message, "content": content})
     if checked[-1]["role"] != "user":
         raise RequestError("the last of the messages must be the user's")
@@ -303,6 +305,12 @@ def _content(where: str, content: Any, *, pictures: bool) -> Any:
     if isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
         raise RequestError(f"{where}: content must be a string or a list of parts")
     return [_part(f"{where}, part {i}", part, pictures=pictures) for i, part in enumerate(content)]
+
+
+def _is_blank(content: str | list[dict[str, Any]]) -> bool:
+    if isinstance(content, str):
+        return not content.strip()
+    return all("text" in part and not part["text"].strip() for part in content)
 
 
 def _part(where: str, part: Any, *, pictures: bool) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def _read_endpoint(address: Secret) -> URL | str:
     The function raises nothing, since its variables may hold a password.
     """
     text = address.reveal()
-    problem = f"endpoint must be an http or https address, not {shown(text)!r}"
+    problem = "endpoint must be an http or https address, "
+    problem += f"not {shown(text)!r}" if text else "as a string"  # no text: another type
     try:
         url = URL(text)
         host, port = url.host, url.port

@@ -88,7 +88,7 @@ def proxies_at(address: Secret) -> Proxies:
     """Return proxies that use one proxy for all addresses."""
     proxy = _read(address)
     if isinstance(proxy, str):
-        proxy = f"proxy must be {_WANTED}, or False, not {proxy}"
+        proxy = f"proxy must be {_WANTED}, or False" + (f", not {proxy}" if address else "")
     return _Only({"all": proxy})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 import anyio
 
@@ -60,6 +60,9 @@ class Results(Generic[_T]):
             self._task.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([self._task])
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"A {type(self).__name__} can't be copied: it is one run, read once")
 
     def __del__(self) -> None:
         task = self._task

@@ -128,11 +128,11 @@ async def _watch(
             answered = answered or each.ok
             if as_json:
                 print_json(_as_json(each))
-            elif each.ok:
+            elif each.error is not None:
+                note(f"{each.frame.time:.3f} s: {in_words(each.error)}")
+            else:
                 age, text = each.age, one_line(_text(each.result))
                 print_text(f"{each.frame.time:.3f} s, {age:.2f} s old: {text}")
-            else:
-                note(f"{each.frame.time:.3f} s: {in_words(each.error)}")
     if not answered:
         raise typer.Exit(1)
 
@@ -142,7 +142,7 @@ async def _opened(source: Source | MJPEGSource) -> AsyncIterator[AsyncIterator[F
     """Open a source; a camera that can't be reached says nothing of a server to start."""
     async with contextlib.AsyncExitStack() as stack:
         try:
-            pictures = await stack.enter_async_context(source)
+            pictures: AsyncIterator[Frame] = await stack.enter_async_context(source)
         except APIConnectionError as error:
             raise ImageError(str(error)) from error
         yield pictures
