@@ -17,6 +17,7 @@ import moondream_async as md
 from moondream_async import errors, results
 from moondream_async import types as values
 from moondream_async._values import Record, Value
+from moondream_async.bulk.results import Results
 
 INIT = Path(md.__file__)
 
@@ -161,7 +162,7 @@ def methods(*, inherited=True):
             if not base.__module__.startswith("moondream_async"):
                 continue
             if not inherited and (
-                base in (Value, Record) or base.__name__ in {*md.__all__} - {name}
+                base in (Value, Record, Results) or base.__name__ in {*md.__all__} - {name}
             ):
                 continue
             for attribute, value in vars(base).items():
