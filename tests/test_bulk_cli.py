@@ -3,17 +3,17 @@
 import os
 import signal
 import subprocess
+import tarfile
 
 import anyio
+import anyio.to_thread
 import pytest
-from bulk_runs import ASKED, Page, make_pictures, paths_of, records, rows_of
+from bulk_runs import Page, make_pictures, paths_of, records, rows_of
 from PIL import Image
 
-from moondream_async.cli.bulk.journal import Journal
+from moondream_async.cli import main
 from moondream_async.cli.bulk.search import Search
-from moondream_async.cli.bulk.sources import Contents, Found, PictureFile
-from moondream_async.errors import RequestError
-from moondream_async.results import CaptionResult
+from moondream_async.cli.bulk.sources import Found, PictureFile
 from moondream_async.simulator import Simulator
 
 pytestmark = pytest.mark.slow  # each test runs the program several times
@@ -52,20 +52,29 @@ async def test_every_skill_can_be_asked(bulk, photos, tmp_path, arguments, key):
     assert all(key in line for line in records(tmp_path / "out.jsonl"))
 
 
-@pytest.mark.parametrize("way", ["stdin", "list", "pattern", "twice"])
+WAYS = {
+    "stdin": ["-"],
+    "/dev/stdin": ["--from-file", "/dev/stdin"],
+    "fifo": ["--from-file", "pipe"],
+    "list": ["--from-file", "list"],
+    "pattern": ["photos/*/*.jpg", "photos/*.jpg"],
+    "twice": ["photos/*.jpg", "photos/../photos", "--from-file", "list"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 async def test_pictures_are_named_in_several_ways_and_asked_about_once(bulk, photos, tmp_path, way):
-    names = "".join(f"{path}\n" for path in photos.glob("*.jpg"))
-    (tmp_path / "list").write_text(names)
-    arguments = {
-        "stdin": ["-"],
-        "list": ["--from-file", "list"],
-        "pattern": [photos / "*.jpg"],
-        "twice": [*photos.glob("*.jpg"), photos / "*.jpg", "--from-file", "list"],
-    }[way]
-    stdin = names.encode() if way == "stdin" else b""
-    status, said = await bulk(*arguments, "-o", "out.jsonl", stdin=stdin)
+    names = sorted(str(path.relative_to(tmp_path)) for path in photos.rglob("*.jpg"))
+    lines = "".join(f"{name}\r\n" for name in names)
+    (tmp_path / "list").write_text(lines)
+    async with anyio.create_task_group() as group:
+        if way == "fifo":
+            os.mkfifo(tmp_path / "pipe")
+            group.start_soon(anyio.to_thread.run_sync, (tmp_path / "pipe").write_text, lines)
+        stdin = lines.encode() if "stdin" in way else b""
+        status, said = await bulk(*WAYS[way], "-o", "out.jsonl", stdin=stdin)
     assert status == 0, said
-    assert len(records(tmp_path / "out.jsonl")) == 10
+    assert paths_of(records(tmp_path / "out.jsonl")) == names
 
 
 async def test_parquet_has_a_row_for_each_picture(bulk, photos, tmp_path):
@@ -249,58 +258,106 @@ async def test_a_full_disk_ends_it_with_whole_lines_and_a_reason(bulk, photos, s
     assert len(set(paths_of(records(small_disk / "out.jsonl")))) == 100
 
 
+QUERY = ("--skill", "query")
+DETECT = ("--skill", "detect", "--object", "red")
+OUT = ("-o", "out.jsonl")
+REFUSED = [
+    (2, "Missing option", "photos"),
+    (2, "Missing argument", *OUT),
+    (2, "needs '--question'", "photos", *OUT, *QUERY),
+    (2, "gives no text", "photos", "-o", "texts/", "--skill", "point", "--object", "red"),
+    (2, "'--rate-limit': 0 is not over 0", "photos", *OUT, "--rate-limit", "0"),
+    (2, "must end in", "photos", "-o", "outx"),
+    (2, "must end in", "photos", "-o", "mine.json"),
+    (2, "must end in", "photos", "-o", "style.css"),
+    (1, "other things in it than results", "photos", "-o", "mine.jsonl"),
+    (1, "no run has made it", "photos", "-o", "mine.csv"),
+    (1, "no run has made it", "photos", "-o", "mine.parquet"),
+    (1, "no run has made it", "photos", "-o", "mine.jsonl.gz"),
+    (1, "is no report", "photos", *OUT, "--report", "mine.html"),
+    (1, "none/*.jpg", "none/*.jpg", *OUT),
+    (1, "empty", "empty", *OUT),
+    (1, "has no column nope", "in.csv", *OUT, "--column", "nope"),
+    (1, "its row has no column", "in.csv", *OUT, *QUERY, "--question", "A {nope}?"),
+    (1, "is damaged", "photos", "-o", "damaged.jsonl", "--via", "batch-api"),
+    (2, "'-o .vtt' is for", "clip.mp4", "-o", "out.vtt", *DETECT),
+    (2, "'-o .srt' is for", "clip.mp4", "photo.jpg", "-o", "out.srt"),
+    (2, "takes no videos", "clip.mp4", *OUT, "--via", "batch-api"),
+    (1, "Can't read missing.mp4: No such file", "missing.mp4", *OUT),
+    (1, "Can't read clip.mp4: ", "clip.mp4", *OUT),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["photos"], "Missing option"),
-        (["-o", "out.jsonl"], "Missing argument"),
-        (["photos", "-o", "out.jsonl", "--skill", "query"], "needs '--question'"),
-        (["photos", "-o", "texts/", "--skill", "point", "--object", "dog"], "gives no text"),
-        (["photos", "-o", "out.jsonl", "--rate-limit", "0"], "'--rate-limit': 0 is not over 0"),
-    ],
-    ids=["no output", "no pictures", "no question", "no text", "no rate"],
+    ("status", "reason", "arguments"),
+    [(status, reason, arguments) for status, reason, *arguments in REFUSED],
+    ids=[" ".join(arguments) for _, _, *arguments in REFUSED],
 )
-async def test_wrong_usage_is_told_in_one_line(bulk, photos, arguments, reason):
-    status, said = await bulk(*arguments)
-    assert status == 2
+def test_what_cannot_be_is_told_and_nobodys_file_is_touched(
+    photos, tmp_path, monkeypatch, capsys, *, nobody, status, reason, arguments
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "in.csv").write_text("path\nphotos/00000.jpg\n")
+    (tmp_path / "clip.mp4").write_bytes(b"no video")
+    (tmp_path / "damaged.jsonl.batches").write_text('[{"batch": 5')
+    for ending in ("json", "jsonl", "jsonl.gz", "csv", "parquet", "html"):
+        (tmp_path / f"mine.{ending}").write_text("dear diary\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOONDREAM_ENDPOINT", nobody)
+    assert main(["bulk", *arguments]) == status
+    said = capsys.readouterr().err
     assert reason in said
-    assert said.count("\n") == 1
-
-
-async def test_a_file_that_holds_something_else_is_left_alone(bulk, photos, tmp_path):
-    (tmp_path / "out.jsonl").write_text("dear diary\n")
-    status, said = await bulk("photos", "-o", "out.jsonl")
-    assert status == 1
-    assert "other things in it than results" in said
-    assert (tmp_path / "out.jsonl").read_text() == "dear diary\n"
+    assert "Traceback" not in said
+    assert status == 1 or said.count("\n") == 1
+    assert {path.read_text() for path in tmp_path.glob("mine.*")} == {"dear diary\n"}
 
 
 # -- what ends it, and how it goes on -----------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("form", "lines"),
-    [("o.jsonl", "o.jsonl"), ("o.csv.gz", "o.csv.gz.jsonl"), ("o/", "o/.moondream.jsonl")],
-)
+ASKS = ("--ask", "size=How wide is it?", "--ask", "kind=Is it a {kind}?")
+KILLED = {  # its arguments, its lines, and how often it asks about a picture
+    "lines": (["photos", "-o", "o.jsonl"], "o.jsonl", 1),
+    "rows": (["photos", "-o", "o.csv.gz"], "o.csv.gz.jsonl", 1),
+    "texts": (["photos", "-o", "o/"], "o/.moondream.jsonl", 1),
+    "shards": (["in.tar", "-o", "o.tar"], "o.tar.jsonl", 1),
+    "a table with two questions": (["in.csv", "-o", "o.jsonl", *ASKS], "o.jsonl", 2),
+}
+
+
+@pytest.mark.parametrize(("arguments", "lines", "questions"), KILLED.values(), ids=KILLED)
 async def test_after_kill_9_it_goes_on_and_holds_each_picture_once(
-    simulator, bulk, started, tmp_path, *, form, lines
+    simulator, bulk, started, tmp_path, *, arguments, lines, questions
 ):
-    make_pictures(tmp_path / "photos", 200)
-    output, journal = tmp_path / form, tmp_path / lines
-    async with started("photos", "-o", form) as program:
-        await simulator.wait_until(lambda: len(simulator.requests) >= 120)
+    paths = make_pictures(tmp_path / "photos", 80).rglob("*.jpg")
+    names = sorted(str(path.relative_to(tmp_path)) for path in paths)
+    (tmp_path / "in.csv").write_text("\n".join(["path,kind", *(f"{name},cat" for name in names)]))
+    with tarfile.open(tmp_path / "in.tar", "w") as shard:
+        for name in names:
+            shard.add(tmp_path / name, name)
+    output, journal = tmp_path / arguments[2], tmp_path / lines
+    async with started(*arguments) as program:
+        await simulator.wait_until(lambda: len(simulator.requests) >= 50 * questions)
         program.kill()
         assert (await program.end())[0] == -signal.SIGKILL
     first = len(journal.read_bytes().splitlines())
-    assert 0 < first < 200
+    assert 0 < first < 80
+    assert output in (journal, journal.parent) or not output.exists()
     with journal.open("ab") as file:
         file.write(b'{"path":"photos/00001.jp')  # as if it had been killed within a write
     asked = len(simulator.requests)
-    assert (await bulk("photos", "-o", form))[0] == 0
-    assert len(simulator.requests) - asked <= 200 - first + 1
-    assert len(records(journal)) == len({path for path, _ in rows_of(output)}) == 200
-    assert len(rows_of(output)) == 200
-    assert all(text for _, text in rows_of(output))
+    status, said = await bulk(*arguments)
+    assert status == 0, said
+    assert len(simulator.requests) - asked <= questions * (80 - first + 1)
+    found = records(journal)
+    assert len(found) == len(set(paths_of(found))) == 80
+    assert all(line.get("caption") or (line["size"] and line["kind"]) for line in found)
+    if output.suffix == ".tar":
+        with tarfile.open(output) as shard:
+            assert sorted(name for name in shard.getnames() if name.endswith(".jpg")) == names
+    elif questions == 1:
+        rows = rows_of(output)
+        assert len(rows) == len({path for path, text in rows if text}) == 80
 
 
 async def test_only_what_changed_or_is_new_is_asked_again(simulator, bulk, photos, tmp_path):
@@ -375,28 +432,6 @@ async def test_ctrl_c_ends_waiting_for_paths_on_stdin(simulator, started, photos
 
 def found(name="a.jpg"):
     return Found(name, name)
-
-
-@pytest.mark.parametrize("cut", [0, 1, 30, -2], ids=["none", "a byte", "some", "its end"])
-def test_a_torn_last_line_is_dropped_and_the_others_stay(tmp_path, cut):
-    file = tmp_path / "journal.jsonl"
-    path = str(file)
-    with Journal(path, ASKED) as journal:
-        journal.append(found("a.jpg"), Contents(1, 1, "x"), CaptionResult(caption="one"))
-        size = file.stat().st_size
-        journal.append(found("b.jpg"), Contents(1, 1, "x"), CaptionResult(caption="two"))
-    os.truncate(path, size + cut if cut >= 0 else file.stat().st_size + cut)
-    with Journal(path, ASKED) as journal:
-        assert [record["caption"] for record in journal.records()] == ["one"]
-        assert not journal.has(found("b.jpg"))
-    assert file.stat().st_size == size
-
-
-def test_two_runs_never_write_the_same_file(tmp_path):
-    pytest.importorskip("fcntl", reason="this system has no such locks")
-    path = str(tmp_path / "journal.jsonl")
-    with Journal(path, ASKED), pytest.raises(RequestError, match="Another run"):
-        Journal(path, ASKED)
 
 
 def test_finding_takes_no_more_than_it_is_asked_for(tmp_path):

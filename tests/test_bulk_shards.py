@@ -6,7 +6,6 @@ import sys
 import tarfile
 
 import pytest
-from bulk_runs import records
 from PIL import Image
 
 pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
@@ -216,21 +215,3 @@ def test_a_shard_is_replaced_only_when_it_is_whole(tmp_path):
         shards.write_shards(records, str(tmp_path / "out.tar"))
     assert (tmp_path / "out.tar").read_bytes() == b"the old one"
     assert {each.name for each in tmp_path.iterdir()} == {"a.jpg", "out.tar"}
-
-
-@pytest.mark.slow
-async def test_shards_go_on_after_kill_9_with_no_sample_twice_or_lost(
-    simulator, bulk, started, tmp_path
-):
-    write_shard(tmp_path / "in.tar", range(150))
-    arguments = ("in.tar", "-o", "out.tar")
-    async with started(*arguments) as program:
-        await simulator.wait_until(lambda: len(simulator.requests) >= 50)
-        program.kill()
-        await program.end()
-    assert not (tmp_path / "out.tar").exists()
-    status, said = await bulk(*arguments)
-    assert status == 0, said
-    assert len(records(tmp_path / "out.tar.jsonl")) == 150
-    keys = [each["__key__"] for each in read_shards(tmp_path / "out.tar")]
-    assert sorted(keys) == [f"cats/{n:04}" for n in range(150)]

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import signal
 import sys
 import zipfile
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from bulk_runs import make_pictures, paths_of, records
+from bulk_runs import records
 from PIL import Image
 
 from moondream_async.cli.bulk.estimate import Estimate
@@ -84,20 +83,6 @@ async def test_only_questions_that_failed_are_asked_again(simulator, bulk, photo
     assert all(line["a"] and line["b"] for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (["--column", "nope"], "has no column nope"),
-        (["--skill", "query", "--question", "A {nope}?"], "its row has no column"),
-    ],
-)
-async def test_a_column_that_is_not_there_is_told(bulk, photos, tmp_path, options, reason):
-    table = write_table(tmp_path / "in.csv", rows_of(photos)[:2])
-    status, said = await bulk(table, "-o", "o.jsonl", *options)
-    assert status == 1
-    assert reason in said
-
-
 async def test_what_a_run_would_take_is_told_and_nothing_asked(simulator, cli, photos, tmp_path):
     options = ("--dry-run", "--rate-limit", 2, "--limit", 10)
     _, said, _ = await cli("bulk", "photos", "-o", "o.jsonl", *options, cwd=tmp_path)
@@ -131,14 +116,6 @@ async def test_pictures_are_chosen_by_their_names(bulk, photos, tmp_path, option
     assert len(records(tmp_path / "o.jsonl")) == count
 
 
-@pytest.mark.parametrize("what", ["none/*.jpg", "empty"])
-async def test_what_gives_no_picture_is_an_error(bulk, tmp_path, what):
-    (tmp_path / "empty").mkdir()
-    status, said = await bulk(what, "-o", "o.jsonl")
-    assert status == 1
-    assert what in said
-
-
 async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(
     bulk, photos, tmp_path, nobody
 ):
@@ -147,19 +124,6 @@ async def test_a_server_that_is_away_ends_the_run_after_its_first_failures(
     assert status == 1
     assert "Stopped after 3 failures in a row" in said
     assert len(records(tmp_path / "o.jsonl")) < 20
-
-
-async def test_a_table_with_two_questions_goes_on_after_kill_9(simulator, bulk, started, tmp_path):
-    photos = make_pictures(tmp_path / "photos", 150)
-    arguments = (write_table(tmp_path / "in.csv", rows_of(photos)), "-o", "o.jsonl", *ASKS)
-    async with started(*arguments) as program:
-        await simulator.wait_until(lambda: len(simulator.requests) >= 150)
-        program.kill()
-        assert (await program.end())[0] == -signal.SIGKILL
-    assert (await bulk(*arguments))[0] == 0
-    lines = records(tmp_path / "o.jsonl")
-    assert len(lines) == len(set(paths_of(lines))) == 150
-    assert all(line["size"] and line["kind"] for line in lines)
 
 
 async def test_boxes_are_coco_and_yolo_as_others_read_them(bulk, photos, tmp_path):

@@ -55,23 +55,3 @@ async def test_captions_of_a_video_are_subtitles(bulk, clip, tmp_path, ending):
         sorted(each["time"] for each in records(tmp_path / f"out.{ending}.jsonl"))
         == times(clip)[::10]
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["clip.mp4", "-o", "a.vtt", "--skill", "detect", "--object", "a"], "'-o .vtt' is for"),
-        (["clip.mp4", "photo.jpg", "-o", "a.srt"], "'-o .srt' is for"),
-        (["clip.mp4", "-o", "a.jsonl", "--via", "batch-api"], "takes no videos"),
-        (["missing.mp4", "-o", "a.jsonl"], "Can't read missing.mp4: No such file"),
-        (["broken.mp4", "-o", "a.jsonl"], "Can't read broken.mp4: "),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-@pytest.mark.usefixtures("clip")
-async def test_what_gives_no_frames_is_told(bulk, simulator, tmp_path, arguments, words):
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
-    status, said = await bulk(*arguments)
-    assert status
-    assert words in said
-    assert simulator.requests == []
