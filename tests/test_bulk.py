@@ -1,7 +1,5 @@
 """Many pictures through one client: what comes out, how fast it goes, and what is left behind."""
 
-import asyncio
-import gc
 import heapq
 import io
 import math
@@ -17,23 +15,12 @@ from tqdm.asyncio import tqdm
 import moondream_async as md
 from moondream_async.bulk import BulkItem, BulkResult, Control
 from moondream_async.bulk.progress import BulkProgress
-from moondream_async.simulator import Simulator
 
 
 def picture(number=0):
     file = io.BytesIO()
     Image.new("RGB", (8 + number % 50, 8), (number % 256, 80, 20)).save(file, "JPEG")
     return file.getvalue()
-
-
-def tasks_of_runs():
-    return [task for task in asyncio.all_tasks() if "bulk" in task.get_name()]
-
-
-async def nothing_left():
-    """Wait until no task of a run is left; the test's own time limit is the only one."""
-    while tasks_of_runs():
-        await anyio.lowlevel.checkpoint()
 
 
 @pytest.fixture
@@ -223,70 +210,6 @@ async def test_retry_after_holds_up_all_of_the_run(simulator, client):
     assert all(each.ended_at - first.ended_at >= 0.28 for each in simulator.requests[1:])
 
 
-async def test_a_wrong_key_ends_the_run():
-    async with (
-        Simulator(api_key="right") as simulator,
-        md.MoondreamClient("wrong", endpoint=simulator.endpoint) as client,
-        client.bulk(picture() for _ in iter(int, 1)) as run,
-    ):
-        with pytest.raises(md.AuthenticationError):
-            await anext(run)
-        with pytest.raises(StopAsyncIteration):
-            await anext(run)
-    assert tasks_of_runs() == []
-
-
-async def test_a_client_that_is_closed_ends_the_run(simulator, client):
-    simulator.faults.append("slow_start=30,times=always")
-    run = client.bulk(picture() for _ in iter(int, 1))
-    async with anyio.create_task_group() as group:
-
-        async def close():
-            await simulator.wait_until(lambda: len(simulator.requests) > 1)
-            await client.aclose()
-
-        group.start_soon(close)
-        with pytest.raises(md.ClientClosedError):
-            await anext(run)
-    await run.aclose()
-
-
-async def test_what_the_source_raises_comes_after_the_results_before_it(client):
-    def pictures():
-        yield picture(0)
-        yield picture(1)
-        raise OSError("the disk is gone")
-
-    async with client.bulk(pictures(), ordered=True) as run:
-        assert [(await anext(run)).index for _ in range(2)] == [0, 1]
-        with pytest.raises(OSError, match="the disk is gone"):
-            await anext(run)
-
-
-@pytest.mark.parametrize(
-    ("items", "skill", "arguments"),
-    [
-        ("photo.jpg", "caption", {}),
-        (b"a picture", "caption", {}),
-        (7, "caption", {}),
-        ([], "chat", {}),
-        ([], "caption", {"length": "huge"}),
-        ([], "caption", {"question": "Why?"}),
-        ([], "query", {"question": " "}),
-        ([], "caption", {"settings": {"temperature": -1}}),
-        ([], "caption", {"concurrency": 0}),
-        ([], "caption", {"max_retries": -1}),
-    ],
-    ids=str,
-)
-async def test_an_argument_that_cannot_be_right_is_refused_at_once(
-    simulator, client, items, skill, arguments
-):
-    with pytest.raises(md.RequestError):
-        client.bulk(items, skill, **arguments)
-    assert simulator.requests == []
-
-
 # -- bounds -------------------------------------------------------------------------
 
 
@@ -343,53 +266,6 @@ async def test_no_more_are_open_than_max_connections(simulator):
 # -- its end ------------------------------------------------------------------------
 
 
-async def test_leaving_the_run_leaves_no_task_and_no_request(simulator, client):
-    simulator.faults.append("slow_start=30,times=always")
-    async with client.bulk(Source()) as run:
-        with anyio.move_on_after(0.05):
-            await anext(run)
-        await simulator.wait_until(lambda: len(simulator.requests) == 4)
-    assert tasks_of_runs() == []
-    await simulator.wait_until(lambda: simulator.connections.open == 0)
-
-
-async def test_a_break_leaves_no_task(simulator, client):
-    async for result in client.bulk(Source()):
-        assert result.ok
-        break
-    await nothing_left()
-    await simulator.wait_until(lambda: all(r.ended.is_set() for r in simulator.requests))
-
-
-async def test_a_dropped_run_is_freed_without_the_cyclic_collector(client):
-    gc.disable()
-    try:
-        run = client.bulk(Source())
-        await anext(run)
-        del run
-        await nothing_left()
-    finally:
-        gc.enable()
-
-
-async def test_cancelling_a_reader_outside_async_with_ends_the_run(simulator, client):
-    simulator.faults.append("slow_start=30,times=always")
-    run = client.bulk(Source())
-    with anyio.move_on_after(0.05):
-        await anext(run)
-    assert tasks_of_runs() == []
-    with pytest.raises(StopAsyncIteration):
-        await anext(run)
-
-
-async def test_cancelling_a_reader_inside_async_with_loses_nothing(simulator, client):
-    simulator.faults.append("slow_start=0.1,times=4")
-    async with client.bulk(map(picture, range(8))) as run:
-        with anyio.move_on_after(0.02):
-            await anext(run)
-        assert sorted([each.index async for each in run]) == list(range(8))
-
-
 async def test_stop_takes_no_more_and_finishes_what_is_under_way(client):
     source = Source()
     async with client.bulk(source) as run:
@@ -399,27 +275,6 @@ async def test_stop_takes_no_more_and_finishes_what_is_under_way(client):
         seen += [each async for each in run]
     assert source.taken == taken == len(seen)
     assert all(each.ok for each in seen)
-
-
-async def test_closing_twice_and_reading_after_that_do_no_harm(client):
-    run = client.bulk(Source())
-    await anext(run)
-    await run.aclose()
-    await run.aclose()
-    with pytest.raises(StopAsyncIteration):
-        await anext(run)
-
-
-def test_a_run_that_was_never_read_needs_no_end():
-    client = md.MoondreamClient(endpoint="http://127.0.0.1:9")
-    client.bulk([])
-    asyncio.run(client.aclose())
-
-
-async def test_results_hold_on_to_no_frames(client):
-    (result,) = [each async for each in client.bulk([b"no picture"])]
-    assert isinstance(result, BulkResult)
-    assert result.error.__traceback__ is None
 
 
 # -- how much a server takes: arithmetic, with a clock of its own ---------------------
@@ -609,12 +464,6 @@ async def test_a_run_tells_how_far_it_is(client, photo):
         assert (progress.total, progress.done, progress.failed) == (3, 3, 2)
         assert progress.tokens > 0
         assert "3 of 3 done, 2 failed" in repr(run)
-
-
-@pytest.mark.parametrize("call", ["bulk", "watch"])
-async def test_misspelt_arguments_are_named_with_the_right_ones(client, call):
-    with pytest.raises(md.RequestError, match=r"'lenght' .*'length'"):
-        getattr(client, call)([], "caption", lenght="short")
 
 
 async def test_misspelt_key_is_the_failure_of_its_item(simulator, client, photo):

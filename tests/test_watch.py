@@ -1,7 +1,6 @@
 """Moving pictures: the newest frame wins, results keep their order, and nothing is left behind."""
 
 import asyncio
-import gc
 import io
 import itertools
 import queue
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 import moondream_async as md
-from moondream_async.simulator import SAMPLE_IMAGE, Simulator
+from moondream_async.simulator import SAMPLE_IMAGE
 from moondream_async.watch import Frame, WatchResult
 
 
@@ -83,18 +82,6 @@ async def result_of(watch, camera, number):
     reading = asyncio.create_task(anext(watch))
     await camera.show(number)
     return await reading
-
-
-def left():
-    """The tasks and threads of watches."""
-    tasks = [each for each in asyncio.all_tasks() if "moondream_async watch" in each.get_name()]
-    return tasks + [each for each in threading.enumerate() if each.name == "moondream_async frames"]
-
-
-async def nothing_left():
-    """Wait until nothing of a watch is left; the test's own time limit is the only one."""
-    while left():
-        await anyio.lowlevel.checkpoint()
 
 
 @pytest.fixture
@@ -334,12 +321,6 @@ async def test_a_stream_that_a_frame_supersedes_just_ends(simulator, client, cam
         assert (await anext(watch)).index == 1
 
 
-@pytest.mark.parametrize("skill", ["detect", "point"])
-async def test_skills_without_streams_refuse_one(client, camera, skill):
-    with pytest.raises(md.RequestError, match="stream"):
-        client.watch(camera, skill, object="cat", stream=True)
-
-
 # -- frames that block ----------------------------------------------------------------------
 
 
@@ -370,7 +351,6 @@ async def test_frames_that_block_are_read_in_a_thread_of_their_own(client):
         await reader.end()
     assert [each.skipped for each in reader.results] == [0, 0, 0]
     assert camera.threads.isdisjoint({threading.current_thread()})
-    assert left() == []
 
 
 async def test_leaving_does_not_wait_for_an_iterator_that_blocks(client):
@@ -470,103 +450,7 @@ async def test_a_failure_may_end_the_watch(simulator, client, camera):
             await anext(watch)
 
 
-async def test_a_frame_that_is_no_picture_is_a_result_with_its_error(simulator, client):
-    results = [each async for each in client.watch([b"no picture"])]
-    assert [type(each.error) for each in results] == [md.ImageError]
-    assert simulator.requests == []
-
-
-async def test_a_wrong_key_ends_the_watch(camera):
-    async with (
-        Simulator(api_key="right") as simulator,
-        md.MoondreamClient("wrong", endpoint=simulator.endpoint) as client,
-        client.watch(camera) as watch,
-    ):
-        with pytest.raises(md.AuthenticationError):
-            await result_of(watch, camera, 0)
-        with pytest.raises(StopAsyncIteration):
-            await anext(watch)
-
-
-async def test_a_client_that_is_closed_ends_the_watch(simulator, client, camera, held):
-    async with client.watch(camera) as watch:
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
-        await asked(simulator, 1)
-        await client.aclose()
-        with pytest.raises(md.ClientClosedError):
-            await reading
-
-
-@pytest.mark.parametrize("kind", ["ordinary", "asynchronous"])
-async def test_what_the_frames_raise_comes_after_the_results_before_it(client, kind):
-    def frames():
-        yield picture()
-        raise OSError("the camera is gone")
-
-    async def later():
-        for each in frames():
-            yield each
-
-    async with client.watch(frames() if kind == "ordinary" else later()) as watch:
-        assert (await anext(watch)).ok
-        with pytest.raises(OSError, match="the camera is gone"):
-            await anext(watch)
-
-
-@pytest.mark.parametrize(
-    ("frames", "skill", "arguments"),
-    [
-        ("photo.jpg", "caption", {}),
-        (b"a picture", "caption", {}),
-        (picture(), "caption", {}),
-        (7, "caption", {}),
-        ([], "chat", {}),
-        ([], "caption", {"length": "huge"}),
-        ([], "query", {}),
-        ([], "detect", {"object": " "}),
-        ([], "caption", {"question": "Why?"}),
-        ([], "caption", {"in_flight": 0}),
-        ([], "caption", {"max_age": 0}),
-        ([], "caption", {"max_age": float("nan")}),
-        ([], "caption", {"on_error": "ignore"}),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-async def test_an_argument_that_cannot_be_right_is_refused_at_once(
-    simulator, client, frames, skill, arguments
-):
-    with pytest.raises(md.RequestError):
-        client.watch(frames, skill, **arguments)
-    assert simulator.requests == []
-
-
 # -- its end ------------------------------------------------------------------------------------
-
-
-async def test_leaving_ends_everything_at_once(simulator, client, camera, held):
-    async with client.watch(camera, in_flight=2) as watch:
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
-        await asked(simulator, 1)
-        await camera.show(1)
-        await asked(simulator, 2)
-    assert left() == []
-    await simulator.wait_until(lambda: simulator.connections.open == 0)
-    with pytest.raises(StopAsyncIteration):
-        await reading
-    await watch.aclose()
-
-
-async def test_a_break_ends_everything(simulator, client):
-    gc.disable()
-    try:
-        async for each in client.watch(picture(number) for number in itertools.count()):
-            assert each.ok
-            break
-        await nothing_left()
-    finally:
-        gc.enable()
 
 
 async def test_leaving_closes_the_stream_that_was_given(simulator, client, camera):
@@ -574,47 +458,3 @@ async def test_leaving_closes_the_stream_that_was_given(simulator, client, camer
     async with client.watch(camera, stream=True) as watch:
         await anext((await result_of(watch, camera, 0)).result)
     await simulator.wait_until(lambda: simulator.requests[0].disconnected)
-
-
-async def test_cancelling_a_reader_inside_async_with_loses_nothing(simulator, client, camera, held):
-    async with client.watch(camera) as watch:
-        reading = asyncio.create_task(anext(watch))
-        await camera.show(0)
-        await asked(simulator, 1)
-        reading.cancel()
-        await asyncio.wait([reading])
-        held[0].release()
-        assert (await anext(watch)).index == 0
-
-
-async def test_cancelling_a_reader_outside_async_with_ends_the_watch(
-    simulator, client, camera, held
-):
-    watch = client.watch(camera)
-    reading = asyncio.create_task(anext(watch))
-    await camera.show(0)
-    await asked(simulator, 1)
-    reading.cancel()
-    await asyncio.wait([reading])
-    assert left() == []
-    with pytest.raises(StopAsyncIteration):
-        await anext(watch)
-
-
-def test_a_watch_that_was_never_read_needs_no_end():
-    client = md.MoondreamClient(endpoint="http://127.0.0.1:9")
-    client.watch([])
-    asyncio.run(client.aclose())
-
-
-async def test_hooks_and_statistics_see_each_question(simulator, camera):
-    ends = []
-    hooks = md.Hooks(end=ends.append)
-    async with (
-        md.MoondreamClient(endpoint=simulator.endpoint, hooks=hooks) as client,
-        client.watch([picture()], "detect", object="red") as watch,
-    ):
-        async for _ in watch:
-            pass
-        assert client.stats().requests == 1
-    assert [(each.skill, each.completed) for each in ends] == [("detect", True)]

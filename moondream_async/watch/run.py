@@ -286,6 +286,8 @@ class _Work:
         """
         if self._latest is None or self._group is None or not self._readers or self._paused:
             return
+        if self._group.cancel_scope.cancel_called:
+            return  # a closed client refuses at once: the next question would, and so for ever
         if self.under_way and self.under_way[-1].taken is None:
             return
         if len(self.under_way) + len(self._done) >= self._in_flight:
