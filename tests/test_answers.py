@@ -1,8 +1,6 @@
 """Plain answers: bodies into results, and whatever a server calls an error into an error.
 
-Where a body comes from stands beside it: `docs` is m87-labs/md-docs, `kestrel` the HTTP
-server of m87-labs/kestrel and `Station` moondream-station 0.1.9, both run on loopback,
-`old` is moondream 0.0.6, and `SDK` the package moondream 2.6.1.
+Where a body comes from stands beside it, in the names of `test_documented.py`.
 """
 
 import json
@@ -23,7 +21,7 @@ from moondream_async._protocol.answers import (
     read_stats,
 )
 from moondream_async.errors import APIStatusError, MoondreamError, NotFoundError, ServerError
-from moondream_async.results import Grounding, Point, Reasoning
+from moondream_async.results import Grounding, Reasoning
 
 SKILLS = ["caption", "query", "detect", "point", "segment", "chat"]
 
@@ -36,62 +34,92 @@ def decode(skill, body):
 
 # -- results -------------------------------------------------------------------------------
 
+BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
 GROUNDED = {
     "text": "One blue boat.",
     "grounding": [{"start_idx": 4, "end_idx": 13, "points": [[0.25, 0.75]]}],
 }
+METRICS = {"input_tokens": 735, "output_tokens": 45, "prefill_time_ms": 20.1, "ttft_ms": 21.0}
+STATION_STATS = {"tokens": 2, "duration": 0.5, "tokens_per_sec": 4.0}
+SAID_BY_CLOUD = {"request_id": "2025-03-25_caption_1", "metrics": METRICS, "finish_reason": "stop"}
+GREETING = {"role": "assistant", "content": "Hi."}
+REASONED = {**GREETING, "reasoning": "A greeting."}
+THOUGHT_OF = {**GREETING, "reasoning": GROUNDED["text"]}
+DETAILS = {"grounding": GROUNDED["grounding"]}
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
-RESULTS = [  # what the servers document is in `test_documented.py`
-    pytest.param(
+# The skill, the body, and of the result what stands elsewhere in the body or says None there.
+ANSWERS = {
+    "docs caption.md": ("caption", {"caption": "A scene.", **SAID_BY_CLOUD}, {}),
+    "Station caption": (
         "caption",
-        {"caption": "a heron", "_stats": {"tokens": 3, "duration": 0.5, "tokens_per_sec": 6.0}},
-        md.CaptionResult(
-            caption="a heron", metrics={"tokens": 3, "duration": 0.5, "tokens_per_sec": 6.0}
-        ),
-        id="caption, Station",
+        {"caption": "A scene.", "_stats": STATION_STATS},
+        {"metrics": STATION_STATS},
     ),
-    pytest.param("query", {"answer": ""}, md.QueryResult(answer=""), id="query, an empty answer"),
-    pytest.param("detect", {"objects": []}, md.DetectResult(objects=()), id="detect, none there"),
-    pytest.param(
-        "point",
-        {"points": [{"x": 0.5, "y": 1}], "count": 1},
-        md.PointResult(points=(Point(0.5, 1.0),)),
-        id="point, Station",
+    "old caption": ("caption", {"caption": "A scene."}, {}),
+    "docs query.md": ("query", {"answer": "Two.", "request_id": "r"}, {}),
+    "docs query.md, reasoning": ("query", {"answer": "Two.", "reasoning": GROUNDED}, {}),
+    "kestrel query": (
+        "query",
+        {"request_id": "42", "finish_reason": "length", "answer": "Two", "metrics": METRICS},
+        {},
     ),
-    pytest.param(
+    "an empty answer": ("query", {"answer": ""}, {}),
+    "docs detect.md": (
+        "detect",
+        {"request_id": "r", "objects": [BOX, {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]},
+        {},
+    ),
+    "detect, none there": ("detect", {"objects": []}, {}),
+    "docs point.md": ("point", {"request_id": "r", "points": [{"x": 0.25, "y": 1}]}, {}),
+    "Station point": ("point", {"points": [{"x": 0.25, "y": 0.5}], "count": 1}, {}),
+    "docs segment.md": ("segment", {"path": "M 0 0.5 Z", "bbox": BOX, "request_id": "r"}, {}),
+    "kestrel segment, no box": (
         "segment",
-        {"path": "M 0 0.5 L 1 1 Z", "bbox": None},
-        md.SegmentResult(path="M 0 0.5 L 1 1 Z"),
-        id="segment, kestrel, no box found",
+        {"path": "", "bbox": None, "parse_error": "no box", "finish_reason": "stop"},
+        {},
     ),
-    pytest.param(
+    "kestrel segment, no outline": (
         "segment",
         {"path": None, "parse_error": "odd token"},
-        md.SegmentResult(path="", parse_error="odd token"),
-        id="segment, kestrel, no outline",
+        {"path": ""},
     ),
-    pytest.param(
+    "kestrel segment, return_base64": (
+        "segment",
+        {"path": "M 0 0 Z", "bbox": BOX, "coarse_path": "M 0 0", "refined_mask_base64": "AA=="},
+        {},
+    ),
+    "docs openai.md": (
         "chat",
-        {"choices": [{"message": {"content": "Two.", "reasoning_details": GROUNDED}}]},
-        md.ChatResult(
-            message=md.ChatMessage(
-                role="assistant",
-                content="Two.",
-                reasoning="One blue boat.",
-                reasoning_details=Reasoning("One blue boat.", [Grounding(4, 13, [[0.25, 0.75]])]),
-            ),
-        ),
-        id="chat, with grounding (SDK)",
+        {
+            "id": "c-1",
+            "object": "chat.completion",
+            "choices": [{"index": 0, "message": REASONED, "finish_reason": "stop"}],
+            "usage": USAGE,
+        },
+        {"message": REASONED, "finish_reason": "stop", "request_id": "c-1"},
     ),
-]
+    "SDK chat, reasoning_details": (
+        "chat",
+        {"choices": [{"message": {**THOUGHT_OF, "reasoning_details": DETAILS}}]},
+        {"message": {**THOUGHT_OF, "reasoning_details": GROUNDED}},
+    ),
+    "chat, whose details have the text": (
+        "chat",
+        {"choices": [{"message": {"content": "Hi.", "reasoning_details": GROUNDED}}]},
+        {"message": {**THOUGHT_OF, "reasoning_details": GROUNDED}},
+    ),
+}
 
 
-@pytest.mark.parametrize(("skill", "body", "result"), RESULTS)
-def test_every_servers_body_becomes_the_result_that_it_means(skill, body, result):
+@pytest.mark.parametrize(("skill", "body", "elsewhere"), ANSWERS.values(), ids=ANSWERS)
+def test_every_servers_body_becomes_the_result_that_it_means(skill, body, elsewhere):
     decoded = decode(skill, body)
+    known = body.keys() & type(decoded).fields()
 
-    assert decoded == result
-    assert type(decoded) is type(result)
+    assert type(decoded).__name__ == f"{skill.title()}Result"
+    said = {name: body[name] for name in known if body[name] is not None}
+    assert decoded == said | elsewhere
     assert decoded.raw == body
 
 
@@ -175,26 +203,25 @@ def test_a_body_without_the_answer_is_a_server_error_that_shows_it(skill, body):
 # -- models and statistics -----------------------------------------------------------------
 
 
+MODEL = {"id": "md2", "name": "Moondream 2", "description": "a model", "version": "1"}
+
+
 @pytest.mark.parametrize(
     ("body", "models"),
     [
         pytest.param(
-            {"object": "list", "data": [{"id": "moondream3-preview", "object": "model"}]},
-            [("moondream3-preview", None)],
+            {"object": "list", "data": [{"id": "moondream3-preview", "owned_by": "someone"}]},
+            [{"id": "moondream3-preview"}],
             id="cloud (seen live by others)",
         ),
-        pytest.param(
-            {"models": [{"id": "md2", "name": "Moondream 2", "description": "", "version": "1"}]},
-            [("md2", "Moondream 2")],
-            id="Station",
-        ),
-        pytest.param({"data": [{"id": 5}, {"id": None}, "odd", {}]}, [("5", None)], id="odd"),
+        pytest.param({"models": [MODEL]}, [MODEL], id="Station"),
+        pytest.param({"data": [{"id": 5}, {"id": None}, "odd", {}]}, [{"id": "5"}], id="odd"),
         pytest.param({"data": None, "models": 5}, [], id="no list"),
         pytest.param({}, [], id="nothing"),
     ],
 )
 def test_models_are_listed_by_every_server(body, models):
-    assert [(model.id, model.name) for model in read_models(body)] == models
+    assert read_models(body) == models
 
 
 def test_what_else_is_said_of_a_model_is_kept():
@@ -203,71 +230,76 @@ def test_what_else_is_said_of_a_model_is_kept():
     assert model.raw["owned_by"] == "someone"
 
 
-def test_stations_numbers_are_read():
-    raw = {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running", "new": 5}
-
+@pytest.mark.parametrize(
+    ("raw", "known"),
+    [
+        (
+            {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running", "new": 5},
+            {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running"},
+        ),
+        ({"status": "stopped", "requests_processed": 3, "mine": [1]},) * 2,
+        ({"workers": "many"}, {}),
+    ],
+    ids=["running", "stopped", "odd"],
+)
+def test_stations_numbers_are_read_and_kept(raw, known):
     stats = read_stats(raw)
 
-    assert (stats.workers, stats.default_timeout, stats.status) == (1, 30.0, "running")
+    assert stats == {name: known[name] for name in known.keys() & md.ServerStats.fields()}
     assert stats.raw == raw
-
-
-def test_stations_numbers_are_kept_where_they_are_none():
-    assert read_stats({"workers": "many"}).raw == {"workers": "many"}
 
 
 # -- errors --------------------------------------------------------------------------------
 
-# What servers are known to send is in `test_documented_errors.py`, and the kinds stand below.
-WRONG_LENGTH = {"message": "Bad length", "type": "invalid_request", "param": "length", "code": None}
+# With the kind and the words that the cloud documents, where they are its.
+SAID = {"message": "What happened", "type": "invalid_request", "param": "length", "code": "c"}
 MISSING = [{"loc": ["body", "question"], "msg": "field required", "type": "x"}, {"msg": "y"}]
-SHAPES = [
-    (400, {"error": WRONG_LENGTH}, "Bad length", WRONG_LENGTH),
-    (429, {"error": {"message": "Slow down"}, "request_id": 7}, "Slow down", {"request_id": "7"}),
-    (402, {"error": "No credit"}, "No credit", {"type": None, "body": {"error": "No credit"}}),
-    (422, {"detail": MISSING}, "body.question: field required; y", {}),
-    (502, b"<html>\n<h1>502 Bad</h1>\n</html>", "<html> <h1>502 Bad</h1> </html>", {}),
-    (403, b"error code: 1010", "error code: 1010", {"body": "error code: 1010"}),
-    (413, b"", "HTTP status 413: an empty body", {}),
-    (500, {"why": 5}, 'HTTP status 500: {"why": 5}', {}),
-    (500, {"message": "boom"}, "boom", {}),
-    (500, {"error": "Inference failed", "detail": "CUDA"}, "Inference failed: CUDA", {}),
-    (500, {"error": {"type": "overloaded"}}, "overloaded", {}),
-    (500, {"error": {"why": 5}}, '{"why":5}', {}),
-    (500, {"error": 5}, "5", {}),
-    (500, [1, 2], "[1,2]", {}),
+HTML = b"<html>\n<title>502: Bad gateway</title>\n</html>"
+ERRORS = [
+    ("docs caption.md", 400, {"error": SAID}, "What happened", SAID),
+    ("seen models", 401, {"error": "Invalid API key"}, "Invalid API key", {"type": None}),
+    ("seen gateway", 403, b"error code: 1010", "error code: 1010", {"body": "error code: 1010"}),
+    ("kestrel", 503, {"error": "Not ready", "detail": "CUDA"}, "Not ready: CUDA", {}),
+    ("kestrel", 404, b"Not Found", "Not Found", {}),
+    ("station", 503, {"detail": "Service not running"}, "Service not running", {}),
+    ("station", 500, b"Internal Server Error", "Internal Server Error", {}),
+    ("fastapi", 422, {"detail": MISSING}, "body.question: field required; y", {}),
+    ("old", 400, {"error": "Query failed."}, "Query failed.", {"body": {"error": "Query failed."}}),
+    ("gateway", 502, HTML, "<html> <title>502: Bad gateway</title> </html>", {}),
+    ("odd", 429, {"error": {"message": "Slow"}, "request_id": 7}, "Slow", {"request_id": "7"}),
+    ("odd", 413, b"", "HTTP status 413: an empty body", {}),
+    ("odd", 500, {"why": 5}, 'HTTP status 500: {"why": 5}', {}),
+    ("odd", 500, {"message": "boom"}, "boom", {}),
+    ("odd", 500, {"error": {"type": "overloaded"}}, "overloaded", {}),
+    ("odd", 500, {"error": {"why": 5}}, '{"why":5}', {}),
+    ("odd", 500, {"error": 5}, "5", {}),
+    ("odd", 500, [1, 2], "[1,2]", {}),
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "message", "fields"), SHAPES)
-def test_every_shape_of_an_error_is_said_in_a_line(status, body, message, fields):
+@pytest.mark.parametrize(("source", "status", "body", "message", "fields"), ERRORS)
+def test_every_shape_of_an_error_is_said_in_a_line(source, status, body, message, *, fields):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     error = error_from_response(status, {}, data, now=0)
 
     assert (error.status, error.message) == (status, message)
-    for name, value in fields.items():
-        assert getattr(error, name) == value
+    assert {name: getattr(error, name) for name in fields} == fields
 
 
-@pytest.mark.parametrize(
-    ("status", "cls"),
-    [
-        (400, md.BadRequestError),
-        (401, md.AuthenticationError),
-        (402, APIStatusError),
-        (403, md.PermissionDeniedError),
-        (404, md.NotFoundError),
-        (405, APIStatusError),
-        (409, APIStatusError),
-        (413, md.PayloadTooLargeError),
-        (418, APIStatusError),
-        (422, md.BadRequestError),
-        (499, APIStatusError),
-        (429, md.RateLimitError),
-        *[(status, ServerError) for status in (500, 502, 503, 504, 520, 524, 599)],
-    ],
-)
+KINDS = {
+    **dict.fromkeys((400, 422), md.BadRequestError),
+    401: md.AuthenticationError,
+    403: md.PermissionDeniedError,
+    404: md.NotFoundError,
+    413: md.PayloadTooLargeError,
+    429: md.RateLimitError,
+    **dict.fromkeys((402, 405, 409, 418, 499), APIStatusError),
+    **dict.fromkeys((500, 502, 503, 504, 520, 524, 599), ServerError),
+}
+
+
+@pytest.mark.parametrize(("status", "cls"), KINDS.items())
 def test_the_status_decides_on_the_kind_of_error(status, cls):
     assert type(error_from_response(status, {}, b"", now=0)) is cls
 
@@ -285,6 +317,9 @@ def test_an_error_says_how_long_the_server_asks_to_wait(headers, seconds):
     assert error_from_response(429, headers, b"", now=10).retry_after == seconds
 
 
+NO_SEGMENT = "Function 'segment' not available"
+
+
 # Station sends these with status 200.
 @pytest.mark.parametrize("skill", SKILLS)
 @pytest.mark.parametrize(
@@ -293,11 +328,7 @@ def test_an_error_says_how_long_the_server_asks_to_wait(headers, seconds):
         ({"error": "Queue is full", "status": "rejected"}, ServerError, "Queue is full"),
         ({"error": "Request timeout", "status": "timeout"}, ServerError, "Request timeout"),
         ({"error": "bad thing", "status": "error"}, ServerError, "bad thing"),
-        (
-            {"error": "Function 'segment' not available"},
-            NotFoundError,
-            "Function 'segment' not available",
-        ),
+        ({"error": NO_SEGMENT}, NotFoundError, NO_SEGMENT),
         ({"error": {"message": "boom", "code": 5}}, ServerError, "boom"),
     ],
     ids=["rejected", "timeout", "error", "not available", "an object"],
@@ -316,20 +347,15 @@ def test_an_error_that_says_nothing_is_none(nothing):
     assert decode("caption", {"caption": "a heron", "error": nothing}).caption == "a heron"
 
 
-@pytest.mark.parametrize("status", [200, 500])
-def test_a_long_body_is_shown_in_part(status):
+def test_a_long_body_is_shown_in_part():
     body = b"<html>" + b"x" * 100_000
+    with pytest.raises(ServerError) as caught:
+        decode("caption", body)
 
-    if status == 200:
-        with pytest.raises(ServerError) as caught:
-            decode("caption", body)
-        error = caught.value
-    else:
-        error = error_from_response(status, {}, body, now=0)
-
-    assert "<html>xxx" in error.message
-    assert len(error.message) < 600
-    assert len(error.body) <= 500
+    for error in (caught.value, error_from_response(500, {}, body, now=0)):
+        assert "<html>xxx" in error.message
+        assert len(error.message) < 600
+        assert len(error.body) <= 500
 
 
 @pytest.mark.parametrize(

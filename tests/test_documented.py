@@ -9,32 +9,15 @@ the source has none that are short.
 
 import base64
 import json
-from pathlib import Path
 
 import pytest
 from canned import canned
 from raw_server import STREAM_HEAD, in_chunks, whole
+from test_events import STREAMS, WIRE, skill_of
 
 import moondream_async as md
 
 QUESTION = "How many people?"
-GROUNDED = {
-    "text": "Two people stand there.",
-    "grounding": [{"start_idx": 0, "end_idx": 10, "points": [[0.25, 0.5], [0.75, 0.5]]}],
-}
-REASONING = md.Reasoning(
-    "Two people stand there.", (md.Grounding(0, 10, [[0.25, 0.5], [0.75, 0.5]]),)
-)
-METRICS = {
-    "input_tokens": 735,
-    "output_tokens": 45,
-    "prefill_time_ms": 20.1,
-    "decode_time_ms": 30.5,
-    "ttft_ms": 21.0,
-}
-BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
-REGION = md.Region(0.1, 0.2, 0.5, 0.6)
-USAGE = md.Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3)
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -179,166 +162,7 @@ async def test_streamed_request_is_as_documented(photo, call, more):
     assert request.json.items() >= {"stream": True, **more}.items()
 
 
-# -- plain answers --------------------------------------------------------------------
-
-STATION_STATS = {"tokens": 2, "duration": 0.5, "tokens_per_sec": 4.0}
-REQUEST_ID = "2025-03-25_caption_2025-03-25-21:00:39-715d03"
-SAID_BY_CLOUD = {"request_id": REQUEST_ID, "metrics": METRICS, "finish_reason": "stop"}
-GREETING = {"role": "assistant", "content": "Hi."}
-DETAILS = {"grounding": GROUNDED["grounding"]}
-THOUGHT_OF = {"reasoning": GROUNDED["text"], "reasoning_details": DETAILS}
-
-# The body, and of it what is read as something else than what it says.
-ANSWERS = {
-    "docs@2a396f8 skills/caption.md": (caption, {"caption": "A scene.", **SAID_BY_CLOUD}, {}),
-    "docs@2a396f8 skills/query.md": (query, {"answer": "Two.", "request_id": REQUEST_ID}, {}),
-    "docs@2a396f8 skills/query.md, reasoning": (
-        query,
-        {"answer": "Two.", "reasoning": GROUNDED, "request_id": "r"},
-        {"reasoning": REASONING},
-    ),
-    "kestrel query": (
-        query,
-        {"request_id": "42", "finish_reason": "length", "answer": "Two", "metrics": METRICS},
-        {},
-    ),
-    "station caption": (
-        caption,
-        {"caption": "A scene.", "_stats": STATION_STATS},
-        {"metrics": STATION_STATS, "request_id": None},
-    ),
-    "old caption": (caption, {"caption": "A scene."}, {"metrics": None}),
-    "docs@2a396f8 skills/detect.md": (
-        detect,
-        {"request_id": "r", "objects": [BOX, {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]},
-        {"objects": [REGION, md.Region(0, 0, 1, 1)]},
-    ),
-    "docs@2a396f8 skills/point.md": (
-        point,
-        {"request_id": "r", "points": [{"x": 0.25, "y": 0.5}]},
-        {"points": [md.Point(0.25, 0.5)]},
-    ),
-    "station point": (
-        point,
-        {"points": [{"x": 0.25, "y": 0.5}], "count": 1},
-        {"points": [md.Point(0.25, 0.5)]},
-    ),
-    "docs@2a396f8 skills/segment.md": (
-        segment,
-        {"path": "M 0 0.5 L 1 1 Z", "bbox": BOX, "request_id": "r"},
-        {"bbox": REGION, "transform": "translate(0.1 0.2) scale(0.4 0.4)"},
-    ),
-    "kestrel segment, no box": (
-        segment,
-        {"path": "", "bbox": None, "parse_error": "no box", "finish_reason": "stop"},
-        {"transform": None},
-    ),
-    "kestrel segment, return_base64": (
-        segment,
-        {
-            "path": "M 0 0 Z",
-            "bbox": BOX,
-            "coarse_path": "M 0 0",
-            "coarse_mask_base64": "AA==",
-            "refined_mask_base64": "AA==",
-        },
-        {"bbox": REGION},
-    ),
-    "docs@16a19f4 openai.md": (
-        chat,
-        {
-            "id": "c-1",
-            "object": "chat.completion",
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {**GREETING, "reasoning": "A greeting."},
-                    "finish_reason": "stop",
-                }
-            ],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
-        },
-        {
-            "message": md.ChatMessage(**GREETING, reasoning="A greeting."),
-            "reasoning": md.Reasoning("A greeting."),
-            "finish_reason": "stop",
-            "request_id": "c-1",
-            "usage": USAGE,
-        },
-    ),
-    "sdk chat, reasoning_details": (
-        chat,
-        {"choices": [{"message": {**GREETING, **THOUGHT_OF}}]},
-        {"reasoning": REASONING, "finish_reason": None, "usage": None},
-    ),
-}
-
-
-@pytest.mark.parametrize(("call", "body", "read"), ANSWERS.values(), ids=ANSWERS)
-async def test_answer_is_read_as_documented(photo, call, body, read):
-    async with canned(whole(body)) as (client, _):
-        result = await call(client, photo)
-    said = {name: value for name, value in body.items() if name in type(result).fields()} | read
-    assert {name: getattr(result, name) for name in said} == said
-    assert result.raw == body
-
-
-@pytest.mark.parametrize("source", ["docs@2a396f8 skills/query.md, reasoning", "kestrel query"])
-async def test_answer_in_place_of_a_stream_is_read_alike(photo, source):
-    call, body, read = ANSWERS[source]
-    async with canned(whole(body)) as (client, _):
-        stream = await call(client, photo, stream=True)
-        assert [piece async for piece in stream] == [body["answer"]]
-    assert stream.request_id == body["request_id"]
-    assert stream.reasoning == read.get("reasoning")
-
-
-STATS = {
-    "workers": 1,
-    "queue_size": 0,
-    "max_queue_size": 10,
-    "processing": 0,
-    "timeouts": 0,
-    "default_timeout": 30.0,
-    "model": "md3",
-    "status": "running",
-    "requests_processed": 0,
-}
-HEALTHY = {"status": "ok", "server": "moondream-station"}
-STOPPED = {"status": "stopped", "requests_processed": 3, "mine": [1]}
-ABOUT = {
-    "seen models": (
-        lambda client: client.models(),
-        {"object": "list", "data": [{"id": "moondream3-preview"}]},
-        [md.Model(id="moondream3-preview")],
-    ),
-    "station models": (
-        lambda client: client.models(),
-        {"models": [{"id": "md3", "name": "MD3", "description": "a model", "version": "1.0"}]},
-        [md.Model(id="md3", name="MD3", description="a model", version="1.0")],
-    ),
-    "station health": (
-        lambda client: client.health(),
-        HEALTHY,
-        md.Health(ok=True, status="ok", raw=HEALTHY),
-    ),
-    "station stats": (
-        lambda client: client.server_stats(),
-        STATS,
-        md.ServerStats(**STATS, raw=STATS),
-    ),
-    "station stats, stopped": (
-        lambda client: client.server_stats(),
-        STOPPED,
-        md.ServerStats(status="stopped", requests_processed=3, raw=STOPPED),
-    ),
-}
-
-
-@pytest.mark.parametrize(("call", "body", "value"), ABOUT.values(), ids=ABOUT)
-async def test_what_a_server_tells_of_itself_is_read_as_documented(call, body, value):
-    async with canned(whole(body)) as (client, _):
-        assert await call(client) == value
+# -- answers: `test_answers.py` and `test_events.py` have them all, without a socket ------------
 
 
 async def test_starting_engine_is_told_from_a_ready_one():
@@ -351,58 +175,35 @@ async def test_starting_engine_is_told_from_a_ready_one():
         assert (await client.health()).ok
 
 
-# -- streams: `documented/*.sse` has them as they are printed or were sent, with the source ----
-
-DOCUMENTED = Path(__file__).parent / "documented"
-
-STREAMS = {
-    "cloud_caption": (caption, ["A scene "], {"request_id": "2025-03-25_caption_123456"}),
-    "demo_caption": (caption, ["The", " sea"], {}),
-    "kestrel_query": (
-        query,
-        ["A b c", " d e"],
-        {"request_id": "42", "finish_reason": "stop", "metrics": METRICS},
-    ),
-    "kestrel_caption_in_one": (caption, ["A b c"], {"request_id": "42"}),
-    "kestrel_reasoning": (query, ["Two."], {"reasoning": REASONING}),
-    "station_caption": (
-        caption,
-        ["A"],
-        {"metrics": {"tokens": 3, "duration": 0.0, "tokens_per_sec": 3393.4}, "request_id": None},
-    ),
-    "station_caption_empty": (caption, [], {}),
-    "old_caption": (caption, ["A"], {}),
-    "cloud_segment": (
-        segment,
-        ["M 0"],
-        {"path": "M 0 0.5 L 1 1 Z", "bbox": REGION, "parse_error": "x", "request_id": "42"},
-    ),
-    "kestrel_segment_no_box": (segment, ["M 0"], {"path": "M 0 0 Z", "bbox": None}),
-    "cloud_chat": (
-        chat,
-        ["Hi"],
-        {"request_id": "c-1", "usage": USAGE},
-    ),
-}
+CALLS = {"caption": caption, "query": query, "segment": segment, "chat": chat}
 
 
-@pytest.mark.parametrize("name", STREAMS)
-async def test_stream_is_read_as_documented(photo, name):
-    call, pieces, known = STREAMS[name]
-    data = (DOCUMENTED / f"{name}.sse").read_bytes()
+@pytest.mark.parametrize(("name", "whole", "beside"), STREAMS, ids=[name for name, *_ in STREAMS])
+async def test_stream_is_read_as_documented(photo, name, whole, beside):
+    data = (WIRE / f"{name}.sse").read_bytes()
     async with canned(STREAM_HEAD + in_chunks(data)) as (client, _):
-        stream = await call(client, photo, stream=True)
-        assert [piece async for piece in stream.chunk] == pieces
+        stream = await CALLS[skill_of(name)](client, photo, stream=True)
+        assert await stream.text() == whole
     assert stream.completed
-    assert {name: getattr(stream, name) for name in known} == known
+    assert {name: getattr(stream, name) for name in beside} == beside
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("status", ["200 OK", "503 Busy"])  # Station's, and an engine's
+async def test_error_is_read_as_documented(photo, status, stream):
+    refusal = {"error": "Queue is full", "status": "rejected"}
+    async with canned(whole(refusal, status=status), max_retries=0) as (client, _):
+        with pytest.raises(md.ServerError, match=r"^Queue is full$") as caught:
+            await client.query(photo, QUESTION, stream=stream)
+    assert (caught.value.status, caught.value.body) == (int(status[:3]), refusal)
 
 
 async def test_engine_that_cannot_think_in_a_stream_is_asked_without_one(photo):
     """Kestrel's words for it."""
     refusal = {"error": "Streaming is not supported when reasoning is enabled"}
-    answer = {"answer": "Two.", "reasoning": GROUNDED, "request_id": "42"}
+    answer = {"answer": "Two.", "reasoning": {"text": "I count."}, "request_id": "42"}
     async with canned(whole(refusal, status="400 Bad Request"), whole(answer)) as (client, server):
         stream = await client.query(photo, QUESTION, stream=True, reasoning=True)
         assert [piece async for piece in stream] == ["Two."]
         assert [request.wants_stream for request in server.requests] == [True, False]
-    assert stream.reasoning == REASONING
+    assert stream.reasoning.text == "I count."

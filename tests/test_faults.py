@@ -325,7 +325,7 @@ ROWS = [
     Row("an event over the limit", sends(STREAM_HEAD + in_chunks(EVENTS[0], LONG), whole(LONG)),
         nonsense("A "), fails(md.ServerError, status=200), {"timeout": md.Timeout()}),
     Row("a gzip bomb", send_a_bomb, nonsense("A "), LOST, {"timeout": md.Timeout()}),
-    # -- errors by status: what else servers say is in `test_documented_errors`
+    # -- errors by status: what else servers say is in `test_answers`
     status_row("409", "409 No", {"error": {"message": "Other rank"}}, md.APIStatusError, "Other rank"),
     status_row("500 empty", "500 No", b"", md.ServerError, "HTTP status 500: an empty body"),
     Row("an error, byte by byte", dribbles(OUT_OF_MEMORY, OUT_OF_MEMORY),

@@ -6,6 +6,8 @@ The fields are those of the cloud's documentation (m87-labs/md-docs at 2a396f8; 
 
 import base64
 import enum
+import functools
+import inspect
 import json
 
 import pytest
@@ -34,61 +36,34 @@ class Odd:
         return "an odd thing"
 
 
-PHOTO = object()  # what a picture is given as is nobody's business here
+PHOTO = Odd()  # what a picture is given as is nobody's business here
 ENCODED = EncodedImage(b"\xff\xd8photo", "image/jpeg", 4, 3)
 OTHER = EncodedImage(b"GIF89a", "image/gif", 1, 1)
 
 
-def caption(image=PHOTO, *, length="normal", stream=False, settings=None, model=None):
-    return caption_request(image, length=length, stream=stream, settings=settings, model=model)
+NOTHING_SAID = dict.fromkeys(("settings", "model", "reasoning", "spatial_refs")) | {"stream": False}
 
 
-def query(
-    image=PHOTO,
-    question="How many?",
-    *,
-    stream=False,
-    reasoning=None,
-    spatial_refs=None,
-    settings=None,
-    model=None,
-):
-    return query_request(
-        image,
-        question,
-        stream=stream,
-        reasoning=reasoning,
-        spatial_refs=spatial_refs,
-        settings=settings,
-        model=model,
-    )
+def asking(build, **usual):
+    """A call of a skill with its usual arguments, unless others are given."""
+    known = inspect.signature(build).parameters
+    usual = {name: value for name, value in (NOTHING_SAID | usual).items() if name in known}
+
+    def ask(**given):
+        return build(**(usual | given))
+
+    ask.__name__ = build.__name__.removesuffix("_request")
+    return ask
 
 
-def detect(image=PHOTO, object="boat", *, settings=None, model=None):
-    return detect_request(image, object, settings=settings, model=model)
+HELLO = [{"role": "user", "content": "Hello"}]
 
-
-def point(image=PHOTO, object="boat", *, spatial_refs=None, settings=None, model=None):
-    return point_request(image, object, spatial_refs=spatial_refs, settings=settings, model=model)
-
-
-def segment(
-    image=PHOTO, object="boat", *, stream=False, spatial_refs=None, settings=None, model=None
-):
-    return segment_request(
-        image, object, stream=stream, spatial_refs=spatial_refs, settings=settings, model=model
-    )
-
-
-def chat(messages, *, stream=False, reasoning=None, settings=None, model=None):
-    return chat_request(
-        messages, stream=stream, reasoning=reasoning, settings=settings, model=model
-    )
-
-
-def say(**options):
-    """A chat of one message, for what is the same in all calls."""
-    return chat(HELLO, **options)
+caption = asking(caption_request, image=PHOTO, length="normal")
+query = asking(query_request, image=PHOTO, question="How many?")
+detect = asking(detect_request, image=PHOTO, object="boat")
+point = asking(point_request, image=PHOTO, object="boat")
+segment = asking(segment_request, image=PHOTO, object="boat")
+chat = asking(chat_request, messages=HELLO)
 
 
 def data_url(image):
@@ -115,14 +90,13 @@ URL = data_url(ENCODED)
 # -- what is sent --------------------------------------------------------------------------
 
 
-HELLO = [{"role": "user", "content": "Hello"}]
 BARE = {  # the address, and the body of a call with no more than it needs
     caption: ("/caption", {"image_url": URL, "length": "normal", "stream": False}),
     query: ("/query", {"image_url": URL, "question": "How many?", "stream": False}),
     detect: ("/detect", {"image_url": URL, "object": "boat"}),
     point: ("/point", {"image_url": URL, "object": "boat"}),
     segment: ("/segment", {"image_url": URL, "object": "boat", "stream": False}),
-    say: (
+    chat: (
         "/chat/completions",
         {"model": "moondream3-preview", "messages": HELLO, "stream": False},
     ),
@@ -151,12 +125,12 @@ def test_the_body_has_what_was_given_and_nothing_else(make, arguments):
 
     assert (request.method, request.path) == ("POST", path)
     assert sent(request) == {**body, **arguments}
-    assert request.bearer is (make is say)  # which takes its key as OpenAI does
+    assert request.bearer is (make is chat)  # which takes its key as OpenAI does
 
 
 def test_a_chat_says_its_settings_in_openais_words():
     settings = {"temperature": 0.5, "max_tokens": 99, "seed": 7}
-    request = say(stream=True, reasoning=True, settings=settings, model="m")
+    request = chat(stream=True, reasoning=True, settings=settings, model="m")
 
     assert sent(request) == {
         "model": "m",
@@ -230,7 +204,7 @@ def test_a_picture_stays_out_of_the_json_until_it_is_sent():
 
 
 def test_a_call_without_a_picture_is_one_piece():
-    request = query(None)
+    request = query(image=None)
 
     assert [type(part) for part in request.parts()] == [bytes]
     assert sent(request) == {"question": "How many?", "stream": False}
@@ -238,37 +212,27 @@ def test_a_call_without_a_picture_is_one_piece():
 
 def test_pictures_of_a_chat_come_out_each_in_its_place():
     one, two, three = object(), object(), object()
-    request = chat(
-        [
-            {"role": "system", "content": "Be short."},
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": one}},
-                    "and",
-                    {"type": "image", "image": two},
-                ],
-            },
-            {"role": "assistant", "content": "Hm."},
-            {"role": "user", "content": [three, {"type": "text", "text": "this?"}]},
-        ]
-    )
 
-    body = sent(request, ENCODED, OTHER, ENCODED)
+    def conversation(first, between, second, third):
+        asked = [third, {"type": "text", "text": "this?"}]
+        return [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": [first, between, second]},
+            {"role": "assistant", "content": "Hm."},
+            {"role": "user", "content": asked},
+        ]
 
     def picture(image):
-        return {"type": "image_url", "image_url": {"url": data_url(image)}}
+        return {"type": "image_url", "image_url": {"url": image}}
 
+    given = conversation(picture(one), "and", {"type": "image", "image": two}, three)
+    request = chat(messages=given)
+
+    first, second = picture(data_url(ENCODED)), picture(data_url(OTHER))
     assert pictures(request) == [one, two, three]
-    assert body["messages"] == [
-        {"role": "system", "content": "Be short."},
-        {
-            "role": "user",
-            "content": [picture(ENCODED), {"type": "text", "text": "and"}, picture(OTHER)],
-        },
-        {"role": "assistant", "content": "Hm."},
-        {"role": "user", "content": [picture(ENCODED), {"type": "text", "text": "this?"}]},
-    ]
+    assert sent(request, ENCODED, OTHER, ENCODED)["messages"] == conversation(
+        first, {"type": "text", "text": "and"}, second, first
+    )
 
 
 @given(
@@ -276,33 +240,22 @@ def test_pictures_of_a_chat_come_out_each_in_its_place():
 )
 @pytest.mark.slow
 def test_pictures_are_spliced_in_wherever_they_are(value):
-    def with_pictures(value):
-        if value is PHOTO:
-            return Picture(PHOTO)
+    def with_pictures_as(picture, value):
         if isinstance(value, list):
-            return [with_pictures(each) for each in value]
+            return [with_pictures_as(picture, each) for each in value]
         if isinstance(value, dict):
-            return {key: with_pictures(each) for key, each in value.items()}
-        return value
+            return {key: with_pictures_as(picture, each) for key, each in value.items()}
+        return picture if value is PHOTO else value
 
-    def with_urls(value):
-        if value is PHOTO:
-            return URL
-        if isinstance(value, list):
-            return [with_urls(each) for each in value]
-        if isinstance(value, dict):
-            return {key: with_urls(each) for key, each in value.items()}
-        return value
+    request = Request("query", "/query", {"value": with_pictures_as(Picture(PHOTO), value)})
 
-    request = Request("query", "/query", {"value": with_pictures(value)})
-
-    assert sent(request) == {"value": with_urls(value)}
+    assert sent(request) == {"value": with_pictures_as(URL, value)}
 
 
 # -- the same without a stream -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [caption, query, segment, say])
+@pytest.mark.parametrize("make", [caption, query, segment, chat])
 def test_a_call_can_be_made_again_without_its_stream(make):
     request = make(stream=True)
     again = request.without_stream()
@@ -320,7 +273,7 @@ def test_a_call_can_be_made_again_without_its_stream(make):
 
 
 def test_usage_is_asked_for_only_with_a_stream():
-    assert "stream_options" not in sent(say(stream=True).without_stream())
+    assert "stream_options" not in sent(chat(stream=True).without_stream())
 
 
 @pytest.mark.parametrize("make", [detect, point])
@@ -339,12 +292,12 @@ REFUSED = [
     *[(caption, {"length": x}, "length must be") for x in ("tiny", "", None, 5, ["short"], {})],
     *[
         (make, {"stream": x}, "stream must be True or False")
-        for make in (caption, query, segment, say)
+        for make in (caption, query, segment, chat)
         for x in YES_OR_NO
     ],
     *[
         (make, {"reasoning": x}, "reasoning must be True or False")
-        for make in (query, say)
+        for make in (query, chat)
         for x in YES_OR_NO
         if x is not None
     ],
@@ -357,13 +310,13 @@ REFUSED = [
     ],
     *[
         (make, {"model": x}, "model must be a string that is not empty")
-        for make in (caption, query, detect, point, segment, say)
+        for make in (caption, query, detect, point, segment, chat)
         for x in NOT_TEXT
         if x is not None
     ],
     *[
         (make, {"settings": x}, "settings must be a mapping")
-        for make in (caption, query, detect, point, segment, say)
+        for make in (caption, query, detect, point, segment, chat)
         for x in ("temperature=1", 5, [("temperature", 1)], Odd())
     ],
     *[
@@ -377,7 +330,7 @@ REFUSED = [
     ],
     *[
         (make, {"settings": {name: x}}, f"settings['{name}'] must be a whole number")
-        for make in (detect, say)
+        for make in (detect, chat)
         for name in ("max_tokens", "max_objects")
         for x in (0, -1, 1.0, 2.5, *NUMBERS)
     ],
@@ -424,87 +377,74 @@ def test_bad_arguments_are_refused_with_their_name(make, arguments, says):
     assert says in caught.value.message
 
 
+DEEP = functools.reduce(lambda nested, _: [nested], range(100_000), [])
 ODD = [
-    pytest.param(object(), id="an object"),
-    pytest.param("\ud800", id="half a character"),
-    pytest.param({None: 1}, id="a key that is no string"),
-    pytest.param(10**5000, id="more digits than Python writes"),
+    pytest.param({"settings": {"extra": object()}}, id="an object"),
+    pytest.param({"settings": {"extra": "\ud800"}}, id="half a character"),
+    pytest.param({"settings": {"extra": {None: 1}}}, id="a key that is no string"),
+    pytest.param({"settings": {"extra": 10**5000}}, id="more digits than Python writes"),
+    pytest.param({"settings": {"extra": DEEP}}, id="nested too deeply"),
+    pytest.param({"question": "How many \ud83c?"}, id="half a character in a question"),
 ]
 
 
-@pytest.mark.parametrize("value", ODD)
-def test_what_json_can_not_say_is_refused(value):
+@pytest.mark.parametrize("arguments", ODD)
+def test_what_json_can_not_say_is_refused(arguments):
     with pytest.raises(RequestError, match=r"^The request can't be sent as JSON: "):
-        caption(settings={"extra": value}).parts()
+        query(**arguments).parts()
 
 
-def test_settings_nested_too_deeply_are_refused():
-    nested = []
-    for _ in range(100_000):
-        nested = [nested]
-
-    with pytest.raises(RequestError, match="can't be sent as JSON"):
-        caption(settings={"extra": nested}).parts()
+def user(content):
+    return [{"role": "user", "content": content}]
 
 
-def test_half_a_character_in_a_question_is_refused():
-    with pytest.raises(RequestError, match="can't be sent as JSON"):
-        query(question="How many \ud83c?").parts()
+HAS_A_ROLE = "messages[0] must have a role"
+CONVERSATIONS = [
+    *[(x, "messages must be a list") for x in ("Hello", b"Hello", 5, None, user("Hello")[0])],
+    ([], "messages must not be empty"),
+    *[([x], HAS_A_ROLE) for x in ("Hello", None, {}, {"role": "user"}, {"content": "Hello"})],
+    *[([{"role": x, "content": "Hello"}], HAS_A_ROLE) for x in ("bot", ["user"])],
+    *[
+        ([{"role": x, "content": "Hello"}], "the last of the messages")
+        for x in ("assistant", "system")
+    ],
+    (
+        [*user("Hi"), {"role": "system", "content": "Be short."}],
+        "messages[1]: a system message can only be the first",
+    ),
+    *[(user(x), "messages[0]: content must be") for x in (None, 5, b"Hi", {"type": "text"})],
+    *[
+        (user(blank), "messages[0]: content must not be empty")
+        for blank in ("", " \n", [], [""], [{"type": "text", "text": " "}, "\t"])
+    ],
+    *[
+        (user([x]), "messages[0], part 0 must be text, a picture")
+        for x in (
+            {},
+            None,
+            {"type": "text"},
+            {"type": "image"},
+            {"type": ["text"]},
+            {"type": "image_url", "image_url": {}},
+        )
+    ],
+    (user(["a", {"type": "image_url"}]), "part 1 must be text"),
+    (
+        [
+            {"role": "assistant", "content": [{"type": "image", "image": PHOTO}]},
+            *user("Hi"),
+        ],
+        "messages[0], part 0: only the user's messages can have pictures",
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"),
-    [
-        ("Hello", "messages must be a list"),
-        (b"Hello", "messages must be a list"),
-        (5, "messages must be a list"),
-        (None, "messages must be a list"),
-        ({"role": "user", "content": "Hello"}, "messages must be a list"),
-        ([], "messages must not be empty"),
-        (["Hello"], "messages[0] must have a role"),
-        ([None], "messages[0] must have a role"),
-        ([{}], "messages[0] must have a role"),
-        ([{"role": "user"}], "messages[0] must have a role"),
-        ([{"content": "Hello"}], "messages[0] must have a role"),
-        ([{"role": "bot", "content": "Hello"}], "messages[0] must have a role"),
-        ([{"role": ["user"], "content": "Hello"}], "messages[0] must have a role"),
-        ([{"role": "assistant", "content": "Hello"}], "the last of the messages"),
-        ([{"role": "system", "content": "Be short."}], "the last of the messages"),
-        (
-            [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be short."}],
-            "messages[1]: a system message can only be the first",
-        ),
-        ([{"role": "user", "content": None}], "messages[0]: content must be"),
-        ([{"role": "user", "content": 5}], "messages[0]: content must be"),
-        ([{"role": "user", "content": b"Hi"}], "messages[0]: content must be"),
-        ([{"role": "user", "content": {"type": "text"}}], "messages[0]: content must be"),
-        *[
-            ([{"role": "user", "content": blank}], "messages[0]: content must not be empty")
-            for blank in ("", " \n", [], [""], [{"type": "text", "text": " "}, "\t"])
-        ],
-        ([{"role": "user", "content": [{}]}], "messages[0], part 0 must be text, a picture"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "part 0 must be text, a picture"),
-        ([{"role": "user", "content": ["a", {"type": "image_url"}]}], "part 1 must be text"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "part 0 must be text, a picture"),
-        ([{"role": "user", "content": [{"type": ["text"]}]}], "part 0 must be text, a picture"),
-        ([{"role": "user", "content": [None]}], "part 0 must be text, a picture"),
-        (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-            "part 0 must be text, a picture",
-        ),
-        (
-            [
-                {"role": "assistant", "content": [{"type": "image", "image": PHOTO}]},
-                {"role": "user", "content": "Hi"},
-            ],
-            "messages[0], part 0: only the user's messages can have pictures",
-        ),
-    ],
-    ids=lambda value: f"{value!r:.70}",
+    ("messages", "says"), CONVERSATIONS, ids=[f"{messages!r:.70}" for messages, _ in CONVERSATIONS]
 )
 def test_conversations_that_break_the_rules_of_the_engine_are_refused(messages, says):
     with pytest.raises(RequestError) as caught:
-        chat(messages)
+        chat(messages=messages)
 
     assert says in caught.value.message
 
