@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 
 from .dialects import MODELS, Dialect
-from .gallery import Gallery
+from .pixels import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Body, Route

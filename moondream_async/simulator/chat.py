@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from . import answers
 from .dialects import Dialect
-from .gallery import Gallery
+from .pixels import Gallery
 from .received import ReceivedRequest
 from .steps import Answer, Body, Event, Route, Steps, say, split_words
 from .validation import RefusedError, Temperature, TopP, read_typed

@@ -8,12 +8,22 @@ enough to find a red circle, and fast enough for every request.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import statistics
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
+import anyio
+import anyio.to_thread
 import msgspec
 from PIL import Image, ImageFilter, ImageStat
+
+from .validation import RefusedError, decode_image
+
+T = TypeVar("T")
 
 GRID = 160
 
@@ -48,6 +58,8 @@ _COLOUR_OF_ENTRY = bytes(
 ).ljust(256, b"\0")
 
 _SMALLEST_SHARE = 0.001  # of the picture; a smaller area is noise or an edge
+_KEPT_PICTURES = 64  # whose measurements are kept: some tens of kilobytes each
+_AT_ONCE = 4  # pictures measured together: two gigabytes at worst
 _UNEVEN = 8  # of 255: the least difference between a picture's brightest and darkest part
 
 _UNREADABLE = (
@@ -57,10 +69,6 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # raised where warnings are errors
 )
-
-
-class UnreadablePictureError(ValueError):
-    """The bytes are not a picture in a supported format."""
 
 
 Place = tuple[float, float]
@@ -118,23 +126,52 @@ class Picture(msgspec.Struct, frozen=True):
         return COLOURS[self.named.tobytes()[row * columns + column]]
 
 
+class Gallery:
+    """Measures the pictures of requests in threads, and remembers the latest ones."""
+
+    _measured: ClassVar[OrderedDict[bytes, Picture]] = OrderedDict()  # of all simulators
+
+    def __init__(self) -> None:
+        self._limiter = anyio.CapacityLimiter(_AT_ONCE)
+
+    async def run(self, look: Callable[..., T], *args: Any) -> T:
+        """Call a function that looks at pictures, in a worker thread.
+
+        Cancelling waits for the thread, which takes tenths of a second for a picture.
+        """
+        return await anyio.to_thread.run_sync(look, *args, limiter=self._limiter)
+
+    def look(self, image_url: str) -> Picture:
+        """Decode a data URL and measure the picture in it. Blocks.
+
+        Raises:
+            RefusedError: The data URL is malformed, or doesn't hold a picture.
+        """
+        data = decode_image(image_url)
+        digest = hashlib.sha256(data).digest()
+        picture = self._measured.get(digest)
+        if picture is None:
+            try:
+                picture = self._measured[digest] = measure(data)
+            except _UNREADABLE as error:
+                raise RefusedError("Invalid image data", param="image_url") from error
+            while len(self._measured) > _KEPT_PICTURES:
+                self._measured.popitem(last=False)
+        return picture
+
+
 def measure(data: bytes) -> Picture:
     """Decode a picture and measure it. Blocks, for milliseconds to tenths of a second.
 
-    Raises:
-        UnreadablePictureError: The picture can't be decoded to its last row, or decoding
-            would cost too much time or memory.
+    It raises one of `_UNREADABLE` if the picture can't be decoded to its last row, or if
+    decoding would cost too much time or memory.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(_COSTS)) as opened:
-            width, height = opened.size
-            _check_cost(opened, data)
-            # A JPEG decodes at a fraction of its size in a fraction of the time.
-            opened.draft("RGB", (2 * GRID, 2 * GRID))
-            image = opened.convert("RGB")
-    except _UNREADABLE as error:
-        raise UnreadablePictureError(f"not a readable picture: {error}") from error
-
+    with Image.open(io.BytesIO(data), formats=tuple(_COSTS)) as opened:
+        width, height = opened.size
+        _check_cost(opened, data)
+        # A JPEG decodes at a fraction of its size in a fraction of the time.
+        opened.draft("RGB", (2 * GRID, 2 * GRID))
+        image = opened.convert("RGB")
     scale = min(1.0, GRID / max(image.size))
     size = [max(1, round(side * scale)) for side in image.size]
     named = _name_colours(image.resize(size, Image.Resampling.NEAREST))
@@ -165,7 +202,7 @@ def _check_cost(opened: Image.Image, data: bytes) -> None:
     if opened.info.get("progressive"):
         cost = max(2.0, data.count(b"\xff\xda") * _COST_OF_A_SCAN)
     if width * height * cost > _MOST_PIXELS or max(width, height) > _LONGEST_SIDE:
-        raise UnreadablePictureError(f"too large a picture: {width}x{height}")
+        raise ValueError(f"too large a picture: {width}x{height}")
 
 
 def _name_colours(small: Image.Image) -> Image.Image:

@@ -21,12 +21,12 @@ from aiohttp import hdrs, web
 from .batch import Batches
 from .chat import Chat
 from .dialects import DIALECTS
-from .endpoints import Endpoints
 from .faults import Fault, FaultQueue
-from .gallery import Gallery
 from .noise import logger
+from .pixels import Gallery
 from .received import Connections, ReceivedRequest
 from .script import Script
+from .skills import Endpoints
 from .steps import Auth, Event, HangUp, Hold, Reply, Route, Step, Steps, Wait
 from .storage import Storage
 from .tuning import Tuning

@@ -1,20 +1,24 @@
-"""The five skills: each makes an answer of a request and a measured picture."""
+"""The skills and their endpoints, the list of models, and the server's health."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic
 
 import msgspec
 
 from . import answers
-from .gallery import Gallery
-from .pixels import Area, Picture
-from .steps import Answer, Body, say, split_words
-from .validation import BodyT, CaptionBody, ObjectBody, QueryBody
+from .dialects import MODELS, Dialect
+from .pixels import Area, Gallery, Picture
+from .received import ReceivedRequest
+from .steps import Answer, Body, Route, Steps, say, split_words
+from .validation import BodyT, CaptionBody, ObjectBody, QueryBody, RefusedError, read_body
 
 _DEFAULT_MAX_OBJECTS = 150
 _COARSE_POINTS = 12
+_STATION_FIELDS = ("image_url", "question", "object", "length", "settings")
 
 
 class Skill(msgspec.Struct, Generic[BodyT], frozen=True):
@@ -79,6 +83,74 @@ SKILLS: dict[str, Skill[Any]] = {
 }
 
 
+class Endpoints:
+    """The skills of a dialect, its list of models, and its health."""
+
+    def __init__(self, dialect: Dialect, gallery: Gallery) -> None:
+        self._dialect = dialect
+        self._gallery = gallery
+        self._answered = 0
+
+    def routes(self) -> list[Route]:
+        """Return the endpoints of the dialect."""
+        dialect = self._dialect
+        prefix, health, models = dialect.prefix, partial(_say, dialect.health), dialect.models()
+        routes = [Route("GET", path, health, "none") for path in ("/health", "/healthz")]
+        if dialect.hosted or dialect.lenient:
+            routes.append(Route("GET", f"{prefix}/models", partial(_say, models), "optional"))
+        if not dialect.lenient:
+            return routes + self._skills("POST", prefix)
+        # Station takes any method, and paths with and without its prefix.
+        routes.append(Route("GET", f"{prefix}/stats", self._stats))
+        for start in (prefix, ""):
+            routes += self._skills("*", start)
+        for start in (prefix, ""):
+            routes.append(Route("*", f"{start}/{{function}}", _no_such_function))
+        return routes
+
+    def _skills(self, method: str, prefix: str) -> list[Route]:
+        return [
+            Route(method, f"{prefix}/{skill}", partial(self._answer, skill), skill=skill)
+            for skill in self._dialect.skills
+        ]
+
+    async def _answer(self, name: str, received: ReceivedRequest) -> Body | Steps:
+        started = time.perf_counter()
+        skill, dialect = SKILLS[name], self._dialect
+        needs_image = name != "query" or not dialect.text_only
+        body = read_body(self._given(received), skill.body, needs_image=needs_image)
+        stream = received.stream and skill.streams
+        if stream and getattr(body, "reasoning", False) and not dialect.streams_reasoning:
+            raise RefusedError("Streaming is not supported when reasoning is enabled")
+        answer = received.scripted.begin() if received.scripted else None
+        if answer is None:
+            answer = await self._gallery.run(skill.answer, body, self._gallery)
+        self._answered += 1
+        answer.number, answer.received = self._answered, started
+        return dialect.events(answer) if stream else dialect.body(answer)
+
+    def _given(self, received: ReceivedRequest) -> Any:
+        """Return the body, as Station reads it: a blank field is absent, any value a boolean."""
+        body = received.body
+        if not self._dialect.lenient:
+            return body
+        given = {name: body[name] for name in _STATION_FIELDS if body.get(name)}
+        return given | {name: bool(body.get(name)) for name in ("stream", "reasoning")}
+
+    async def _stats(self, _: ReceivedRequest) -> Body:
+        return {
+            "workers": 1,
+            "queue_size": 0,
+            "max_queue_size": 10,
+            "processing": 0,
+            "timeouts": 0,
+            "default_timeout": 30.0,
+            "model": MODELS[0],
+            "status": "running",
+            "requests_processed": self._answered,
+        }
+
+
 def _find(body: ObjectBody, pictures: list[Picture]) -> list[Area]:
     limit = (body.settings and body.settings.max_objects) or _DEFAULT_MAX_OBJECTS
     return answers.find_areas(pictures[0], body.object, body.spatial_refs or [])[:limit]
@@ -109,3 +181,11 @@ def _draw_path(points: list[tuple[float, float]]) -> str:
     'M 0 0 L 1 0.5 L 0.25 1 Z'
     """
     return "M " + " L ".join(f"{x:.3g} {y:.3g}" for x, y in points) + " Z"
+
+
+async def _say(body: Body, _: ReceivedRequest) -> Body:
+    return body
+
+
+async def _no_such_function(received: ReceivedRequest) -> Body:
+    return {"error": f"Function '{received.params['function']}' not available"}

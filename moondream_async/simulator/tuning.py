@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from .dialects import Dialect
-from .gallery import Gallery
+from .pixels import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Answer, Body, Route
