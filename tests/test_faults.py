@@ -400,8 +400,9 @@ async def test_fault(row, play):
     async with RawServer(row.play) as server:
         async with client_of(server, **options) as client:
             expected = row.streamed if play.streamed else row.plain
-            _, left = await play(row.name, client, server, expected, row.image)
+            got, left = await play(row.name, client, server, expected, row.image)
             assert left == "0"
+            assert expected is not LOST or client.endpoint.removesuffix("/v1") in str(got)
         await server.until_idle()
 
 

@@ -134,7 +134,8 @@ class Body:
         self.close()
         if by_client:
             raise ClientClosedError("The client was closed during the call") from error
-        raise APIConnectionError(f"The connection was lost: {say(error)}") from error
+        where = self._response.url.origin()
+        raise APIConnectionError(f"The connection to {where} was lost: {say(error)}") from error
 
     def unread(self, data: bytes) -> None:
         """Put bytes back; the next read returns them."""
@@ -171,7 +172,8 @@ class Body:
         finally:
             self.close()
         raise APIConnectionError(
-            f"The server's reply is over the limit of {limit} bytes", permanent=True
+            f"The reply of {self._response.url.origin()} is over the limit of {limit} bytes",
+            permanent=True,
         )
 
     async def read_error(self, seconds: float) -> bytes:
