@@ -255,7 +255,7 @@ def begin(told):
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = io.TextIOWrapper(
             io.BufferedWriter(io.FileIO(number, "wb", closefd=False)),
-            "utf-8",
+            os.environ.get("PYTHONIOENCODING", "utf-8"),
             errors="strict" if number == 1 else "backslashreplace",
             line_buffering=number == 2 or os.isatty(number),
         )
@@ -277,6 +277,8 @@ def import_everything():
         importlib.import_module("webdataset")
     PIL.Image.init()
     anyio.run(anyio.sleep, 0)
+    # Between two looks at a batch: a server that goes on with each look needs no time.
+    moondream_async.batch.batches.Batches.wait.__kwdefaults__["interval"] = 0.01
     with contextlib.redirect_stderr(io.StringIO()):
         main(["caption", "a.jpg", "--top-p", "2"])  # wrong usage, for which typer loads the rest
     gc.collect()

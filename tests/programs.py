@@ -45,13 +45,9 @@ def _is_there(name):
     return any((Path(place) / part).exists() for place in spec.submodule_search_locations)
 
 
-async def run(*args, stdin=b"", cwd=None, afresh=False, **environment):
+async def run(*args, stdin=b"", cwd=None, **environment):
     """Run the command line; return its exit status, and what it says on stdout and on stderr."""
-    env = os.environ | environment
-    if afresh:
-        done = await anyio.run_process([*PROGRAM, *map(str, args)], check=False, cwd=cwd, env=env)
-    else:
-        done = await run_program(args, input=stdin, cwd=cwd, env=env)
+    done = await run_program(args, input=stdin, cwd=cwd, env=os.environ | environment)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 

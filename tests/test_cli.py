@@ -89,22 +89,13 @@ async def test_version_is_the_packages():
 
 
 @pytest.mark.slow
-async def test_caption_prints_the_streamed_text_and_ends_the_line(cli, simulator, client, photo):
-    expected = (await client.caption(photo)).caption
-    assert await cli("caption", photo) == (0, expected + "\n", "")
-    assert simulator.requests[-1].stream is True
-
-
-@pytest.mark.slow
-async def test_no_stream_prints_the_same_text(cli, simulator, photo):
-    assert await cli("caption", photo, "--no-stream") == await cli("caption", photo)
-    assert [request.stream for request in simulator.requests] == [False, True]
-
-
-@pytest.mark.slow
-async def test_picture_can_come_from_stdin_and_the_endpoint_from_an_option(cli, simulator, photo):
-    arguments = ("caption", "-", "--endpoint", simulator.endpoint)
-    assert await run(*arguments, stdin=photo.read_bytes()) == await cli("caption", photo)
+async def test_caption_prints_the_same_text_however_it_is_asked_for(cli, simulator, client, photo):
+    expected = (0, (await client.caption(photo)).caption + "\n", "")
+    assert await cli("caption", photo) == expected
+    assert await cli("caption", photo, "--no-stream") == expected
+    from_stdin = ("caption", "-", "--endpoint", simulator.endpoint)
+    assert await run(*from_stdin, stdin=photo.read_bytes()) == expected
+    assert [request.stream for request in simulator.requests[1:]] == [True, False, True]
 
 
 @pytest.mark.slow
@@ -256,15 +247,17 @@ async def test_json_of_a_stream_tells_of_metrics_and_unknown_events(photo):
 
 
 @pytest.mark.slow
-async def test_json_is_utf8_in_any_locale(cli, photo):
-    _, output, _ = await cli("caption", photo, "--json", PYTHONIOENCODING="ascii", afresh=True)
-    assert json.loads(output)["caption"].startswith(WORDS)
-
-
-@pytest.mark.slow
-async def test_text_that_the_locale_cannot_show_is_no_error(cli, photo):
-    status, output, _ = await cli("caption", photo, PYTHONIOENCODING="iso8859-5", afresh=True)
-    assert (status, output[:16]) == (0, "A bright 640?480")
+@pytest.mark.parametrize(
+    ("encoding", "json_too", "shown"),
+    [("ascii", ["--json"], f'{{"caption":"{WORDS}'), ("iso8859-5", [], "A bright 640?480")],
+    ids=["JSON", "text"],
+)
+async def test_json_is_utf8_in_any_locale_and_text_shows_what_it_can(
+    cli, photo, encoding, json_too, shown
+):
+    environment = {"PYTHONIOENCODING": encoding}
+    status, output, _ = await cli("caption", photo, *json_too, **environment)
+    assert (status, output[: len(shown)]) == (0, shown)
 
 
 # -- errors -----------------------------------------------------------------------------
@@ -315,12 +308,14 @@ def test_wrong_usage_is_one_line_however_narrow_the_terminal(args, hint, capsys,
         ("status=400", "Simulated error 400"),
         ("html=400", "Error 400"),
         ("error_event=0", "Inference failed"),
+        ("stall=0", "0.5 seconds"),
     ],
 )
 @pytest.mark.slow
 async def test_an_error_of_the_server_is_one_line(cli, simulator, photo, fault, hint):
     simulator.faults.append(f"{fault},times=always")
-    status, output, errors = await cli("caption", photo)
+    limit = ["--timeout", "0.5"] * (fault == "stall=0")
+    status, output, errors = await cli("caption", photo, *limit)
     assert (status, output) == (1, "")
     assert is_one_line(errors)
     assert hint in errors
@@ -331,15 +326,6 @@ async def test_no_picture_on_stdin_is_one_line(cli):
     status, output, errors = await cli("caption", "-")
     assert (status, output) == (1, "")
     assert is_one_line(errors)
-
-
-@pytest.mark.slow
-async def test_a_timeout_is_one_line(cli, simulator, photo):
-    simulator.faults.append("stall=0,times=always")
-    status, _, errors = await cli("caption", photo, "--timeout", "0.05")
-    assert status == 1
-    assert is_one_line(errors)
-    assert "0.05 seconds" in errors
 
 
 @pytest.mark.slow

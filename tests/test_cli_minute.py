@@ -1,15 +1,13 @@
 """The first minute: what a terminal shows, and how errors say what to do next."""
 
-import os
 import socket
-import subprocess
 import sys
 from contextlib import closing
 
 import anyio
 import pytest
 from canned import canned
-from programs import PROGRAM, running, running_in_terminal
+from programs import run, running, running_in_terminal
 from raw_server import whole
 from test_cli import is_one_line
 
@@ -209,16 +207,10 @@ async def test_serve_writes_a_line_for_each_request(photo, interruptible):
         assert (await program.end())[::2] == (130, [])
 
 
-def test_a_shell_can_complete_what_is_typed():
+async def test_a_shell_can_complete_what_is_typed():
     typed = {"COMP_WORDS": "moondream-async det", "COMP_CWORD": "1"}
-    environment = os.environ | typed | {"_MOONDREAM_ASYNC_COMPLETE": "complete_bash"}
-    done = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["detect"]
-    shown = subprocess.run(
-        [*PROGRAM, "--show-completion"],
-        env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "Traceback" not in shown.stderr
+    typed["_MOONDREAM_ASYNC_COMPLETE"] = "complete_bash"
+    status, output, _ = await run(**typed)
+    assert (status, output.split()) == (0, ["detect"])
+    _, _, errors = await run("--show-completion", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "Traceback" not in errors

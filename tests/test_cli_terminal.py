@@ -182,14 +182,14 @@ def test_no_control_sequence_reaches_a_terminal(command, refuses, server, photo,
         assert not answers or f"a{ORDERS}b" in str(answers).encode().decode("unicode_escape")
 
 
-@given(said=st.text(st.characters(exclude_categories=()), min_size=1), json_too=st.booleans())
-@settings(
-    max_examples=settings.default.max_examples // 2,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+@given(
+    said=st.text(st.characters(exclude_categories=()), min_size=1),
+    command=st.sampled_from(["caption", "query-whole", "caption-events", "batch-list"]),
+    json_too=st.booleans(),
 )
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["caption", "query-whole", "caption-events", "batch-list"])
-def test_any_text_is_shown_as_text(command, said, json_too, server, photo):
+def test_any_text_is_shown_as_text(said, command, json_too, server, photo):
     server.said, server.refuses = said, False
     args = [each.format(photo=photo) for each in COMMANDS[command]]
     args += ["--json"] * (json_too and "--json" not in args)
