@@ -33,6 +33,7 @@ from raw_server import (
     stall,
     whole,
 )
+from yarl import URL
 
 import moondream_async as md
 from moondream_async._transport import bodies, private
@@ -314,7 +315,12 @@ async def test_whole_body_has_no_more_than_its_limit(size):
 
     content = SimpleNamespace(readany=readany, at_eof=lambda: not sent, exception=lambda: None)
     response = SimpleNamespace(
-        status=200, headers={}, connection=None, content=content, close=lambda: None
+        status=200,
+        headers={},
+        url=URL("http://a"),
+        connection=None,
+        content=content,
+        close=lambda: None,
     )
     pool = SimpleNamespace(loop=asyncio.get_running_loop(), bodies=set(), discard=lambda _: None)
     body = bodies.Body(pool, response, lambda _: None)
