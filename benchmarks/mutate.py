@@ -47,7 +47,7 @@ TESTS = (  # noqa: SIM905 - shorter so
     "events sse requests answers documented retry secrets frames two_ways chat malformed"
     " streams leaving clock streams_again passing observing otel interruptible cancel arrival"
     " limits pace calls deadlines client skills faults hostile foreign fuzz errors"
-    " transport proxies fetch loops races fork types bulk batch tuning work"
+    " transport proxies fetch loops races fork types bulk batch tuning work documented_errors"
 ).split()
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=fast"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded before the forks

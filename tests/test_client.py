@@ -326,6 +326,7 @@ OPTIONS = [
     {"endpoint": b"http://127.0.0.1/v1"},
     {"endpoint": URL("ftp://127.0.0.1/v1")},
     {"endpoint": "http://127.0.0.1:0/v1"},
+    {"endpoint": f"http://{'x' * 64}.local/v1"},
     {"endpoint": "http://xn--example/v1"},
     {"endpoint": "http://127.0.0.1/v1?"},
     {"proxy": "proxy:3128"},

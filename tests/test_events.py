@@ -382,6 +382,7 @@ NO_JSON = {
     "no JSON": (b"{odd}", ": {odd}"),
     "a list": ([1], ": [1]"),
     "bad UTF-8": (b'{"chunk": "\xff', ""),
+    "an escape that is none": (b'{"chunk": "\\x", "completed": false}', ""),
     "nested deeper than any answer": (b'{"chunk": "x", "x": ' + b"[" * 70 + b"]" * 70 + b"}", ""),
     "a number that is none": (b'{"chunk": "x", "x": 1e400}', ""),
     "two values in a line": (b'{"chunk": "a"}{"chunk": "b"}', ""),

@@ -118,7 +118,11 @@ async def test_a_wrong_password_is_shown_nowhere(tls):
 
 
 @pytest.mark.parametrize(
-    "proxy", ["user:%s@host:3128", "http://user:%s@[::1", "socks5://user:%s@host", "http://u:%s@:0"]
+    "proxy",
+    [
+        *("user:%s@host:3128", "http://user:%s@[::1", "socks5://user:%s@host"),
+        *("http://u:%s@:3128", "http://u:%s@host:0"),
+    ],
 )
 @pytest.mark.parametrize("make", [md.MoondreamClient, md.vl])
 def test_a_refused_proxy_does_not_show_its_password(make, proxy):

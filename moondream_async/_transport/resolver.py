@@ -47,7 +47,7 @@ def _resolve(host: str, port: int, family: socket.AddressFamily) -> list[Resolve
     results: list[ResolveResult] = []
     for each, _, protocol, _, address in found:
         name = str(address[0])
-        if each == socket.AF_INET6 and len(address) > 3 and address[3] and "%" not in name:
+        if len(address) > 3 and address[3] and "%" not in name:
             name = f"{name}%{address[3]}"  # a link-local address, with the number of its link
         results.append(
             ResolveResult(
