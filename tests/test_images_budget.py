@@ -1,5 +1,6 @@
 """One picture costs a worker no more than its share, whatever is in the file."""
 
+import functools
 import io
 import logging
 import struct
@@ -69,6 +70,15 @@ def with_scans(data, count):
     return data[:at] + data[at:-2] * count + b"\xff\xd9"
 
 
+def jpeg_2000(side):
+    """A JPEG 2000 that says it is a square of this side, and has a tile of eight pixels."""
+    data = save(Image.new("RGBA", (8, 8)), "JPEG2000")
+    box, size = data.index(b"ihdr") + 4, data.index(b"\xff\x51") + 6
+    sides = struct.pack(">II", side, side)
+    return data[:box] + sides + data[box + 8 : size] + sides + data[size + 8 :]
+
+
+@functools.cache
 def many_scans():
     picture = Image.new("RGB", (8_000, 8_000))
     return with_scans(save(picture, "JPEG", progressive=True, exif=exif(6)), 80)
@@ -109,8 +119,8 @@ REFUSED = {  # by what is said at the beginning: whoever reads on finds no pixel
     "ico": lambda: icon(png_head(13_300, 13_300, 6)),
     "ico-bitmap": lambda: icon(struct.pack("<IiiHHIIiiII", 40, SIDE, 2 * SIDE, 1, 32, *(0,) * 6)),
     "icns": lambda: icns(png_head(13_300, 13_300, 6)),
-    "icns-jpeg-2000": lambda: icns(save(Image.new("RGBA", (4_000, 4_000)), "JPEG2000")),
-    "jpeg-2000": lambda: save(Image.new("L", (SIDE, SIDE)), "JPEG2000"),
+    "icns-jpeg-2000": lambda: icns(jpeg_2000(4_000)),
+    "jpeg-2000": lambda: jpeg_2000(SIDE),
     "scans": many_scans,
     "tiff": tags_over_and_over,
 }

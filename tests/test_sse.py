@@ -5,6 +5,7 @@ streams are compared with a naive reading of the standard. What the servers send
 read in `test_events.py`.
 """
 
+import contextlib
 import json
 import tracemalloc
 from itertools import pairwise
@@ -243,29 +244,23 @@ def test_stream_cut_anywhere_gives_the_same_events(stream, events, data):
     assert parse(*cut(data.draw, stream)) == events
 
 
-def test_event_is_returned_by_the_packet_that_ends_it():
+@pytest.mark.parametrize(
+    "packets",
+    [
+        pytest.param([(b"data: x\n", []), (b"\n", [Event("x")])], id="at its blank line"),
+        pytest.param(
+            [(b"data: x\r\r", [Event("x")]), (b"\ndata: y\n\n", [Event("y")])], id="at a lone CR"
+        ),
+        pytest.param(
+            [(b"data: x\r", []), (b"", []), (b"\n", []), (b"\n", [Event("x")])],
+            id="the LF right after a CR is swallowed",
+        ),
+        pytest.param([(b'data: {"a": 1}\n', [Event('{"a": 1}')])], id="JSON, without a blank line"),
+    ],
+)
+def test_event_is_returned_by_the_packet_that_ends_it(packets):
     parser = SSEParser()
-    assert parser.feed(b"data: x\n") == []
-    assert parser.feed(b"\n") == [Event("x")]
-
-
-def test_lone_cr_ends_its_line_at_once():
-    parser = SSEParser()
-    assert parser.feed(b"data: x\r\r") == [Event("x")]
-    assert parser.feed(b"\ndata: y\n\n") == [Event("y")]
-
-
-def test_line_feed_is_swallowed_only_right_after_its_cr():
-    parser = SSEParser()
-    assert parser.feed(b"data: x\r") == []
-    assert parser.feed(b"") == []
-    assert parser.feed(b"\n") == []
-    assert parser.feed(b"\n") == [Event("x")]
-
-
-def test_complete_event_is_returned_without_its_blank_line():
-    parser = SSEParser()
-    assert parser.feed(b'data: {"a": 1}\n') == [Event('{"a": 1}')]
+    assert [(packet, parser.feed(packet)) for packet, _ in packets] == packets
 
 
 def test_last_event_id_changes_when_the_event_ends():
@@ -434,6 +429,16 @@ def test_heartbeats_and_unknown_fields_never_come_to_the_limit():
 # Memory.
 
 
+@contextlib.contextmanager
+def memory():
+    """Yield a function that tells how many bytes are held, and how many were at most."""
+    tracemalloc.start()
+    try:
+        yield tracemalloc.get_traced_memory
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("start", "piece", "times"),
     [
@@ -446,40 +451,28 @@ def test_heartbeats_and_unknown_fields_never_come_to_the_limit():
 )
 @pytest.mark.slow
 def test_memory_stays_within_a_few_times_the_event(start, piece, times):
-    tracemalloc.start()
-    try:
+    with memory() as held:
         parser = SSEParser()
         parser.feed(start)
         for _ in range(times):
             parser.feed(piece)
         parser.feed(b"\n\n")
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    # At the end: the line, its value and the text of it.
-    assert peak < 3.2 * times * len(piece)
+        # At the end: the line, its value and the text of it.
+        assert held()[1] < 3.2 * times * len(piece)
 
 
 def test_heartbeats_are_not_kept():
-    tracemalloc.start()
-    try:
+    with memory() as held:
         parser = SSEParser()
         for _ in range(20_000):
             parser.feed(b": ping\n")
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 10_000
+        assert held()[1] < 10_000
 
 
 def test_memory_is_given_up_when_the_parser_fails():
-    tracemalloc.start()
-    try:
+    with memory() as held:
         parser = SSEParser(max_event_bytes=200_000)
         parser.feed(b"data: " + b"x" * 100_000 + b"\n" + b"y" * 90_000)
         with pytest.raises(StreamProtocolError):
             parser.feed(b"y" * 20_000)
-        kept, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert kept < 20_000
+        assert held()[0] < 20_000
