@@ -211,7 +211,7 @@ def test_the_reference_has_every_name_and_every_call(tmp_path):
     pytest.importorskip("pdoc", reason="needs: python -m pip install '.[docs]'")
     command = [sys.executable, "-W", "error", "-m", "pdoc", "moondream_async", "-o", str(tmp_path)]
 
-    run = subprocess.run(command, capture_output=True, check=False, text=True, timeout=100)
+    run = subprocess.run(command, capture_output=True, check=False, text=True)
 
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     page = (tmp_path / "moondream_async.html").read_text("utf-8")

@@ -270,7 +270,7 @@ def loaded_by(code):
         f"{code}\nimport json, sys\nprint(json.dumps([x for x in {HEAVY} if x in sys.modules]))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, check=False, text=True, timeout=60
+        [sys.executable, "-c", script], capture_output=True, check=False, text=True
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
