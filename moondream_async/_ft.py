@@ -1,6 +1,6 @@
 """`ft`: the official SDK's finetune object, with methods to await.
 
-It is for programs that are written for the SDK; others use `client.tuning`.
+`ft` is for programs that are written for the SDK; others use `client.tuning`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from .tuning.wire import LEARNING_RATE, TuningRequest
 from .types import Settings
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from yarl import URL
 
 
@@ -75,12 +73,7 @@ class FinetuneClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:

@@ -250,10 +250,9 @@ class Asker:
     async def ask(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Answer rows, all at once, and return their columns in the same order.
 
-        It may be called from any loop. A row is a function that returns the picture and
-        the text. A worker thread calls the function when a connection is free, so that
-        memory holds no more pictures than requests are open. Cancelling drops the
-        requests.
+        Any loop may call this. A row is a function that returns the picture and the text.
+        A worker thread calls the function when a connection is free, so that memory holds
+        no more pictures than requests are open. Cancelling drops the requests.
 
         Raises:
             AuthenticationError: The server refuses the key. No later row is sent.

@@ -135,8 +135,8 @@ def ask(
 class SkillStage:
     """The stage of `ask`, for ``map_batches``: a client, and its question about each row.
 
-    It takes and returns batches in the format ``pyarrow``, and has many requests open at
-    once, of several batches. Ray makes a stage in each actor; at the actor's end the
+    A stage takes and returns batches in the format ``pyarrow``, and has many requests open
+    at once, of several batches. Ray makes a stage in each actor; at the actor's end the
     client is closed.
 
     The arguments are those of `ask`. Pass the number of `actors` here as well as to Ray;

@@ -1,6 +1,6 @@
 """A server that speaks the Moondream API, for demos and tests. It runs no model.
 
-It describes what can be measured in the picture of a request: its format, size,
+The server describes what can be measured in the picture of a request: its format, size,
 brightness and main colours, and where the colours lie. So every answer depends on the
 pixels that arrived, and the same picture and question give the same answer, streamed
 or not::
@@ -9,8 +9,8 @@ or not::
         async with MoondreamClient(endpoint=simulator.endpoint) as client:
             result = await client.caption(SAMPLE_IMAGE)
 
-It fails on request, in any way a server can: see `Fault`. It gives the answers that a
-test wants: see `Script`.
+The server fails on request, in any way a server can: see `Fault`; and it gives the answers
+that a test wants: see `Script`.
 """
 
 from __future__ import annotations

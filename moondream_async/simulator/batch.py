@@ -6,11 +6,10 @@ at no other time: the number of requests, and not the clock, decides what a clie
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
 import hashlib
-import itertools
 import re
+import threading
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -54,7 +53,7 @@ class Batches:
         self._uploads: dict[tuple[str, str], dict[int, bytes]] = {}  # the numbered parts of each
         self._batches: dict[str, Body] = {}  # the state of each, as the API sends it
         self._later: dict[str, Iterator[Body]] = {}  # the states to come
-        self._working = asyncio.Lock()
+        self._working = threading.Lock()
         self._created = 0
 
     def routes(self) -> list[Route]:
@@ -110,14 +109,13 @@ class Batches:
         batch_id = received.params["id"]
         if batch_id not in self._batches:
             raise RefusedError("No such batch", status=404)
-        async with self._working:
-            seen = self._batches[batch_id]
-            await self._gallery.run(self._advance, batch_id)
-        return seen
+        return await self._gallery.run(self._advance, batch_id)
 
-    def _advance(self, batch_id: str) -> None:
-        for state in itertools.islice(self._later[batch_id], 1):
-            self._batches[batch_id] = state
+    def _advance(self, batch_id: str) -> Body:
+        with self._working:  # the thread of a request whose client has left goes on
+            seen = self._batches[batch_id]
+            self._batches[batch_id] = next(self._later[batch_id], seen)
+            return seen
 
     async def _list(self, received: ReceivedRequest) -> Body:
         newest_first = list(reversed(self._batches.values()))

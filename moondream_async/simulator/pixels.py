@@ -137,7 +137,7 @@ class Gallery:
     async def run(self, look: Callable[..., T], *args: Any) -> T:
         """Call a function that looks at pictures, in a worker thread.
 
-        Cancelling waits for the thread, which takes tenths of a second for a picture.
+        The thread goes on if its task is cancelled: for tenths of a second for a picture.
         """
         return await anyio.to_thread.run_sync(look, *args, limiter=self._limiter)
 
@@ -163,8 +163,8 @@ class Gallery:
 def measure(data: bytes) -> Picture:
     """Decode a picture and measure it. Blocks, for milliseconds to tenths of a second.
 
-    It raises one of `_UNREADABLE` if the picture can't be decoded to its last row, or if
-    decoding would cost too much time or memory.
+    A picture that can't be decoded to its last row, or whose decoding would cost too much
+    time or memory, raises one of the errors in `_UNREADABLE`.
     """
     with Image.open(io.BytesIO(data), formats=tuple(_COSTS)) as opened:
         width, height = opened.size

@@ -1,7 +1,7 @@
 """The server: it alone knows sockets, and the time.
 
-It receives a request, lets faults strike, asks the endpoint for an answer and writes the
-answer at the simulator's rate, until the answer ends or the client is gone.
+The server receives a request, lets faults strike, asks the endpoint for an answer and
+writes the answer at the simulator's rate, until the answer ends or the client is gone.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ _NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 class Simulator:
     """A server that speaks the Moondream API and describes what it measures in pictures.
 
-    It listens while it is entered; leaving ends open answers at once::
+    A simulator listens while it is entered; leaving ends open answers at once::
 
         async with Simulator(rate=0) as simulator:
             client = MoondreamClient(endpoint=simulator.endpoint)
 
-    Or it is mounted elsewhere: `app` is an `aiohttp.web.Application`. A simulator
-    is entered, or its `app` run, once.
+    Or another server runs `app`, an `aiohttp.web.Application`. A simulator is entered, or
+    its `app` run, once.
 
     Args:
         dialect: The server to speak like: ``cloud``, ``kestrel``, ``station`` or ``old``.

@@ -93,11 +93,12 @@ class Endpoints:
 
     def routes(self) -> list[Route]:
         """Return the endpoints of the dialect."""
-        dialect = self._dialect
-        prefix, health, models = dialect.prefix, partial(_say, dialect.health), dialect.models()
+        dialect, prefix = self._dialect, self._dialect.prefix
+        health = partial(_constant, dialect.health)
+        models = partial(_constant, dialect.models())
         routes = [Route("GET", path, health, "none") for path in ("/health", "/healthz")]
         if dialect.hosted or dialect.lenient:
-            routes.append(Route("GET", f"{prefix}/models", partial(_say, models), "optional"))
+            routes.append(Route("GET", f"{prefix}/models", models, "optional"))
         if not dialect.lenient:
             return routes + self._skills("POST", prefix)
         # Station takes any method, and paths with and without its prefix.
@@ -183,7 +184,7 @@ def _draw_path(points: list[tuple[float, float]]) -> str:
     return "M " + " L ".join(f"{x:.3g} {y:.3g}" for x, y in points) + " Z"
 
 
-async def _say(body: Body, _: ReceivedRequest) -> Body:
+async def _constant(body: Body, _: ReceivedRequest) -> Body:
     return body
 
 

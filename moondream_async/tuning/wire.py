@@ -1,7 +1,7 @@
 """The format of the tuning API, without I/O: requests and answers.
 
-It follows docs.moondream.ai (finetuning, HTTP API reference) and the official SDK,
-moondream 2.6.1.
+The format follows docs.moondream.ai (finetuning, HTTP API reference) and the official
+SDK, moondream 2.6.1.
 """
 
 from __future__ import annotations

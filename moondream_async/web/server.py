@@ -50,7 +50,7 @@ class About(msgspec.Struct, frozen=True):
 class DemoPage:
     """A page on loopback whose questions a client answers.
 
-    It listens while it is entered; leaving ends open answers::
+    The server listens while a page is entered; leaving ends open answers::
 
         async with MoondreamClient() as client, DemoPage(client, "photo.jpg") as page:
             print(page.url)
