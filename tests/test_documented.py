@@ -144,24 +144,6 @@ async def test_request_is_as_documented(photo, call, path, body):
     assert json.loads(request.body.replace(url.encode(), PHOTO.encode())) == body
 
 
-STREAMED_REQUESTS = {
-    "sdk caption": (caption, {}),
-    "sdk query": (query, {}),
-    "sdk segment": (segment, {}),
-    "docs@16a19f4 openai.md": (chat, {"stream_options": {"include_usage": True}}),
-}
-
-
-@pytest.mark.parametrize(("call", "more"), STREAMED_REQUESTS.values(), ids=STREAMED_REQUESTS)
-async def test_streamed_request_is_as_documented(photo, call, more):
-    async with canned(STREAM_HEAD + in_chunks(b"data: [DONE]\n\n")) as (client, server):
-        await (await call(client, photo, stream=True)).text()
-        (request,) = server.requests
-    assert request.headers["accept"] == "text/event-stream"
-    assert request.headers["accept-encoding"] == "identity"
-    assert request.json.items() >= {"stream": True, **more}.items()
-
-
 # -- answers: `test_answers.py` and `test_events.py` have them all, without a socket ------------
 
 

@@ -198,27 +198,6 @@ async def test_calls_at_once_are_told_apart(simulator, photo, told):
     assert [event.model for _, event in events if event.skill] == ["m"] * 10
 
 
-async def test_what_follows_calls_adds_its_headers_and_hears_of_all(simulator, photo):
-    heard = []
-
-    class Probe:
-        wants_answer = False
-
-        def headers(self):
-            return {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
-
-        def report(self, kind, event):
-            heard.append(kind)
-
-    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
-        stop = client._caller.instrument(lambda _: Probe())
-        await client.caption(photo)
-        stop()
-        await client.caption(photo)
-    assert heard == ["request", "end"]
-    assert ["traceparent" in request.headers for request in simulator.requests] == [True, False]
-
-
 async def test_a_closing_client_lets_a_call_between_two_attempts_finish(simulator, photo):
     between = asyncio.Event()
     simulator.faults.append(Fault.parse("status=503,times=1,retry_after=0.05"))

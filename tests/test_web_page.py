@@ -43,8 +43,7 @@ def anyio_backend():
 async def window():
     """One for all tests: it is opening windows and tabs that takes the time."""
     camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    names = ["--host-resolver-rules=MAP rebound.example 127.0.0.1"]
-    async with chromium(*camera, *names) as browser:
+    async with chromium(*camera) as browser:
         window = await browser.new_context(permissions=["clipboard-read", "clipboard-write"])
         window.set_default_timeout(PATIENCE_MS)
         await window.new_page()
@@ -929,11 +928,6 @@ async def test_copy_copies_the_python_lines(tab):
 
 
 # -- other pages --------------------------------------------------------------------------
-
-
-async def test_a_name_that_leads_here_gets_no_page(bare_tab, page):
-    response = await bare_tab.tab.goto(page.url.replace("127.0.0.1", "rebound.example"))
-    assert response.status == 421
 
 
 async def test_other_pages_of_this_machine_cannot_ask(bare_tab, page, simulator):
