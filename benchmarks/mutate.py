@@ -45,9 +45,10 @@ ROOMS = ("_protocol", "_stream", "_call", "_transport", "bulk")
 # The tests of what these rooms do; other tests, as of the simulator, only use the rooms.
 TESTS = (  # noqa: SIM905 - shorter so
     "events sse requests answers documented retry secrets frames two_ways chat malformed"
-    " streams leaving clock streams_again passing observing otel interruptible cancel arrival"
-    " limits pace calls deadlines client skills faults hostile foreign fuzz errors"
-    " transport proxies fetch loops races fork types bulk batch tuning work documented_errors"
+    " streams leaving clock streams_again passing observing otel interruptible everywhere closing"
+    " arrival limits pace calls deadlines client skills faults hostile foreign fuzz errors"
+    " transport proxies fetch loops races fork types bulk batch tuning work"
+    " documented_errors"
 ).split()
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=fast"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded before the forks

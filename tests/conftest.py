@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import os
 import signal
 import socket
@@ -76,6 +77,14 @@ def _nothing_left_open(_clean_environment):
     if left:
         gc.collect()  # only to say, by its warnings, what it was
     assert not left, f"{len(left)} sockets left open"
+
+
+@pytest.fixture
+def silence(_nothing_left_open, caplog):
+    """No log record, and, once all garbage is gone, no warning."""
+    yield
+    gc.collect()
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
 @pytest.fixture

@@ -220,14 +220,6 @@ async def test_an_answer_arrives_as_plain_text_in_bytes(answer, packets):
     }
 
 
-async def test_plain_text_breaks_off_where_the_answer_does():
-    as_bytes = opened(Source(sse({"chunk": "Boîte "}), lost)).chunk_bytes()
-
-    assert await anext(as_bytes) == "Boîte ".encode()
-    with pytest.raises(md.StreamInterruptedError):
-        await anext(as_bytes)
-
-
 # -- what goes wrong ---------------------------------------------------------------------
 
 
@@ -294,17 +286,6 @@ async def test_a_stream_that_was_closed_says_so():
     [(name, data)] = await events_of(stream)
 
     assert (name, data["error"]["type"]) == ("error", "ClientClosedError")
-
-
-async def test_a_stream_that_is_closed_while_it_is_passed_on_says_so():
-    """As it is when the client is closed, because the server that it is in stops."""
-    stream = opened(Source(sse(HERON[0])))
-    reader = asyncio.create_task(events_of(stream))
-    await until_idle()
-
-    await stream.aclose()
-
-    assert [name for name, _ in await reader] == ["chunk", "error"]
 
 
 # -- heartbeats --------------------------------------------------------------------------
@@ -404,18 +385,8 @@ async def test_there_is_a_task_only_while_the_server_is_waited_for():
 # -- the end -----------------------------------------------------------------------------
 
 
-async def between_events(pieces, source):
-    source.send(sse(HERON[0]))
-    while await anext(pieces) == HEARTBEAT:
-        pass
-
-
-async def after_a_heartbeat(pieces, source):
-    assert [await anext(pieces), await anext(pieces)] == [HEARTBEAT, HEARTBEAT]
-
-
-async def not_read(pieces, source):
-    pass
+async def after_a_heartbeat(events):
+    assert [await anext(events), await anext(events)] == [HEARTBEAT, HEARTBEAT]
 
 
 async def closed(held):
@@ -445,75 +416,19 @@ async def dropped(held):
     assert freed() is None
 
 
-HOLDERS = {
-    "sse": (lambda stream: stream.sse(), (not_read, between_events, after_a_heartbeat)),
-    "sse, no heartbeats": (lambda stream: stream.sse(heartbeat=None), (not_read, between_events)),
-    "bytes": (lambda stream: stream.chunk_bytes(), (not_read, between_events)),
-}
-
-
 @pytest.mark.parametrize("leave", [closed, closed_in_another_thread, cancelled, dropped])
-@pytest.mark.parametrize(
-    ("holder", "begin"), [(holder, begin) for holder in HOLDERS for begin in HOLDERS[holder][1]]
-)
-async def test_leaving_it_closes_the_stream_at_once_without_a_word(holder, begin, leave):
+async def test_leaving_it_after_a_heartbeat_ends_the_task_that_reads(leave):
+    """`test_leaving.py` leaves it in all other places."""
     source, before = Source(), asyncio.all_tasks()
     with no_cycles():
-        held = [HOLDERS[holder][0](opened(source))]
-        await begin(held[0], source)
+        held = [opened(source).sse()]
+        await after_a_heartbeat(held[0])
 
         await leave(held)
 
         assert source.closed
         await until_idle()
         assert asyncio.all_tasks() == before
-        for pieces in held:  # of which events say nothing more, and text says why
-            with pytest.raises(md.ClientClosedError if holder == "bytes" else StopAsyncIteration):
-                await anext(pieces)
-
-
-@pytest.mark.parametrize("heartbeat", [15.0, None], ids=["heartbeats", "none"])
-async def test_who_waits_while_it_is_closed_sees_the_end(heartbeat):
-    source = Source(sse(HERON[0]))
-    events = opened(source).sse(heartbeat=heartbeat)
-    reader = asyncio.create_task(read_all(events))
-    await until_idle()
-
-    await events.aclose()
-
-    assert source.closed
-    assert parse(*await reader) == [("chunk", HERON[0])]
-
-
-async def test_closing_it_stops_another_try():
-    async def reopen(error):
-        await asyncio.sleep(1000)
-
-    events = opened(Source(END), reopen=reopen).sse()
-    before = asyncio.all_tasks()
-    assert [await anext(events), await anext(events)] == [HEARTBEAT, HEARTBEAT]
-
-    await events.aclose()
-
-    assert asyncio.all_tasks() == before
-
-
-async def test_a_second_reader_is_refused_and_disturbs_nothing():
-    source = Source()
-    events = opened(source).sse()
-    reader = asyncio.create_task(read_all(events))
-    await until_idle()
-
-    with pytest.raises(md.MoondreamError, match="Another task"):
-        await anext(events)
-
-    source.send(sse(*HERON, DONE))
-    assert text(parse(*await reader)) == TEXT
-
-
-async def test_an_answer_that_was_passed_on_gives_its_connection_back():
-    source = Source(sse(*HERON, DONE))
-
-    await read_all(opened(source).sse())
-
-    assert (source.finished, source.closed) == (True, True)
+        for events in held:
+            with pytest.raises(StopAsyncIteration):
+                await anext(events)

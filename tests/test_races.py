@@ -1,4 +1,4 @@
-"""Two things at once: readers, closers, loops and threads that end, and the garbage collector.
+"""Two things at once: readers, closers, threads, Ctrl-C, and the garbage collector.
 
 Whatever complains, by a warning or in the log, fails the test.
 """
@@ -7,7 +7,6 @@ import asyncio
 import collections
 import gc
 import itertools
-import logging
 import random
 import signal
 import sys
@@ -25,17 +24,14 @@ from raw_server import (
     STREAM_HEAD,
     TEXT,
     RawServer,
-    answer_all,
-    event,
     head,
     in_chunks,
     stall,
     whole,
 )
-from test_cancel import stepping
+from test_closing import in_thread, joined
 
 import moondream_async as md
-from moondream_async.simulator import SAMPLE_IMAGE
 
 
 async def leave_open(peer):
@@ -46,12 +42,7 @@ async def leave_open(peer):
         await peer.next_byte()
 
 
-@pytest.fixture(autouse=True)
-def _silence(_nothing_left_open, caplog):
-    """No log record, and, once all garbage is gone, no warning."""
-    yield
-    gc.collect()
-    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
+pytestmark = pytest.mark.usefixtures("silence")
 
 
 # -- on one stream --------------------------------------------------------------------
@@ -75,260 +66,6 @@ async def test_complete_stream_is_ended_by_two_tasks_at_once(first, second):
         if "read" in (first, second):
             assert stream.text_so_far == TEXT
         assert client.stats().open_streams == 0
-
-
-# -- between loops --------------------------------------------------------------------
-
-
-def in_thread(coroutine):
-    """Run in a loop and a thread of its own, which is returned."""
-    thread = threading.Thread(target=asyncio.run, args=(coroutine,))
-    thread.start()
-    return thread
-
-
-async def joined(thread):
-    while thread.is_alive():
-        await asyncio.sleep(0)
-
-
-@pytest.mark.parametrize("grace", [None, 60], ids=["at-once", "with-grace"])
-@pytest.mark.slow
-async def test_client_is_closed_while_the_loop_of_another_thread_ends(grace):
-    async def read(client, kept, turns):
-        kept.append(await client.caption(IMAGE, stream=True))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-
-    choose = random.Random(5)
-    async with RawServer(stall) as server:
-        for _ in range(30):
-            kept = []
-            client = client_of(server)
-            thread = in_thread(read(client, kept, choose.randrange(12)))
-            while not kept:
-                await asyncio.sleep(0)
-            await rounds(choose.randrange(3))
-            await client.aclose(grace)
-            await joined(thread)
-            with pytest.raises(md.ClientClosedError):
-                await kept[0].text()
-        await server.until_idle()
-
-
-async def test_closing_does_not_wait_for_a_loop_that_rests():
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    async with RawServer(stall) as server:
-        client = client_of(server)
-        thread.start()
-        opening = asyncio.run_coroutine_threadsafe(client.caption(IMAGE, stream=True), loop)
-        stream = await asyncio.wrap_future(opening)
-        closing = asyncio.ensure_future(client.aclose(grace=3600))
-        await rounds()
-        loop.call_soon_threadsafe(loop.stop)
-        await joined(thread)
-        await closing
-        await server.until_idle()
-        with pytest.raises(md.ClientClosedError):
-            await stream.text()
-        loop.close()
-
-
-def test_client_in_a_generator_that_nobody_finished_is_closed_with_its_loop():
-    async def captions(endpoint):
-        async with md.MoondreamClient(endpoint=endpoint) as client:
-            while True:
-                yield (await client.caption(IMAGE)).caption
-
-    async def main():
-        async with RawServer(answer_all) as server:
-            generators = [captions(server.endpoint) for _ in range(20)]
-            for generator in generators:
-                assert await anext(generator) == TEXT
-            return generators
-
-    asyncio.run(main())
-
-
-async def test_idle_connection_that_is_just_being_closed_is_left_to_itself():
-    async with RawServer(answer_all) as server, client_of(server) as client:
-        await client.caption(IMAGE)
-        (pool,) = client._caller.session.transport._pools.values()
-        ((kept, _),) = next(iter(pool._session.connector._conns.values()))
-        kept.transport.close()  # as when the server has closed it
-        pool._cut()
-        await rounds()
-        await server.until_idle()
-
-
-# -- closing the client, at every await of every kind of call --------------------------
-
-SEGMENT = (
-    event(type="bbox", bbox={"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}),
-    event("M 0 0", type="path_delta"),
-    event(type="final", completed=True, path="M 0 0 Z"),
-)
-CHAT = (
-    event(choices=[{"delta": {"content": "A cat"}}]),
-    event(choices=[{"delta": {}, "finish_reason": "stop"}]),
-    b"data: [DONE]\n\n",
-)
-MESSAGE = {"role": "assistant", "content": "A cat"}
-ANSWERS = {  # by the last part of the address: plain, streamed
-    "caption": (ANSWER, (*EVENTS, DONE)),
-    "query": (ANSWER, (*EVENTS, DONE)),
-    "detect": ({"objects": []}, ()),
-    "point": ({"points": []}, ()),
-    "segment": ({"path": "M 0 0 Z"}, SEGMENT),
-    "completions": ({"choices": [{"message": MESSAGE, "finish_reason": "stop"}]}, CHAT),
-    "models": ({"data": [{"id": "moondream3-preview"}]}, ()),
-    "stats": ({"status": "ok"}, ()),
-}
-REFUSAL = {"error": "Streaming is not supported when reasoning is enabled"}
-
-
-async def send_slowly(peer, *pieces):
-    """Send it so that each piece has to be waited for."""
-    for piece in pieces:
-        await rounds(3)
-        await peer.send(piece)
-
-
-async def answer_slowly(peer):
-    while True:
-        request = await peer.request()
-        plain, events = ANSWERS.get(request.target.rpartition("/")[2], (None, ()))
-        said = request.json if request.body else {}
-        if plain is None:
-            await send_slowly(peer, whole({"detail": "Not Found"}, status="404 Not Found"))
-        elif said.get("stream") and said.get("reasoning"):
-            await send_slowly(peer, whole(REFUSAL, status="400 Bad Request"))
-        elif said.get("stream"):
-            chunks = [in_chunks(each, end=False) for each in events]
-            await send_slowly(peer, STREAM_HEAD, *chunks, in_chunks())
-        else:
-            answer = whole(plain)
-            await send_slowly(peer, answer[:20], answer[20:-5], answer[-5:])
-
-
-def fail_before(play):
-    """Refuse the request of one connection, lose that of the next, and play on the third."""
-    turns = itertools.cycle(["refuse", "lose", "play"])
-
-    async def begin(peer):
-        turn = next(turns)
-        if turn == "play":
-            await play(peer)
-        request = await peer.request()
-        if turn == "lose" and request.body and request.json.get("stream"):
-            await send_slowly(peer, STREAM_HEAD)
-        else:
-            await send_slowly(peer, head("Content-Length: 0", "Retry-After: 0", status="503 Busy"))
-
-    return begin
-
-
-async def read(call):
-    async with call as stream:
-        await stream.text()
-
-
-async def read_events(call):
-    stream = await call
-    try:
-        async for _ in stream.events:
-            pass
-    finally:
-        await stream.aclose()
-
-
-MESSAGES = [{"role": "user", "content": "What is this?"}]
-KINDS = {
-    "caption": lambda client: client.caption(IMAGE),
-    "query": lambda client: client.query(IMAGE, "What?"),
-    "query-without-a-picture": lambda client: client.query(question="What?"),
-    "detect": lambda client: client.detect(IMAGE, "cat"),
-    "point": lambda client: client.point(IMAGE, "cat"),
-    "segment": lambda client: client.segment(IMAGE, "cat"),
-    "chat": lambda client: client.chat(MESSAGES),
-    "models": lambda client: client.models(),
-    "health": lambda client: client.health(),
-    "server_stats": lambda client: client.server_stats(),
-    "encode_image": lambda client: client.encode_image(SAMPLE_IMAGE),
-    "caption-of-a-file": lambda client: client.caption(SAMPLE_IMAGE),
-    "caption-streamed": lambda client: read(client.caption(IMAGE, stream=True)),
-    "query-streamed": lambda client: read(client.query(IMAGE, "What?", stream=True)),
-    "reasoning-streamed": lambda client: read(
-        client.query(IMAGE, "What?", stream=True, reasoning=True)
-    ),
-    "segment-streamed": lambda client: read_events(client.segment(IMAGE, "cat", stream=True)),
-    "chat-streamed": lambda client: read_events(client.chat(MESSAGES, stream=True)),
-}
-
-
-def close_here(client):
-    return asyncio.ensure_future(client.aclose())
-
-
-def close_with_grace(client):
-    return asyncio.ensure_future(client.aclose(grace=0.01))
-
-
-def close_in_a_thread(client):
-    return in_thread(client.aclose())
-
-
-async def closing_done(closing):
-    if isinstance(closing, threading.Thread):
-        await joined(closing)
-    else:
-        await closing
-
-
-# Every kind of call with either luck, and of the ways to close one after the other.
-CLOSINGS = itertools.cycle([close_here, close_with_grace, close_in_a_thread])
-
-
-@pytest.mark.parametrize(
-    ("kind", "luck", "close"),
-    [(kind, luck, next(CLOSINGS)) for luck in ("good", "bad") for kind in KINDS],
-)
-@pytest.mark.slow
-async def test_client_closed_at_any_await_of_any_call_ends_it(kind, luck, close):
-    play = answer_slowly if luck == "good" else fail_before(answer_slowly)
-    clients, closings = [], []
-
-    async def call():
-        client = client_of(server, max_retries=3, rate_limit=1e6, max_connections=1)
-        clients.append(client)
-        await KINDS[kind](client)
-
-    def strike(_waited_for):
-        closings.append(close(clients[-1]))
-
-    async with RawServer(play) as server:
-        for at in range(1000):
-            task = asyncio.ensure_future(stepped(call(), at, strike))
-            await asyncio.wait([task])
-            struck = bool(closings)
-            for closing in closings:
-                await closing_done(closing)
-            closings.clear()
-            await clients[-1].aclose()
-            # What was in its last step may still come through, or fail by itself: health()
-            # is asked once, and so not saved from a server that refuses.
-            error = task.exception()
-            assert error is None or isinstance(error, md.ClientClosedError | md.ServerError)
-            stats = clients.pop().stats()
-            assert (stats.open_streams, stats.waiting_calls) == (0, 0)
-            if not struck:
-                break
-        await server.until_idle()
-
-
-async def stepped(coroutine, at, strike):
-    return await stepping(coroutine, at, strike)
 
 
 # -- the garbage collector ------------------------------------------------------------

@@ -14,9 +14,7 @@ from sources import (
     TEXT,
     Source,
     answered,
-    closed_by_client,
     lost,
-    no_cycles,
     opened,
     read_all,
     until_idle,
@@ -88,15 +86,6 @@ async def test_all_names_are_one_iterator(reader):
     assert await read_all(first) == []
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-@pytest.mark.slow
-async def test_the_iterator_alone_keeps_its_stream(reader):
-    with no_cycles():
-        pieces = reader(answered(*HERON, DONE))
-
-        assert await read_all(pieces) == ["A grey ", "heron ", "stands."]
-
-
 @pytest.mark.parametrize(
     ("stream", "skill", "key", "bodies"),
     [
@@ -145,13 +134,6 @@ async def test_events_tell_all_that_arrives():
         md.MetricsEvent(metrics={"tokens": 1}, raw=bodies[2]),
         md.FinalEvent(raw=bodies[3]),
     ]
-
-
-async def test_events_alone_keep_their_stream():
-    with no_cycles():
-        events = answered(*HERON, DONE).events
-
-        assert len(await read_all(events)) == 4
 
 
 @pytest.mark.parametrize("packets", [[sse(*HERON, DONE)], [sse(x) for x in [*HERON, DONE]]])
@@ -228,15 +210,6 @@ async def test_repr_tells_the_state():
 # -- the end -------------------------------------------------------------------------------
 
 
-async def test_a_stream_read_to_its_end_gives_its_connection_back():
-    source = Source(sse(*HERON, DONE))
-    stream = opened(source)
-
-    await stream.text()
-
-    assert (source.finished, source.closed) == (True, True)
-
-
 @pytest.mark.parametrize("reader", ["chunk", "events"])
 async def test_a_complete_stream_says_so_again_and_again(reader):
     stream = answered(*HERON, DONE)
@@ -266,43 +239,6 @@ async def test_a_plain_answer_is_a_stream_of_one_piece():
 
 # -- failures ------------------------------------------------------------------------------
 
-FAILURES = [
-    pytest.param([END], md.StreamInterruptedError, "ended before the answer", id="ended early"),
-    pytest.param(
-        [lost], md.StreamInterruptedError, "ended before the answer", id="connection lost"
-    ),
-    pytest.param(
-        [b'data: {"chunk": "lost', END], md.StreamInterruptedError, "ended", id="half an event"
-    ),
-    pytest.param([sse({"error": "boom"})], md.StreamServerError, "boom", id="error event"),
-    pytest.param([b"data: odd\n\n"], md.StreamProtocolError, "no JSON object: odd", id="no JSON"),
-]
-
-
-@pytest.mark.parametrize("together", [False, True], ids=["apart", "in one packet"])
-@pytest.mark.parametrize(("script", "cls", "says"), FAILURES)
-async def test_a_failure_comes_after_the_text_and_holds_it(script, cls, says, together):
-    packets = [sse(*HERON[:2]), *script]
-    if together and isinstance(script[0], bytes):
-        packets = [packets[0] + script[0], *script[1:]]
-    source = Source(*packets)
-    stream = opened(source)
-
-    assert await anext(stream) == "A grey "
-    assert await anext(stream) == "heron "
-    for _ in range(3):
-        with pytest.raises(cls, match=says) as caught:
-            await anext(stream)
-        assert caught.value.partial == stream.text_so_far == "A grey heron "
-    assert source.closed
-    assert not stream.completed
-    await stream.aclose()
-
-    stream = opened(Source(*packets))
-    with pytest.raises(cls, match=says) as caught:
-        await stream.text()
-    assert caught.value.partial == stream.text_so_far == "A grey heron "
-
 
 async def test_a_lost_connection_is_the_cause():
     stream = opened(Source(sse(HERON[0]), lost))
@@ -324,16 +260,6 @@ async def test_a_failure_is_not_changed_by_closing():
     with pytest.raises(md.StreamInterruptedError) as caught:
         await stream.text()
     assert caught.value.partial == "A grey "
-
-
-async def test_a_client_that_closes_says_so():
-    source = Source(sse(HERON[0]), closed_by_client)
-    stream = opened(source)
-
-    for _ in range(2):
-        with pytest.raises(md.ClientClosedError):
-            await stream.text()
-    assert source.closed
 
 
 # -- two readers ---------------------------------------------------------------------------

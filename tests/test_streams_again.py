@@ -1,6 +1,5 @@
 """Another try at a stream: before its first event, and never after."""
 
-import asyncio
 from collections import deque
 
 import pytest
@@ -15,7 +14,6 @@ from sources import (
     lost,
     opened,
     read_all,
-    until_idle,
 )
 
 import moondream_async as md
@@ -164,33 +162,6 @@ async def test_another_try_starts_its_own_clock():
     assert await stream.text() == TEXT
 
 
-class Waiting:
-    """A try that takes long."""
-
-    def __init__(self, *openings):
-        self.tried = 0
-        self.go = asyncio.Event()
-        self._openings = deque(openings)
-
-    async def __call__(self, error):
-        self.tried += 1
-        await self.go.wait()
-        return self._openings.popleft()
-
-
-async def test_closing_ends_a_try_under_way():
-    reopen = Waiting()
-    stream = opened(Source(END), reopen=reopen)
-    reader = asyncio.create_task(stream.text())
-    await until_idle()
-
-    await stream.aclose()
-
-    with pytest.raises(md.ClientClosedError):
-        await reader
-    assert reopen.tried == 1
-
-
 async def test_a_try_that_succeeds_as_the_stream_is_closed_is_closed_too():
     late = opening(sse(*HERON, DONE))
     stream = None
@@ -204,20 +175,3 @@ async def test_a_try_that_succeeds_as_the_stream_is_closed_is_closed_too():
     with pytest.raises(md.ClientClosedError):
         await stream.text()
     assert late.source.closed
-
-
-@pytest.mark.parametrize("how", ["closed", "cancelled"])
-async def test_a_stream_that_is_left_during_a_try_is_not_asked_for_again(how):
-    reopen = Waiting(opening(sse(*HERON, DONE)))
-    stream = opened(Source(END), reopen=reopen)
-    reader = asyncio.create_task(stream.text())
-    await until_idle()
-
-    await stream.aclose() if how == "closed" else reader.cancel()
-
-    with pytest.raises(md.ClientClosedError if how == "closed" else asyncio.CancelledError):
-        await reader
-    reopen.go.set()
-    with pytest.raises(md.ClientClosedError, match=how):
-        await stream.text()
-    assert reopen.tried == 1

@@ -305,7 +305,7 @@ class Call:
         try:
             delay = 0.0 if failed is None else self._delay_after(failed, deadline)
             if delay is None and failed is not None:
-                raise failed  # noqa: TRY301 - it is reported like any other
+                raise failed  # noqa: TRY301 - its end is that of any other
             while True:
                 try:
                     with deadline:
@@ -325,7 +325,8 @@ class Call:
                         raise
         except BaseException as error:
             self._leave()
-            self.report.ended(error=error)
+            if failed is None:  # else the stream or download that goes on reports its end
+                self.report.ended(error=error)
             raise
         finally:
             deadline.cancel()
