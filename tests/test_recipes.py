@@ -63,7 +63,7 @@ async def test_recipe_writes_the_whole_answer(command, environment, answer, phot
     assert said.strip().removeprefix(f"{photo}: ") == answer
 
 
-@pytest.mark.parametrize("command", PROGRAMS)
+@pytest.mark.parametrize("command", PROGRAMS[:-1])  # IPython goes on, as below
 async def test_recipe_that_is_interrupted_closes_its_connection(
     command, environment, simulator, photo, interruptible
 ):
@@ -74,7 +74,7 @@ async def test_recipe_that_is_interrupted_closes_its_connection(
         await simulator.wait_until(lambda: request.disconnected)
         status, _, complaints = await program.end()
 
-    assert status in {0, 1, 130}  # IPython says 1
+    assert status in {0, 130}
     assert complaints == []
 
 
@@ -128,14 +128,9 @@ def shown(app):
     return str(app.query_one("#caption").content)
 
 
-async def test_textual_app_shows_the_whole_answer(app, answer):
-    async with app.run_test() as pilot:
-        await pilot.press("enter")
-        await app.workers.wait_for_complete()
-        assert shown(app) == answer
-
-
-async def test_textual_app_goes_on_after_escape(app, simulator, answer):
+async def test_textual_app_shows_the_whole_answer_after_one_that_escape_stopped(
+    app, simulator, answer
+):
     simulator.faults.append("stall=3")
     async with app.run_test() as pilot:
         await pilot.press("enter")
@@ -149,9 +144,7 @@ async def test_textual_app_goes_on_after_escape(app, simulator, answer):
 
 @needs("textual")
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [["escape", "q"], ["q"]], ids=["stopped", "left"])
-async def test_textual_app_in_a_terminal_closes_its_connection(keys, environment, simulator, photo):
-    codes = {"escape": b"\x1b", "q": b"q"}
+async def test_textual_app_in_a_terminal_closes_its_connection(environment, simulator, photo):
     simulator.faults.append("stall=3")
     command = [*STRICT, RECIPES / "textual_app.py", photo]
     async with running_in_terminal(*command, **environment) as program:
@@ -159,10 +152,8 @@ async def test_textual_app_in_a_terminal_closes_its_connection(keys, environment
         program.press(b"\r")
         request = await until_streaming(simulator, program)
         await program.until("640")
-        program.press(codes[keys[0]])
+        program.press(b"q")
         await simulator.wait_until(lambda: request.disconnected)
-        for key in keys[1:]:
-            program.press(codes[key])
         status, said, _ = await program.end()
 
     assert status == 0

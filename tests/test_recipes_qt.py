@@ -84,31 +84,27 @@ class Window:
         return status, complaints
 
 
-async def test_window_that_was_cancelled_shows_the_whole_answer_the_next_time(
+async def test_window_shows_the_whole_answer_after_a_cancelled_one_and_closes_its_connection(
     window, simulator, client, photo
 ):
     answer = (await client.caption(photo)).caption
-    simulator.faults.append("stall=3")
     async with window(simulator.endpoint) as shown:
+
+        async def leave(how):
+            await shown.program.tell(how)
+            await simulator.wait_until(lambda: simulator.requests[-1].disconnected)
+
+        simulator.faults.append("stall=3")
         await shown.program.tell("click Describe")
         await shown.until(lambda text, enabled: len(text.split()) == 3 and enabled == ["Cancel"])
-        await shown.program.tell("click Cancel")
-        await simulator.wait_until(lambda: simulator.requests[-1].disconnected)
+        await leave("click Cancel")
         await shown.until(lambda text, enabled: text and enabled == ["Describe"])
         await shown.program.tell("click Describe")
         await shown.until(lambda text, enabled: (text, enabled) == (answer, ["Describe"]))
-        await shown.program.tell("close")
-
-        assert await shown.end() == (0, [])
-
-
-async def test_window_that_is_closed_closes_its_connection(window, simulator):
-    simulator.faults.append("stall=3")
-    async with window(simulator.endpoint) as shown:
+        simulator.faults.append("stall=3")
         await shown.program.tell("click Describe")
-        await shown.until(lambda text, _: len(text.split()) == 3)
-        await shown.program.tell("close")
-        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+        await simulator.wait_until(lambda: [r.events_sent for r in simulator.requests[3:]] == [3])
+        await leave("close")
 
         assert await shown.end() == (0, [])
 
