@@ -2,8 +2,9 @@
 
     python run_notebook.py NOTEBOOK FOLDER
 
-A line a cell, as JSON: what it printed, and the name of its error. A line on its standard
-input interrupts the cell that is running, as the button does.
+A line a cell, as JSON: what it printed, and the name of its error; the last but one, which
+streams, is run twice. A line on its standard input interrupts the cell that is running, as the
+button does.
 """
 
 import asyncio
@@ -19,7 +20,8 @@ async def main(notebook, folder):
     client = NotebookClient(nb, allow_errors=True, resources={"metadata": {"path": folder}})
     async with client.async_setup_kernel():
         interrupting = asyncio.ensure_future(interrupt(client))
-        for index, cell in enumerate(nb.cells):
+        *before, streaming, last = enumerate(nb.cells)
+        for index, cell in [*before, streaming, streaming, last]:
             await client.async_execute_cell(cell, index)
             outputs = cell.get("outputs", ())
             printed = "".join(each.get("text", "") for each in outputs)

@@ -86,20 +86,6 @@ async def browser(backend):
         yield browser
 
 
-async def test_each_failure_has_a_status_of_the_backends_own(browser, simulator, photo):
-    async def answer_to(body, *faults):
-        simulator.faults.extend(faults)
-        async with browser.post("/describe", data=body) as response:
-            assert (await response.json())["error"]
-            return response.status, response.headers.get("Retry-After")
-
-    picture = photo.read_bytes()
-    assert await answer_to(b"no picture") == (415, None)
-    assert await answer_to(picture, "status=400") == (502, None)
-    assert await answer_to(picture, "status=401") == (502, None)
-    assert await answer_to(picture, "status=429,times=always,retry_after=0.2") == (429, "1")
-
-
 async def ends_of(browser, photo, reading):
     """Read events to the end; return the name of the last."""
     parser = SSEParser()
@@ -138,9 +124,22 @@ async def test_browsers_are_told_the_end_when_the_backend_is_stopped(backend, si
     assert [line for line in backend.log if not line.startswith("INFO")] == []
 
 
-async def test_socket_gives_the_answer_in_pieces_and_its_end_ends_the_request(
+async def test_each_failure_has_a_status_of_the_backends_own_and_sockets_give_pieces(
     browser, simulator, photo
 ):
+    async def answer_to(body, *faults):
+        simulator.faults.extend(faults)
+        async with browser.post("/describe", data=body) as response:
+            assert (await response.json())["error"]
+            return response.status, response.headers.get("Retry-After")
+
+    picture = photo.read_bytes()
+    assert await answer_to(b"no picture") == (415, None)
+    assert await answer_to(picture, "status=400") == (502, None)
+    assert await answer_to(picture, "status=401") == (502, None)
+    assert await answer_to(picture, "status=429,times=always,retry_after=0.2") == (429, "1")
+
+    simulator.faults.clear()
     simulator.script.caption(["A red", " circle."])
     async with browser.ws_connect("/ws") as socket:
         await socket.send_bytes(photo.read_bytes())

@@ -15,8 +15,19 @@ import moondream_async as md
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # they import half of the world
 
 
+@pytest.fixture(scope="module")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def browser():
+    async with chromium() as browser:
+        yield browser
+
+
 @contextlib.asynccontextmanager
-async def opened(app, simulator, folder):
+async def opened(app, browser, simulator, folder):
     """Serve a recipe; give a browser's page of it, with a file chosen."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -32,7 +43,7 @@ async def opened(app, simulator, folder):
     }
     clean = ["env", "-u", "PYTEST_CURRENT_TEST"]  # NiceGUI looks at that
     recipe = shutil.copy(RECIPES / f"{app}_app.py", folder)
-    async with running(*clean, *command, recipe, *arguments, **environment), chromium() as browser:
+    async with running(*clean, *command, recipe, *arguments, **environment):
         while True:
             with contextlib.suppress(OSError):
                 async with await anyio.connect_tcp("127.0.0.1", port):
@@ -45,6 +56,7 @@ async def opened(app, simulator, folder):
         await chooser.wait_for(state="attached")
         await chooser.set_input_files(md.SAMPLE_IMAGE)
         yield page
+        await page.close()
 
 
 async def see(page, text):
@@ -67,12 +79,12 @@ async def leave(page):
     ],
 )
 async def test_app_shows_the_answer_while_it_is_written_and_who_leaves_ends_the_request(
-    app, end, simulator, tmp_path
+    app, end, browser, simulator, tmp_path
 ):
     held = simulator.script.caption(["A red", " circle."], hold_after=1)
     simulator.script.caption(["word "] * 10_000)
     simulator.rate = 20
-    async with opened(app, simulator, tmp_path) as page:
+    async with opened(app, browser, simulator, tmp_path) as page:
         await see(page, "A red")
         held.release()
         await see(page, "A red circle.")
@@ -85,10 +97,10 @@ async def test_app_shows_the_answer_while_it_is_written_and_who_leaves_ends_the_
 
 @needs("gradio")
 async def test_gradio_shows_the_answer_as_it_is_written_and_its_stop_button_ends_it(
-    simulator, tmp_path
+    browser, simulator, tmp_path
 ):
     simulator.script.caption(["A red", " circle."], hold_after=1)
-    async with opened("gradio", simulator, tmp_path) as page:
+    async with opened("gradio", browser, simulator, tmp_path) as page:
         await see(page, "A red")
         await page.get_by_role("button", name="Stop").click()
         await simulator.wait_until(lambda: simulator.requests[0].disconnected)

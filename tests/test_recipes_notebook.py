@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from programs import RECIPES, needs, running
-from test_recipes import until_streaming
 
 pytestmark = [pytest.mark.slow, needs("ipykernel", "nbclient")]
 
@@ -26,32 +25,21 @@ def notebook(simulator, photo, tmp_path):
     return running(*COMMAND, tmp_path, MOONDREAM_ENDPOINT=simulator.endpoint, **environment)
 
 
-def printed_and_errors(said):
-    cells = [json.loads(line) for line in said.splitlines()]
-    printed = "".join(each["printed"] for each in cells)
-    return printed, [error for each in cells for error in each["errors"]]
-
-
-async def test_notebook_prints_the_whole_answer(notebook, simulator, client, photo):
-    answer = (await client.caption(photo)).caption
-    async with notebook as program:
-        status, said, _ = await program.end()
-
-    assert (status, *printed_and_errors(said)) == (0, answer, [])
-    await simulator.wait_until(lambda: simulator.connections.open == 1)  # that of this test
-
-
-async def test_interrupted_cell_closes_its_connection_and_the_next_ones_run(
-    notebook, simulator, interruptible
+async def test_notebook_prints_the_whole_answer_and_goes_on_after_an_interrupted_cell(
+    notebook, simulator, client, photo, interruptible
 ):
-    simulator.faults.append("stall=3")
+    answer = (await client.caption(photo)).caption
+    simulator.faults.extend(["slow_start=0", "stall=3"])
     async with notebook as program:
-        request = await until_streaming(simulator, program)
-        await program.until(lambda said: said.count("\n") == 3)  # the cells before
+        await program.until(lambda said: said.count("\n") == 4)  # the cells before
+        await simulator.wait_until(lambda: [r.events_sent for r in simulator.requests[2:]] == [3])
         await program.tell("interrupt")
-        await simulator.wait_until(lambda: request.disconnected)
+        await simulator.wait_until(lambda: simulator.requests[2].disconnected)
         status, said, _ = await program.end()
 
-    printed, errors = printed_and_errors(said)
-    assert (status, errors) == (0, ["KeyboardInterrupt"])
-    assert len(printed.split()) == 3
+    cells = [json.loads(line) for line in said.splitlines()]
+    assert status == 0
+    assert [each["printed"] for each in cells[:4]] == ["", "", "", answer]
+    assert answer.startswith(cells[4]["printed"])
+    assert [each["errors"] for each in cells] == [[]] * 4 + [["KeyboardInterrupt"], []]
+    await simulator.wait_until(lambda: simulator.connections.open == 1)  # that of this test
