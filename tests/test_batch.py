@@ -351,6 +351,14 @@ async def test_requests_from_an_asynchronous_iterable_go_through_the_stages(clie
     assert sorted(ids) == [(number, number) for number in range(25)]
 
 
+async def test_batch_that_is_asked_for_four_times_at_once_goes_through_four_stages(client, photo):
+    batch = await client.batches.create([BatchRequest.caption(photo) for _ in range(9)])
+    seen = await asyncio.gather(*(client.batches.get(batch) for _ in range(4)))
+    assert sorted(state.progress.completed for state in seen) == [0, 0, 5, 9]
+    results = [result.line_index async for result in client.batches.results(batch.id)]
+    assert sorted(results) == list(range(9))
+
+
 async def test_file_goes_up_as_it_is(client, simulator, tmp_path, photo):
     data = base64.b64encode(photo.read_bytes()).decode()
     path = write(tmp_path / "requests.jsonl", {"skill": "caption", "image": data, "id": "é"})
