@@ -19,8 +19,9 @@ from moondream_async._call.pages import each
 from moondream_async._protocol.requests import Request
 from moondream_async._transport.files import FileSlice, SharedFile
 from moondream_async.errors import ImageError, MoondreamError, RequestError, ServerError
+from moondream_async.types import EncodedImage
 
-from .wire import MAX_FILE_BYTES, MAX_IMAGE_BYTES, BatchLine, BatchRequest, FileChecker, Tally
+from .wire import MAX_FILE_BYTES, MAX_IMAGE_BYTES, BatchRequest, FileChecker, Tally
 
 if TYPE_CHECKING:
     from moondream_async._call.call import Caller
@@ -102,17 +103,18 @@ async def _write(
 ) -> None:
     """Prepare the pictures of some requests together; write the lines in order."""
 
-    async def prepare(request: BatchRequest) -> BatchLine:
+    async def prepare(request: BatchRequest) -> list[EncodedImage]:
         caller.check_open()
         limit = MAX_IMAGE_BYTES // len(request.images)
-        return request.line([await caller.encode(one, max_bytes=limit) for one in request.images])
+        return [await caller.encode(one, max_bytes=limit) for one in request.images]
 
-    lines = await asyncio.gather(*map(prepare, requests), return_exceptions=True)
-    for request, line in zip(requests, lines, strict=True):
-        if isinstance(line, ImageError):
-            raise ImageError(f"{tally.where}: {line}") from line.__cause__
-        if isinstance(line, BaseException):
-            raise line
+    prepared = await asyncio.gather(*map(prepare, requests), return_exceptions=True)
+    for request, images in zip(requests, prepared, strict=True):
+        if isinstance(images, ImageError):
+            raise ImageError(f"{tally.where}: {images}") from images.__cause__
+        if isinstance(images, BaseException):
+            raise images
+        line = await anyio.to_thread.run_sync(request.line, images)
         tally.add(len(line), request.id)
         try:
             await anyio.to_thread.run_sync(_write_line, file, line)
@@ -123,8 +125,8 @@ async def _write(
             ) from error
 
 
-def _write_line(file: BinaryIO, line: BatchLine) -> None:
-    file.writelines(line)
+def _write_line(file: BinaryIO, line: bytes) -> None:
+    file.write(line)
     file.flush()
 
 

@@ -7,7 +7,6 @@ fields come from docs.moondream.ai/batch.
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +39,6 @@ MAX_IMAGE_BYTES = 7_400_000
 MAX_RESULT_BYTES = 16 * 1024 * 1024
 """For a line of results: far above any, since results hold no pictures."""
 
-_SLICE_BYTES = 768 * 1024  # of a picture, encoded as base64 in one step; a multiple of 3
 _SKILL_OF_KEY: dict[str, Skill] = {
     "caption": "caption",
     "answer": "query",
@@ -190,42 +188,13 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     def __repr__(self) -> str:
         return f"BatchRequest(skill={self.skill!r}, id={self.id!r}, fields={self.fields!r})"
 
-    def line(self, images: Sequence[EncodedImage]) -> BatchLine:
-        """Return the line, with the pictures prepared."""
+    def line(self, images: Sequence[EncodedImage]) -> bytes:
+        """Return the line and its line break, with the pictures as base64."""
         named = {} if self.id is None else {"id": self.id}
-        return BatchLine({**named, "skill": self.skill, **self.fields}, images, self.several)
-
-
-class BatchLine:
-    """The bytes of a line, made piece by piece: base64 of the pictures is most of them."""
-
-    def __init__(
-        self,
-        fields: Mapping[str, Any],
-        images: Sequence[EncodedImage],
-        several: bool,  # noqa: FBT001 - called above alone
-    ) -> None:
-        start = msgspec.json.encode(fields).removesuffix(b"}")
-        key, end = (b',"images":[', b"]}\n") if several else (b',"image":', b"}\n")
-        self._parts: list[bytes | EncodedImage] = [start, key]
-        for number, image in enumerate(images):
-            self._parts += [b',"' if number else b'"', image, b'"']
-        self._parts.append(end)
-
-    def __len__(self) -> int:
-        return sum(
-            len(part) if isinstance(part, bytes) else (len(part.data) + 2) // 3 * 4
-            for part in self._parts
-        )
-
-    def __iter__(self) -> Iterator[bytes]:
-        for part in self._parts:
-            if isinstance(part, bytes):
-                yield part
-                continue
-            view = memoryview(part.data)
-            for start in range(0, len(view), _SLICE_BYTES):
-                yield binascii.b2a_base64(view[start : start + _SLICE_BYTES], newline=False)
+        data = [image.data for image in images]
+        pictures = {"images": data} if self.several else {"image": data[0]}
+        fields = {**named, "skill": self.skill, **self.fields, **pictures}
+        return msgspec.json.Encoder().encode_lines([fields])
 
 
 class Tally:
