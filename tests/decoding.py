@@ -76,6 +76,14 @@ def cuts(stream):
     yield stream.splitlines(keepends=True)
 
 
+def decode_cut(stream, **options):
+    """Decode a stream, which gives the same however it is cut."""
+    whole, *others = (decode(*packets, **options) for packets in cuts(stream))
+    for cut, other in zip(CUTS[1:], others, strict=True):
+        assert other == whole, cut
+    return whole
+
+
 def chat(**delta):
     """A piece of a chat, in the form of OpenAI's protocol."""
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}

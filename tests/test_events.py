@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from decoding import CUTS, NOTHING, STOP, chat, cuts, decode, sse, text
+from decoding import NOTHING, STOP, byte_by_byte, chat, decode, decode_cut, sse, text
 
 import moondream_async as md
 from moondream_async._protocol.decoders import decoder_for
@@ -17,9 +17,6 @@ from moondream_async._protocol.secret import Redactor, Secret
 from moondream_async.results import Grounding, Reasoning, Region, Usage
 
 WIRE = Path(__file__).parent / "wire"
-
-every_cut = pytest.mark.parametrize("cut", range(len(CUTS)), ids=CUTS)
-
 
 # -- every server's stream -----------------------------------------------------------------
 
@@ -95,12 +92,11 @@ def skill_of(name):
     return next(skill for skill in ("caption", "query", "segment", "chat") if skill in name)
 
 
-@every_cut
 @pytest.mark.parametrize(("name", "whole", "beside"), STREAMS, ids=[name for name, _, _ in STREAMS])
-def test_every_servers_stream_gives_its_text_once_and_all_that_it_says(name, whole, beside, cut):
+def test_every_servers_stream_gives_its_text_once_and_all_that_it_says(name, whole, beside):
     stream = (WIRE / f"{name}.sse").read_bytes()
 
-    events, last = decode(*list(cuts(stream))[cut], skill=skill_of(name))
+    events, last = decode_cut(stream, skill=skill_of(name))
 
     assert text(events) == whole
     assert last == NOTHING._replace(completed=True, **beside)
@@ -130,11 +126,10 @@ def test_every_stream_in_the_folder_is_read_here():
     }
 
 
-@every_cut
-def test_a_failure_disguised_as_text_is_a_failure(cut):
+def test_a_failure_disguised_as_text_is_a_failure():
     stream = (WIRE / "serve_caption_failed.sse").read_bytes()
 
-    events, last = decode(*list(cuts(stream))[cut])
+    events, last = decode_cut(stream)
 
     assert text(events) == "A grey "
     assert last.failure[0] is md.StreamServerError
@@ -191,10 +186,9 @@ SHAPES = {
 }
 
 
-@every_cut
 @pytest.mark.parametrize("stream", SHAPES.values(), ids=SHAPES)
-def test_every_shape_of_a_stream_gives_its_text_once(stream, cut):
-    events, last = decode(*list(cuts(stream))[cut])
+def test_every_shape_of_a_stream_gives_its_text_once(stream):
+    events, last = decode_cut(stream)
 
     assert text(events) == "a heron"
     assert (last.completed, last.failure) == (True, None)
@@ -250,10 +244,9 @@ CHATS = {
 }
 
 
-@every_cut
 @pytest.mark.parametrize(("stream", "thought"), CHATS.values(), ids=CHATS)
-def test_every_shape_of_a_chat_gives_its_text_once(stream, thought, cut):
-    events, last = decode(*list(cuts(stream))[cut], skill="chat")
+def test_every_shape_of_a_chat_gives_its_text_once(stream, thought):
+    events, last = decode_cut(stream, skill="chat")
 
     assert text(events) == "a heron"
     assert (last.completed, last.failure) == (True, None)
@@ -390,7 +383,6 @@ NO_JSON = {
 }
 
 
-@every_cut
 @pytest.mark.parametrize(
     ("stream", "cls", "says"),
     [
@@ -449,8 +441,8 @@ NO_JSON = {
         ),
     ],
 )
-def test_a_fault_comes_after_what_had_arrived(stream, cls, says, cut):
-    events, last = decode(*list(cuts(stream))[cut], max_event_bytes=500)
+def test_a_fault_comes_after_what_had_arrived(stream, cls, says):
+    events, last = decode_cut(stream, max_event_bytes=500)
 
     assert text(events) == "a heron"
     assert not last.completed
@@ -525,7 +517,6 @@ def test_an_event_up_to_the_limit_passes():
 # -- what no server should send, and some do ------------------------------------------------
 
 
-@every_cut
 @pytest.mark.parametrize(
     ("sent", "thought", "pieces"),
     [
@@ -536,10 +527,10 @@ def test_an_event_up_to_the_limit_passes():
         ([{"reasoning": ""}, {"reasoning": None}], None, []),
     ],
 )
-def test_reasoning_in_pieces_is_gathered_and_each_piece_is_an_event(sent, thought, pieces, cut):
+def test_reasoning_in_pieces_is_gathered_and_each_piece_is_an_event(sent, thought, pieces):
     stream = sse(*sent, {"chunk": "2"}, {"chunk": ".", "completed": True})
 
-    events, last = decode(*list(cuts(stream))[cut], skill="query")
+    events, last = decode_cut(stream, skill="query")
 
     assert text(events) == "2."
     assert (last.reasoning and last.reasoning.text) == thought
@@ -568,7 +559,6 @@ def test_reasoning_in_very_many_pieces_takes_linear_time(skill):
     assert decoder.reasoning.text == "Hm. " * 25_000
 
 
-@every_cut
 @pytest.mark.parametrize(
     ("written", "read"),
     [
@@ -578,10 +568,10 @@ def test_reasoning_in_very_many_pieces_takes_linear_time(skill):
         (rb"\\ud83d \ud83d", "\\ud83d \ufffd"),
     ],
 )
-def test_half_of_a_surrogate_pair_loses_nothing_but_itself(written, read, cut):
+def test_half_of_a_surrogate_pair_loses_nothing_but_itself(written, read):
     stream = sse(b'{"chunk": "a%b"}' % written, {"chunk": "b", "completed": True})
 
-    events, last = decode(*list(cuts(stream))[cut])
+    events, last = decode_cut(stream)
 
     assert text(events) == f"a{read}b"
     assert last.completed
@@ -589,7 +579,6 @@ def test_half_of_a_surrogate_pair_loses_nothing_but_itself(written, read, cut):
     assert event.chunk == event.raw["caption"] == f"a{read}b"
 
 
-@every_cut
 @pytest.mark.parametrize("kind", ["chunk", "content"])
 @pytest.mark.parametrize(
     ("pieces", "whole"),
@@ -603,11 +592,11 @@ def test_half_of_a_surrogate_pair_loses_nothing_but_itself(written, read, cut):
         (["a\\\\ud83d", "\\ude00"], "a\\ud83d\ufffd"),
     ],
 )
-def test_halves_of_a_character_in_two_chunks_are_joined(pieces, whole, kind, cut):
+def test_halves_of_a_character_in_two_chunks_are_joined(pieces, whole, kind):
     shape = '{"chunk": "%s"}' if kind == "chunk" else '{"choices": [{"delta": {"content": "%s"}}]}'
     end = {"completed": True} if kind == "chunk" else b"[DONE]"
     stream = sse(*((shape % each).encode() for each in pieces), end)
-    events, last = decode(*list(cuts(stream))[cut], skill="caption" if kind == "chunk" else "chat")
+    events, last = decode_cut(stream, skill="caption" if kind == "chunk" else "chat")
     assert text(events) == whole
     assert last.completed
 
@@ -640,7 +629,6 @@ def test_as_much_text_as_that_is_none(part):
     assert last.completed
 
 
-@every_cut
 @pytest.mark.parametrize(
     ("body", "cls", "says"),
     [
@@ -649,9 +637,9 @@ def test_as_much_text_as_that_is_none(part):
         ({"colour": "grey"}, md.ServerError, "does not hold the answer"),
     ],
 )
-def test_json_in_place_of_events_is_the_error_that_it_is(body, cls, says, cut):
+def test_json_in_place_of_events_is_the_error_that_it_is(body, cls, says):
     decoder = AnswerDecoder("caption", secret=Redactor(Secret("KEY-12345")))
-    for packet in list(cuts(json.dumps(body).encode()))[cut]:
+    for packet in byte_by_byte(json.dumps(body).encode()):
         assert not decoder.feed(packet)
     decoder.end()
 
@@ -662,11 +650,10 @@ def test_json_in_place_of_events_is_the_error_that_it_is(body, cls, says, cut):
     assert "KEY-12345" not in error.message + repr(error.body)
 
 
-@every_cut
-def test_json_in_place_of_events_is_the_answer_that_it_is(cut):
+def test_json_in_place_of_events_is_the_answer_that_it_is():
     body = json.dumps({"caption": "a heron", "request_id": "42"}, indent=1).encode()
 
-    events, last = decode(*list(cuts(body))[cut])
+    events, last = decode_cut(body)
 
     assert (text(events), last.completed, last.request_id) == ("a heron", True, "42")
 
