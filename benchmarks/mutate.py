@@ -4,9 +4,9 @@
     python -m benchmarks.mutate _stream 60 --map /tmp/map.json
 
 First all fast tests run once, with coverage.py, which notes the tests that run each line; `--map`
-keeps these notes for the next room. Then each mutant is judged by the tests that run its line: 25
-of them, and if all pass, 150 more. One of each test function comes before the second of any, and
-first those that run a line of the changed function which few others run, and the quick ones.
+keeps these notes for the next room. Then each mutant is judged by the tests that run its line: 8
+of them, and if all pass, 30 and 140 more. One of each test function comes before the second of any,
+and first those that run a line of the changed function which few others run, and the quick ones.
 A test that fails, or that does not end in time, kills the mutant. Functions that only a forked
 child runs are not noted; they are judged by the tests of forks.
 
@@ -47,15 +47,14 @@ TESTS = (  # noqa: SIM905 - shorter so
     "events sse requests answers documented retry secrets frames two_ways chat malformed"
     " streams leaving clock streams_again passing observing otel interruptible everywhere closing"
     " arrival limits pace calls deadlines client skills faults hostile foreign fuzz errors"
-    " transport proxies fetch loops races fork types bulk batch tuning work"
-    " documented_errors"
+    " transport proxies fetch loops races fork types bulk runs batch tuning work"
+    ""
 ).split()
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=fast"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded before the forks
 
 FORKS = "tests/test_fork.py"
-FIRST_TESTS, FIRST_SECONDS = 25, 8.0
-REST_TESTS, REST_SECONDS = 150, 30.0
+STAGES = ((8, 4.0), (30, 10.0), (140, 30.0))  # the most tests of each, and the most seconds
 
 LEFT_OUT = re.compile(
     r"core/(VariableReplacer|VariableInserter"
@@ -295,7 +294,7 @@ def judge(copy: Path, mutant: Mutant, seen: dict[str, Any]) -> tuple[str | None,
     rest = in_order(tests)
     try:
         file.write_text(mutated or "", encoding="utf-8")
-        for number, most in ((FIRST_TESTS, FIRST_SECONDS), (REST_TESTS, REST_SECONDS)):
+        for number, most in STAGES:
             chosen = first_of(rest, seconds, number, most)
             rest = rest[len(chosen) :]
             for cached in file.parent.glob(f"__pycache__/{file.stem}.*"):

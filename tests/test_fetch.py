@@ -117,6 +117,7 @@ async def test_more_than_max_bytes_is_not_read(photo):
         pytest.param(gives(status=404), "status 404", id="missing"),
         pytest.param(gives(status=300), "status 300", id="several"),
         pytest.param(gives(status=302), "status 302", id="moved to nowhere"),
+        pytest.param(redirect("http://[::1"), "is no valid address", id="moved to no address"),
         pytest.param(
             gives(text="<p>", content_type="text/html", headers={"Location": "/it"}),
             "text/html",

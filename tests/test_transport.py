@@ -533,6 +533,19 @@ async def test_connection_that_the_server_closed_while_idle_is_replaced():
         assert len(server.peers) == 50
 
 
+async def test_localhost_is_found_without_a_network(monkeypatch):
+    look_up = socket.getaddrinfo
+
+    def without_a_network(*args, flags=0):
+        if flags & socket.AI_ADDRCONFIG:
+            raise socket.gaierror
+        return look_up(*args, flags=flags)
+
+    monkeypatch.setattr(socket, "getaddrinfo", without_a_network)
+    async with RawServer(answer_all, name="localhost") as server, client_of(server) as client:
+        assert (await client.caption(IMAGE)).caption == TEXT
+
+
 async def test_big_picture_arrives_whole():
     async with RawServer(answer_all) as server, client_of(server) as client:
         await client.caption(BIG_IMAGE)
