@@ -152,6 +152,12 @@ async def test_what_the_source_raises_comes_after_the_results_before_it(begin, c
             await anext(run)
 
 
+async def test_a_run_that_is_closed_before_it_is_read_asks_nothing(begin, simulator, client):
+    run = begin(client, [picture()])
+    await run.aclose()
+    assert [each async for each in run] == simulator.requests == []
+
+
 def test_a_run_that_was_never_read_needs_no_end(begin):
     client = md.MoondreamClient(endpoint="http://127.0.0.1:9")
     begin(client, [])
