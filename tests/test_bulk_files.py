@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 
 import anyio
@@ -15,6 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from bulk_runs import ASKED, Page, make_pictures, records, rows_of
 from PIL import Image
+from programs import PROGRAM
 from raw_server import RawServer, whole
 
 from moondream_async.batch.wire import read_batch_result
@@ -287,6 +289,21 @@ async def test_lines_go_to_stdout(cli, photos, tmp_path):
     _, output, _ = await cli("bulk", "photos", "-o", "-", cwd=tmp_path)
     assert len([json.loads(line)["caption"] for line in output.splitlines()]) == 20
     assert {path.name for path in tmp_path.iterdir()} == {"photos"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("stdout", "ends"),
+    [
+        ("> /dev/full", (1, "moondream-async: Can't write stdout: No space left on device\n")),
+        ("| :", (141, "")),
+    ],
+)
+async def test_lines_that_stdout_does_not_take_end_it(photos, simulator, tmp_path, stdout, ends):
+    asked = [*PROGRAM, "bulk", "photos", "-o", "-", "--endpoint", simulator.endpoint]
+    shell = f"set -o pipefail; {shlex.join(asked)} {stdout}"
+    done = await anyio.run_process(["bash", "-c", shell], check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr.decode()) == ends
 
 
 # -- outputs that go wrong ------------------------------------------------------------

@@ -1,12 +1,14 @@
 """The commands beyond caption and query: the real program against the simulator."""
 
 import json
+import os
+import shlex
 from pathlib import Path
 
 import anyio
 import pytest
 from PIL import Image
-from programs import running_in_terminal
+from programs import PROGRAM, running_in_terminal
 
 pytestmark = pytest.mark.slow  # a process a test
 
@@ -104,6 +106,28 @@ async def test_chat_takes_a_message_a_line_and_remembers(cli, photo, simulator):
     assert [message["role"] for message in second] == ["system", "user", "assistant", "user"]
     assert second[2]["content"] == out.splitlines()[0]
     assert second[1]["content"][1]["type"] == "image_url"  # the picture is still there
+
+
+@pytest.mark.parametrize(
+    ("closed", "typed", "ends"),
+    [
+        ("<&-", "", (1, "", "moondream-async: Can't read stdin: it is closed\n")),
+        (">&-", "Hello", (0, "", "")),
+        ("2>&-", "Hello", (0, "Hi.\n", "")),
+        ("", "\\377", (1, "", "moondream-async: What stdin gives is no text: ")),
+    ],
+    ids=["stdin closed", "stdout closed", "stderr closed", "no text"],
+)
+async def test_chat_needs_no_stream_that_it_does_not_use(simulator, closed, typed, ends):
+    simulator.script.chat("Hi.")
+    asked = f"{shlex.join(PROGRAM)} chat --endpoint {simulator.endpoint} {closed}"
+    shell = ["sh", "-c", f"printf '{typed}\\n' | {asked}"]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = await anyio.run_process(shell, check=False, env=env)
+    status, output, errors = ends
+    assert (done.returncode, done.stdout.decode()) == (status, output)
+    assert done.stderr.decode().startswith(errors)
+    assert done.stderr.count(b"\n") <= 1
 
 
 async def test_chat_from_a_pipe_ends_at_the_first_error(cli, simulator):

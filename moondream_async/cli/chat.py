@@ -50,7 +50,9 @@ def chat(
     client = server.client()
     conversation = Conversation(client, system=system, reasoning=reasoning, as_json=as_json)
     conversation.images += map(at_home, images or [])
-    interactive = sys.stdin is not None and sys.stdin.isatty()
+    # Each is None where it is closed, and then input() can't ask.
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    interactive = None not in streams and sys.stdin.isatty()
     # One loop for the whole conversation keeps the connection from answer to answer; it
     # runs only while there is an answer to wait for.
     with asyncio.Runner() as runner:
@@ -156,9 +158,14 @@ def _lines(*, interactive: bool) -> Iterator[str]:
     stopped = False
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = (input("> ") if interactive else _piped_line()).strip()
         except EOFError:
             break
+        except UnicodeDecodeError as error:
+            if not interactive:
+                raise MoondreamError(f"What stdin gives is no text: {error}") from error
+            note(f"That was no text: {error}")
+            continue
         except KeyboardInterrupt:
             if stopped or not interactive:
                 raise
@@ -172,3 +179,12 @@ def _lines(*, interactive: bool) -> Iterator[str]:
         yield line
     if interactive:
         typer.echo()
+
+
+def _piped_line() -> str:
+    if sys.stdin is None:
+        raise MoondreamError("Can't read stdin: it is closed")
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

@@ -109,6 +109,8 @@ def explained(act: str, path: str) -> Iterator[None]:
     """Turn an OSError into a MoondreamError that names the file."""
     try:
         yield
+    except BrokenPipeError:  # of stdout, whose reader has left
+        raise
     except OSError as error:
         raise MoondreamError(f"Can't {act} {path}: {error.strerror or error}") from error
 

@@ -172,8 +172,10 @@ class Job:
         if usage is not None and not fields.get("metrics"):
             fields["metrics"] = dict(usage)
 
+        where = "stdout" if self._output.form == "stdout" else self.journal.path
+
         def append(fields: Mapping[str, Any]) -> None:
-            with explained("write", self.journal.path):
+            with explained("write", where):
                 self.journal.append(
                     found,
                     pending.file.contents,
