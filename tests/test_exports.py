@@ -62,20 +62,13 @@ def with_names():
     return [module for module in modules if hasattr(module, "__all__")]
 
 
-every_module = pytest.mark.parametrize("module", with_names(), ids=lambda each: each.__name__)
-
-
 def constants_classes_and_the_rest(name):
     return (not name.isupper(), not name[0].isupper(), name)
 
 
-@every_module
+@pytest.mark.parametrize("module", with_names(), ids=lambda each: each.__name__)
 def test_names_are_sorted_and_each_is_there_once(module):
     assert module.__all__ == sorted(set(module.__all__), key=constants_classes_and_the_rest)
-
-
-@every_module
-def test_every_name_is_there(module):
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 

@@ -9,43 +9,29 @@ import pytest
 
 import moondream_async as md
 from moondream_async._values import Value
-from moondream_async.results import (
-    CaptionResult,
-    ChunkEvent,
-    FinalEvent,
-    Grounding,
-    MetricsEvent,
-    Point,
-    QueryResult,
-    Reasoning,
-    Region,
-    Result,
-    UnknownEvent,
-)
-from moondream_async.types import EncodedImage, Timeout
 
-REASONING = Reasoning("Two boats.", [Grounding(0, 9, [[0.25, 0.75]])])
+REASONING = md.Reasoning("Two boats.", [md.Grounding(0, 9, [[0.25, 0.75]])])
 RAW = {"caption": "a grey heron", "request_id": "42", "colour": "grey"}
-CAPTION = CaptionResult(
+CAPTION = md.CaptionResult(
     caption="a grey heron",
     request_id="42",
     finish_reason="stop",
     metrics={"output_tokens": 3},
     raw=RAW,
 )
-QUERY = QueryResult(answer="two", reasoning=REASONING, raw={"answer": "two"})
+QUERY = md.QueryResult(answer="two", reasoning=REASONING, raw={"answer": "two"})
 
 VALUES = [
-    Point(0.25, 0.75),
-    Region(0.1, 0.2, 0.5, 0.6),
-    Grounding(0, 9, [[0.25, 0.75]]),
+    md.Point(0.25, 0.75),
+    md.Region(0.1, 0.2, 0.5, 0.6),
+    md.Grounding(0, 9, [[0.25, 0.75]]),
     REASONING,
-    Result(raw={"ok": True}),
+    md.Result(raw={"ok": True}),
     CAPTION,
     QUERY,
-    md.DetectResult(objects=(Region(0.1, 0.2, 0.5, 0.6),)),
-    md.PointResult(points=(Point(0.25, 0.75),)),
-    md.SegmentResult(path="M 0 0 Z", bbox=Region(0.1, 0.2, 0.5, 0.6)),
+    md.DetectResult(objects=(md.Region(0.1, 0.2, 0.5, 0.6),)),
+    md.PointResult(points=(md.Point(0.25, 0.75),)),
+    md.SegmentResult(path="M 0 0 Z", bbox=md.Region(0.1, 0.2, 0.5, 0.6)),
     md.ChatResult(message=md.ChatMessage(role="assistant", content="Two."), usage=md.Usage()),
     md.ChatMessage(role="assistant", content="Two.", reasoning="Count them."),
     md.Usage(prompt_tokens=740, completion_tokens=2, total_tokens=742),
@@ -61,7 +47,7 @@ VALUES = [
     md.Checkpoint(finetune_id="f", step=3),
     md.CheckpointDownload(url="https://example.com", expires_in=3600.0),
     md.Rollout(output=md.RolloutOutput(answer="two")),
-    md.RolloutOutput(points=(Point(0.25, 0.75),)),
+    md.RolloutOutput(points=(md.Point(0.25, 0.75),)),
     md.Rollouts(rollouts=(md.Rollout(),), rewards=(0.5,)),
     md.TrainStep(step=3, applied=True),
     md.MetricsLog(ok=True),
@@ -85,14 +71,14 @@ FROZEN = [
         attempt=1,
         seconds=0.5,
     ),
-    Timeout(),
-    EncodedImage(b"\xff\xd8", "image/jpeg", 4, 3),
-    ChunkEvent(chunk="a ", raw={"chunk": "a "}),
-    MetricsEvent(metrics={"tokens": 3}, raw={"stats": {"tokens": 3}}),
-    FinalEvent(raw={"completed": True}),
-    UnknownEvent(event="mood", raw={"type": "mood"}),
+    md.Timeout(),
+    md.EncodedImage(b"\xff\xd8", "image/jpeg", 4, 3),
+    md.ChunkEvent(chunk="a ", raw={"chunk": "a "}),
+    md.MetricsEvent(metrics={"tokens": 3}, raw={"stats": {"tokens": 3}}),
+    md.FinalEvent(raw={"completed": True}),
+    md.UnknownEvent(event="mood", raw={"type": "mood"}),
     md.ReasoningEvent(text="Look.", raw={}),
-    md.BboxEvent(bbox=Region(0.1, 0.2, 0.5, 0.6), raw={}),
+    md.BboxEvent(bbox=md.Region(0.1, 0.2, 0.5, 0.6), raw={}),
     md.Hooks(),
 ]
 every_frozen = pytest.mark.parametrize("value", FROZEN, ids=lambda value: type(value).__name__)
@@ -149,13 +135,13 @@ def test_a_value_is_made_of_keywords_or_of_a_mapping_or_of_pairs(value):
 @pytest.mark.parametrize(
     ("kind", "args", "fields"),
     [
-        (Region, (0.1,), {}),
-        (Region, (0, 0, 1, 1, 1), {}),
-        (Region, (0, 0, 1, 1), {"x_min": 0}),
-        (Region, ({"x_min": 0, "y_min": 0, "x_max": 1},), {}),
-        (CaptionResult, (), {}),
-        (CaptionResult, ("a heron",), {}),
-        (CaptionResult, (), {"caption": None}),
+        (md.Region, (0.1,), {}),
+        (md.Region, (0, 0, 1, 1, 1), {}),
+        (md.Region, (0, 0, 1, 1), {"x_min": 0}),
+        (md.Region, ({"x_min": 0, "y_min": 0, "x_max": 1},), {}),
+        (md.CaptionResult, (), {}),
+        (md.CaptionResult, ("a heron",), {}),
+        (md.CaptionResult, (), {"caption": None}),
     ],
 )
 def test_a_value_without_what_it_needs_is_a_type_error(kind, args, fields):
@@ -172,7 +158,7 @@ def test_what_json_has_of_a_result_becomes_typed_again_throughout():
 
 
 def test_lists_are_lists_however_they_were_given():
-    assert md.DetectResult(objects=(Region(0, 0, 1, 1),)).objects == [Region(0, 0, 1, 1)]
+    assert md.DetectResult(objects=(md.Region(0, 0, 1, 1),)).objects == [md.Region(0, 0, 1, 1)]
     assert type(md.PointResult(points=()).points) is list
 
 
@@ -200,7 +186,7 @@ def test_an_item_that_the_server_did_not_say_is_a_key_error(value):
 
 
 def test_the_body_and_the_headers_are_attributes_and_no_keys():
-    result = CaptionResult(caption="a heron", raw=RAW, headers={"X-Server": "one"})
+    result = md.CaptionResult(caption="a heron", raw=RAW, headers={"X-Server": "one"})
 
     assert result == {"caption": "a heron"}
     assert result.raw["colour"] == "grey"
@@ -219,28 +205,28 @@ def test_values_can_be_copied_and_pickled(value):
     pickled = [pickle.dumps(value, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     for other in (copy.copy(value), copy.deepcopy(value), *map(pickle.loads, pickled)):
         assert type(other) is type(value)
-        if isinstance(value, EncodedImage):
+        if isinstance(value, md.EncodedImage):
             assert msgspec.structs.astuple(other) == msgspec.structs.astuple(value)
         else:
             assert other == value
 
 
 def test_what_the_server_left_out_is_no_key_and_none():
-    result = CaptionResult(caption="a grey heron", request_id=None)
+    result = md.CaptionResult(caption="a grey heron", request_id=None)
 
     assert list(result) == ["caption"]
     assert (result.request_id, result.finish_reason, result.metrics) == (None, None, None)
     assert (result.raw, result.headers) == ({}, None)
-    assert QueryResult(answer="two").reasoning is None
+    assert md.QueryResult(answer="two").reasoning is None
 
 
 def test_results_without_a_body_do_not_share_one():
-    assert Result().raw is not Result().raw
+    assert md.Result().raw is not md.Result().raw
 
 
 def test_results_are_matched_by_their_attributes_and_as_mappings():
-    match md.DetectResult(objects=[Region(0.1, 0.2, 0.5, 0.6)]):
-        case md.DetectResult(objects=[Region(left, _, x_max=right)]):
+    match md.DetectResult(objects=[md.Region(0.1, 0.2, 0.5, 0.6)]):
+        case md.DetectResult(objects=[md.Region(left, _, x_max=right)]):
             assert (left, right) == (0.1, 0.5)
     match CAPTION:
         case {"caption": text}:
@@ -251,17 +237,17 @@ def test_results_are_matched_by_their_attributes_and_as_mappings():
     ("result", "shown"),
     [
         (
-            CaptionResult(request_id="42", caption="a heron", raw=RAW),
+            md.CaptionResult(request_id="42", caption="a heron", raw=RAW),
             "CaptionResult(caption='a heron', request_id='42')",
         ),
         (
-            md.DetectResult(objects=[Region(0, 0.25, 1, 1)], finish_reason="stop"),
+            md.DetectResult(objects=[md.Region(0, 0.25, 1, 1)], finish_reason="stop"),
             (
                 "DetectResult(objects=[Region(x_min=0, y_min=0.25, x_max=1, y_max=1)], "
                 "finish_reason='stop')"
             ),
         ),
-        (Point({"x": 0, "y": 1, "label": "eye"}), "Point(x=0, y=1, label='eye')"),
+        (md.Point({"x": 0, "y": 1, "label": "eye"}), "Point(x=0, y=1, label='eye')"),
         (md.BatchOutput(index=0, url="https://secret"), "BatchOutput(index=0)"),
         (md.CheckpointDownload(url="https://secret"), "CheckpointDownload()"),
     ],
@@ -275,36 +261,36 @@ def test_repr_shows_the_answer_first_and_neither_the_body_nor_secrets(result, sh
 
 
 def test_repr_of_a_prepared_picture_holds_no_bytes_of_it():
-    image = EncodedImage(b"\xff\xd8" * 500, "image/jpeg", 640, 480)
+    image = md.EncodedImage(b"\xff\xd8" * 500, "image/jpeg", 640, 480)
 
     assert repr(image) == "EncodedImage(image/jpeg, 640x480, 1000 bytes)"
 
 
 def test_prepared_pictures_are_compared_by_identity_and_can_be_keys():
-    image = EncodedImage(b"x", "image/png", 1, 1)
+    image = md.EncodedImage(b"x", "image/png", 1, 1)
 
-    assert image != EncodedImage(b"x", "image/png", 1, 1)
+    assert image != md.EncodedImage(b"x", "image/png", 1, 1)
     assert {image: 1}[image] == 1
 
 
 # -- limits --------------------------------------------------------------------------------
 
-PHASES = Timeout.__struct_fields__
+PHASES = md.Timeout.__struct_fields__
 every_phase = pytest.mark.parametrize("phase", PHASES)
 
 
 def test_the_limits_are_those_of_the_documentation():
-    assert Timeout() == Timeout(pool=30, connect=10, first_event=120, idle=60, total=None)
+    assert md.Timeout() == md.Timeout(pool=30, connect=10, first_event=120, idle=60, total=None)
     assert PHASES == ("pool", "connect", "first_event", "idle", "total")
 
 
 @every_phase
 def test_a_limit_is_a_positive_number_of_seconds_or_none_and_else_refused_by_name(phase):
     for seconds in (0.001, 5, 2.5, None):
-        assert getattr(Timeout(**{phase: seconds}), phase) == seconds
+        assert getattr(md.Timeout(**{phase: seconds}), phase) == seconds
     for odd in (0, -1, 0.0, float("nan"), float("-inf"), True, False, "5", [], 1j, object()):
         with pytest.raises(md.RequestError) as caught:
-            Timeout(**{phase: odd})
+            md.Timeout(**{phase: odd})
         assert caught.value.message.startswith(f"Timeout.{phase} must be a number of seconds")
 
 
@@ -312,7 +298,7 @@ def test_a_limit_is_a_positive_number_of_seconds_or_none_and_else_refused_by_nam
 
 
 def test_only_the_events_that_carry_text_add_to_the_answer():
-    assert ChunkEvent(chunk="a ", raw={}).chunk == "a "
-    assert FinalEvent(raw={}).chunk == ""
-    assert FinalEvent(chunk="heron", raw={}).chunk == "heron"
-    assert UnknownEvent(event="mood", raw={}).chunk == ""
+    assert md.ChunkEvent(chunk="a ", raw={}).chunk == "a "
+    assert md.FinalEvent(raw={}).chunk == ""
+    assert md.FinalEvent(chunk="heron", raw={}).chunk == "heron"
+    assert md.UnknownEvent(event="mood", raw={}).chunk == ""
