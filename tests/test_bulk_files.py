@@ -43,14 +43,14 @@ def lines(*texts, newline="\n"):
 # -- nothing twice -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output", ["o.parquet", "o.csv", "o.jsonl.gz"])
+@pytest.mark.parametrize("output", ["o.csv", "o.jsonl.gz"])
 async def test_failures_that_were_mended_leave_no_row_in_any_form(bulk, photos, tmp_path, output):
     good = (photos / "00000.jpg").read_bytes()
     arguments = ("photos", "-o", output, "--report", "report.html")
     for content, status in ((b"no picture", 1), (good, 0)):
         for broken in ("00000.jpg", "00002.jpg"):
             (photos / broken).write_bytes(content)
-        assert (await bulk(*arguments))[0] == status
+        await bulk(*arguments, status=status)
         said = f"{20 - 2 * status} answered, {2 * status} failed."
         assert said in Page(tmp_path / "report.html").text
     rows = rows_of(tmp_path / output)
@@ -164,10 +164,9 @@ async def test_odd_names_are_asked_about_once_by_either_way(bulk, photos, tmp_pa
     for name in (b"\xff.jpg", rb"\xff.jpg", b"line\nbreak.jpg"):
         (odd / os.fsdecode(name)).write_bytes(good)
     for via in ("requests", "batch-api"):
-        status, said = await bulk("odd", "-o", f"{via}.jsonl", "--via", via)
-        assert status == 0, said
+        await bulk("odd", "-o", f"{via}.jsonl", "--via", via)
         assert len({each["path"] for each in records(tmp_path / f"{via}.jsonl")}) == 3
-        assert "3 done before" in (await bulk("odd", "-o", f"{via}.jsonl", "--via", via))[1]
+        assert "3 done before" in await bulk("odd", "-o", f"{via}.jsonl", "--via", via)
 
 
 # -- texts -------------------------------------------------------------------------
@@ -175,8 +174,7 @@ async def test_odd_names_are_asked_about_once_by_either_way(bulk, photos, tmp_pa
 
 async def test_texts_that_people_wrote_or_changed_stay_and_are_named(bulk, photos, tmp_path):
     (photos / "00000.txt").write_text("by hand\n")
-    status, said = await bulk("photos", "-o", "photos/")
-    assert status == 0, said
+    said = await bulk("photos", "-o", "photos/")
     assert "19 answered" in said
     assert "1 texts" in said
     assert "photos/00000.txt" in said
@@ -186,14 +184,13 @@ async def test_texts_that_people_wrote_or_changed_stay_and_are_named(bulk, photo
     (photos / "00006.txt").unlink()
     (photos / "00006.txt").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").write_text("by hand")
-    status, said = await bulk("photos", "-o", "photos/")
-    assert status == 0
+    said = await bulk("photos", "-o", "photos/")
     assert "1 answered" in said
     assert "3 texts" in said
     assert (photos / "00000.txt").read_text() == "by hand\n"
     assert (photos / "00002.txt").read_text() == "corrected\n"
     assert (tmp_path / "elsewhere").read_text() == "by hand"
-    status, said = await bulk("photos", "-o", "photos/", "--overwrite")
+    said = await bulk("photos", "-o", "photos/", "--overwrite")
     assert "picture" in (photos / "00000.txt").read_text()
     assert "picture" in (photos / "00002.txt").read_text()
 
@@ -204,8 +201,7 @@ async def test_a_text_that_cannot_be_is_its_own_pictures_failure(bulk, photos, t
     (photos / ("y" * 255)).write_bytes(good)  # .txt makes it too long
     (tmp_path / "texts/00000.txt").mkdir(parents=True)
     for _ in range(2):
-        status, said = await bulk("photos", photos / ("y" * 255), "-o", "texts/")
-        assert status == 1
+        said = await bulk("photos", photos / ("y" * 255), "-o", "texts/", status=1)
         assert "2 failed" in said
     assert (tmp_path / "texts" / ("x" * 251 + ".txt")).exists()
     errors = {
@@ -280,8 +276,8 @@ async def test_links_beside_the_outputs_lead_to_no_other_file(bulk, photos, tmp_
         (tmp_path / name).symlink_to("mine")
     (photos / "broken.jpg").write_bytes(b"")
     for _ in range(2):
-        await bulk("photos", "-o", "o.csv", "--report", "report.html")
-        await bulk("photos", "-o", "o.jsonl")
+        for output in (("o.csv", "--report", "report.html"), ("o.jsonl",)):
+            await bulk("photos", "-o", *output, status=1)
     assert (tmp_path / "mine").read_text() == "mine"
 
 
@@ -434,8 +430,7 @@ async def test_half_a_surrogate_pair_loses_no_answer(bulk, photos, tmp_path, out
             await peer.send(whole(b'{"caption": "a \\ud83d cat"}'))
 
     async with RawServer(play) as server:
-        status, said = await bulk("photos", "-o", output, MOONDREAM_ENDPOINT=server.endpoint)
-    assert status == 0, said
+        await bulk("photos", "-o", output, MOONDREAM_ENDPOINT=server.endpoint)
     assert [text for _, text in rows_of(tmp_path / output)] == ["a \ufffd cat"] * 20
 
 
@@ -452,8 +447,7 @@ async def test_the_report_opens_only_what_was_asked_about(bulk, photos, tmp_path
         json.dumps({"path": str(tmp_path / "private.png"), **ASKED, "caption": "x"}) + "\n"
     )
     with anyio.fail_after(60):
-        status, said = await bulk("photos", "-o", "o.jsonl", "--report", "r.html")
-    assert status == 1, said
+        await bulk("photos", "-o", "o.jsonl", "--report", "r.html", status=1)
     page = Page(tmp_path / "r.html")
     assert page.tags["figure"] == 24
     assert page.tags["img"] == 20
@@ -470,12 +464,9 @@ async def test_pictures_of_a_batch_that_came_to_nothing_are_asked_about_again(
     pictures = [[{"path": each, "below": "x.jpg"}, None] for each in names]
     record = [{"batch": "nobody-knows", "pictures": pictures}]
     (tmp_path / "o.jsonl.batches").write_text(json.dumps(record))
-    status, said = await bulk(*arguments)
-    assert status == 1
-    assert "Traceback" not in said
+    said = await bulk(*arguments, status=1)
     assert "2 failed" in said
-    status, said = await bulk(*arguments)
-    assert status == 0, said
+    said = await bulk(*arguments)
     assert "2 answered, 0 failed, 18 done before" in said
 
 
@@ -520,9 +511,7 @@ async def test_what_a_batch_lost_is_failed_and_what_it_has_is_kept(bulk, tmp_pat
     (tmp_path / "o.jsonl.batches").write_text(record)
     arguments = ("photos", "-o", "o.jsonl", "--via", "batch-api")
     async with TestServer(app) as server:
-        status, said = await bulk(*arguments, MOONDREAM_ENDPOINT=str(server.make_url("/v1")))
-    assert status == 1, said
-    assert "Traceback" not in said
+        said = await bulk(*arguments, MOONDREAM_ENDPOINT=str(server.make_url("/v1")), status=1)
     kept = [each["caption"] for each in records(tmp_path / "o.jsonl") if "caption" in each]
     if fate == "failed":
         assert "Out of luck" in said
@@ -568,7 +557,7 @@ async def test_what_a_run_writes_is_not_left_out_of_it(bulk, photos, output, oth
     for name in others:
         (photos / name).write_bytes(b"x")
     for _ in range(2):  # the second run finds the files of the first
-        _, said = await bulk("photos", "-o", output, "--report", "photos/page.html")
+        said = await bulk("photos", "-o", output, "--report", "photos/page.html")
         assert [line for line in said.splitlines() if "other file" in line] == [
             line for line in [said_of_them] if line
         ]

@@ -25,15 +25,14 @@ async def test_a_video_that_was_killed_goes_on_in_the_middle(
         program.kill()
         await program.end()
     assert len(records(tmp_path / "out.jsonl")) == 9
-    status, said = await bulk(*arguments)
-    assert status == 0, said
+    said = await bulk(*arguments)
     assert "21 answered, 0 failed, 9 done before" in said
     lines = records(tmp_path / "out.jsonl")
     assert sorted(each["time"] for each in lines) == times(clip)
     assert len({each["path"] for each in lines}) == 30
     assert all("caption" in each for each in lines)
     make_clip(clip, count=20, rate=10)
-    _, said = await bulk(*arguments)
+    said = await bulk(*arguments)
     assert "20 answered" in said  # it is another video
 
 
@@ -45,8 +44,7 @@ SUBTITLES = {
 
 @pytest.mark.parametrize("ending", SUBTITLES)
 async def test_captions_of_a_video_are_subtitles(bulk, clip, tmp_path, ending):
-    status, said = await bulk("clip.mp4", "--every", "1s", "-o", f"out.{ending}")
-    assert status == 0, said
+    await bulk("clip.mp4", "--every", "1s", "-o", f"out.{ending}")
     text = (tmp_path / f"out.{ending}").read_text("utf-8")
     assert text.startswith(SUBTITLES[ending])
     assert text.count(" --> ") == 3

@@ -145,7 +145,8 @@ def test_two_actors_ask_with_their_key_have_many_requests_open_and_share_the_rat
 def test_a_refused_key_ends_the_run_and_is_printed_nowhere(server, cluster, photo, capfd):
     from ray.exceptions import UserCodeException
 
-    answered = ask(rows_of([str(photo)] * 40, 4), api_key=REFUSED, endpoint=server.endpoint)
+    rows = rows_of([str(photo)] * 40, 4)
+    answered = ask(rows, actors=1, api_key=REFUSED, endpoint=server.endpoint)
     answered.explain()
     with pytest.raises(UserCodeException) as caught:
         answered.materialize()

@@ -306,24 +306,6 @@ async def test_detect_boxes_the_areas_of_what_is_named(object, more, boxes):
     assert answer.keys() == {"objects", "request_id", "finish_reason", "metrics"}
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-async def test_point_is_the_centre(dialect):
-    answer = (await ask("/point", RED_SQUARE, dialect)).json
-    assert answer["points"] == [near({"x": 0.7, "y": 0.7}), near({"x": 0.2, "y": 0.2})]
-    assert answer.get("count") == (2 if dialect == "station" else None)
-
-
-async def test_segment_outlines_the_largest_area_relative_to_its_box():
-    answer = (await ask("/segment", RED_SQUARE)).json
-    nothing = (await ask("/segment", {**RED_SQUARE, "object": "green"})).json
-    assert answer["bbox"] == near(LARGE_RED)
-    # The filter that removes specks takes the corners off too.
-    assert re.fullmatch(r"M [\d.]+ [\d.]+( L [\d.]+ [\d.]+)+ Z", answer["path"])
-    numbers = [float(number) for number in re.findall(r"[\d.]+", answer["path"])]
-    assert (min(numbers), max(numbers)) == (0, 1)
-    assert (nothing["path"], nothing["bbox"]) == ("", None)
-
-
 @pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
 async def test_segment_streams_a_box_then_a_coarse_path_then_the_refined_one(dialect):
     body = {"image_url": SAMPLE, "object": "red circle"}
