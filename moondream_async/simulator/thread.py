@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from .server import Simulator
 
@@ -50,10 +50,8 @@ class SimulatorThread:
         self.connections = self._simulator.connections
         self.faults = self._simulator.faults
         self.script = self._simulator.script
-        self._thread = threading.Thread(target=self._run, name="moondream-simulator", daemon=True)
-        self._listening: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._loop: asyncio.AbstractEventLoop
-        self._left: asyncio.Event
+        self._stack = contextlib.ExitStack()
+        self._portal: BlockingPortal
 
     def __repr__(self) -> str:
         return repr(self._simulator).replace("Simulator", "SimulatorThread", 1)
@@ -64,17 +62,19 @@ class SimulatorThread:
         return self._simulator.endpoint
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        try:
-            self._listening.result()
-        except BaseException:
-            self._thread.join()
-            raise
+        # A selector loop under any policy: a policy may make loops for Qt, Trio or libuv.
+        options = {"loop_factory": asyncio.SelectorEventLoop}
+        with contextlib.ExitStack() as stack:
+            self._portal = stack.enter_context(
+                start_blocking_portal("asyncio", options, name="moondream-simulator")
+            )
+            stack.callback(self._portal.call, self._portal.stop, True)  # noqa: FBT003 - anyio's
+            stack.enter_context(self._portal.wrap_async_context_manager(self._simulator))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._loop.call_soon_threadsafe(self._left.set)
-        self._thread.join()
+        self._stack.close()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
         """Block until `condition` is true; the server's thread calls it at every change.
@@ -110,28 +110,10 @@ class SimulatorThread:
             raise self._waited_too_long(timeout)
 
     def _wait(self, condition: Callable[[], bool]) -> concurrent.futures.Future[None]:
-        return asyncio.run_coroutine_threadsafe(self._simulator.wait_until(condition), self._loop)
+        return self._portal.start_task_soon(self._simulator.wait_until, condition)
 
     def _waited_too_long(self, timeout: float) -> TimeoutError:
         return TimeoutError(f"not so within {timeout} seconds; received: {self.requests}")
-
-    def _run(self) -> None:
-        # A selector loop under any policy: a policy may make loops for Qt, Trio or libuv.
-        loop = asyncio.SelectorEventLoop()
-        with contextlib.closing(loop):
-            loop.run_until_complete(self._serve())
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._left = asyncio.Event()
-        try:
-            async with self._simulator:
-                self._listening.set_result(None)
-                await self._left.wait()
-        except BaseException as error:
-            if self._listening.done():
-                raise
-            self._listening.set_exception(error)  # raised where it was entered
 
 
 def _runs_a_loop() -> bool:
