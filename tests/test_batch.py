@@ -22,7 +22,7 @@ from raw_server import GoneError, RawServer, head, whole
 import moondream_async as md
 from moondream_async import BatchRequest, EncodedImage
 from moondream_async.batch import wire as protocol
-from moondream_async.batch.wire import FileChecker, Tally
+from moondream_async.batch.wire import Tally, check_lines
 from moondream_async.simulator import Simulator
 
 KEY = "a-key-of-some-length"
@@ -136,12 +136,10 @@ def test_request_does_not_show_its_pictures():
 # -- what a file may be ---------------------------------------------------------------
 
 
-def check(*data, every=None):
-    checker = FileChecker()
-    for each in data:
-        for start in range(0, len(each), every or len(each) or 1):
-            checker.feed(each[start : start + (every or len(each))])
-    checker.close()
+def check(*data):
+    file, tally = io.BytesIO(b"".join(data)), Tally()
+    while check_lines(file, tally, 1):
+        pass
 
 
 GOOD = b'{"skill": "caption", "image": "QUJD", "id": 1}'
@@ -178,20 +176,17 @@ REFUSED = {
         "line 2 of the batch has the id of line 1",
     ),
 }
-however_it_is_cut = pytest.mark.parametrize("every", [None, 1, 7], ids=["whole", "bytes", "sevens"])
 
 
-@however_it_is_cut
 @pytest.mark.parametrize("data", TAKEN.values(), ids=TAKEN)
-def test_file_that_the_server_takes_passes(data, every):
-    check(data, every=every)
+def test_file_that_the_server_takes_passes(data):
+    check(data)
 
 
-@however_it_is_cut
 @pytest.mark.parametrize(("data", "message"), REFUSED.values(), ids=REFUSED)
-def test_file_that_the_server_would_refuse_is_refused_by_line(data, message, every):
+def test_file_that_the_server_would_refuse_is_refused_by_line(data, message):
     with pytest.raises(md.RequestError, match=message):
-        check(data, every=every)
+        check(data)
 
 
 def test_line_may_have_ten_megabytes():
@@ -202,12 +197,11 @@ def test_line_may_have_ten_megabytes():
         check(GOOD, b"\n", start, pad, b"A", end)
 
 
-def test_line_without_end_is_refused_when_it_passes_the_limit():
-    checker = FileChecker()
-    for _ in range(10):
-        checker.feed(b"A" * 1_000_000)
+def test_line_is_read_no_further_than_its_limit():
+    file = io.BytesIO(b"A" * 20_000_000)
     with pytest.raises(md.RequestError, match="line 1 of the batch is too long"):
-        checker.feed(b"A")
+        check_lines(file, Tally(), 1)
+    assert file.tell() < 10_000_010
 
 
 @pytest.mark.parametrize(

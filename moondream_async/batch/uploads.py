@@ -21,7 +21,7 @@ from moondream_async._transport.files import FileSlice, SharedFile
 from moondream_async.errors import ImageError, MoondreamError, RequestError, ServerError
 from moondream_async.types import EncodedImage
 
-from .wire import MAX_FILE_BYTES, MAX_IMAGE_BYTES, BatchRequest, FileChecker, Tally
+from .wire import MAX_FILE_BYTES, MAX_IMAGE_BYTES, BatchRequest, Tally, check_lines
 
 if TYPE_CHECKING:
     from moondream_async._call.call import Caller
@@ -46,12 +46,10 @@ async def open_checked(path: str | os.PathLike[str]) -> AsyncIterator[SharedFile
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
             raise RequestError(f"{os.fspath(path)!r} is over the limit of {MAX_FILE_BYTES:,} bytes")
-        shared = SharedFile(file, size)
-        checker = FileChecker()
-        for start in range(0, size, _CHECK_BYTES):
-            await anyio.to_thread.run_sync(_check, shared, start, checker)
-        checker.close()
-        yield shared
+        tally = Tally()
+        while await anyio.to_thread.run_sync(_check, file, tally):
+            pass
+        yield SharedFile(file, file.tell())
 
 
 def _open(path: Path) -> BinaryIO:
@@ -66,8 +64,11 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _check(file: SharedFile, start: int, checker: FileChecker) -> None:
-    checker.feed(file.read(start, min(_CHECK_BYTES, file.size - start)))
+def _check(file: BinaryIO, tally: Tally) -> bool:
+    try:
+        return check_lines(file, tally, _CHECK_BYTES)
+    except OSError as error:
+        raise MoondreamError(f"The file can't be read: {error}") from error
 
 
 @contextlib.asynccontextmanager

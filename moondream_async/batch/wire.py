@@ -8,7 +8,7 @@ fields come from docs.moondream.ai/batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -253,55 +253,45 @@ class _Line(msgspec.Struct):
     images: msgspec.Raw = msgspec.Raw()
 
 
-class FileChecker:
-    """Checks a user's file while it is read.
+_decode_line = msgspec.json.Decoder(_Line).decode
+
+
+def check_lines(file: BinaryIO, tally: Tally, size: int) -> bool:
+    """Check the next lines of a user's file, `size` bytes or a little more. Blocks.
 
     Unknown skills and fields are not checked: the server fails only their lines.
+
+    Returns:
+        Whether there may be more lines.
+
+    Raises:
+        RequestError: The server would refuse the file for one of them, or the file is empty.
     """
+    end = tally.size + size
+    while tally.size < end:
+        line = file.readline(MAX_LINE_BYTES + 2)
+        if not line:
+            tally.check_any()
+            return False
+        _check_line(line.removesuffix(b"\n"), tally)
+    return True
 
-    def __init__(self) -> None:
-        self._tally = Tally()
-        self._lines = LineSplitter(MAX_LINE_BYTES)
-        self._decoder = msgspec.json.Decoder(_Line)
 
-    def feed(self, data: bytes) -> None:
-        """Check the lines that are complete with these bytes.
-
-        Raises:
-            RequestError: The server would refuse the file for one of them.
-        """
-        try:
-            for line in self._lines.feed(data):
-                self._check(line)
-        except OverflowError:
-            raise RequestError(
-                f"{self._tally.where} is too long: the limit is {MAX_LINE_BYTES:,} bytes"
-            ) from None
-
-    def close(self) -> None:
-        """Check the last line, which needs no line break.
-
-        Raises:
-            RequestError: The server would refuse the file for it.
-        """
-        rest = self._lines.rest()
-        if rest:
-            self._check(rest)
-        self._tally.check_any()
-
-    def _check(self, data: bytes) -> None:
-        where = self._tally.where
-        if not data.strip():
-            raise RequestError(f"{where} is blank")
-        try:
-            if not data.isascii():
-                data.decode()  # msgspec does not check the UTF-8 of `Raw` fields
-            line = self._decoder.decode(data)
-        except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
-            raise RequestError(f"{where} is no request: {error}") from error
-        if line.skill == "query" and _is_none(line.image) and _is_none(line.images):
-            raise RequestError(f"{where} is a query without a picture, which batches don't take")
-        self._tally.add(len(data) + 1, line.id)
+def _check_line(data: bytes, tally: Tally) -> None:
+    where = tally.where
+    if len(data) > MAX_LINE_BYTES:
+        raise RequestError(f"{where} is too long: the limit is {MAX_LINE_BYTES:,} bytes")
+    if not data.strip():
+        raise RequestError(f"{where} is blank")
+    try:
+        if not data.isascii():
+            data.decode()  # msgspec does not check the UTF-8 of `Raw` fields
+        line = _decode_line(data)
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(f"{where} is no request: {error}") from error
+    if line.skill == "query" and _is_none(line.image) and _is_none(line.images):
+        raise RequestError(f"{where} is a query without a picture, which batches don't take")
+    tally.add(len(data) + 1, line.id)
 
 
 def _is_none(value: msgspec.Raw) -> bool:
