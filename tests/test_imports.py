@@ -136,19 +136,6 @@ def test_every_room_has_its_place():
     assert {room_of(path) for path in sources()} <= set(ROOMS)
 
 
-def test_the_tests_see_imports_of_every_kind():
-    """Or else the promises below would be kept by nobody looking."""
-    seen = {(each.importer, public_room(each)) for each in imports() if each.room}
-
-    assert ("_stream", "_protocol") in seen  # from ._protocol.events import ...
-    assert ("_images", "errors") in seen  # from ..errors import ...
-    assert ("cli", "__init__") in seen  # import moondream_async
-    assert ("_client", "_call") in seen  # inside a function
-    assert any(each.for_types and each.target == "asyncio" for each in imports())
-    assert any(not each.at_once and each.room == "_draw" for each in imports())
-    assert any(each.target == "aiohttp.web" for each in imports())
-
-
 def test_imports_run_one_way():
     against = [
         each
