@@ -669,6 +669,19 @@ async def test_cancelled_stream_over_tls_is_closed_at_once(server_context, clien
         await server.until_idle()
 
 
+async def test_client_closed_from_another_loop_ends_a_stream_over_tls(
+    server_context, client_context
+):
+    async with RawServer(stall, ssl_context=server_context) as server:
+        client = client_of(server, ssl_context=client_context)
+        stream = await client.caption(IMAGE, stream=True)
+        await anext(stream)
+        await asyncio.to_thread(asyncio.run, client.aclose())
+        await server.until_idle()
+        with pytest.raises(md.ClientClosedError):
+            await anext(stream)
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 async def test_stream_over_tls_that_is_cut_raises(server_context, client_context, reset):
     async def play(peer):
