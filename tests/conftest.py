@@ -55,12 +55,17 @@ def _clean_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+FDS = "/proc/self/fd"
+
+
 def open_sockets() -> set[str]:
     """The sockets of this process, where the system can tell."""
     found = set()
-    for entry in Path("/proc/self/fd").glob("*"):
+    if not os.path.isdir(FDS):  # noqa: PTH112 - pathlib takes five times as long, twice a test
+        return found
+    for number in os.listdir(FDS):  # noqa: PTH208 - likewise
         try:
-            target = str(entry.readlink())
+            target = os.readlink(f"{FDS}/{number}")  # noqa: PTH115 - likewise
         except OSError:
             continue
         if target.startswith("socket:"):

@@ -1,4 +1,6 @@
-"""The command line in processes of its own, each forked from one that has imported everything.
+"""Programs in processes of their own, each forked from one that has imported everything.
+
+The program is the command line, or, as for an interpreter, ``-c`` and a script.
 
 A fresh interpreter takes two seconds of a processor to import what a command needs, a fork
 some milliseconds; and it is the real program all the same, with streams, signals, a folder,
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import types
 from pathlib import Path
 
 import anyio
@@ -289,6 +292,12 @@ if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).parent))
     import_everything()
     begin(serve(socket.socket(fileno=int(sys.argv[1]))))
-    from moondream_async.cli import main
+    if sys.argv[1:2] == ["-c"]:
+        _, _, script, *arguments = sys.argv
+        sys.argv = ["-c", *arguments]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(script, vars(sys.modules["__main__"]))
+    else:
+        from moondream_async.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+        sys.exit(main(sys.argv[1:]))

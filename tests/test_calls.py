@@ -158,15 +158,6 @@ async def test_stream_lost_before_its_first_event_is_asked_for_again(beginning, 
         assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-async def test_stream_lost_after_its_first_event_is_not_asked_for_again(reset):
-    lost = saying(STREAM_HEAD + in_chunks(EVENTS[0], end=False), reset=reset)
-    async with RawServer(play_in_turn(lost)) as server, client_of(server) as client:
-        with pytest.raises(md.StreamInterruptedError):
-            await call(client, stream=True)
-        assert len(server.requests) == 1
-
-
 @pytest.mark.parametrize(
     "play",
     [
@@ -200,21 +191,6 @@ async def test_server_that_was_not_there_is_called_again(stream):
             await refused.wait()
             async with RawServer(answer, sock=sock):
                 assert await calling == TEXT
-
-
-@pytest.mark.parametrize("value", ["7", "7.0"])
-async def test_retry_after_is_waited_for(value):
-    delays = asyncio.Queue()
-    hooks = md.Hooks(retry=lambda event: delays.put_nowait(event.delay))
-    refusal = whole(b"", f"Retry-After: {value}", status="503 Busy")
-    async with (
-        RawServer(play_in_turn(saying(refusal))) as server,
-        client_of(server, hooks=hooks) as client,
-    ):
-        calling = asyncio.ensure_future(client.caption(IMAGE))
-        assert await delays.get() == 7
-        calling.cancel()
-        await asyncio.wait([calling])
 
 
 # -- out of time; `test_deadlines.py` has all limits, in a time of its own ---------------

@@ -17,6 +17,7 @@ import time
 import anyio
 import pytest
 from canned import IMAGE, client_of, played, rounds
+from forked import open_program
 from raw_server import (
     ANSWER,
     DONE,
@@ -130,7 +131,8 @@ async def test_stream_that_the_collector_finds_at_any_moment_is_closed(collector
 # -- Ctrl-C ---------------------------------------------------------------------------
 
 READ = """
-    import asyncio, sys
+    import asyncio, sys, warnings
+    warnings.simplefilter("error")
     import anyio
     import moondream_async as md
 
@@ -163,21 +165,18 @@ READERS = {
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal can be sent to one process there")
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.slow
 async def test_interrupt_in_the_middle_of_a_stream_leaves_nothing_and_says_no_more(
     reader, interruptible
 ):
     script = textwrap.dedent(READ) + textwrap.dedent(READERS[reader])
-    async with RawServer(stall) as server:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-X", "dev", "-W", "error", "-c", script, server.endpoint),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        assert await process.stdout.readline() == b"A \n"
+    async with (
+        RawServer(stall) as server,
+        await open_program(["-c", script, server.endpoint]) as process,
+    ):
+        assert (await process.stdout.receive()).startswith(b"A \n")
         process.send_signal(signal.SIGINT)
         await server.until_idle()
-        said = (await process.stderr.read()).decode()
+        said = b"".join([data async for data in process.stderr]).decode()
         assert await process.wait() != 0
     lines = said.splitlines()
     assert lines[-1] == "KeyboardInterrupt"

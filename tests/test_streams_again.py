@@ -42,29 +42,6 @@ def opening(*script, sent_at=None):
     return Opening(decoder_for("caption"), Source(*script), sent_at=sent_at)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [[END], [lost], [b": ping\n\n", END], [b"retry: 7\n\n", lost], [b'data: {"chunk": "A', END]],
-    ids=[
-        "ended",
-        "lost",
-        "ended after a heartbeat",
-        "lost after a field",
-        "half an event",
-    ],
-)
-async def test_a_stream_lost_before_its_first_event_is_asked_for_again(script):
-    first = Source(*script)
-    reopen = Reopening(opening(sse(*HERON, DONE), END))
-    stream = opened(first, reopen=reopen)
-
-    assert await stream.text() == TEXT
-    assert first.closed
-    [failure] = reopen.failures
-    assert isinstance(failure, md.APIConnectionError)
-    assert not failure.permanent
-
-
 async def test_it_may_be_lost_more_than_once():
     reopen = Reopening(opening(END), opening(lost), opening(sse(*HERON, DONE)))
 
