@@ -43,7 +43,7 @@ from moondream_async.results import BASE_MODEL
 
 from .records import Batch, BatchFailure, BatchResult
 from .uploads import Progress, Requests, Upload, open_checked, spooled
-from .wire import MAX_RESULT_BYTES, LineSplitter, read_batch, read_batch_result
+from .wire import MAX_RESULT_BYTES, read_batch, read_batch_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -285,23 +285,22 @@ class Batches:
 
     async def _read(self, body: Body) -> AsyncGenerator[tuple[int, BatchResult], None]:
         """Yield the numbered results in the body of a download, then close the body."""
-        splitter = LineSplitter(MAX_RESULT_BYTES)
-        number = 0
+        begun, number = bytearray(), 0
         try:
             while (data := await self._next(body)) is not None:
-                for line in splitter.feed(data):
+                begun += data
+                # Split only where a line ends: a long one is not copied with each piece.
+                *lines, begun = begun.split(b"\n") if b"\n" in data else [begun]
+                for line in lines:
+                    _check_size(line)
                     if line.strip():
-                        yield number, _read_line(line)
+                        yield number, _read_line(bytes(line))
                         number += 1
-        except OverflowError:
-            raise APIConnectionError(
-                f"A line of results is over the limit of {MAX_RESULT_BYTES} bytes", permanent=True
-            ) from None
+                _check_size(begun)
         finally:
             body.close()
-        rest = splitter.rest()
-        if rest.strip():
-            yield number, _read_last(rest)
+        if begun.strip():
+            yield number, _read_last(bytes(begun))
 
     async def _next(self, body: Body) -> bytes | None:
         """Return the next bytes, or None at the end; `Timeout.idle` limits the wait."""
@@ -311,6 +310,12 @@ class Batches:
         raise APITimeoutError(
             f"Nothing of the results came within {idle:g} seconds (Timeout.idle)", phase="idle"
         )
+
+
+def _check_size(line: bytearray) -> None:
+    if len(line) > MAX_RESULT_BYTES:
+        message = f"A line of results is over the limit of {MAX_RESULT_BYTES} bytes"
+        raise APIConnectionError(message, permanent=True)
 
 
 def _read_line(line: bytes) -> BatchResult:

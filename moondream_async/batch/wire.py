@@ -7,7 +7,7 @@ fields come from docs.moondream.ai/batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import msgspec
@@ -297,44 +297,6 @@ def _check_line(data: bytes, tally: Tally) -> None:
 def _is_none(value: msgspec.Raw) -> bool:
     seen = memoryview(value)
     return seen.nbytes <= 4 and bytes(seen) in (b"", b"null", b'""', b"[]")
-
-
-class LineSplitter:
-    """Cuts bytes into lines, in linear time and with bounded memory."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._begun: list[bytes] = []
-        self._size = 0
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        r"""Yield the lines that these bytes complete, without their line breaks.
-
-        Raises:
-            OverflowError: The next line passed `max_bytes`.
-
-        >>> splitter = LineSplitter(10)
-        >>> list(splitter.feed(b"one\ntw")), list(splitter.feed(b"o\n\nthree")), splitter.rest()
-        ([b'one'], [b'two', b''], b'three')
-        """
-        head, *lines = data.split(b"\n")
-        self._begin(head)
-        for line in lines:
-            yield self.rest()
-            self._begin(line)
-
-    def rest(self) -> bytes:
-        """Return the incomplete line, and forget it."""
-        rest = b"".join(self._begun)
-        self._begun, self._size = [], 0
-        return rest
-
-    def _begin(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > self._max_bytes:
-            raise OverflowError
-        if data:
-            self._begun.append(data)
 
 
 def read_batch(raw: Any) -> Batch:
