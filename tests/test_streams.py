@@ -359,11 +359,23 @@ RESULTS = {
         ],
         {"answer": "A B", "reasoning": {"text": "Hm.", "grounding": []}},
     ),
+    "caption beside a path": (
+        CaptionStream,
+        "caption",
+        [{"chunk": TEXT}, {"chunk": "", "completed": True, "path": "/v1/caption"}],
+        {"caption": TEXT},
+    ),
     "segment": (
         SegmentStream,
         "segment",
         [{"type": "path_delta", "chunk": "M 0"}, {"type": "final", "path": "M 1 1 Z"}],
         {"path": "M 1 1 Z"},
+    ),
+    "segment that could not be read": (
+        SegmentStream,
+        "segment",
+        [{"chunk": "M 0 0 ?"}, {"type": "final", "path": "", "parse_error": "odd"}],
+        {"path": "", "parse_error": "odd"},
     ),
     "chat": (
         ChatStream,
@@ -398,18 +410,25 @@ async def test_the_result_of_an_interrupted_stream_is_its_error():
     assert caught.value.partial == "A grey "
 
 
-async def test_an_outline_is_read_as_the_official_sdk_gives_it():
+@pytest.mark.parametrize(
+    ("last", "path"),
+    [({"path": "M 1 1 Z"}, "M 1 1 Z"), ({"path": "", "parse_error": "odd"}, ""), ({}, "M 0")],
+    ids=["refined", "not read", "coarse alone"],
+)
+async def test_an_outline_is_read_as_the_official_sdk_gives_it(last, path):
     box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
-    final = {"type": "final", "chunk": "", "path": "M 1 1 Z", "bbox": box, "completed": True}
+    final = {"type": "final", "chunk": "", "bbox": box, "completed": True, **last}
     sent = [{"type": "bbox", "bbox": box}, {"type": "path_delta", "chunk": "M 0"}, final]
+    stream = opened(Source(sse(*sent), END), SegmentStream, "segment")
 
-    updates = await read_all(opened(Source(sse(*sent), END), SegmentStream, "segment"))
+    updates = await read_all(stream)
 
     assert updates == [
         {"bbox": box},
         {"chunk": "M 0"},
-        {"path": "M 1 1 Z", "bbox": box, "completed": True},
+        {"path": path, "bbox": box, "completed": True},
     ]
+    assert (await stream.result()).path == path
 
 
 async def test_the_text_of_one_answer_has_a_limit(monkeypatch):

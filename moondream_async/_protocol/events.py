@@ -501,7 +501,9 @@ class AnswerDecoder:
             "bbox": self.bbox,
             "parse_error": self.parse_error,
         }
-        answer = {ANSWER_KEY[self._skill]: self.path or text}
+        if self._skill == "segment" and self.path is not None:
+            text = self.path
+        answer = {ANSWER_KEY[self._skill]: text}
         return {**last, **{k: v for k, v in known.items() if v is not None}, **answer}
 
     def _refuse(self, what: str, text: str) -> list[StreamEvent]:
@@ -540,7 +542,8 @@ class AnswerDecoder:
         self.metrics = find_metrics(raw) or self.metrics
         self.usage = decode_usage(raw.get("usage")) or self.usage
         self.bbox = decode_region(raw.get("bbox")) or self.bbox
-        self.path = to_id(raw.get("path")) or self.path
+        if isinstance(path := raw.get("path"), str):  # "" too: the coarse one is then not right
+            self.path = path
         self.parse_error = to_id(raw.get("parse_error")) or self.parse_error
 
 

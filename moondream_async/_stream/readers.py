@@ -112,7 +112,8 @@ class Updates(Reader[dict[str, Any]]):
         while True:
             event = await Events.next_of(stream)
             if isinstance(event, FinalEvent):
-                return {"path": stream["path"] or "", "bbox": stream["bbox"], "completed": True}
+                path = stream.text_so_far if stream["path"] is None else stream["path"]
+                return {"path": path, "bbox": stream["bbox"], "completed": True}
             if isinstance(event, BboxEvent):
                 return {"bbox": event.bbox}
             if event.chunk:
