@@ -358,35 +358,29 @@ async def test_no_key_is_ever_shown(photo):
 # -- Ctrl-C -----------------------------------------------------------------------------
 
 
-async def test_ctrl_c_while_it_streams_closes_the_connection(simulator, captioning, interruptible):
-    simulator.faults.append("stall=3")
-    async with captioning(command=PROGRAM) as program:
-        await program.until(WORDS)
-        program.interrupt()
-        assert await program.end() == (130, WORDS + "\n", [])
-    await simulator.requests[0].ended.wait()
-    assert simulator.requests[0].disconnected
-
-
-async def test_ctrl_c_while_it_waits_for_the_answer_closes_the_connection(
-    simulator, captioning, interruptible
+@pytest.mark.parametrize(
+    ("fault", "shown", "command"),
+    [
+        ("stall=3", WORDS, PROGRAM),
+        ("slow_start=3600", "", ["moondream-async"]),
+        ("status=503,retry_after=60", "", ["moondream-async"]),
+    ],
+    ids=["while it streams", "while it waits for the answer", "while it waits for another try"],
+)
+async def test_ctrl_c_ends_it_and_closes_the_connection(
+    simulator, captioning, interruptible, *, fault, shown, command
 ):
-    simulator.faults.append("slow_start=3600")
-    async with captioning() as program:
-        await simulator.wait_until(lambda: simulator.requests)
+    simulator.faults.append(fault)
+    refused = "503" in fault
+    async with captioning(command=command) as program:
+        await program.until(shown)
+        await simulator.wait_until(
+            lambda: simulator.requests and simulator.requests[0].ended.is_set() == refused
+        )
         program.interrupt()
-        assert await program.end() == (130, "", [])
+        assert await program.end() == (130, shown and f"{shown}\n", [])
     await simulator.requests[0].ended.wait()
-    assert simulator.requests[0].disconnected
-
-
-async def test_ctrl_c_while_it_waits_for_another_try_ends_it(simulator, captioning, interruptible):
-    simulator.faults.append("status=503,retry_after=60")
-    async with captioning() as program:
-        await simulator.wait_until(lambda: simulator.requests)
-        await simulator.requests[0].ended.wait()
-        program.interrupt()
-        assert await program.end() == (130, "", [])
+    assert simulator.requests[0].disconnected != refused
 
 
 async def test_ctrl_c_while_it_reads_stdin_ends_it(simulator, interruptible):
@@ -478,26 +472,22 @@ def test_serve_lists_all_faults(capsys):
 
 
 @pytest.mark.slow
-async def test_serve_strikes_with_its_faults_in_turn(photo):
-    faults = ("--fault", "cut=3", "--fault", "status=400")
-    async with serving(*faults) as (_, endpoint), md.MoondreamClient(endpoint=endpoint) as client:
+async def test_serve_lets_in_only_its_key_and_strikes_with_its_faults_in_turn(photo):
+    given = ("--api-key", "0pen-sesame", "--fault", "cut=3", "--fault", "status=400")
+    async with (
+        serving(*given) as (program, endpoint),
+        md.MoondreamClient("other", endpoint=endpoint) as other,
+        md.MoondreamClient("0pen-sesame", endpoint=endpoint) as client,
+    ):
         stream = await client.caption(photo, stream=True)
         with pytest.raises(md.StreamInterruptedError):
             await stream.text()
         with pytest.raises(md.BadRequestError):
             await client.caption(photo)
         await client.caption(photo)
-
-
-@pytest.mark.slow
-async def test_serve_lets_in_only_its_key_and_does_not_print_it(photo):
-    async with serving("--api-key", "0pen-sesame") as (program, endpoint):
+        with pytest.raises(md.AuthenticationError):
+            await other.caption(photo)
         assert "0pen-sesame" not in program.said
-        async with md.MoondreamClient("other", endpoint=endpoint) as client:
-            with pytest.raises(md.AuthenticationError):
-                await client.caption(photo)
-        async with md.MoondreamClient("0pen-sesame", endpoint=endpoint) as client:
-            await client.caption(photo)
 
 
 def test_serve_on_a_port_in_use_is_one_line(capsys):

@@ -50,9 +50,8 @@ def watch(simulator, capsys):
 async def test_each_answer_is_a_line_with_its_time_and_age(watch, clip, arguments, key):
     status, said, errors = await watch(clip, *arguments)
     assert (status, errors) == (0, "")
-    lines = said.splitlines()
-    assert lines
-    assert all(map(LINE.fullmatch, lines))
+    assert said
+    assert all(map(LINE.fullmatch, said.splitlines()))
     status, said, errors = await watch(clip, *arguments, "--json")
     assert (status, errors) == (0, "")
     for each in map(json.loads, said.splitlines()):
