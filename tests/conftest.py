@@ -8,6 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
+import forked
 import pytest
 from hypothesis import settings
 from own_clock import OwnClock
@@ -139,6 +140,12 @@ def photo():
 
 # Whose first test starts a cluster or a browser for all of the file.
 FIRST = ("test_ray_cluster.py", "test_web_page.py")
+
+
+def pytest_sessionstart(session):
+    """Before the workers of xdist: what they fork programs from, imports all once."""
+    if session.config.getoption("numprocesses", None) and not session.config.option.collectonly:
+        forked.share()
 
 
 def pytest_collection_modifyitems(items):

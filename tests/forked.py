@@ -188,9 +188,19 @@ class Pipe:
         self._end = None
 
 
+_SHARED = "MOONDREAM_TESTS_FORK_FROM"
+
+
+def share():
+    """Let the processes that are started from here on fork their programs from one process."""
+    os.environ[_SHARED] = _nursery()
+
+
 @functools.cache
 def _nursery():
     """Start the process that programs are forked from; return where it listens."""
+    if shared := os.environ.get(_SHARED):
+        return shared
     folder = tempfile.TemporaryDirectory(prefix="programs")
     address = str(Path(folder.name) / "socket")
     with socket.socket(socket.AF_UNIX) as listener:
