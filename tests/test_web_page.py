@@ -881,7 +881,7 @@ ODD = "Say \"no\" \\ \N{BALLOON} ${x} 'é' </script> green shape"
 ANSWERED = {"chat": "#conversation li.assistant", "segment": "#outline p"}
 
 
-async def test_the_python_lines_get_the_same_answer(tab, picture, run_python):
+async def test_the_python_lines_that_are_copied_get_the_same_answer(tab, picture, run_python):
     await tab.tab.get_by_text("Settings").click()
     await tab.tab.get_by_label("Temperature").fill("0.25")
     for skill in ("query", "detect", "point", "segment", "caption", "chat"):
@@ -891,7 +891,10 @@ async def test_the_python_lines_get_the_same_answer(tab, picture, run_python):
         await tab.choose(skill)
         if skill in FIELDS:
             await tab.find(f"[name={FIELDS[skill]}]").fill(ODD)
-        code = await tab.code.text_content()
+        await tab.button("Copy").click()
+        await expect(tab.button("Copied")).to_be_visible()
+        code = await tab.tab.evaluate("navigator.clipboard.readText()")
+        assert code == await tab.code.text_content()
         await tab.start.click()
         await tab.until_done()
         await expect(tab.error).to_be_empty()
@@ -918,13 +921,6 @@ def run_python(picture, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out.splitlines()
 
     return run_python
-
-
-async def test_copy_copies_the_python_lines(tab):
-    await tab.button("Copy").click()
-    await expect(tab.button("Copied")).to_be_visible()
-    copied = await tab.tab.evaluate("navigator.clipboard.readText()")
-    assert copied == await tab.code.text_content()
 
 
 # -- other pages --------------------------------------------------------------------------
