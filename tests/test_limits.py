@@ -22,9 +22,11 @@ from moondream_async._transport.workers import ShortJobs, Workers
 from moondream_async.simulator import SAMPLE_IMAGE
 
 
-async def test_a_free_place_is_taken_without_waiting():
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["free", "freed by another thread"])
+async def test_a_free_place_is_taken_without_waiting(meanwhile, monkeypatch):
     slots = Semaphore(2)
-
+    if meanwhile:
+        monkeypatch.setattr(slots, "try_acquire", lambda: False)
     assert [await slots.acquire(), await slots.acquire()] == [False, False]
     assert (slots.taken, slots.waiting) == (2, 0)
 
