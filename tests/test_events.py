@@ -451,6 +451,13 @@ def test_a_fault_comes_after_what_had_arrived(stream, cls, says):
     assert last.failure[1]["partial"] == "so far"
 
 
+def test_a_text_that_is_two_is_no_json():
+    events, last = decode(sse(CHUNK), sse(CHUNK, b'{"chunk": "a","b", "completed": false}'))
+
+    assert text(events) == "a herona heron"
+    assert last.failure[0] is md.StreamProtocolError
+
+
 def test_an_error_has_the_servers_words_for_it():
     body = {"error": {"message": "boom", "type": "overloaded", "code": "busy"}}
 
