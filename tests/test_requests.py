@@ -103,7 +103,7 @@ BARE = {  # the address, and the body of a call with no more than it needs
 }
 SETTINGS = {"settings": {"temperature": 0, "top_p": 1, "max_tokens": 9}, "model": "m/f@3"}
 OBJECTS = {"settings": {"max_objects": 5}, "model": "moondream3.1-9B-A2B"}
-REFS = {"spatial_refs": [[0.25, 1], [0, 0.5, 0.5, 0.5]]}
+REFS = {"spatial_refs": [[0.25, 1], [0.5, 0.5, 0.5, 0.5]]}
 
 
 @pytest.mark.parametrize(
