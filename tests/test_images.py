@@ -109,15 +109,12 @@ def test_file_is_read_from_where_it_stands_and_left_open(tmp_path):
         assert not file.closed
 
 
-def test_encoded_image_within_the_limits_is_returned_as_it_is():
+def test_encoded_image_is_encoded_anew_only_over_a_limit():
     image = encode_image(CLEAN["webp"])
-    assert encode_image(image, max_pixels=96 * 64, max_bytes=len(image.data)) is image
-
-
-def test_encoded_image_over_a_limit_is_encoded_anew():
-    image = encode_image(CLEAN["webp"])
+    size = len(image.data)
+    assert encode_image(image, max_pixels=96 * 64, max_bytes=size) is image
     assert encode_image(image, max_pixels=100).width == 12
-    assert len(encode_image(image, max_bytes=len(image.data) - 1).data) < len(image.data)
+    assert len(encode_image(image, max_bytes=size - 1).data) < size
 
 
 def test_pillow_is_loaded_only_for_what_must_be_decoded(tmp_path):
@@ -167,13 +164,8 @@ def test_colours_in_opencvs_order_are_put_right(np, size):
     picture = make_drawing(*size)
     frame = np.ascontiguousarray(np.array(picture)[:, :, ::-1])  # as OpenCV gives it
     assert difference(opened(encode_image(frame[:, :, ::-1])), picture) == 0
-    assert (
-        difference(
-            opened(encode_image(frame[::2, ::2, ::-1])),
-            picture.resize((size[0] // 2, size[1] // 2), Image.Resampling.NEAREST),
-        )
-        == 0
-    )
+    half = picture.resize((size[0] // 2, size[1] // 2), Image.Resampling.NEAREST)
+    assert difference(opened(encode_image(frame[::2, ::2, ::-1])), half) == 0
 
 
 @pytest.mark.parametrize("max_pixels", [1_900_000, 1_000_000, 500_000, 100_000])
@@ -184,12 +176,9 @@ def test_frame_that_is_made_smaller_shows_the_same(np, max_pixels):
     assert difference(result, photo.resize(result.size, Image.Resampling.LANCZOS)) < 24
 
 
-def test_array_with_a_single_channel_is_grey(np):
+def test_array_with_one_channel_is_grey_and_alpha_is_laid_on_white(np):
     array = np.arange(0, 240, dtype=np.uint8).reshape(12, 20, 1)
     assert difference(opened(encode_image(array)), Image.fromarray(array[:, :, 0])) == 0
-
-
-def test_array_alpha_is_laid_on_white(np):
     array = np.zeros((8, 8, 4), np.uint8)
     assert opened(encode_image(array)).getpixel((0, 0)) == (255, 255, 255)
 
@@ -439,13 +428,10 @@ def test_file_that_servers_may_misread_is_converted(data):
     assert result.data != data
     picture = opened(result)
     assert picture.mode == "RGB"
-    assert (
-        difference(
-            picture.resize((48, 32), Image.Resampling.NEAREST),
-            DRAWING.resize((48, 32), Image.Resampling.NEAREST),
-        )
-        <= 24
+    small, drawing = (
+        each.resize((48, 32), Image.Resampling.NEAREST) for each in (picture, DRAWING)
     )
+    assert difference(small, drawing) <= 24
 
 
 def test_avif_is_converted():
@@ -482,11 +468,8 @@ def test_transparency_is_laid_on_white(mode):
     result = opened(encode_image(picture)).convert("RGB")
     assert result.getpixel((60, 20)) == (255, 255, 255)
     assert result.getpixel((3, 20)) != (255, 255, 255)
-
-
-def test_half_transparency_is_half_white():
-    picture = opened(encode_image(Image.new("RGBA", (16, 16), (0, 0, 0, 51))))
-    assert picture.getpixel((5, 5)) == (204, 204, 204)
+    half = opened(encode_image(Image.new("RGBA", (16, 16), (0, 0, 0, 51))))
+    assert half.getpixel((5, 5)) == (204, 204, 204)
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16"])
@@ -573,33 +556,21 @@ def test_icc_profile_is_applied_when_encoding_anew(mode):
     assert difference(picture, Image.new("RGB", (64, 48), (0, 255, 0))) < 8
 
 
-@pytest.mark.parametrize(
-    ("mode", "colour", "icc", "expected"),
-    [
-        pytest.param(
-            "RGB",
-            (200, 100, 50),
-            profile("Display P3 Gamut with sRGB Transfer", DISPLAY_P3, SRGB_CURVE),
-            (215, 93, 31),
-            id="wide-gamut-named-srgb",
-        ),
-        pytest.param(
-            "RGB",
-            (128, 128, 128),
-            profile("GIMP built-in Linear sRGB", SRGB, LINEAR),
-            (188, 188, 188),
-            id="linear-named-srgb",
-        ),
-        pytest.param(
-            "RGB", (200, 100, 50), profile("?", SRGB, SRGB_CURVE), (200, 100, 50), id="srgb"
-        ),
-        pytest.param("L", 128, profile("grey", None, LINEAR), 188, id="grey"),
-        pytest.param("I;16", 32896, profile("grey", None, LINEAR), 188, id="grey-16-bits"),
-        pytest.param("LA", (128, 255), profile("grey", None, LINEAR), 188, id="grey-alpha"),
-        pytest.param("LA", (128, 128), profile("grey", None, LINEAR), 221, id="grey-half-alpha"),
-        pytest.param("L", 128, ICC, 128, id="grey-with-colours'-profile"),
-    ],
-)
+GREY = profile("grey", None, LINEAR)
+WIDE = profile("Display P3 Gamut with sRGB Transfer", DISPLAY_P3, SRGB_CURVE)
+JUDGED = {
+    "wide-gamut-named-srgb": ("RGB", (200, 100, 50), WIDE, (215, 93, 31)),
+    "linear-named-srgb": ("RGB", (128,) * 3, profile("GIMP sRGB", SRGB, LINEAR), (188,) * 3),
+    "srgb": ("RGB", (200, 100, 50), profile("?", SRGB, SRGB_CURVE), (200, 100, 50)),
+    "grey": ("L", 128, GREY, 188),
+    "grey-16-bits": ("I;16", 32896, GREY, 188),
+    "grey-alpha": ("LA", (128, 255), GREY, 188),
+    "grey-half-alpha": ("LA", (128, 128), GREY, 221),
+    "grey-with-colours'-profile": ("L", 128, ICC, 128),
+}
+
+
+@pytest.mark.parametrize(("mode", "colour", "icc", "expected"), JUDGED.values(), ids=JUDGED)
 def test_icc_profile_is_judged_by_what_it_does(mode, colour, icc, expected):
     picture = Image.new(mode, (16, 16), colour)
     picture.info["icc_profile"] = icc
