@@ -64,6 +64,16 @@ ANSWERS = {
         {"request_id": "42", "finish_reason": "length", "answer": "Two", "metrics": METRICS},
         {},
     ),
+    "query, reasoning under the name of chat": (
+        "query",
+        {"answer": "Two.", "reasoning": None, "reasoning_content": GROUNDED},
+        {"reasoning": GROUNDED},
+    ),
+    "a reason that is a number": (
+        "caption",
+        {"caption": "A scene.", "finish_reason": 0},
+        {"finish_reason": "0"},
+    ),
     "an empty answer": ("query", {"answer": ""}, {}),
     "docs detect.md": (
         "detect",

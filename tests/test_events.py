@@ -336,6 +336,7 @@ def test_an_id_is_kept_when_later_events_do_not_repeat_it():
     [
         ("caption", {"caption": "a heron", "request_id": "42"}, "a heron"),
         ("query", {"answer": "two", "request_id": "42", "reasoning": "Count them."}, "two"),
+        ("query", {"answer": "two", "request_id": "42", "reasoning_content": "Count."}, "two"),
         ("segment", {"path": "M 0 0 Z", "request_id": "42"}, "M 0 0 Z"),
         (
             "chat",

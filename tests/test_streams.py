@@ -412,8 +412,13 @@ async def test_the_result_of_an_interrupted_stream_is_its_error():
 
 @pytest.mark.parametrize(
     ("last", "path"),
-    [({"path": "M 1 1 Z"}, "M 1 1 Z"), ({"path": "", "parse_error": "odd"}, ""), ({}, "M 0")],
-    ids=["refined", "not read", "coarse alone"],
+    [
+        ({"path": "M 1 1 Z"}, "M 1 1 Z"),
+        ({"path": "", "parse_error": "odd"}, ""),
+        ({"path": None, "parse_error": "odd"}, ""),
+        ({}, "M 0"),
+    ],
+    ids=["refined", "not read", "not read, None", "coarse alone"],
 )
 async def test_an_outline_is_read_as_the_official_sdk_gives_it(last, path):
     box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}

@@ -92,7 +92,8 @@ def _read_caption(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_query(raw: dict[str, Any]) -> dict[str, Any]:
-    reasoning = decode_reasoning(raw.get("reasoning"))
+    thought = raw.get("reasoning")
+    reasoning = decode_reasoning(raw.get("reasoning_content") if thought is None else thought)
     return {"answer": _text(raw["answer"])} | _said(reasoning=reasoning)
 
 
@@ -188,7 +189,7 @@ def _common(raw: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {}
     if id_ := to_id(raw.get("request_id")) or to_id(raw.get("id")):
         said["request_id"] = id_
-    if (reason := raw.get("finish_reason")) and (reason := to_id(reason)):
+    if reason := to_id(raw.get("finish_reason")):
         said["finish_reason"] = reason
     if (metrics := find_metrics(raw)) is not None:
         said["metrics"] = metrics

@@ -355,7 +355,7 @@ class AnswerDecoder:
         """
         result = read_result(self._skill, decode_json(data))
         self._note(result.raw)
-        self._thoughts = decode_reasoning(result.raw.get("reasoning"))
+        self._thoughts = result.get("reasoning")
         self._whole = result.raw
         self.request_id = result.request_id
         self.completed = True
@@ -542,9 +542,11 @@ class AnswerDecoder:
         self.metrics = find_metrics(raw) or self.metrics
         self.usage = decode_usage(raw.get("usage")) or self.usage
         self.bbox = decode_region(raw.get("bbox")) or self.bbox
+        self.parse_error = to_id(raw.get("parse_error")) or self.parse_error
         if isinstance(path := raw.get("path"), str):  # "" too: the coarse one is then not right
             self.path = path
-        self.parse_error = to_id(raw.get("parse_error")) or self.parse_error
+        elif "path" in raw and self.parse_error:
+            self.path = ""
 
 
 def _last_id(chunks: list[Any]) -> str | None:
