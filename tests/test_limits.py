@@ -31,19 +31,6 @@ async def test_a_free_place_is_taken_without_waiting(meanwhile, monkeypatch):
     assert (slots.taken, slots.waiting) == (2, 0)
 
 
-async def test_who_finds_no_place_stands_in_line_until_one_is_given_back():
-    slots = Semaphore(1)
-    await slots.acquire()
-    waiter = asyncio.create_task(slots.acquire())
-    await rounds()
-    assert (slots.taken, slots.waiting) == (1, 1)
-
-    slots.release()
-
-    assert await waiter
-    assert (slots.taken, slots.waiting) == (1, 0)
-
-
 async def test_a_newcomer_does_not_overtake_the_line():
     slots = Semaphore(1)
     await slots.acquire()
@@ -58,19 +45,6 @@ async def test_a_newcomer_does_not_overtake_the_line():
     assert not newcomer.done()
     slots.release()
     await newcomer
-
-
-async def test_all_places_given_back_at_once_go_to_as_many():
-    slots = Semaphore(3)
-    for _ in range(3):
-        await slots.acquire()
-    waiters = [asyncio.create_task(slots.acquire()) for _ in range(3)]
-    await rounds()
-
-    for _ in range(3):
-        slots.release()
-
-    assert await asyncio.gather(*waiters) == [True] * 3
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["in line", "as a place is given"])

@@ -432,3 +432,16 @@ async def test_leaving_it_after_a_heartbeat_ends_the_task_that_reads(leave):
         for events in held:
             with pytest.raises(StopAsyncIteration):
                 await anext(events)
+
+
+async def test_a_second_reader_is_refused_and_disturbs_nothing():
+    source = Source()
+    events = opened(source).sse()
+    reader = asyncio.create_task(read_all(events))
+    await until_idle()
+
+    with pytest.raises(md.MoondreamError, match="Another task"):
+        await anext(events)
+
+    source.send(sse(*HERON, DONE))
+    assert text(parse(*await reader)) == TEXT

@@ -9,13 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moondream_async._call.retry import (
-    FIRST_DELAY,
     LONGEST_DELAY,
     LONGEST_RETRY_AFTER,
     backoff,
     is_worth_retrying,
 )
-from moondream_async._protocol.answers import decode_json
 from moondream_async._protocol.retry_after import parse_retry_after
 from moondream_async.errors import (
     APIConnectionError,
@@ -85,24 +83,6 @@ def test_what_another_try_can_not_help_is_not(error):
     assert not is_worth_retrying(error)
 
 
-# What Station (moondream-station 0.1.9) says with status 200, run on loopback.
-@pytest.mark.parametrize(
-    ("body", "again"),
-    [
-        (b'{"error":"Queue is full","status":"rejected"}', True),
-        (b'{"error":"Request timeout","status":"timeout"}', False),
-        (b'{"error":"bad thing","status":"error"}', False),
-        (b'{"error":"Function \'segment\' not available"}', False),
-    ],
-    ids=["rejected", "timeout", "error", "not available"],
-)
-def test_of_stations_failures_only_the_full_queue_is_tried_again(body, again):
-    with pytest.raises(APIStatusError) as caught:
-        decode_json(body)
-
-    assert is_worth_retrying(caught.value) is again
-
-
 # -- when ----------------------------------------------------------------------------------
 
 
@@ -131,46 +111,28 @@ def test_what_the_server_asks_for_wins(attempt, jitter, asked):
     assert backoff(attempt, jitter, asked) == asked
 
 
-def test_the_first_wait_is_that_of_the_official_sdk():
-    assert (FIRST_DELAY, LONGEST_DELAY) == (0.5, 30.0)  # moondream 2.6.1, finetune.py
-
-
 # -- Retry-After ---------------------------------------------------------------------------
 
 NOW = dt.datetime(2026, 1, 15, 12, 0, 0, tzinfo=dt.UTC).timestamp()
 
 
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("0", 0.0),
-        ("7", 7.0),
-        (" 7 ", 7.0),
-        ("007", 7.0),
-        ("2.5", 2.5),
-        ("999999999", 999999999.0),
-        ("Thu, 15 Jan 2026 12:00:30 GMT", 30.0),
-        ("Thursday, 15-Jan-26 12:00:30 GMT", 30.0),
-        ("Thu Jan 15 12:00:30 2026", 30.0),
-        ("Thu, 15 Jan 2026 13:00:30 +0100", 30.0),
-        ("Thu, 15 Jan 2026 11:59:00 GMT", 0.0),
-        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
-    ],
-    ids=[
-        "at once",
-        "seconds",
-        "spaces around",
-        "leading zeros",
-        "part of a second",
-        "very long",
-        "date",
-        "date, the obsolete RFC 850 form",
-        "date, the obsolete asctime form",
-        "date, another time zone",
-        "date in the past",
-        "the epoch",
-    ],
-)
+WAITS = {
+    "at once": ("0", 0.0),
+    "seconds": ("7", 7.0),
+    "spaces around": (" 7 ", 7.0),
+    "leading zeros": ("007", 7.0),
+    "part of a second": ("2.5", 2.5),
+    "very long": ("999999999", 999999999.0),
+    "date": ("Thu, 15 Jan 2026 12:00:30 GMT", 30.0),
+    "date, the obsolete RFC 850 form": ("Thursday, 15-Jan-26 12:00:30 GMT", 30.0),
+    "date, the obsolete asctime form": ("Thu Jan 15 12:00:30 2026", 30.0),
+    "date, another time zone": ("Thu, 15 Jan 2026 13:00:30 +0100", 30.0),
+    "date in the past": ("Thu, 15 Jan 2026 11:59:00 GMT", 0.0),
+    "the epoch": ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+}
+
+
+@pytest.mark.parametrize(("value", "seconds"), WAITS.values(), ids=WAITS)
 def test_retry_after_in_seconds_or_as_a_date(value, seconds):
     assert parse_retry_after(value, NOW) == seconds
 

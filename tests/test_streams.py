@@ -71,11 +71,6 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-async def test_the_pieces_have_several_names(reader):
-    assert await read_all(reader(answered(*HERON, DONE))) == ["A grey ", "heron ", "stands."]
-
-
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 async def test_all_names_are_one_iterator(reader):
     stream = answered(*HERON, DONE)
     first = reader(stream)
