@@ -211,6 +211,19 @@ def delta(said, **choice):
     return f"data: {json.dumps(body)}\n\n".encode()
 
 
+@streamed_or_not
+async def test_the_servers_own_id_of_a_request_goes_before_the_messages(stream):
+    said = {"id": "c-1", "request_id": 42, "choices": [{"message": {"content": "Two."}}]}
+    last = {"id": "c-1", "request_id": 42, "choices": [{"delta": {}}]}
+    events = [delta({"content": "Two."}), f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode()]
+    answer = STREAM_HEAD + in_chunks(*events) if stream else whole(said)
+    async with canned(answer) as (client, _):
+        result = await client.chat([{"role": "user", "content": "How many?"}], stream=stream)
+        if stream:
+            assert (await result.result()).request_id == "42"
+    assert result.request_id == "42"
+
+
 @pytest.mark.parametrize("kind", THOUGHTS)
 @streamed_or_not
 async def test_thoughts_are_found_under_each_of_their_names(kind, stream):

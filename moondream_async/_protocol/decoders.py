@@ -64,7 +64,8 @@ class ChatDecoder(AnswerDecoder):
         return {**{k: v for k, v in known.items() if v is not None}, "choices": [choice]}
 
     def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[StreamEvent]:
-        self.request_id = to_id(raw.get("id")) or self.request_id
+        own = to_id(raw.get("request_id")) or to_id(raw.get("id"))
+        self.request_id = own or self.request_id
         self.usage = decode_usage(raw.get("usage")) or self.usage
         self.metrics = find_metrics(raw) or self.metrics
         choices = raw.get("choices")
