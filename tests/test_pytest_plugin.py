@@ -4,13 +4,12 @@ import asyncio
 import os
 import re
 import socket
-import subprocess
-import sys
 import textwrap
 import threading
 from pathlib import Path
 
 import pytest
+from programs import run as run_program
 
 import moondream_async as md
 from moondream_async.integrations import pytest as plugin
@@ -58,13 +57,10 @@ async def test_coroutine_has_the_same_server(moondream_simulator):
     await moondream_simulator.until(lambda: moondream_simulator.connections.open == 0)
 
 
-@pytest.mark.slow
-def test_server_is_there_for_other_processes(moondream_simulator):
+async def test_server_is_there_for_other_processes(moondream_simulator, photo):
     moondream_simulator.script.caption(TEXT)
-    script = f"from test_pytest_plugin import ask; assert ask() == {TEXT!r}"
 
-    subprocess.run([sys.executable, "-c", script], cwd=HERE, check=True)
-
+    assert await run_program("caption", photo) == (0, f"{TEXT}\n", "")
     assert [request.status for request in moondream_simulator.requests] == [200]
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import threading
 
 import pytest
 import spoken
@@ -369,17 +368,6 @@ async def test_release_is_for_all_that_the_answer_holds_now_and_later(client, si
 
     assert [await task for task in first] == [[TEXT], [TEXT]]
     assert await captions(client, 1) == [TEXT]
-
-
-async def test_release_may_come_from_another_thread(client, simulator):
-    answer = simulator.script.caption(TEXT, hold_after=0)
-    call = asyncio.create_task(captions(client, 1))
-    await simulator.wait_until(is_held(simulator))
-    thread = threading.Thread(target=answer.release)
-    thread.start()
-
-    assert await call == [TEXT]
-    thread.join()
 
 
 async def test_client_that_leaves_a_held_stream_is_noticed(client, simulator):
