@@ -37,25 +37,21 @@ async def any_client(any_simulator):
 # -- calls ----------------------------------------------------------------------------
 
 
-async def test_caption_gives_the_same_text_streamed_and_not(any_client, photo):
-    plain = await any_client.caption(photo)
-    stream = await any_client.caption(photo, stream=True)
+@pytest.mark.parametrize(
+    ("key", "result", "kind"),
+    [("caption", md.CaptionResult, md.CaptionStream), ("answer", md.QueryResult, md.QueryStream)],
+)
+async def test_the_text_is_the_same_streamed_and_not(any_client, photo, key, result, kind):
+    ask = any_client.caption if key == "caption" else partial(any_client.query, question=QUESTION)
+    plain = await ask(photo)
+    stream = await ask(photo, stream=True)
+    assert isinstance(plain, result)
+    assert isinstance(stream, kind)
     pieces = [piece async for piece in stream]
-    assert isinstance(plain, md.CaptionResult)
-    assert isinstance(stream, md.CaptionStream)
     assert len(pieces) > 1
-    assert "".join(pieces) == plain.caption == plain["caption"] == plain.raw["caption"]
+    assert "".join(pieces) == getattr(plain, key) == plain[key] == plain.raw[key]
     assert stream.completed
-    assert stream.text_so_far == plain.caption
-
-
-async def test_query_gives_the_same_text_streamed_and_not(any_client, photo):
-    plain = await any_client.query(photo, QUESTION)
-    stream = await any_client.query(photo, QUESTION, stream=True)
-    assert isinstance(plain, md.QueryResult)
-    assert isinstance(stream, md.QueryStream)
-    assert await stream.text() == plain.answer == plain["answer"] == plain.raw["answer"]
-    assert stream.completed
+    assert stream.text_so_far == plain[key]
 
 
 async def test_request_id_and_metrics_are_those_of_the_server(any_simulator, any_client, photo):

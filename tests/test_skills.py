@@ -50,44 +50,43 @@ async def outliner(request):
 # -- detect and point -----------------------------------------------------------------
 
 
-async def test_detect_puts_a_box_around_each_object(any_client, photo):
-    result = await any_client.detect(photo, "red circle")
-    assert isinstance(result, md.DetectResult)
-    (box,) = result.objects
-    assert isinstance(box, md.Region)
-    assert box.to_pixels(*SIZE) == pytest.approx(RED_CIRCLE, abs=CELL)
-    assert result["objects"][0]["x_max"] == result.objects[0].x_max == box["x_max"]
-    assert {**box} == result.raw["objects"][0]
+PLACES = {  # the key, the kinds of the result and of a place, and where the red circle is
+    "detect": ("objects", md.DetectResult, md.Region, RED_CIRCLE),
+    "point": ("points", md.PointResult, md.Point, CENTRE),
+}
+each_finder = pytest.mark.parametrize("skill", PLACES)
 
 
-async def test_point_puts_a_point_in_each_object(any_client, photo):
-    result = await any_client.point(photo, "red circle")
-    assert isinstance(result, md.PointResult)
-    (point,) = result.points
-    assert isinstance(point, md.Point)
-    assert point.to_pixels(*SIZE) == pytest.approx(CENTRE, abs=CELL)
-    assert result["points"][0]["x"] == result.points[0].x == point["x"]
-    assert {**point} == result.raw["points"][0]
+@each_finder
+async def test_an_object_is_found_in_its_place(any_client, photo, skill):
+    key, kind, kind_of_place, pixels = PLACES[skill]
+    result = await getattr(any_client, skill)(photo, "red circle")
+    assert isinstance(result, kind)
+    (place,) = result[key]
+    assert isinstance(place, kind_of_place)
+    assert place.to_pixels(*SIZE) == pytest.approx(pixels, abs=CELL)
+    assert result[key] == getattr(result, key)
+    assert {**place} == result.raw[key][0] == {name: getattr(place, name) for name in place}
 
 
 async def test_points_lie_in_the_boxes(any_client, photo):
     boxes = (await any_client.detect(photo, "shape")).objects
     points = (await any_client.point(photo, "shape")).points
-    assert len(boxes) == len(points) == 9
     for box, point in zip(boxes, points, strict=True):
         assert box.x_min < point.x < box.x_max
         assert box.y_min < point.y < box.y_max
 
 
-async def test_what_is_not_there_is_not_found(any_client, photo):
-    assert (await any_client.detect(photo, "purple cat")).objects == []
-    assert (await any_client.point(photo, "purple cat")).points == []
-
-
-async def test_max_objects_bounds_what_is_found(any_client, photo):
-    options = {"settings": {"max_objects": 2}}
-    assert len((await any_client.detect(photo, "shape", **options)).objects) == 2
-    assert len((await any_client.point(photo, "shape", **options)).points) == 2
+@each_finder
+@pytest.mark.parametrize(("most", "count"), [(None, 9), (2, 2)], ids=["all", "max_objects"])
+async def test_as_many_are_found_as_there_are_or_are_asked_for(
+    any_client, photo, skill, most, count
+):
+    key, *_ = PLACES[skill]
+    find = getattr(any_client, skill)
+    settings = None if most is None else {"max_objects": most}
+    assert len((await find(photo, "shape", settings=settings))[key]) == count
+    assert (await find(photo, "purple cat", settings=settings))[key] == []
 
 
 async def test_spatial_refs_choose_among_what_fits(client, photo):
@@ -434,9 +433,9 @@ json_values = st.recursive(
     | st.booleans()
     | st.integers(-(2**53), 2**53)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
+    max_leaves=4,
 )
 # A name that no server uses: all that are known begin otherwise.
 extras = st.dictionaries(st.text().map("x-{}".format), json_values, max_size=4)
