@@ -211,6 +211,19 @@ def delta(said, **choice):
     return f"data: {json.dumps(body)}\n\n".encode()
 
 
+@pytest.mark.parametrize("before", [(), ("Two ", "boats.")], ids=["alone", "after its pieces"])
+async def test_a_whole_message_in_a_stream_is_its_text_once(before):
+    body = {"choices": [{"message": {"content": "Two boats."}, "finish_reason": "stop"}]}
+    events = [
+        *(delta({"content": each}) for each in before),
+        f"data: {json.dumps(body)}\n\n".encode(),
+    ]
+    async with canned(STREAM_HEAD + in_chunks(*events, b"data: [DONE]\n\n")) as (client, _):
+        stream = await client.chat([{"role": "user", "content": "How many?"}], stream=True)
+        assert await stream.text() == "Two boats."
+    assert stream.finish_reason == "stop"
+
+
 @streamed_or_not
 async def test_the_servers_own_id_of_a_request_goes_before_the_messages(stream):
     said = {"id": "c-1", "request_id": 42, "choices": [{"message": {"content": "Two."}}]}

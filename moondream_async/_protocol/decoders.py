@@ -76,6 +76,8 @@ class ChatDecoder(AnswerDecoder):
             return [UnknownEvent(event=event.event, raw=raw)]
         self.finish_reason = to_id(choice.get("finish_reason")) or self.finish_reason
         delta = choice.get("delta")
+        if delta is None and not self._has_text:
+            delta = choice.get("message")  # the whole answer, where nothing was streamed
         if not isinstance(delta, dict):
             return [UnknownEvent(event=event.event, raw=raw)]
         chunk = delta.get("content")
