@@ -5,8 +5,8 @@
 
 First all fast tests run once, with coverage.py, which notes the tests that run each line; `--map`
 keeps these notes for the next room. Then each mutant is judged by the tests that run its line: 8
-of them, and if all pass, 30 and 140 more. One of each test function comes before the second of any,
-and first those that run a line of the changed function which few others run, and the quick ones.
+of them, and if all pass, 30 and 140 more. First come those that run a line of the changed function
+which few others run, and the quick ones; in turns with one test of each function.
 A test that fails, or that does not end in time, kills the mutant. Functions that only a forked
 child runs are not noted; they are judged by the tests of forks.
 
@@ -249,14 +249,15 @@ def rarity(source: str, line: int, seen: dict[str, list[int]]) -> dict[int, int]
 
 
 def in_order(tests: list[tuple[int, float, str]]) -> list[str]:
-    """One of each function, and then the second of each; the rare and the quick ones first."""
+    """In turns one of the rarest, and one of each function before the second of any."""
     count: Counter[str] = Counter()
     places = []
     for rare, seconds, test in sorted(tests):
         function = test.partition("[")[0]
         places.append((count[function], rare, seconds, test))
         count[function] += 1
-    return [test for *_, test in sorted(places)]
+    pairs = zip(sorted(places), sorted(tests), strict=True)
+    return list(dict.fromkeys(each[-1] for pair in pairs for each in pair))
 
 
 def first_of(tests: list[str], seconds: dict[str, float], number: int, most: float) -> list[str]:

@@ -318,14 +318,12 @@ def test_a_line_that_ends_in_a_carriage_return_is_not_kept_waiting():
     assert text(events) == "a heron"
 
 
-def test_an_id_is_kept_when_later_events_do_not_repeat_it():
-    _, last = decode(
-        sse(
-            {"chunk": "a ", "request_id": "42"}, {"chunk": "heron"}, {"chunk": "", "request_id": ""}
-        )
-    )
+def test_the_last_id_is_kept_when_later_events_do_not_repeat_it():
+    first, second, none = ({"chunk": "a ", "request_id": each} for each in ("41", "42", ""))
 
-    assert last.request_id == "42"
+    for packets in ([sse(first, second, {"chunk": "heron"}, none)], [sse(first, second)] * 2):
+        assert decode(*packets, sse(second))[1].request_id == "42"
+        assert decode(*packets)[1].request_id == "42"
 
 
 # -- JSON where a stream was asked for -----------------------------------------------------

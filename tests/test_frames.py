@@ -120,6 +120,7 @@ STREAMS = {
     "bare line ends": b"".join(b"--f\nA: b\n\n%b\n" % each for each in PICTURES) + b"--f\n",
     "dashes": b"".join(b"----f\r\nA: b\r\n\r\n%b\r\n" % each for each in PICTURES) + b"----f--",
 }
+STREAMS["an empty part"] = b"--f\r\nA: b\r\n\r\n" + STREAMS["no lengths"]
 
 
 @pytest.mark.parametrize("boundary", ["f", "--f", '"f"'])
