@@ -150,10 +150,15 @@ async def test_a_bad_picture_is_a_result_with_its_error_and_without_a_request(
     assert len(simulator.requests) == 2
 
 
-async def test_a_refused_request_is_a_result_with_its_error(simulator, client, photo):
-    simulator.faults.append("status=413")
-    results = [each async for each in client.bulk([photo] * 5)]
-    assert [type(each.error) for each in results if each.error] == [md.PayloadTooLargeError]
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("status=413", md.PayloadTooLargeError), ("status=500", md.ServerError)]
+)
+async def test_a_refused_request_is_a_result_with_its_error(
+    simulator, impatient, photo, fault, kind
+):
+    simulator.faults.append(fault)
+    results = [each async for each in impatient.bulk([photo] * 5)]
+    assert [(type(each.error), each.tries) for each in results if each.error] == [(kind, 1)]
 
 
 @pytest.mark.parametrize(
@@ -180,13 +185,6 @@ async def test_what_can_pass_is_tried_again_and_counted(simulator, client, photo
     assert result.tries == 3
     session = client._caller.session
     assert (session.slots.taken, session.preparing.taken) == (0, 0)
-
-
-async def test_without_retries_one_failure_is_the_end_of_an_item(simulator, impatient, photo):
-    simulator.faults.append("status=500")
-    (result,) = [each async for each in impatient.bulk([photo])]
-    assert isinstance(result.error, md.ServerError)
-    assert result.tries == 1
 
 
 async def test_only_the_statuses_of_an_overload_lower_the_limit(simulator, impatient, photo):

@@ -503,14 +503,6 @@ async def test_step_that_found_no_connection_is_sent_again():
     assert tries
 
 
-async def test_other_calls_are_sent_again_as_ever():
-    away = whole({"error": "oh"}, "Retry-After: 0", status="503 Oh")
-    server = replying(away, away, INFO)
-    async with tuning_of(server) as tuning:
-        assert (await tuning.get("01HX")).rank == 8
-    assert len(server.requests) == 3
-
-
 async def test_step_waits_longer_than_other_calls():
     """The limit of the others passes while the server trains."""
     waited = asyncio.Event()
