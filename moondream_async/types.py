@@ -209,10 +209,13 @@ class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     """A call or stream has ended; `CallEvent.outcome` says how."""
 
     def __post_init__(self) -> None:
-        from inspect import iscoroutinefunction  # noqa: PLC0415 - the package loads without
-
         for name in self.__struct_fields__:
-            hook = getattr(self, name)
-            ways = (hook, getattr(type(hook), "__call__", None))  # noqa: B004 - a function's or not
-            if hook is not None and (not callable(hook) or any(map(iscoroutinefunction, ways))):
+            if (hook := getattr(self, name)) is not None and not _is_ordinary(hook):
                 raise RequestError(f"Hooks.{name} must be an ordinary function, not {hook!r}")
+
+
+def _is_ordinary(hook: Any) -> bool:
+    from inspect import iscoroutinefunction  # noqa: PLC0415 - slow, and few clients have hooks
+
+    ways = (hook, getattr(type(hook), "__call__", None))  # noqa: B004 - of an object, or None
+    return callable(hook) and not any(map(iscoroutinefunction, ways))
