@@ -433,7 +433,7 @@ NO_JSON = {
             for name, (body, said) in NO_JSON.items()
         ],
         pytest.param(
-            sse(CHUNK, {"chunk": "x" * 1000}),
+            sse(CHUNK, {"chunk": "x" * 1000, "completed": False}),
             md.StreamProtocolError,
             "over the limit of 500 bytes",
             id="too large",

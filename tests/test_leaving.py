@@ -435,6 +435,7 @@ def under_its_reader(close):
             assert reader.exception() is None
         elif close is not aclose_what_is_read or scene.held is not None:
             assert isinstance(reader.exception(), md.ClientClosedError)
+            assert "cancelled" not in str(reader.exception())
 
     return leave
 
