@@ -326,6 +326,7 @@ ROWS = [
         nonsense("A "), fails(md.ServerError, status=200), {"timeout": md.Timeout()}),
     Row("a gzip bomb", send_a_bomb, nonsense("A "), LOST, {"timeout": md.Timeout()}),
     # -- errors by status: what else servers say is in `test_answers`
+    status_row("300", "300 Several", {"error": {"message": "Which?"}}, md.APIStatusError, "Which?"),
     status_row("409", "409 No", {"error": {"message": "Other rank"}}, md.APIStatusError, "Other rank"),
     status_row("500 empty", "500 No", b"", md.ServerError, "HTTP status 500: an empty body"),
     Row("an error, byte by byte", dribbles(OUT_OF_MEMORY, OUT_OF_MEMORY),
