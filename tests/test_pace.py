@@ -638,3 +638,17 @@ async def test_a_picture_that_is_tried_again_is_one_call_in_a_run(clock):
     assert len({event.call_id for _, event in events}) == 1
     assert events[-1][1].outcome == "complete"
     assert (result.tries, result.seconds) == (2, pytest.approx(LONGEST_RETRY_AFTER, abs=30))
+
+
+@pytest.mark.parametrize(("limit", "waited"), [(0.5, 0.5), (60, 2)], ids=["as the answer", "2 s"])
+async def test_the_body_of_an_error_is_not_waited_for_longer_than(clock, limit, waited):
+    async def play(peer):
+        await peer.request()
+        await peer.send(head("Content-Length: 9", status="500 No"))
+        await peer.until_gone()
+
+    async with played(play, timeout=md.Timeout(first_event=limit)) as (_, client):
+        started = clock.now
+        with pytest.raises(md.ServerError):
+            await client.caption(IMAGE)
+        assert clock.now - started == pytest.approx(waited, abs=0.1)
