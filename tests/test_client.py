@@ -360,7 +360,11 @@ class Waiting:
         pass
 
 
-@pytest.mark.parametrize("hook", [5, "x", Waiting(), partial(Waiting().__call__)], ids=repr)
+@pytest.mark.parametrize(
+    "hook",
+    [5, "x", Waiting(), partial(Waiting().__call__)],
+    ids=["number", "text", "object", "partial"],
+)
 @pytest.mark.parametrize("name", ["request", "first_chunk", "retry", "end"])
 def test_a_hook_that_would_not_be_called_or_awaited_is_refused(name, hook):
     with pytest.raises(md.RequestError, match=rf"Hooks\.{name} must be an ordinary function"):
