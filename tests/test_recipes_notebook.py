@@ -42,4 +42,5 @@ async def test_notebook_prints_the_whole_answer_and_goes_on_after_an_interrupted
     assert [each["printed"] for each in cells[:4]] == ["", "", "", answer]
     assert answer.startswith(cells[4]["printed"])
     assert [each["errors"] for each in cells] == [[]] * 4 + [["KeyboardInterrupt"], []]
-    await simulator.wait_until(lambda: simulator.connections.open == 1)  # that of this test
+    await client.aclose()
+    await simulator.wait_until(lambda: simulator.connections.open == 0)
