@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import copy
 import gc
+import itertools
 import pickle
 import re
 import sys
@@ -649,10 +650,15 @@ def is_a_cell(kind, where):
 
 
 def cells():
-    found = [(name, kind, where) for name in WAYS for kind in KINDS for where in WHERE]
-    for name, kind, where in found:
+    """Yield all cells; those are fast that bring two of way, kind and place together first."""
+    seen = set()
+    for name, kind, where in itertools.product(WAYS, KINDS, WHERE):
         if kind in WAYS[name].kinds and where in WAYS[name].where and is_a_cell(kind, where):
-            yield pytest.param(WAYS[name], kind, where, "asyncio", id=f"{name}-{kind}-{where}")
+            pairs = {(name, kind), (name, where), (kind, where)}
+            marks = pytest.mark.slow if pairs <= seen else ()
+            seen |= pairs
+            cell = f"{name}-{kind}-{where}"
+            yield pytest.param(WAYS[name], kind, where, "asyncio", id=cell, marks=marks)
     for name, kind, where in UVLOOP:
         loop = "asyncio", {"use_uvloop": True}
         yield pytest.param(WAYS[name], kind, where, loop, id=f"{name}-{kind}-{where}-uvloop")
