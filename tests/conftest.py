@@ -138,8 +138,7 @@ def photo():
     return SAMPLE_IMAGE
 
 
-# Whose first test starts a cluster or a browser for all of the file.
-FIRST = ("test_ray_cluster.py", "test_web_page.py")
+LONGEST = ("test_ray_cluster.py", "test_web_page.py", "test_recipes_apps.py", "test_typing.py")
 
 
 def pytest_sessionstart(session):
@@ -149,8 +148,16 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with what takes longest: one worker has all of it, and the others take the rest."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    """Begin with the files that take longest, each in a worker of its own.
+
+    Every worker is given as many tests as the others, one after the other in this list, and
+    takes more from the others when it is done.
+    """
+    share = len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    longest = {name: [item for item in items if item.path.name == name] for name in LONGEST}
+    items[:] = [item for item in items if item.path.name not in LONGEST]
+    for number, found in enumerate(longest.values()):
+        items[number * share : number * share] = found
 
 
 def pytest_collection_finish(session):
