@@ -357,6 +357,7 @@ def test_more_than_anybody_sees_is_drawn_all_the_same(sheet, make, labels):
         pytest.param(lambda: outlined(f"{FORWARD} " * 20_000), id="outlines"),
     ],
 )
+@pytest.mark.slow
 def test_far_more_than_anybody_sees_is_refused(sheet, make):
     with pytest.raises(md.RequestError, match="too many"):
         make().draw(sheet)
@@ -364,6 +365,7 @@ def test_far_more_than_anybody_sees_is_refused(sheet, make):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.slow
 def test_memory_of_drawing_is_that_of_the_result_and_150_mb():
     size = (6000, 4000)
     results = [
@@ -384,6 +386,7 @@ def test_memory_of_drawing_is_that_of_the_result_and_150_mb():
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_outline_on_a_large_picture_is_drawn_as_on_a_small_one():
     picture = Image.new("RGB", (6000, 4000), "white")
     drawn = outlined(f"{SQUARE} {BACKWARD}").draw(picture)

@@ -719,6 +719,7 @@ def test_max_pixels_is_kept_by_a_narrow_picture(size, max_pixels):
     assert picture.width * picture.height <= max_pixels
 
 
+@pytest.mark.slow
 def test_smaller_picture_shows_the_same():
     photo = make_photo(2000, 1500)
     expected = photo.resize((500, 375), Image.Resampling.LANCZOS)

@@ -188,11 +188,13 @@ def test_small_pictures_of_dear_kinds_are_sent(data):
     [REFUSED["tall"], REFUSED["webp"], REFUSED["scans"], lambda: png_head(SIDE, SIDE, 6)],
     ids=["tall", "webp", "scans", "large"],
 )
+@pytest.mark.slow
 def test_simulator_refuses_what_costs_too_much(make):
     with pytest.raises(ValueError, match="too large"):
         measure(make())
 
 
+@pytest.mark.slow
 def test_simulator_measures_a_large_photo():
     assert measure(save(Image.new("RGB", (SIDE, SIDE), "teal"), "JPEG")).width == SIDE
 
