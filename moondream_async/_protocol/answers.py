@@ -187,7 +187,7 @@ def decode_object(body: bytes, *, status: int = 200) -> dict[str, Any]:
 
 def _common(raw: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {}
-    if id_ := to_id(raw.get("request_id")) or to_id(raw.get("id")):
+    if id_ := find_id(raw):
         said["request_id"] = id_
     if reason := to_id(raw.get("finish_reason")):
         said["finish_reason"] = reason
@@ -205,6 +205,11 @@ def to_id(value: Any) -> str | None:
     if isinstance(value, str):
         return value or None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def find_id(raw: Mapping[str, Any]) -> str | None:
+    """Return the server's id of a request, under its own name or OpenAI's."""
+    return to_id(raw.get("request_id")) or to_id(raw.get("id"))
 
 
 def find_metrics(raw: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from moondream_async.results import (
     UnknownEvent,
 )
 
-from .answers import decode_usage, find_metrics, find_reasoning, show, to_id
+from .answers import decode_usage, find_id, find_metrics, find_reasoning, show, to_id
 from .chunks import Block, ChatChunk
 from .decoding import join_halves
 from .events import AnswerDecoder
@@ -64,8 +64,7 @@ class ChatDecoder(AnswerDecoder):
         return {**{k: v for k, v in known.items() if v is not None}, "choices": [choice]}
 
     def _decode_object(self, raw: dict[str, Any], event: ServerSentEvent) -> list[StreamEvent]:
-        own = to_id(raw.get("request_id")) or to_id(raw.get("id"))
-        self.request_id = own or self.request_id
+        self.request_id = find_id(raw) or self.request_id
         self.usage = decode_usage(raw.get("usage")) or self.usage
         self.metrics = find_metrics(raw) or self.metrics
         choices = raw.get("choices")
