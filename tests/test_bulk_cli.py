@@ -327,6 +327,7 @@ async def test_after_kill_9_it_goes_on_and_holds_each_picture_once(
         await simulator.wait_until(lambda: len(simulator.requests) >= 50 * questions)
         program.kill()
         assert (await program.end())[0] == -signal.SIGKILL
+    await simulator.wait_until(lambda: simulator.connections.open == 0)  # what it sent has come
     first = len(journal.read_bytes().splitlines())
     assert 0 < first < 80
     assert output in (journal, journal.parent) or not output.exists()
