@@ -129,11 +129,10 @@ class Batches:
         else:
             opened = spooled(self._caller, requests)
         async with opened as file:
-            parts = file.slices(part_bytes)
-            if len(parts) > MAX_PARTS:
+            if file.size > MAX_PARTS * part_bytes:
                 raise RequestError(f"part_bytes={part_bytes} makes more than {MAX_PARTS:,} parts")
             async with Upload.begin(self._caller) as upload:
-                await upload.send(parts, on_progress)
+                await upload.send(file.slices(part_bytes), on_progress)
                 return await self._complete(upload, model or self._model or BASE_MODEL)
 
     async def get(self, batch: Batch | str) -> Batch:
