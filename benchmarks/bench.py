@@ -87,7 +87,7 @@ class Bench:
         self.origin = f"http://127.0.0.1:{self._server.hear()}"
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._server.close()
 
     def say(self, text: str) -> None:

@@ -54,7 +54,7 @@ class Server:
         self._ready.wait()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *exc_info):
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 

@@ -498,7 +498,7 @@ class MoondreamClient(Skills, ServerQuestions):
         self._caller.check_open()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     async def aclose(self, grace: float | None = None) -> None:

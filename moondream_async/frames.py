@@ -79,7 +79,7 @@ class Source:
         self._raise_failure()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         self._closing.set()
         self._taken.release()
         self._frame = None
@@ -290,7 +290,7 @@ class MJPEGSource:
         self._began = time.monotonic()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
     def __aiter__(self) -> Self:

@@ -573,11 +573,6 @@ WAYS = (
         "drop-in-another-thread": Way(drop_in_another_thread, where=OPEN[:3]),
         "another-task-is-cancelled": Way(cancelled(another_task), where=IN_A_READ[:2], **CANCELLED),
         "wait_for": Way(cancelled(wait_for), [*KINDS], IN_A_READ[:1], **CANCELLED),
-        "close-the-client-in-an-attempt": Way(
-            under_its_reader(close_the_client),
-            where=IN_A_READ[2:],
-            **{**INTERRUPTED, "outcome": "abandoned"},
-        ),
         "server-resets": Way(
             read_on, [*KINDS], IN_A_READ[:2], breaks=breaking(reset), **INTERRUPTED
         ),
@@ -613,7 +608,7 @@ WAYS = (
         f"{close.__name__}-under-its-reader": Way(
             under_its_reader(close),
             ITERATORS if close is aclose_what_is_read else [*KINDS],
-            IN_A_READ[:2] if close is close_the_client else IN_A_READ,
+            IN_A_READ,
             None if close is supersede else md.ClientClosedError,
             "closed",
         )

@@ -151,7 +151,7 @@ class Elsewhere:
         self.thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *exc_info):
         self.stop()
 
     def begin(self, coroutine):

@@ -31,7 +31,7 @@ class ForwardProxy:
         self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
-    async def __aexit__(self, *_):
+    async def __aexit__(self, *exc_info):
         self._server.close()
         await self._server.wait_closed()
 

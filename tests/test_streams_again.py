@@ -102,16 +102,26 @@ async def test_what_was_lost_before_is_no_cause_of_what_is_lost_later():
     assert caught.value.__cause__ is None
 
 
-async def test_a_try_that_fails_raises_what_it_raised():
-    refused = md.BadRequestError("no", status=400)
-    stream = opened(Source(END), reopen=Reopening(refused))
+@pytest.mark.parametrize(
+    "error",
+    [
+        md.BadRequestError("no", status=400, code="odd"),
+        md.APITimeoutError("late", phase="pool"),
+        md.ClientClosedError("closed"),
+    ],
+    ids=["refused", "timeout", "client closed"],
+)
+async def test_a_try_that_fails_raises_what_it_raised_and_so_does_reading_on(error):
+    stream = opened(Source(lost), reopen=Reopening(error))
 
-    with pytest.raises(md.BadRequestError) as caught:
+    with pytest.raises(type(error)) as caught:
         await stream.text()
-
-    assert caught.value is refused
-    with pytest.raises(md.MoondreamError):
-        await stream.text()
+    assert caught.value is error
+    for reading in (anext(stream), stream.text(), stream.result(), anext(stream.events)):
+        with pytest.raises(type(error)) as caught:
+            await reading
+        assert caught.value.__reduce__() == error.__reduce__()
+        assert caught.value.__cause__ is None
 
 
 async def test_another_try_that_is_answered_in_one_piece_is_read():

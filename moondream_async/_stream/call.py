@@ -44,7 +44,7 @@ class StreamCall(Coroutine[Any, Any, AnyStream]):
         self._stream = await self._call
         return self._stream
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self._stream.aclose()
 
     # -- operations of a stream, which a call refuses --------------------------------

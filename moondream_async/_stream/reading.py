@@ -12,9 +12,11 @@ reads it (`owner`), and is closed when that task is cancelled.
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
 from collections.abc import Coroutine, Iterator
+from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -370,6 +372,9 @@ class Reading:
                 self._reopen = None
                 if error is lost:  # no attempt is left
                     return NOTHING
+                # Kept without its traceback, for a caller who reads on.
+                self._decoder.failure = partial(_again, copy.copy(error))
+                self._cause = None
                 raise
             finally:
                 self._reopening = None
@@ -396,3 +401,8 @@ class Reading:
             phase=phase,
             partial=self._text(),
         )
+
+
+def _again(error: MoondreamError, **_: Any) -> MoondreamError:
+    """Return the error that has ended the last attempt, for another reader."""
+    return copy.copy(error)

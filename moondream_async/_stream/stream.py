@@ -245,7 +245,7 @@ class Stream(Reading, Generic[ItemT_co]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     if not TYPE_CHECKING:  # type checkers say by themselves that there are none

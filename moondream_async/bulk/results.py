@@ -33,7 +33,7 @@ class Results(Generic[_T]):
         self._entered = True
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     def __aiter__(self) -> Self:

@@ -93,7 +93,7 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def has(self, found: Found, asked: Mapping[str, Any] | None = None) -> bool:

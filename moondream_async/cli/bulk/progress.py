@@ -57,7 +57,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._refresh()
             self._bar.stop()
