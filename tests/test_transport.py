@@ -1,4 +1,7 @@
-"""Bytes on real sockets: flow control, cut connections, kept connections, redirects."""
+"""Bytes on real sockets: flow control, kept connections, redirects, TLS.
+
+How connections are cut is in the fault table, `test_faults.py`.
+"""
 
 import asyncio
 import contextlib
@@ -19,7 +22,6 @@ from canned import IMAGE, client_of, played, rounds
 from raw_server import (
     ANSWER,
     DONE,
-    EVENT_STREAM,
     EVENTS,
     STREAM,
     STREAM_HEAD,
@@ -33,19 +35,12 @@ from raw_server import (
     stall,
     whole,
 )
-from yarl import URL
 
 import moondream_async as md
 from moondream_async._transport import bodies, private
 from moondream_async._transport.faults import is_disconnect
 
 BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
-
-
-async def collect(stream, pieces):
-    """Read to the end, or to what is raised there."""
-    async for piece in stream:
-        pieces.append(piece)
 
 
 # -- flow control ---------------------------------------------------------------------
@@ -72,7 +67,7 @@ async def leveled_off(peer):
 
 
 async def test_reader_that_stops_stops_the_server():
-    async with RawServer(talk_without_end) as server, client_of(server) as client:
+    async with played(talk_without_end) as (server, client):
         stream = await client.caption(IMAGE, stream=True)
         assert await anext(stream) == PIECE
         (peer,) = server.peers
@@ -89,8 +84,28 @@ async def test_reader_that_stops_stops_the_server():
         await server.until_idle()
 
 
+async def test_slow_reader_gets_the_whole_answer():
+    pieces = [f"{number} " + PIECE for number in range(2000)]
+
+    async def play(peer):
+        await peer.request()
+        await peer.send(STREAM_HEAD)
+        for piece in pieces:
+            await peer.send(in_chunks(event(piece), end=False))
+        await peer.send(in_chunks(DONE))
+        await peer.until_gone()
+
+    async with played(play) as (server, client):
+        stream = await client.caption(IMAGE, stream=True)
+        got = [await anext(stream)]
+        await leveled_off(server.peers[0])
+        got += [piece async for piece in stream]
+        assert got == pieces
+        assert stream.completed
+
+
 async def test_memory_is_flat_however_much_the_server_has_to_say():
-    async with RawServer(talk_without_end) as server, client_of(server) as client:
+    async with played(talk_without_end) as (server, client):
         stream = await client.caption(IMAGE, stream=True)
         await anext(stream)
         await leveled_off(server.peers[0])
@@ -111,123 +126,7 @@ async def test_memory_is_flat_however_much_the_server_has_to_say():
         await stream.aclose()
 
 
-async def test_slow_reader_gets_the_whole_answer():
-    pieces = [f"{number} " + PIECE for number in range(2000)]
-
-    async def play(peer):
-        await peer.request()
-        await peer.send(STREAM_HEAD)
-        for piece in pieces:
-            await peer.send(in_chunks(event(piece), end=False))
-        await peer.send(in_chunks(DONE))
-        await peer.until_gone()
-
-    async with RawServer(play) as server, client_of(server) as client:
-        stream = await client.caption(IMAGE, stream=True)
-        got = []
-        async for piece in stream:
-            got.append(piece)
-            if len(got) % 500 == 1:
-                await leveled_off(server.peers[0])
-        assert got == pieces
-        assert stream.completed
-
-
-# -- cuts -----------------------------------------------------------------------------
-
-HALF = event("never seen")[:15]
-LENGTH = len(b"".join(EVENTS))
-TOO_LONG = head(EVENT_STREAM, f"Content-Length: {LENGTH + 40}")
-TOO_SHORT = head(EVENT_STREAM, f"Content-Length: {LENGTH}")
-INSIDE = head(EVENT_STREAM, f"Content-Length: {LENGTH + len(HALF)}")
-
 # The head, what follows piece by piece, and whether the connection is reset.
-CUTS = {
-    "closed": (STREAM_HEAD, [in_chunks(each, end=False) for each in EVENTS], False),
-    "reset": (STREAM_HEAD, [in_chunks(each, end=False) for each in EVENTS], True),
-    "clean": (STREAM_HEAD, [*[in_chunks(each, end=False) for each in EVENTS], in_chunks()], False),
-    "no-length-closed": (head(EVENT_STREAM), EVENTS, False),
-    "no-length-reset": (head(EVENT_STREAM), EVENTS, True),
-    "http-1.0": (head(EVENT_STREAM, version="HTTP/1.0"), EVENTS, False),
-    "length-too-long": (TOO_LONG, EVENTS, False),
-    "length-too-long-reset": (TOO_LONG, EVENTS, True),
-    "length-too-short": (TOO_SHORT, EVENTS, False),
-    "length-inside-an-event": (INSIDE, [*EVENTS, HALF], False),
-    "inside-an-event": (STREAM_HEAD, [in_chunks(*EVENTS, HALF, end=False)], False),
-    "inside-an-event-reset": (STREAM_HEAD, [in_chunks(*EVENTS, HALF, end=False)], True),
-    "inside-an-event-clean": (STREAM_HEAD, [in_chunks(*EVENTS, HALF)], False),
-    "inside-a-chunk": (STREAM_HEAD, [in_chunks(*EVENTS, end=False), b"100\r\n" + HALF], False),
-    "inside-a-chunk-reset": (STREAM_HEAD, [in_chunks(*EVENTS, end=False), b"100\r\n" + HALF], True),
-    "inside-a-chunk-size": (STREAM_HEAD, [in_chunks(*EVENTS, end=False), b"10"], False),
-    "after-a-chunk": (STREAM_HEAD, [in_chunks(*EVENTS, end=False)[:-2]], False),
-}
-
-
-def play_cut(cut, *, in_one_packet):
-    start, pieces, reset = CUTS[cut]
-
-    async def play(peer):
-        await peer.request()
-        if in_one_packet:
-            await peer.send(b"".join([start, *pieces]))
-        else:
-            for piece in (start, *pieces):
-                await peer.send(piece)
-                await rounds(10)
-        if reset:
-            peer.reset()
-
-    return play
-
-
-@pytest.mark.parametrize("reader", ["quick", "slow"])
-@pytest.mark.parametrize("in_one_packet", [False, True], ids=["packets", "packet"])
-@pytest.mark.parametrize("cut", CUTS)
-async def test_stream_cut_before_completed_raises_with_the_text_so_far(cut, in_one_packet, reader):
-    async with played(play_cut(cut, in_one_packet=in_one_packet)) as (server, client):
-        stream = await client.caption(IMAGE, stream=True)
-        pieces = [await anext(stream)]
-        if reader == "slow":
-            await server.until_idle()
-            await rounds()
-        with pytest.raises(md.StreamInterruptedError) as caught:
-            await collect(stream, pieces)
-        assert caught.value.partial == stream.text_so_far == "".join(pieces) == TEXT
-        assert not stream.completed
-        with pytest.raises(md.StreamInterruptedError):
-            await anext(stream)
-
-
-ENDS = {
-    "closed": (in_chunks(*EVENTS, DONE, end=False), False),
-    "reset": (in_chunks(*EVENTS, DONE, end=False), True),
-    "inside-a-chunk": (in_chunks(*EVENTS, DONE, end=False) + b"ff\r\nmore", False),
-    "noise": (in_chunks(*EVENTS, DONE, b"noise" * 100_000, end=False), False),
-}
-
-
-@pytest.mark.parametrize("reader", ["quick", "slow"])
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.slow
-async def test_answer_that_is_complete_is_not_lost_with_its_connection(end, reader):
-    async def play(peer):
-        body, reset = ENDS[end]
-        await peer.request()
-        await peer.send(STREAM_HEAD + body)
-        if reset:
-            peer.reset()
-
-    async with RawServer(play) as server, client_of(server) as client:
-        for _ in range(5):
-            stream = await client.caption(IMAGE, stream=True)
-            await anext(stream)
-            if reader == "slow":
-                await server.until_idle()
-                await rounds()
-            assert await stream.text() == TEXT
-            assert stream.completed
-        again = await client.caption(IMAGE, stream=True)
-        assert await again.text() == TEXT
 
 
 # -- kept connections -----------------------------------------------------------------
@@ -249,8 +148,8 @@ def answer_once(*, reset):
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 @pytest.mark.slow
 async def test_request_that_meets_a_connection_just_closed_goes_again_uncounted(reset, image):
-    calls = 60 if image is IMAGE else 12
-    async with RawServer(answer_once(reset=reset)) as server, client_of(server) as client:
+    calls = 30 if image is IMAGE else 6
+    async with played(answer_once(reset=reset)) as (server, client):
         for number in range(calls):
             if number % 2:
                 assert await (await client.caption(image, stream=True)).text() == TEXT
@@ -305,31 +204,6 @@ async def test_large_bytes_are_decoded_in_parts_between_which_other_tasks_run(mo
     assert turns == set(range(2, 14, 2))  # every 5 ms, at 3 ms for each look at the clock
 
 
-@pytest.mark.parametrize("size", [9, 10, 11])
-async def test_whole_body_has_no_more_than_its_limit(size):
-    sent = [b"", bytes(size)]
-
-    async def readany():
-        return sent.pop()
-
-    content = SimpleNamespace(readany=readany, at_eof=lambda: not sent, exception=lambda: None)
-    response = SimpleNamespace(
-        status=200,
-        headers={},
-        url=URL("http://a"),
-        connection=None,
-        content=content,
-        close=lambda: None,
-    )
-    pool = SimpleNamespace(loop=asyncio.get_running_loop(), bodies=set(), discard=lambda _: None)
-    body = bodies.Body(pool, response, lambda _: None)
-    if size <= 10:
-        assert await body.whole(len, limit=10) == size
-    else:
-        with pytest.raises(md.APIConnectionError, match="over the limit of 10 bytes"):
-            await body.whole(len, limit=10)
-
-
 def connection(number, *, closing=False):
     sock = None if number is None else SimpleNamespace(fileno=lambda: number)
     transport = SimpleNamespace(is_closing=lambda: closing, get_extra_info=lambda _: sock)
@@ -345,14 +219,6 @@ def test_connection_without_an_open_socket_is_used_no_more_and_needs_no_end():
     private.close_transport(gone, SimpleNamespace(is_closed=lambda: False))
 
 
-async def test_connection_on_which_something_came_unasked_is_closed_at_once():
-    protocol, closed = private.Protocol(asyncio.get_running_loop()), []
-    protocol.transport = SimpleNamespace(close=lambda: closed.append(True))
-    protocol._answer = SimpleNamespace(is_eof=lambda: True)
-    protocol.data_received(b"HTTP/1.1 200 OK")
-    assert (closed, protocol.should_close) == ([True], True)
-
-
 @pytest.mark.parametrize("said", ["", "408"])
 async def test_request_goes_again_once_however_many_closed_connections_were_kept(said):
     seen = 0
@@ -364,7 +230,7 @@ async def test_request_goes_again_once_however_many_closed_connections_were_kept
         seen += 1
         await peer.send(STRAYS["408"] if said else b"")
 
-    async with RawServer(play) as server, client_of(server) as client:
+    async with played(play) as (server, client):
         await asyncio.gather(*[client.caption(IMAGE) for _ in range(50)])
         kept = len(server.peers)
         assert kept > 10
@@ -384,37 +250,58 @@ STRAYS = {
 }
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def any_loop(request):
-    if request.param == "uvloop":
-        return pytest.importorskip("uvloop").new_event_loop
-    return asyncio.new_event_loop
+# The stray, when it comes, and in which event loop. Only a 408 can come together with the next
+# request and be no answer to it.
+CELLS = [
+    *((stray, when, "asyncio") for stray in STRAYS for when in ("at-once", "while-idle")),
+    ("408", "with-the-next", "asyncio"),
+    ("an-answer", "while-idle", "uvloop"),
+    ("half-a-head", "at-once", "uvloop"),
+    ("408", "with-the-next", "uvloop"),
+]
+LOOPS = {name: ("asyncio", {"use_uvloop": name == "uvloop"}) for name in ("asyncio", "uvloop")}
+in_each_loop = pytest.mark.parametrize("anyio_backend", LOOPS.values(), ids=LOOPS)
 
 
-@pytest.mark.parametrize("when", ["at-once", "while-idle", "with-the-next"])
-@pytest.mark.parametrize("stray", STRAYS)
-def test_no_call_gets_what_it_did_not_ask_for(any_loop, stray, when):
+@pytest.mark.parametrize(
+    ("stray", "when", "anyio_backend"),
+    [(stray, when, LOOPS[loop]) for stray, when, loop in CELLS],
+    ids=map("-".join, CELLS),
+)
+async def test_no_call_gets_what_it_did_not_ask_for(stray, when):
     async def play(peer):
         await answer(peer)
-        if when == "with-the-next":  # then only a 408 is no answer to it
+        if when == "with-the-next":
             await peer.next_byte()
-        await peer.send(STRAYS["408" if when == "with-the-next" else stray])
+        await peer.send(STRAYS[stray])
         await peer.until_gone()
 
-    async def ask():
-        async with RawServer(play) as server, client_of(server) as client:
-            for number in range(6):
-                if number % 2:
-                    assert await (await client.caption(IMAGE, stream=True)).text() == TEXT
-                else:
-                    assert (await client.caption(IMAGE)).caption == TEXT
-                if when == "while-idle":
-                    await rounds()
-            await client.aclose()
-            await server.until_idle()
+    async with played(play) as (server, client):
+        for _ in range(3):
+            assert (await client.caption(IMAGE)).caption == TEXT
+            if when == "while-idle":
+                await rounds()
+            assert await (await client.caption(IMAGE, stream=True)).text() == TEXT
+            if when == "while-idle":
+                await rounds()
+        await client.aclose()
+        await server.until_idle()
 
-    with asyncio.Runner(loop_factory=any_loop) as runner:
-        runner.run(ask())
+
+async def test_what_stands_behind_an_answer_takes_nothing_from_it():
+    noises = [b"\0", b"noise\r\n\r\n", WRONG, b"0\r\n\r\n"] * 2
+
+    async def play(peer):
+        while True:
+            request = await peer.request()
+            said = STREAM if request.wants_stream else whole(ANSWER)
+            await peer.send(said + noises.pop())
+
+    async with played(play) as (_, client):
+        for _ in range(4):
+            assert (await client.caption(IMAGE)).caption == TEXT
+        for _ in range(4):
+            assert await (await client.caption(IMAGE, stream=True)).text() == TEXT
 
 
 def sockets_of_client(server):
@@ -432,66 +319,40 @@ def sockets_of_client(server):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system doesn't tell")
-def test_routers_are_shown_that_an_idle_connection_is_in_use(any_loop):
+@in_each_loop
+async def test_routers_are_shown_that_an_idle_connection_is_in_use():
     """A model may think for minutes; routers forget connections after five, or less."""
-
-    async def ask():
-        async with RawServer(answer_all) as server, client_of(server) as client:
-            await client.caption(IMAGE)
-            (number,) = sockets_of_client(server)
-            with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as sock:
-                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                first, again, probes = (
-                    sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"))
-                    for name in ("IDLE", "INTVL", "CNT")
-                )
-            assert first <= 120
-            assert again * probes <= 120
-
-    with asyncio.Runner(loop_factory=any_loop) as runner:
-        runner.run(ask())
-
-
-@pytest.mark.parametrize("noise", [b"\0", b"noise\r\n\r\n", WRONG, b"0\r\n\r\n"])
-async def test_what_stands_behind_an_answer_takes_nothing_from_it(noise):
-    async def play(peer):
-        while True:
-            request = await peer.request()
-            await peer.send((STREAM if request.wants_stream else whole(ANSWER)) + noise)
-
-    async with RawServer(play) as server, client_of(server) as client:
-        for _ in range(3):
-            assert (await client.caption(IMAGE)).caption == TEXT
-            assert await (await client.caption(IMAGE, stream=True)).text() == TEXT
-
-
-async def test_answer_with_a_long_header_is_an_answer():
-    async def play(peer):
-        await peer.request()
-        await peer.send(whole(ANSWER, "Content-Security-Policy: " + "x" * 30_000))
-
-    async with RawServer(play) as server, client_of(server) as client:
-        assert (await client.caption(IMAGE)).caption == TEXT
+    async with played(answer_all) as (server, client):
+        await client.caption(IMAGE)
+        (number,) = sockets_of_client(server)
+        with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as sock:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            first, again, probes = (
+                sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"))
+                for name in ("IDLE", "INTVL", "CNT")
+            )
+        assert first <= 120
+        assert again * probes <= 120
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 async def test_large_answer_is_not_decoded_while_the_loop_waits(stream):
     async def play(peer):
         await peer.request()
-        await peer.send(whole({"caption": "x" * 1_000_000}))
+        await peer.send(whole({"caption": "x" * 2_100_000}))
 
     def note(_frame, kind, function):
         if kind == "c_call" and "decode" in repr(function) and "json" in repr(function).lower():
             decoded.append(function)
 
     decoded = []
-    async with RawServer(play) as server, client_of(server) as client:
+    async with played(play) as (_, client):
         sys.setprofile(note)  # of this thread alone
         try:
             answer = await client.caption(IMAGE, stream=stream)
         finally:
             sys.setprofile(None)
-        assert len(await answer.text() if stream else answer.caption) == 1_000_000
+        assert len(await answer.text() if stream else answer.caption) == 2_100_000
     assert decoded == []
 
 
@@ -502,34 +363,20 @@ async def test_answer_in_a_coding_that_nobody_asked_for_is_said_once(coding):
             await peer.request()
             await peer.send(whole(b"\x8b\x08", f"Content-Encoding: {coding}"))
 
-    async with RawServer(play) as server, client_of(server, max_retries=3) as client:
+    async with played(play, max_retries=3) as (server, client):
         with pytest.raises(md.MoondreamError) as caught:
             await client.caption(IMAGE)
         assert isinstance(caught.value, md.ServerError) or coding in str(caught.value)
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("part", [b"", b'{"error": "it br'], ids=["nothing", "half"])
-async def test_error_whose_body_hangs_keeps_its_status(part):
-    async def play(peer):
-        await peer.request()
-        await peer.send(head("Content-Length: 100", status="500 Broken") + part)
-        await peer.until_gone()
-
-    async with played(play, timeout=md.Timeout(first_event=0.2)) as (server, client):
-        with pytest.raises(md.ServerError) as caught:
-            await client.caption(IMAGE)
-        assert caught.value.status == 500
-        await server.until_idle()
-
-
 async def test_connection_that_the_server_closed_while_idle_is_replaced():
-    async with RawServer(answer) as server, client_of(server) as client:
-        for _ in range(50):
+    async with played(answer) as (server, client):
+        for _ in range(10):
             await client.caption(IMAGE)
             await server.until_idle()
             await rounds(10)
-        assert len(server.peers) == 50
+        assert len(server.peers) == 10
 
 
 async def test_localhost_is_found_without_a_network(monkeypatch):
@@ -543,14 +390,6 @@ async def test_localhost_is_found_without_a_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", without_a_network)
     async with RawServer(answer_all, name="localhost") as server, client_of(server) as client:
         assert (await client.caption(IMAGE)).caption == TEXT
-
-
-async def test_big_picture_arrives_whole():
-    async with RawServer(answer_all) as server, client_of(server) as client:
-        await client.caption(BIG_IMAGE)
-        (request,) = server.requests
-        assert int(request.headers["content-length"]) == len(request.body)
-        assert len(request.json["image_url"]) == len("data:image/jpeg;base64,") + 4_000_004
 
 
 # -- redirects ------------------------------------------------------------------------
@@ -573,8 +412,10 @@ def redirect(status, location, *, times=1):
     return play
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-@pytest.mark.parametrize("location", ["/v2/caption", "v2/caption?x=1", "{origin}/v2"])
+@pytest.mark.parametrize(
+    ("status", "location"),
+    [(301, "/v2/caption"), (302, "v2/caption?x=1"), (307, "{origin}/v2"), (308, "/v2")],
+)
 async def test_redirect_within_the_origin_is_followed_with_method_and_body(status, location):
     async with RawServer(None) as server, client_of(server) as client:
         server._play = redirect(status, location.format(origin=server.origin))
@@ -615,109 +456,87 @@ async def test_redirect_that_cannot_be_followed_is_an_error(status, location, me
 
 
 @pytest.fixture(scope="module")
-def authority():
-    return trustme.CA()
+def contexts():
+    """Of a server, and of a client that trusts it."""
+    authority = trustme.CA()
+    served, trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(served)
+    authority.configure_trust(trusted)
+    return served, trusted
 
 
 @pytest.fixture
-def server_context(authority):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    return context
+def over_tls(contexts):
+    @contextlib.asynccontextmanager
+    async def over_tls(play, **options):
+        served, trusted = contexts
+        async with (
+            RawServer(play, ssl_context=served) as server,
+            client_of(server, ssl_context=trusted, **options) as client,
+        ):
+            yield server, client
+
+    return over_tls
 
 
-@pytest.fixture
-def client_context(authority):
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return context
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("size", [1_000, 100_000, 3_000_000])
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    ("scheme", "size", "stream"),
+    [
+        ("http", 1_000, False),
+        ("http", 3_000_000, False),
+        ("http", 100_000, True),
+        ("https", 1_000, True),
+        ("https", 100_000, False),
+        ("https", 3_000_000, True),
+    ],
+)
 async def test_calls_with_pictures_of_any_size_go_over_one_connection(
-    server_context, client_context, scheme, size, stream
+    over_tls, scheme, size, stream
 ):
     """The answer to a large picture may be there before its last bytes are known to have gone."""
     image = md.EncodedImage(b"\xff\xd8" + bytes(size), "image/jpeg", 8, 8)
-    served, trusted = (server_context, client_context) if scheme == "https" else (None, None)
-    async with (
-        RawServer(answer_all, ssl_context=served) as server,
-        client_of(server, ssl_context=trusted) as client,
-    ):
-        for _ in range(10):
+    async with (over_tls if scheme == "https" else played)(answer_all) as (server, client):
+        for _ in range(4):
             answer = await client.caption(image, stream=stream)
             assert (await answer.text() if stream else answer.caption) == TEXT
         assert len(server.peers) == 1
+        request = server.requests[-1]
+        assert int(request.headers["content-length"]) == len(request.body)
+        assert request.json["image_url"] == image.image_url
 
 
-async def test_cancelled_stream_over_tls_is_closed_at_once(server_context, client_context):
-    async with (
-        RawServer(stall, ssl_context=server_context) as server,
-        client_of(server, ssl_context=client_context) as client,
-    ):
+@pytest.mark.parametrize("by", ["cancelling its reader", "closing the client in another loop"])
+async def test_stream_over_tls_that_is_ended_is_closed_at_once(over_tls, by):
+    async with over_tls(stall) as (server, client):
         stream = await client.caption(IMAGE, stream=True)
         await anext(stream)
-        reader = asyncio.ensure_future(stream.text())
-        await rounds()
-        reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reader
-        await stream.aclose()
-        await server.until_idle()
-
-
-async def test_client_closed_from_another_loop_ends_a_stream_over_tls(
-    server_context, client_context
-):
-    async with RawServer(stall, ssl_context=server_context) as server:
-        client = client_of(server, ssl_context=client_context)
-        stream = await client.caption(IMAGE, stream=True)
-        await anext(stream)
-        await asyncio.to_thread(asyncio.run, client.aclose())
+        if by == "cancelling its reader":
+            reader = asyncio.ensure_future(stream.text())
+            await rounds()
+            reader.cancel()
+            await asyncio.wait([reader])
+        else:
+            await asyncio.to_thread(asyncio.run, client.aclose())
         await server.until_idle()
         with pytest.raises(md.ClientClosedError):
             await anext(stream)
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-async def test_stream_over_tls_that_is_cut_raises(server_context, client_context, reset):
+async def test_stream_over_tls_that_is_cut_raises(over_tls, reset):
     async def play(peer):
         await peer.request()
         await peer.send(STREAM_HEAD + in_chunks(*EVENTS, end=False))
         if reset:
             peer.reset()
 
-    async with (
-        RawServer(play, ssl_context=server_context) as server,
-        client_of(server, ssl_context=client_context) as client,
-    ):
-        for _ in range(5):
-            stream = await client.caption(IMAGE, stream=True)
-            with pytest.raises(md.StreamInterruptedError) as caught:
-                await stream.text()
-            assert caught.value.partial == TEXT
+    async with over_tls(play) as (_, client):
+        stream = await client.caption(IMAGE, stream=True)
+        with pytest.raises(md.StreamInterruptedError) as caught:
+            await stream.text()
+        assert caught.value.partial == TEXT
 
 
-async def test_ssl_context_serves_a_session_of_the_caller_too(server_context, client_context):
-    import aiohttp
-
-    async with (
-        RawServer(answer_all, ssl_context=server_context) as server,
-        aiohttp.ClientSession() as session,
-        client_of(server, session=session, ssl_context=client_context) as client,
-    ):
-        assert (await client.caption(IMAGE)).caption == TEXT
-
-
-async def test_answer_of_two_megabytes_is_read():
-    """As one is that holds a mask; what is over 64 is not."""
-    said = "A cat. " * 300_000
-
-    async def play(peer):
-        await peer.request()
-        await peer.send(whole({"caption": said}))
-
-    async with RawServer(play) as server, client_of(server) as client:
-        assert (await client.caption(IMAGE)).caption == said
+async def test_ssl_context_serves_a_session_of_the_caller_too(over_tls):
+    async with aiohttp.ClientSession() as session, over_tls(answer_all, session=session) as (_, it):
+        assert (await it.caption(IMAGE)).caption == TEXT
