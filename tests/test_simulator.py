@@ -93,16 +93,24 @@ STREAMED = {
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 async def test_events_of_a_stream_are_those_of_its_server(dialect):
-    answer = await ask("/query", STREAM, dialect)
+    async with Simulator(dialect) as simulator:
+        answer = await post(simulator, "/query", STREAM)
+        assert (simulator.endpoint == simulator.origin) == (dialect == "old")  # which has no /v1
     assert (answer.events, answer.whole) == (STREAMED[dialect], True)
+    assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["Cache-Control"] == "no-cache"
+    assert answer.headers["X-Accel-Buffering"] == "no"
     if dialect == "cloud":
         (request_id,) = {event["request_id"] for event in answer.events}
         moment = r"\d{4}-\d\d-\d\d-\d\d:\d\d:\d\d"
         assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_query_{moment}-[0-9a-f]{{6}}", request_id)
         assert "\N{MULTIPLICATION SIGN}".encode() in answer.data, "not escaped, but UTF-8"
+    if dialect == "old":
+        assert answer.headers["Connection"] == "close"
+        assert not {"Transfer-Encoding", "Content-Length"} & answer.headers.keys()
 
 
-@pytest.mark.parametrize("rounds", range(6))
+@pytest.mark.parametrize("rounds", range(0, 6, 2))
 async def test_connection_that_comes_at_the_end_is_closed(rounds):
     """Where it is not, a warning that is an error says so."""
     async with Simulator() as simulator:
@@ -116,54 +124,31 @@ async def test_connection_that_comes_at_the_end_is_closed(rounds):
     gc.collect()
 
 
-async def test_old_server_has_no_v1_and_ends_a_stream_with_its_connection():
-    async with Simulator("old") as simulator:
-        assert simulator.endpoint == simulator.origin
-        answer = await post(simulator, "/query", STREAM)
-    assert answer.headers["Connection"] == "close"
-    assert not {"Transfer-Encoding", "Content-Length"} & answer.headers.keys()
-
-
 async def test_blank_lines_between_events_can_be_left_out():
     lines = (await ask("/query", STREAM, blank_lines=False)).data.splitlines()
     assert len(lines) == 6
     assert all(json.loads(line.removeprefix(b"data: ")) for line in lines)
 
 
+MEASURED = {"answer", "request_id", "finish_reason", "metrics"}
+KEYS = {"cloud": MEASURED, "kestrel": MEASURED, "station": {"answer", "_stats"}, "old": {"answer"}}
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize(("path", "key"), [("/caption", "caption"), ("/query", "answer")])
-async def test_streamed_and_plain_answers_are_the_same(dialect, path, key):
+async def test_plain_answer_is_the_streamed_one_with_the_keys_of_its_server(dialect):
     async with Simulator(dialect) as simulator:
-        streamed = (await stream(simulator, path, QUERY)).text
-        assert [(await post(simulator, path, QUERY)).json[key] for _ in "12"] == [streamed] * 2
-
-
-@pytest.mark.parametrize(
-    ("dialect", "keys"),
-    [
-        ("cloud", {"answer", "request_id", "finish_reason", "metrics"}),
-        ("kestrel", {"answer", "request_id", "finish_reason", "metrics"}),
-        ("station", {"answer", "_stats"}),
-        ("old", {"answer"}),
-    ],
-)
-async def test_plain_answer_has_the_keys_of_its_server_and_is_cut_by_max_tokens(dialect, keys):
-    async with Simulator(dialect) as simulator:
+        caption = (await stream(simulator, "/caption", QUERY)).text
+        assert (await post(simulator, "/caption", QUERY)).json["caption"] == caption
+        answer = (await stream(simulator, "/query", QUERY)).text
+        whole, again = [(await post(simulator, "/query", QUERY)).json for _ in "12"]
         cut = await post(simulator, "/query", STREAM | {"stream": False})
-        whole = (await post(simulator, "/query", QUERY)).json
-    assert (cut.status, {*cut.json}) == (200, keys)
+    assert whole["answer"] == again["answer"] == answer
+    assert (cut.status, {*cut.json}) == (200, KEYS[dialect])
     assert cut.headers["Content-Type"] == "application/json"
-    assert cut.json["answer"] == "".join(WORDS) < whole["answer"]
-    if "finish_reason" in keys:
+    assert cut.json["answer"] == "".join(WORDS) < answer
+    if KEYS[dialect] is MEASURED:
         assert (cut.json["finish_reason"], whole["finish_reason"]) == ("length", "stop")
         assert cut.json["metrics"]["output_tokens"] == 5
-
-
-async def test_headers_of_a_stream_keep_proxies_from_holding_it_up():
-    headers = (await ask("/query", STREAM)).headers
-    assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
-    assert headers["Cache-Control"] == "no-cache"
-    assert headers["X-Accel-Buffering"] == "no"
 
 
 async def test_reasoning_is_grounded_in_places_of_the_picture(simulator):
@@ -184,24 +169,29 @@ async def test_kestrel_refuses_reasoning_in_a_stream():
     assert answer.json == {"error": "Streaming is not supported when reasoning is enabled"}
 
 
-@pytest.mark.parametrize("path", ["/health", "/healthz"])
 @pytest.mark.parametrize(
-    ("dialect", "more"),
-    [("cloud", {}), ("kestrel", {}), ("station", {"server": "moondream-station"})],
+    ("dialect", "more", "model"),
+    [
+        ("cloud", {}, {"id": "moondream3-preview"}),
+        ("kestrel", {}, None),
+        (
+            "station",
+            {"server": "moondream-station"},
+            dict.fromkeys(("description", "version"), ANY),
+        ),
+    ],
 )
-async def test_health(dialect, more, path):
+async def test_health_and_models_have_the_shape_of_their_server(dialect, more, model):
     async with Simulator(dialect) as simulator:
-        answer = await get(simulator, simulator.origin + path)
-    assert answer.json == {"status": "ok", **more}
-
-
-async def test_models_have_the_shape_of_their_server(simulator):
-    listed = (await get(simulator, "/models")).json
-    async with Simulator("station") as station:
-        stationed, *_ = (await get(station, "/models")).json["models"]
-    assert listed["object"] == "list"
-    assert "moondream3-preview" in [model["id"] for model in listed["data"]]
-    assert stationed.keys() == {"id", "name", "description", "version"}
+        for path in ("/health", "/healthz"):
+            health = await get(simulator, simulator.origin + path)
+            assert health.json == {"status": "ok", **more}
+        if model:
+            models = (await get(simulator, "/models")).json
+            assert any(
+                model.items() <= each.items() for each in models.get("data") or models["models"]
+            )
+            assert models.get("object") == ("list" if dialect == "cloud" else None)
 
 
 # Answers come from pixels
@@ -210,29 +200,36 @@ RED_LEFT = draw(("red", (20, 80, 100, 160)))
 TWO_BLUE = draw(("blue", (20, 20, 80, 80)), ("blue", (200, 120, 300, 220)), ground="black")
 
 
-@pytest.mark.parametrize(
-    ("image", "question", "answer"),
-    [
-        (RED_LEFT, "What colours are there?", r"white \(\d\d%\) and red \(\d%\)"),
-        (RED_LEFT, "Where is the red thing?", r"A red area lies at the left"),
-        (RED_LEFT, "Where is the blue thing?", r"No, I measure no blue area"),
-        (RED_LEFT, "Is there a red ball?", r"Yes\. A red area"),
-        (RED_LEFT, "Is it white?", r"Yes, white covers most"),
-        (RED_LEFT, "How many red balls?", r"There is 1 red area"),
-        (RED_LEFT, "How large is it?", "320\N{MULTIPLICATION SIGN}240 PNG"),
-        (RED_LEFT, "Where is the darkest part?", r"at the (bottom )?left"),
-        (RED_LEFT, "How bright is it?", r"bright: its mean brightness is 0\.9"),
-        (TWO_BLUE, "How many blue squares?", r"There are 2 blue areas"),
-        (TWO_BLUE, "How many things?", r"There are 2 coloured areas"),
-        (TWO_BLUE, "How bright is it?", r"dark: its mean brightness is 0\.0"),
-        (TWO_BLUE, "Where is the brightest part?", r"at the \w+"),
-        (TWO_BLUE, "What color is the background?", r"black \(\d\d%\) and blue"),
-        (TWO_BLUE, "Who painted this?", r"mostly black, with blue.*no model has looked"),
-    ],
-)
-async def test_answers_are_measured_in_the_picture(image, question, answer):
-    body = {"image_url": image, "question": question}
-    assert re.search(answer, (await ask("/query", body)).json["answer"])
+ANSWERS = {
+    RED_LEFT: {
+        "What colours are there?": r"white \(\d\d%\) and red \(\d%\)",
+        "Where is the red thing?": r"A red area lies at the left",
+        "Where is the blue thing?": r"No, I measure no blue area",
+        "Is there a red ball?": r"Yes\. A red area",
+        "Is it white?": r"Yes, white covers most",
+        "How many red balls?": r"There is 1 red area",
+        "How large is it?": "320\N{MULTIPLICATION SIGN}240 PNG",
+        "Where is the darkest part?": r"at the (bottom )?left",
+        "How bright is it?": r"bright: its mean brightness is 0\.9",
+    },
+    TWO_BLUE: {
+        "How many blue squares?": r"There are 2 blue areas",
+        "How many things?": r"There are 2 coloured areas",
+        "How bright is it?": r"dark: its mean brightness is 0\.0",
+        "Where is the brightest part?": r"at the \w+",
+        "What color is the background?": r"black \(\d\d%\) and blue",
+        "Who painted this?": r"mostly black, with blue.*no model has looked",
+    },
+    None: {"Why?": "^No picture came with this question"},
+}
+
+
+@pytest.mark.parametrize("image", ANSWERS, ids=["red at the left", "two blue", "no picture"])
+async def test_answers_are_measured_in_the_picture(simulator, image):
+    for question, expected in ANSWERS[image].items():
+        body = {"question": question} | ({"image_url": image} if image else {})
+        answer = (await post(simulator, "/query", body)).json["answer"]
+        assert re.search(expected, answer), question
 
 
 async def test_spatial_refs_are_looked_at():
@@ -264,12 +261,6 @@ async def test_any_format_and_size_is_measured(kind, size):
     answer = await ask("/caption", {"image_url": image, "length": "short"})
     size_and_kind = f"{size[0]}\N{MULTIPLICATION SIGN}{size[1]} {kind}"
     assert answer.json["caption"] == f"A dark {size_and_kind} picture, blue all over."
-
-
-@pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
-async def test_question_without_a_picture_is_answered(dialect):
-    answer = (await ask("/query", {"question": "Why?"}, dialect)).json["answer"]
-    assert answer.startswith("No picture came with this question")
 
 
 # Objects
@@ -402,58 +393,67 @@ async def test_chat_sends_usage_in_a_stream_only_when_asked():
     assert not any("usage" in event for event in events)
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "message"),
-    [
-        ({}, 400, "Field 'messages' is required"),
-        ({"messages": []}, 400, "Field 'messages' is invalid"),
-        ({"messages": [{"role": "user"}]}, 400, "Field 'messages[0].content' is required"),
-        ({"messages": [say("x", "tool")]}, 400, "Field 'messages[0].role' is invalid"),
-        ({"messages": [say("x"), say("y", "system")]}, 400, "must come first"),
-        ({"messages": [say("x", "system")] * 2}, 500, "Only one system message"),
-        ({"messages": [say("x", "assistant")]}, 400, "must be from the user"),
-        ({"messages": [say(" ")]}, 400, "must hold a text"),
-        ({"messages": [shown_by("assistant"), say("y")]}, 400, "user messages only"),
-        ({"messages": [show("x", "https://example.com/a.jpg")]}, 400, "remote URLs"),
-        ({"messages": [say("x")], "max_completion_tokens": 5000}, 400, "max_completion_tokens"),
-    ],
-)
-async def test_chat_keeps_to_the_rules_of_the_engine(body, status, message):
-    answer = await ask(CHAT, body)
-    assert answer.status == status
-    assert message in answer.message
-
-
-@pytest.mark.parametrize("dialect", ["kestrel", "old"])
-async def test_only_the_cloud_chats(dialect):
-    assert (await ask(CHAT, {}, dialect)).status == 404
-
-
 # Batches
 
 
-async def test_batch_part_over_the_limit_is_refused(simulator):
+@pytest.fixture
+async def upload(simulator):
+    """Speaks of an upload of one part: with a method, a query, and a body."""
+    made = (await post(simulator, "/batch?action=mpu-create")).json
+
+    async def ask(method, query, **body):
+        place = f"/batch/{made['fileId']}?uploadId={made['uploadId']}&{query}"
+        return await speak(simulator, method, place, **body)
+
+    ask.part = (await ask("PUT", "action=mpu-uploadpart&partNumber=1", data=b"{}")).json
+    return ask
+
+
+async def test_batch_part_over_the_limit_is_refused(simulator, upload):
     async def endless():
         while True:
             yield bytes(1024 * 1024)
 
-    created = (await post(simulator, "/batch?action=mpu-create")).json
-    part = f"action=mpu-uploadpart&uploadId={created['uploadId']}&partNumber=1"
-    answer = await speak(simulator, "PUT", f"/batch/{created['fileId']}?{part}", data=endless())
+    answer = await upload("PUT", "action=mpu-uploadpart&partNumber=1", data=endless())
     assert answer.status == simulator.requests[-1].status == 413
 
 
-async def test_numbers_that_python_does_not_read_are_refused(simulator):
-    created = (await post(simulator, "/batch?action=mpu-create")).json
+@pytest.mark.parametrize(
+    ("query", "part", "message"),
+    [
+        ("action=mpu-complete", {"partNumber": 2}, "Part 2 is missing"),
+        ("action=mpu-complete", {"etag": '"another"'}, "its etag differs"),
+        ("action=mpu-finish", {}, "action must be mpu-complete"),
+        ("action=mpu-complete&uploadId=upload-9", {}, None),
+    ],
+    ids=["part", "etag", "action", "right"],
+)
+async def test_only_parts_that_came_complete_a_batch(upload, query, part, message):
+    answer = await upload("POST", query, json={"parts": [upload.part | part]})
+    assert answer.status == (200 if message is None else 400)
+    assert message is None or message in answer.message
+
+
+async def test_results_are_only_for_who_has_their_signature_and_no_key(simulator, upload):
+    await upload("POST", "action=mpu-complete", json={"parts": [upload.part]})
+    place = f"/batch/{simulator.requests[-1].params['id']}"
+    while not (outputs := (await get(simulator, place)).json.get("outputs")):
+        pass
+    url = outputs[0]["url"]
+    key = {"X-Moondream-Auth": "a key"}
+    answers = [await get(simulator, url), await get(simulator, url[:-1])]
+    answers.append(await get(simulator, url, headers=key))
+    assert [answer.status for answer in answers] == [200, 403, 400]
+
+
+async def test_numbers_that_python_does_not_read_are_refused(simulator, upload):
     made = (await post(simulator, "/tuning/finetunes", {"name": "mine", "rank": 8})).json
     long = "9" * 5000
-    part = f"action=mpu-uploadpart&uploadId={created['uploadId']}&partNumber={long}"
+    checkpoint = f"/tuning/finetunes/{made['finetune_id']}/checkpoints/{long}"
     answers = [
-        await speak(simulator, "PUT", f"/batch/{created['fileId']}?{part}"),
-        await speak(simulator, "GET", f"/batch?limit={long}"),
-        await speak(
-            simulator, "DELETE", f"/tuning/finetunes/{made['finetune_id']}/checkpoints/{long}"
-        ),
+        await upload("PUT", f"action=mpu-uploadpart&partNumber={long}"),
+        await get(simulator, f"/batch?limit={long}"),
+        await speak(simulator, "DELETE", checkpoint),
     ]
     assert [answer.status for answer in answers] == [400, 400, 404]
 
@@ -500,13 +500,6 @@ async def test_query_rollouts_differ_unless_the_temperature_is_zero(temperature,
     assert len({rollout["output"]["answer"] for rollout in answer["rollouts"]}) == kinds
 
 
-@pytest.mark.parametrize(
-    ("request_body", "count"), [({"skill": "caption"}, 3), ({**QUERY, "skill": "query"}, 17)]
-)
-async def test_rollouts_of_another_skill_or_too_many_are_refused(request_body, count):
-    assert (await roll_out(request_body, count)).status == 400
-
-
 async def test_rollouts_of_a_question_earn_nothing_by_points():
     truth = {"points": [{"x": 0, "y": 0}]}
     answer = await roll_out({**QUERY, "skill": "query"}, 2, ground_truth=truth)
@@ -526,52 +519,66 @@ def refs(*place):
     return {"spatial_refs": [place]}
 
 
-@pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
-@pytest.mark.parametrize(
-    ("path", "body", "message", "param"),
-    [
-        ("/query", [], "Request body must be a JSON object", None),
-        ("/query", {"image_url": SAMPLE}, "Field 'question' is required", "question"),
-        ("/query", {"question": "  "}, "'question' must be a non-empty string", "question"),
-        ("/query", {"question": 1}, "Field 'question' must be a string", "question"),
-        ("/query", {**QUERY, "stream": "true"}, "Field 'stream' must be a boolean", "stream"),
-        ("/query", {**QUERY, "reasoning": 1}, "Field 'reasoning' must be a boolean", "reasoning"),
-        ("/caption", {}, "Field 'image_url' is required", "image_url"),
-        ("/caption", {**CAPTION, "length": "huge"}, "Field 'length' is invalid", "length"),
-        ("/caption", {"image_url": "%%%"}, "Invalid base64 image data", "image_url"),
-        ("/caption", {"image_url": "Zm9v"}, "Invalid image data", "image_url"),
-        ("/caption", {"image_url": CUT_SAMPLE}, "Invalid image data", "image_url"),
-        ("/caption", {"image_url": "data:text/plain;base64,Zm9v"}, "must begin with", "image_url"),
-        ("/caption", {"image_url": "https://example.com/a.jpg"}, "remote URLs", "image_url"),
-        ("/caption", settings(temperature=-1), "temperature' is invalid", "settings.temperature"),
-        ("/caption", settings(max_tokens=1.5), "must be an integer", "settings.max_tokens"),
-        ("/caption", {**CAPTION, "settings": 3}, "Field 'settings' must be an object", "settings"),
-        ("/query", {"question": "x", **refs(0, 0)}, "requires an image", "spatial_refs"),
-        ("/query", {**QUERY, **refs(0, 1, 1, 0)}, "Each of", "spatial_refs"),
-        ("/query", {**QUERY, **refs(0, 1, 1)}, "Each of", "spatial_refs"),
-        ("/query", {**QUERY, **refs(0, 2)}, "is invalid", "spatial_refs[0][1]"),
-        *(
-            (path, {**CAPTION, **blank}, "Field 'object'", "object")
-            for path in ("/detect", "/point", "/segment")
-            for blank in ({}, {"object": " "})
-        ),
+WRONG = {
+    "/query": [
+        ([], "Request body must be a JSON object", None),
+        ({"image_url": SAMPLE}, "Field 'question' is required", "question"),
+        ({"question": "  "}, "'question' must be a non-empty string", "question"),
+        ({"question": 1}, "Field 'question' must be a string", "question"),
+        ({**QUERY, "stream": "true"}, "Field 'stream' must be a boolean", "stream"),
+        ({**QUERY, "reasoning": 1}, "Field 'reasoning' must be a boolean", "reasoning"),
+        ({"question": "x", **refs(0, 0)}, "requires an image", "spatial_refs"),
+        ({**QUERY, **refs(0, 1, 1, 0)}, "Each of", "spatial_refs"),
+        ({**QUERY, **refs(0, 1, 1)}, "Each of", "spatial_refs"),
+        ({**QUERY, **refs(0, 2)}, "is invalid", "spatial_refs[0][1]"),
     ],
-)
-async def test_wrong_requests_are_refused_in_the_words_of_the_server(
-    dialect, path, body, message, *, param
-):
-    answer = await ask(path, body, dialect)
-    assert answer.status == 400
-    assert message in answer.message
-    if dialect == "cloud":
+    "/caption": [
+        ({}, "Field 'image_url' is required", "image_url"),
+        ({**CAPTION, "length": "huge"}, "Field 'length' is invalid", "length"),
+        ({"image_url": "%%%"}, "Invalid base64 image data", "image_url"),
+        ({"image_url": "Zm9v"}, "Invalid image data", "image_url"),
+        ({"image_url": CUT_SAMPLE}, "Invalid image data", "image_url"),
+        ({"image_url": "data:text/plain;base64,Zm9v"}, "must begin with", "image_url"),
+        ({"image_url": "https://example.com/a.jpg"}, "remote URLs", "image_url"),
+        (settings(temperature=-1), "temperature' is invalid", "settings.temperature"),
+        (settings(max_tokens=1.5), "must be an integer", "settings.max_tokens"),
+        ({**CAPTION, "settings": 3}, "Field 'settings' must be an object", "settings"),
+    ],
+    "/detect": [(CAPTION, "Field 'object'", "object")],
+    "/point": [(CAPTION | {"object": " "}, "Field 'object'", "object")],
+    "/segment": [(CAPTION, "Field 'object'", "object")],
+    CHAT: [
+        ({}, "Field 'messages' is required", "messages"),
+        ({"messages": []}, "Field 'messages' is invalid", "messages"),
+        ({"messages": [{"role": "user"}]}, "content' is required", "messages[0].content"),
+        ({"messages": [say("x", "tool")]}, "role' is invalid", "messages[0].role"),
+        ({"messages": [say("x"), say("y", "system")]}, "must come first", ANY),
+        ({"messages": [say("x", "assistant")]}, "must be from the user", ANY),
+        ({"messages": [say(" ")]}, "must hold a text", ANY),
+        ({"messages": [shown_by("assistant"), say("y")]}, "user messages only", ANY),
+        ({"messages": [show("x", "https://example.com/a.jpg")]}, "remote URLs", ANY),
+        ({"messages": [say("x")], "max_completion_tokens": 5000}, "max_completion_tokens", ANY),
+    ],
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+async def test_wrong_requests_are_refused_in_the_words_of_the_server(simulator, path):
+    for body, message, param in WRONG[path]:
+        answer = await post(simulator, path, body)
         error = answer.json["error"]
-        assert (error["param"], error["type"]) == (param, "invalid_request")
+        assert (answer.status, error["param"], error["type"]) == (400, param, "invalid_request")
+        assert message in error["message"]
 
 
-async def test_broken_json_is_refused(simulator):
-    answer = await speak(simulator, "POST", "/query", data=b"{")
-    assert answer.status == 400
-    assert "valid JSON" in answer.message
+async def test_what_the_engine_itself_refuses_has_its_status():
+    answer = await ask(CHAT, {"messages": [say("x", "system")] * 2})
+    assert (answer.status, answer.message) == (500, "Only one system message is allowed")
+    for request, count in (({"skill": "caption"}, 3), ({**QUERY, "skill": "query"}, 17)):
+        assert (await roll_out(request, count)).status == 400
+    async with Simulator("kestrel") as simulator:
+        answer = await speak(simulator, "POST", "/query", data=b"{")
+    assert (answer.status, answer.json) == (400, {"error": "Request body must be valid JSON"})
 
 
 @pytest.mark.parametrize("megabytes", [11, 20], ids=["picture", "body"])
@@ -645,6 +652,7 @@ async def test_old_server_wants_exactly_json():
         ("GET", "/models", {}, 200),
         ("GET", "/models", {"Authorization": "Bearer right"}, 200),
         ("GET", "/models", {"Authorization": "Bearer wrong"}, 401),
+        ("GET", "/models", {"User-Agent": "Python-urllib/3.12"}, 403),
     ],
 )
 async def test_key_is_checked_where_the_cloud_looks_for_it(method, path, headers, status):
@@ -652,17 +660,12 @@ async def test_key_is_checked_where_the_cloud_looks_for_it(method, path, headers
     async with Simulator(api_key="right") as simulator:
         answer = await speak(simulator, method, path, json=body, headers=headers)
     assert answer.status == status
-    if status == 401 and path == "/models":
+    if status == 403:
+        assert answer.data == b"error code: 1010", "the gateway's"
+    elif status == 401 and path == "/models":
         assert answer.json["error"] == "Invalid API key"
     elif status == 401:
         assert answer.json["error"]["type"] == "authentication_error"
-
-
-async def test_any_key_is_right_by_default_but_the_gateway_turns_urllib_away(simulator):
-    headers = {"X-Moondream-Auth": "anything"}
-    assert (await post(simulator, "/query", QUERY, headers=headers)).status == 200
-    answer = await get(simulator, "/models", headers={"User-Agent": "Python-urllib/3.12"})
-    assert (answer.status, answer.data) == (403, b"error code: 1010")
 
 
 # What is remembered
@@ -703,13 +706,23 @@ async def session():
 
 
 @pytest.mark.parametrize(
-    ("fault", "rate", "lines"), [("endless", 0, 20), ("endless", 500, 20), ("stall=1", 0, 1)]
+    ("fault", "rate", "lines", "events"),
+    [
+        ("endless", 0, 20, None),
+        ("endless", 500, 20, None),
+        ("stall=3", 0, 6, 3),
+        ("stall_inside=3", 0, 4, 2),
+        ("stall=2,heartbeats=0.01", 0, 24, 2),
+    ],
 )
-async def test_client_that_goes_away_ends_its_answer(session, fault, rate, lines):
+async def test_stream_that_does_not_end_is_ended_by_a_client_that_goes_away(
+    session, fault, rate, lines, *, events
+):
     async with Simulator(rate=rate, faults=[fault]) as simulator:
         response = await session.post(simulator.endpoint + "/query", json=STREAM)
-        for _ in range(lines):
-            await response.content.readline()
+        read = [await response.content.readline() for _ in range(lines)]
+        said = sum(line.startswith(b"data: ") for line in read)
+        assert said == (lines // 2 if events is None else events)
         (received,) = simulator.requests
         assert (await post(simulator, "/query", QUERY)).status == 200, "there is room for others"
         assert not received.ended.is_set()
@@ -717,7 +730,7 @@ async def test_client_that_goes_away_ends_its_answer(session, fault, rate, lines
         await received.ended.wait()
         assert received.disconnected
         assert received.ended_at is not None
-        assert received.events_sent >= lines // 2
+        assert received.events_sent >= said
 
 
 async def test_rate_sets_how_long_an_answer_takes_at_least():
@@ -804,38 +817,6 @@ async def test_fault_of_a_stream_is_what_it_says(fault, sent, whole):
     assert answer.whole == whole
 
 
-async def test_reset_is_a_tcp_reset():
-    async with Simulator(faults=["reset=2"]) as simulator:
-        _, _, address = simulator.origin.rpartition("/")
-        reader, writer = await asyncio.open_connection(*address.split(":"))
-        body = json.dumps(STREAM)
-        writer.write(
-            f"POST /v1/query HTTP/1.1\r\nHost: {address}\r\nUser-Agent: socket\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
-        with pytest.raises(ConnectionResetError):
-            await reader.read()
-        writer.close()
-        assert simulator.requests[0].events_sent == 2
-
-
-@pytest.mark.parametrize(
-    ("fault", "events"), [("stall=3", 3), ("stall_inside=3", 2), ("stall=2,heartbeats=0.01", 2)]
-)
-async def test_stalled_stream_stays_open_and_says_nothing_new(session, simulator, fault, events):
-    simulator.faults.append(fault)
-    response = await session.post(simulator.endpoint + "/query", json=STREAM)
-    (received,) = simulator.requests
-    lines = [await response.content.readline() for _ in range(2 * events)]
-    while "heartbeats" in fault and lines.count(b": ping\n") < 10:
-        lines.append(await response.content.readline())
-    assert sum(line.startswith(b"data: ") for line in lines) <= events
-    assert not received.ended.is_set()
-    response.close()
-    await received.ended.wait()
-    assert received.disconnected
-
-
 async def test_json_comes_where_a_stream_was_asked():
     answer = await ask("/query", STREAM, faults=["json"])
     assert (answer.status, answer.json["answer"]) == (200, "".join(WORDS))
@@ -854,25 +835,33 @@ async def test_json_comes_where_a_stream_was_asked():
         ("slow_start=0.01,status=500", 500, {}, '"type":"server_error"'),
     ],
 )
-@pytest.mark.parametrize("request_body", [QUERY, STREAM], ids=["plain", "stream"])
 async def test_other_answers_take_the_place_of_the_right_one(
-    simulator, fault, status, headers, *, body, request_body
+    simulator, fault, status, headers, *, body
 ):
     simulator.faults.append(fault)
-    answer = await post(simulator, "/query", request_body)
+    answer = await post(simulator, "/query", STREAM)
     assert answer.status == status
     assert headers.items() <= answer.headers.items()
     assert body.encode() in answer.data
     assert (await post(simulator, "/query", QUERY)).status == 200, "it strikes once"
 
 
-@pytest.mark.parametrize("fault", ["hang_up", "hang_up=reset"])
-async def test_connection_is_closed_in_place_of_an_answer(simulator, fault):
+@pytest.mark.parametrize(
+    ("fault", "sent", "message"),
+    [
+        ("hang_up", 0, "Server disconnected"),
+        ("hang_up=reset", 0, "reset by peer"),
+        ("reset=2", 2, "reset by peer"),
+    ],
+)
+async def test_connection_is_broken_off_as_the_fault_says(session, simulator, fault, sent, message):
     simulator.faults.append(fault)
-    with pytest.raises((aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
-        await post(simulator, "/query", QUERY)
-    await simulator.requests[0].ended.wait()
-    assert not simulator.requests[0].disconnected, "it was the server that left"
+    with pytest.raises(aiohttp.ClientError, match=message):
+        async with session.post(simulator.endpoint + "/query", json=STREAM) as response:
+            await response.read()
+    (received,) = simulator.requests
+    await received.ended.wait()
+    assert (received.disconnected, received.events_sent) == (False, sent), "the server left"
 
 
 @pytest.mark.parametrize(
@@ -918,14 +907,11 @@ def test_fault_with_times_always_strikes_every_request():
         ("times=2", "no fault in"),
         ("cut", "fault 'cut' is written cut=N"),
         ("cut=x", "fault cut is written cut=N, not cut=x"),
-        ("cut=-1", "fault cut is written cut=N"),
         ("html=x", "fault html is written html[=CODE], not html=x"),
         ("hang_up=now", "fault hang_up is written hang_up[=reset]"),
         ("cut=1,times=0", "fault times is written times=N"),
         ("json=1", "fault 'json=1' is written json"),
-        ("cut=1,times=x", "fault times is written times=N, not times=x"),
         ("cut_inside=0", "fault cut_inside is written cut_inside=N"),
-        ("split=0", "fault split is written split=BYTES"),
         ("cut=1" + "0" * 20, "fault cut is written cut=N"),
         ("slow_start=nan", "fault slow_start is written slow_start=SECONDS"),
     ],
