@@ -264,23 +264,56 @@ async def test_closing_the_tab_closes_the_connection(window, page, simulator):
     await assert_cut_off(simulator.requests[0])
 
 
+LINE = "It goes on, and on, and on, over more than one line of the page. "
+LONG_ANSWER = [f"{number}. {LINE}\n\n" for number in range(60)]
+# Whether nothing covers the end of an element.
+SHOWS_ITS_END = """(element) => {
+  const { left, bottom } = element.getBoundingClientRect();
+  return element.contains(document.elementFromPoint(left + 1, bottom - 1));
+}"""
+
+
 async def test_a_long_answer_is_followed_until_the_reader_scrolls_away(tab, simulator):
-    line = "It goes on, and on, and on, over more than one line of the page. "
-    said = [f"{number}. {line}\n\n" for number in range(60)]
-    held = simulator.script.caption([*said, *said, "The end."], hold_after=60)
+    held = simulator.script.caption([*LONG_ANSWER, *LONG_ANSWER, "The end."], hold_after=60)
     await tab.resize(360, 740)
     await tab.ask()
-    await expect(tab.answer.locator("li").nth(59)).to_be_in_viewport()
+    written = tab.answer.locator("li").nth(59)
+    await expect(written).to_be_in_viewport()
+    assert await written.evaluate(SHOWS_ITS_END)
     await expect(tab.stop).to_be_in_viewport(ratio=1)
     await expect(tab.find("#frame")).to_be_in_viewport(ratio=1)
     await tab.tab.mouse.wheel(0, -1500)
-    await expect(tab.answer.locator("li").nth(59)).not_to_be_in_viewport()
+    await expect(written).not_to_be_in_viewport()
     seen = tab.answer.locator("li").nth(10)
     where = await seen.bounding_box()
     held.release()
     await tab.until_done()
     await expect(tab.answer).to_contain_text("The end.")
     assert await seen.bounding_box() == where
+
+
+SCROLL_AS_SOON_AS_ASKED = """() => new Promise((done) => {
+  addEventListener("scroll", done, { once: true });
+  document.getElementById("form").requestSubmit();
+  scrollTo(0, 0);
+})"""
+
+
+async def test_an_answer_is_followed_though_the_page_moved_as_it_was_asked(tab, simulator):
+    await tab.resize(360, 740)
+    for reader_leaves in (False, False, True):
+        held = simulator.script.chat([*LONG_ANSWER, "The end."], hold_after=0)
+        await tab.choose("chat")
+        await tab.find("[name=message]").fill("And then?")
+        await tab.tab.evaluate(SCROLL_AS_SOON_AS_ASKED)  # as a wheel that was still turning does
+        if reader_leaves:
+            await tab.tab.mouse.wheel(0, 20)
+            await tab.tab.wait_for_function("scrollY > 0")
+        held.release()
+        await tab.until_done()
+        await expect(tab.state).to_have_text("Done")
+        end = expect(tab.find("li.assistant").last.get_by_text("The end."))
+        await (end.not_to_be_in_viewport if reader_leaves else end.to_be_in_viewport)()
 
 
 MARKDOWN = """# Two cats

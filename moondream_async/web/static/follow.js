@@ -2,19 +2,26 @@
 // and begins again when the reader scrolls back.
 
 const NEAR = 48; // pixels
+const BY_HAND = ["wheel", "touchmove", "pointerdown", "keydown"];
 
 export class Follower {
-  constructor(covered) {
-    this.covered = covered; // returns the covered height at the window's top, in pixels
+  constructor(visible) {
+    this.visible = visible; // returns the top and bottom of what nothing covers, in pixels
     this.target = null;
     this.follows = false;
+    // Before the text begins, the page may still move by what the reader did before asking.
+    this.isRead = false;
+    for (const name of BY_HAND) {
+      addEventListener(name, () => { this.isRead = true; }, { passive: true });
+    }
     addEventListener("scroll", () => {
-      if (this.target) this.follows = this.#isInView();
+      if (this.target && this.isRead) this.follows = this.#isInView();
     }, { passive: true });
   }
 
   begin(target) {
-    [this.target, this.follows] = [target, true];
+    [this.target, this.follows, this.isRead] = [target, true, false];
+    this.#show();
   }
 
   end() {
@@ -23,12 +30,19 @@ export class Follower {
 
   // The target has grown.
   update() {
+    this.isRead = true;
+    this.#show();
+  }
+
+  #show() {
     if (!this.follows || !this.target || this.#isInView(0)) return;
-    scrollBy({ top: this.target.getBoundingClientRect().bottom - innerHeight + NEAR, behavior: "instant" });
+    const { bottom } = this.target.getBoundingClientRect();
+    scrollBy({ top: bottom - this.visible().bottom + NEAR, behavior: "instant" });
   }
 
   #isInView(slack = NEAR) {
     const { bottom } = this.target.getBoundingClientRect();
-    return bottom > this.covered() && bottom <= innerHeight + slack;
+    const visible = this.visible();
+    return bottom > visible.top && bottom <= visible.bottom + slack;
   }
 }

@@ -102,18 +102,21 @@ function tellPython() {
 
 // -- the answer ----------------------------------------------------------------------------
 
-// The height in pixels of a sticky picture at the window's top.
-function covered() {
-  const { position } = getComputedStyle($("view"));
-  return position === "sticky" ? $("view").offsetHeight : 0;
+// What neither a sticky picture nor a fixed button covers of the window, in pixels from its top.
+function visible() {
+  const covers = (id, position) => getComputedStyle($(id)).position === position;
+  return {
+    top: covers("view", "sticky") ? $("view").offsetHeight : 0,
+    bottom: covers("stop", "fixed") && !$("stop").hidden ? $("stop").getBoundingClientRect().top : innerHeight,
+  };
 }
 
-const follower = new Follower(covered);
+const follower = new Follower(visible);
 
 // Scroll to the answer's place: on a phone it is below the screen.
 function reveal() {
   const { top } = $("answering").getBoundingClientRect();
-  if (top > innerHeight * 0.7 || top < covered()) {
+  if (top > innerHeight * 0.7 || top < visible().top) {
     $("answering").scrollIntoView({ block: "start", behavior: "instant" });
   }
 }
@@ -131,7 +134,6 @@ async function answer() {
   const text = new GrowingText(place);
   if (!isChat) reveal();
   follower.begin(place);
-  follower.update();
   let box = null;
   let path = "";
   let ending = "";
@@ -373,7 +375,7 @@ $("copy").addEventListener("click", async () => {
 });
 $("copy").addEventListener("blur", () => { $("copy").textContent = "Copy"; });
 new ResizeObserver(() => {
-  document.documentElement.style.setProperty("--covered", `${covered()}px`);
+  document.documentElement.style.setProperty("--covered", `${visible().top}px`);
 }).observe($("view"));
 
 async function start() {
