@@ -23,10 +23,6 @@ from raw_server import (
 import moondream_async as md
 
 
-def client_of(server, **options):
-    return md.MoondreamClient(endpoint=server.endpoint, **options)
-
-
 def play_in_turn(*plays):
     """Play each on one request, in this order, and answer all that follow."""
     left = list(plays)
@@ -42,14 +38,14 @@ def play_in_turn(*plays):
     return play
 
 
-def saying(data, *, reset=None):
-    """Send `data` and keep the connection, or end or reset it."""
+def saying(data, end="keep"):
+    """Send `data` and keep the connection, or close or reset it."""
 
     async def play(peer, _request):
         await peer.send(data)
-        if reset:
+        if end == "reset":
             peer.reset()
-        return reset is None
+        return end == "keep"
 
     return play
 
@@ -68,31 +64,57 @@ async def call(client, stream):
 both = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 
 
-# -- tried again ----------------------------------------------------------------------
+# -- tried again; which errors are is in `test_retry.py` --------------------------------
 
 
-@both
-@pytest.mark.parametrize("code", [408, 425, 429, 500, 502, 503, 504, *range(520, 525)])
-async def test_status_that_passes_by_itself_is_tried_again(code, stream):
-    async with played(play_in_turn(status(code), status(code)), max_retries=2) as (server, client):
+def station(said):
+    """What Station says with status 200."""
+    return saying(whole({"error": "Queue is full", "status": said}))
+
+
+PASSING = {
+    "status": status(503),
+    "rejected": station("rejected"),
+    "closed": saying(b"", "close"),
+    "reset": saying(b"", "reset"),
+}
+BEGUN = {  # of a stream, and no event yet
+    "head": saying(STREAM_HEAD, "close"),
+    "head-reset": saying(STREAM_HEAD, "reset"),
+    "heartbeats": saying(STREAM_HEAD + in_chunks(b": ping\n\n" * 2, end=False), "close"),
+    "half-an-event": saying(STREAM_HEAD + in_chunks(EVENTS[0][:10], end=False), "close"),
+    "half-an-event-reset": saying(STREAM_HEAD + in_chunks(EVENTS[0][:10], end=False), "reset"),
+    "nothing-in-good-order": saying(STREAM_HEAD + in_chunks(), "close"),
+    "half-a-chunk": saying(STREAM_HEAD + b"ff\r\ndata:", "close"),
+    "no-length": saying(head(EVENT_STREAM), "close"),
+    "length-not-reached": saying(head(EVENT_STREAM, "Content-Length: 100"), "reset"),
+}
+LOST = [
+    *((name, stream) for name in PASSING for stream in (False, True)),
+    *((n, True) for n in BEGUN),
+]
+
+
+@pytest.mark.parametrize(("name", "stream"), LOST)
+async def test_what_another_attempt_helps_is_tried_again_and_once_without_retries(name, stream):
+    lost = (PASSING | BEGUN)[name]
+    async with played(play_in_turn(lost)) as (server, client):
+        with pytest.raises(md.MoondreamError) as caught:
+            await call(client, stream)
+        assert getattr(caught.value, "partial", "") == ""
+        assert len(server.requests) == 1
+    async with played(play_in_turn(lost), max_retries=1) as (server, client):
         assert await call(client, stream) == TEXT
-        assert len(server.requests) == 3
+        assert len(server.requests) == 2
         assert len({request.body for request in server.requests}) == 1
 
 
-OTHERS = [400, 401, 402, 403, 404, 405, 409, 410, 413, 415, 418, 422, 451, 501, 505, 511, 525, 599]
-
-
 @both
-@pytest.mark.parametrize("code", OTHERS)
-async def test_any_other_status_is_not_tried_again(code, stream):
-    async with played(play_in_turn(status(code, {"error": "no"})), max_retries=2) as (
-        server,
-        client,
-    ):
-        with pytest.raises(md.APIStatusError, match="no") as caught:
+@pytest.mark.parametrize("lost", [status(409), station("timeout")], ids=["409", "200"])
+async def test_what_no_other_attempt_helps_is_not_tried_again(lost, stream):
+    async with played(play_in_turn(lost), max_retries=2) as (server, client):
+        with pytest.raises(md.APIStatusError):
             await call(client, stream)
-        assert caught.value.status == code
         assert len(server.requests) == 1
 
 
@@ -113,69 +135,6 @@ async def test_when_no_try_is_left_the_last_error_is_raised(stream):
         with pytest.raises(md.ServerError, match="the last"):
             await call(client, stream)
         assert len(server.requests) == 3
-
-
-@both
-@pytest.mark.parametrize(("said", "again"), [("rejected", True), ("timeout", False)])
-async def test_of_what_station_says_with_status_200_only_a_full_queue_is_tried_again(
-    said, again, stream
-):
-    body = whole({"error": "Queue is full", "status": said})
-    async with played(play_in_turn(saying(body)), max_retries=1) as (server, client):
-        if again:
-            assert await call(client, stream) == TEXT
-        else:
-            with pytest.raises(md.ServerError, match="Queue is full"):
-                await call(client, stream)
-        assert len(server.requests) == 1 + again
-
-
-@both
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-async def test_connection_lost_before_the_answer_is_tried_again(stream, reset):
-    async with played(play_in_turn(saying(b"", reset=reset)), max_retries=1) as (server, client):
-        assert await call(client, stream) == TEXT
-        assert len(server.requests) == 2
-
-
-BEGINNINGS = {
-    "head": STREAM_HEAD,
-    "heartbeats": STREAM_HEAD + in_chunks(b": ping\n\n: ping\n\n", end=False),
-    "half-an-event": STREAM_HEAD + in_chunks(EVENTS[0][:10], end=False),
-    "nothing-in-good-order": STREAM_HEAD + in_chunks(),
-    "half-a-chunk": STREAM_HEAD + b"ff\r\ndata:",
-    "no-length": head(EVENT_STREAM),
-    "length-not-reached": head(EVENT_STREAM, "Content-Length: 100"),
-}
-
-
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-@pytest.mark.parametrize("beginning", BEGINNINGS)
-async def test_stream_lost_before_its_first_event_is_asked_for_again(beginning, reset):
-    lost = saying(BEGINNINGS[beginning], reset=reset)
-    async with played(play_in_turn(lost), max_retries=1) as (server, client):
-        assert await call(client, stream=True) == TEXT
-        assert len(server.requests) == 2
-
-
-@pytest.mark.parametrize(
-    "play",
-    [
-        status(503),
-        saying(whole({"error": "Queue is full", "status": "rejected"})),
-        saying(b"", reset=False),
-        saying(b"", reset=True),
-        saying(STREAM_HEAD, reset=False),
-        saying(STREAM_HEAD, reset=True),
-    ],
-    ids=["status", "rejected", "closed", "reset", "head-closed", "head-reset"],
-)
-@both
-async def test_without_retries_everything_is_sent_once(play, stream):
-    async with played(play_in_turn(play)) as (server, client):
-        with pytest.raises(md.MoondreamError):
-            await call(client, stream)
-        assert len(server.requests) == 1
 
 
 @both
@@ -233,7 +192,7 @@ async def test_between_a_call_and_aiohttp_are_four_coroutines_at_most(stream):
         begun.set()
         await peer.until_gone()
 
-    async with RawServer(play) as server, client_of(server) as client:
+    async with played(play) as (_, client):
         asked = client.caption(IMAGE, stream=stream)
         task = asyncio.create_task(asked)
         await begun.wait()

@@ -5,6 +5,7 @@ of digits, lists where ids belong, NaN, halves of surrogate pairs. What is an an
 shown and written down.
 """
 
+import asyncio
 import inspect
 import itertools
 import json
@@ -24,25 +25,9 @@ IMAGE = md.EncodedImage(b"\xff\xd8 as the server will not look", "image/jpeg", 8
 MESSAGES = [{"role": "user", "content": "?"}]
 
 ODD = [
-    b"[" * 600 + b"]" * 600,
-    b'{"a":' * 600 + b"1" + b"}" * 600,
-    b"9" * 400,
-    b"-" + b"9" * 400,
-    b"1e308",
-    b"1e999",
-    b"NaN",
-    b"-Infinity",
-    b'"\\ud83d"',
-    b'"\\ude00\\ud83d"',
-    b"[[]]",
-    b'[["x"], {}]',
-    b'{"": {}}',
-    b"[1e308, -1e308]",
-    b"true",
-    b"null",
-    b"0",
-    b"-1",
-    b'""',
+    *(b"[" * 600 + b"]" * 600, b'{"a":' * 600 + b"1" + b"}" * 600, b"9" * 400, b"-" + b"9" * 400),
+    *(b"1e308", b"1e999", b"NaN", b"-Infinity", b'"\\ud83d"', b'"\\ude00\\ud83d"', b"[[]]"),
+    *(b'[["x"], {}]', b'{"": {}}', b"[1e308, -1e308]", b"true", b"null", b"0", b"-1", b'""'),
     b'"\\u0000"',
 ]
 KEYS = [
@@ -165,15 +150,8 @@ async def played():
         yield client, body
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(hostile=bodies)
-@example(hostile=written(GOOD | {"metrics": b'{"input_tokens": 1e308, "output_tokens": [1]}'}))
-@example(hostile=written(GOOD | {"request_id": b"[[1]]", "usage": b"9" * 400}))
-@example(hostile=written(GOOD | {"reasoning": b'{"text": "x", "grounding": [[1e308], {}]}'}))
-@pytest.mark.parametrize("call", CALLS)
-async def test_hostile_json_is_an_answer_or_an_error_of_ours(played, call, hostile):
-    client, body = played
-    body[0] = hostile
+async def answered(client, call):
+    """Have the answer shown and written down; return what escaped."""
     try:
         answer = await CALLS[call](client)
         repr(answer)
@@ -183,6 +161,20 @@ async def test_hostile_json_is_an_answer_or_an_error_of_ours(played, call, hosti
     except md.MoondreamError as error:
         str(error).encode()
         repr(error)
+    except Exception as error:  # noqa: BLE001 - which is what is looked for
+        return call, error
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(hostile=bodies)
+@example(hostile=written(GOOD | {"metrics": b'{"input_tokens": 1e308, "output_tokens": [1]}'}))
+@example(hostile=written(GOOD | {"request_id": b"[[1]]", "usage": b"9" * 400}))
+@example(hostile=written(GOOD | {"reasoning": b'{"text": "x", "grounding": [[1e308], {}]}'}))
+async def test_hostile_json_is_an_answer_or_an_error_of_ours(played, hostile):
+    client, body = played
+    body[0] = hostile
+    escaped = await asyncio.gather(*(answered(client, call) for call in CALLS))
+    assert [each for each in escaped if each] == []
 
 
 # -- arguments of a wrong kind --------------------------------------------------------
@@ -190,19 +182,15 @@ async def test_hostile_json_is_an_answer_or_an_error_of_ours(played, call, hosti
 WRONG = [5, -1, float("nan"), object(), b"x", [], {}, ""]
 NEEDED = {
     "image": IMAGE,
-    "object": "x",
-    "messages": MESSAGES,
     "items": [IMAGE],
     "frames": [IMAGE],
-    "name": "x",
+    "messages": MESSAGES,
     "rank": 8,
-    "finetune": "x",
-    "batch": "x",
     "step": 1,
     "metrics": {"a": 1.0},
-    "url": "http://127.0.0.1:1/x",
     "groups": [{"mode": "rl"}],
     "question": "?",
+    "url": "http://127.0.0.1:1/x",
     "request": TuningRequest.query(IMAGE, "?"),
 }
 

@@ -45,7 +45,7 @@ from moondream_async.integrations.ray import ask as ray_ask
 # Tests see the key by this name only: a local variable would be found in their own frames.
 KEY = "sk-shown-to-nobody-0123456789"
 ESCAPED = KEY.replace("s", "\\u0073").encode()
-BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(20_000_000), "image/jpeg", 8, 8)
+BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(5_000_000), "image/jpeg", 8, 8)
 
 
 def client_of(server, **options):
@@ -68,20 +68,15 @@ def everything_about(error):
 
 
 @pytest.fixture(autouse=True)
-async def _spoken(caplog, recwarn):
-    """All that is logged or warned of, in debug mode, is looked through at the end."""
-    loop = asyncio.get_running_loop()
-    loop.set_debug(True)
-    loop.slow_callback_duration = 0  # so that every callback is printed
-    caplog.set_level(logging.DEBUG)
-    for name in ("aiohttp", "asyncio", "moondream_async"):
+def spoken(caplog, recwarn):
+    """All that is logged or warned of; it is looked through at the end."""
+    for name in (None, "aiohttp", "asyncio", "moondream_async"):
         caplog.set_level(logging.DEBUG, name)
     logged = io.StringIO()
     handler = logging.StreamHandler(logged)
     logging.getLogger().addHandler(handler)
-    yield
+    yield logged
     logging.getLogger().removeHandler(handler)
-    assert logged.getvalue()
     assert not [line for line in logged.getvalue().splitlines() if KEY in line]
     assert not [each for each in recwarn if KEY in str(each.message)]
 
@@ -180,8 +175,7 @@ ANSWERS = {
     "reset": playing(then=reset),
     "silent": playing(then=stall),
     "silent-after-the-key": playing(STREAM_HEAD + f"5\r\n{KEY}".encode(), then=stall),
-}
-STREAMS = {
+    # Where events were asked for:
     "error": streaming(b'data: {"error": {"message": "Bad KEY", "code": "KEY"}}\n\n'),
     "error-escaped": streaming(b'data: {"error": "%b", "%b": "%b"}\n\n' % ((ESCAPED,) * 3)),
     "error-later": streaming(EVENTS[0], b'data: {"error": "Bad KEY"}\n\n'),
@@ -195,21 +189,26 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("play", ANSWERS.values(), ids=ANSWERS)
-async def test_key_is_in_nothing_of_an_error(play, stream):
-    async with RawServer(play) as server, client_of(server) as client:
-        for skill, header in (("caption", "x-moondream-auth"), ("chat", "authorization")):
-            await assert_hidden(client, skill, stream=stream)
-            assert KEY in server.requests[-1].headers[header]
-
-
-@pytest.mark.parametrize("fault", STREAMS)
-async def test_key_is_in_nothing_of_a_stream_that_fails(fault):
-    async with RawServer(STREAMS[fault]) as server, client_of(server) as client:
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_key_is_in_nothing_of_an_error(name):
+    async with RawServer(ANSWERS[name]) as server, client_of(server) as client:
+        await assert_hidden(client, "caption")
         await assert_hidden(client, "caption", stream=True)
-        if not fault.startswith("no-text"):  # to a chat, events of an unknown kind
+        if not name.startswith("no-text"):  # to a chat, events of an unknown kind
             await assert_hidden(client, "chat", stream=True)
+            assert KEY in server.requests[-1].headers["authorization"]
+        assert KEY in server.requests[0].headers["x-moondream-auth"]
+
+
+async def test_key_is_in_nothing_that_asyncio_says_in_debug_mode(spoken):
+    loop = asyncio.get_running_loop()
+    loop.set_debug(True)
+    loop.slow_callback_duration = 0  # so that every callback is printed
+    for name in ("401", "200-no-json", "bad-chunk", "redirect", "reset", "silent-after-the-key"):
+        async with RawServer(ANSWERS[name]) as server, client_of(server) as client:
+            await assert_hidden(client)
+            await assert_hidden(client, "chat", stream=True)
+    assert "Executing <" in spoken.getvalue()
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
@@ -219,20 +218,14 @@ async def test_key_is_not_in_the_frames_of_an_upload_that_breaks(stream):
         peer.reset()
 
     async with RawServer(play) as server, client_of(server) as client:
-        for image in (IMAGE, BIG_IMAGE):
-            for _ in range(5):
-                await assert_hidden(client, stream=stream, image=image)
+        for image in (IMAGE, BIG_IMAGE) * 2:
+            await assert_hidden(client, stream=stream, image=image)
 
 
 async def test_key_is_not_in_the_frames_of_a_request_on_a_lost_connection():
     """The connection is closed and the server gone, as the next request begins."""
-
-    async def play(peer):
-        await peer.request()
-        await peer.send(whole(ANSWER))
-
-    for _ in range(20):
-        async with RawServer(play) as server:
+    for _ in range(5):
+        async with RawServer(playing(whole(ANSWER))) as server:
             client = client_of(server)
             await client.caption(IMAGE)
         async with client:
@@ -270,18 +263,16 @@ async def test_key_is_in_nothing_of_a_call_that_finds_no_place():
 
 
 async def test_key_is_in_nothing_of_a_certificate_that_is_not_trusted():
-    asyncio.get_running_loop().set_debug(False)  # in which servers complain of their clients
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
     async with RawServer(answer_all, ssl_context=context) as server, client_of(server) as client:
         await assert_hidden(client, error=md.APIConnectionError)
 
 
-@pytest.mark.parametrize("code", [403, 407, 502])
+@pytest.mark.parametrize("code", [407, 502])
 async def test_key_is_in_nothing_of_a_proxy_that_refuses(code):
-    reason = f"{code} {KEY}"
     async with (
-        RawServer(playing(whole(KEY.encode(), status=reason))) as proxy,
+        RawServer(playing(whole(KEY.encode(), status=f"{code} {KEY}"))) as proxy,
         md.MoondreamClient(
             KEY, endpoint="https://127.0.0.1:1/v1", proxy=proxy.origin, max_retries=0
         ) as client,
@@ -297,16 +288,6 @@ async def test_key_is_in_nothing_of_a_session_that_is_closed():
             client = client_of(server, session=session)
         await assert_hidden(client)
         await client.aclose()
-
-
-async def test_key_of_the_environment_is_in_nothing_of_a_refused_option(monkeypatch):
-    monkeypatch.setenv("MOONDREAM_API_KEY", KEY)
-    odd = {"timeout": "7", "max_retries": -1, "endpoint": "nowhere", "rate_limit": "x"}
-    for name, value in odd.items():
-        for make in (md.MoondreamClient, md.vl):
-            with pytest.raises(md.RequestError) as caught:
-                make(**{name: value})
-            assert KEY not in everything_about(caught.value)
 
 
 def tables(skill, **options):
@@ -329,6 +310,7 @@ REFUSED_OPTIONS = [
     *({"endpoint": each} for each in (*SECRET_ADDRESSES, f"http://u:{KEY}@127.0.0.1:1")),
     *({"proxy": each} for each in SECRET_ADDRESSES),
     {"timeout": "7"},
+    {"max_retries": -1},
 ]
 MAKERS = {
     "client": md.MoondreamClient,
@@ -349,8 +331,9 @@ async def ended(made):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-async def test_secret_is_nowhere_below_what_refuses_an_argument(maker):
-    for options in REFUSED_OPTIONS:
+async def test_secret_is_nowhere_below_what_refuses_an_argument(maker, monkeypatch):
+    monkeypatch.setenv("MOONDREAM_API_KEY", KEY)
+    for options in REFUSED_OPTIONS if maker in ("client", "ft", "ray") else REFUSED_OPTIONS[::3]:
         key = None if KEY in repr(options) else KEY
         with pytest.raises((md.RequestError, TypeError)) as caught:
             await ended(MAKERS[maker](key, **({"endpoint": "no"} | options)))
@@ -405,55 +388,39 @@ async def test_key_is_in_nothing_that_hooks_are_told():
     assert KEY not in repr(told)
 
 
-async def test_key_is_not_in_the_attributes_of_a_client_or_a_stream():
-    async with (
-        RawServer(answer_all) as server,
-        client_of(server) as client,
-        client.caption(IMAGE, stream=True) as stream,
-    ):
-        slots = [name for each in type(stream).__mro__ for name in getattr(each, "__slots__", ())]
-        assert KEY not in repr([getattr(stream, name) for name in slots])
-        assert KEY not in repr(vars(client))
-        assert KEY not in repr(vars(client._caller))
-
-
 SAYS = f"X-Request-Id: r-7\r\nX-Said: {KEY}"
-WITH_HEADERS = {
-    "401": whole(b"{}", SAYS, status="401 Unauthorized"),
-    "200-error": whole(b'{"error": "no"}', SAYS),
-    "200-error-as-events": whole(b'{"error": "no"}', SAYS, kind="text/event-stream"),
-    "200-no-answer": whole(b'{"x": 1}', SAYS),
-    "200-no-json": whole(b"[", SAYS),
-    "redirect": whole(b"", SAYS, "Location: http://127.0.0.1:1/", status="307 There"),
-}
+WITH_HEADERS = [
+    whole(b"{}", SAYS, status="401 Unauthorized"),
+    whole(b'{"error": "no"}', SAYS),
+    whole(b'{"error": "no"}', SAYS, kind="text/event-stream"),
+    whole(b'{"x": 1}', SAYS),
+    whole(b"[", SAYS),
+    whole(b"", SAYS, "Location: http://127.0.0.1:1/", status="307 There"),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("fault", WITH_HEADERS)
-async def test_error_of_a_response_has_its_headers_without_the_key(fault, stream):
-    async with RawServer(playing(WITH_HEADERS[fault])) as server, client_of(server) as client:
-        error = await assert_hidden(client, stream=stream, error=md.APIStatusError)
-    for each in (error, pickle.loads(pickle.dumps(error))):
-        assert each.headers["x-request-id"] == each.headers["X-REQUEST-ID"] == "r-7"
-        assert each.headers["x-said"] == "***"
-        assert not type(each.headers).__module__.startswith("aiohttp")
+async def test_error_of_a_response_has_its_headers_without_the_key(stream):
+    for answer in WITH_HEADERS:
+        async with RawServer(playing(answer)) as server, client_of(server) as client:
+            error = await assert_hidden(client, stream=stream, error=md.APIStatusError)
+        for each in (error, pickle.loads(pickle.dumps(error))):
+            assert each.headers["x-request-id"] == each.headers["X-REQUEST-ID"] == "r-7"
+            assert each.headers["x-said"] == "***"
+            assert not type(each.headers).__module__.startswith("aiohttp")
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
+async def test_stream_and_its_result_have_the_headers_of_the_response():
+    for answer in (
         head(EVENT_STREAM, CHUNKED, "X-Said: so") + in_chunks(*EVENTS, DONE),
         whole(ANSWER, "X-Said: so"),
         whole(ANSWER, "X-Said: so", kind="text/event-stream"),
-    ],
-    ids=["events", "json", "json-as-events"],
-)
-async def test_stream_and_its_result_have_the_headers_of_the_response(answer):
-    async with RawServer(playing(answer)) as server, client_of(server) as client:
-        stream = await client.caption(IMAGE, stream=True)
-        assert stream.headers["x-said"] == "so"
-        result = await stream.result()
-        assert pickle.loads(pickle.dumps(result)).headers["x-SAID"] == "so"
+    ):
+        async with RawServer(playing(answer)) as server, client_of(server) as client:
+            stream = await client.caption(IMAGE, stream=True)
+            assert stream.headers["x-said"] == "so"
+            result = await stream.result()
+            assert pickle.loads(pickle.dumps(result)).headers["x-SAID"] == "so"
 
 
 # -- where it goes --------------------------------------------------------------------
@@ -471,11 +438,12 @@ def redirecting(code, to):
     return play
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"], ids=["port", "host"])
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize(
+    ("host", "stream"), [("127.0.0.1", False), ("localhost", True)], ids=["port", "host"]
+)
 async def test_another_port_or_host_is_not_even_called(host, stream):
     async with RawServer(answer_all, name=host) as other:
-        for code in (301, 302, 303, 307, 308):
+        for code in (303, 307):
             async with RawServer(redirecting(code, other)) as server, client_of(server) as client:
                 error = await assert_hidden(client, stream=stream, error=md.APIStatusError)
                 assert error.status == code
@@ -494,7 +462,9 @@ async def test_same_origin_gets_the_key_again():
 async def test_key_goes_in_one_header_and_nowhere_else():
     async with RawServer(answer_all) as server, client_of(server) as client:
         await client.caption(IMAGE)
-        await client.query(IMAGE, "?", stream=True)
+        stream = await client.query(IMAGE, "?", stream=True)
+        slots = [name for each in type(stream).__mro__ for name in getattr(each, "__slots__", ())]
+        assert KEY not in repr([vars(client), *(getattr(stream, name) for name in slots)])
         for request in server.requests:
             holding = [name for name, value in request.headers.items() if KEY in value]
             assert holding == ["x-moondream-auth"]
