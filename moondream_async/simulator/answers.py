@@ -7,7 +7,7 @@ else: the same picture and the same question give the same words.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moondream_async.types import Length
@@ -29,11 +29,8 @@ def name_colour(text: str) -> str | None:
     >>> name_colour("the gray cat")
     'grey'
     """
-    for word in re.findall(r"[a-z]+", text.lower()):
-        colour: str = _SYNONYMS.get(word, word)
-        if colour in COLOURS:
-            return colour
-    return None
+    words = re.findall(r"[a-z]+", text.lower())
+    return next(filter(COLOURS.__contains__, (_SYNONYMS.get(word, word) for word in words)), None)
 
 
 def caption(picture: Picture, length: Length) -> str:
@@ -70,8 +67,12 @@ def answer(
             f"Picture {number}: {answer([picture], question)}"
             for number, picture in enumerate(pictures, 1)
         )
-    there = [_describe_reference(pictures[0], reference) for reference in spatial_refs]
-    return " ".join([*there, _answer_question(pictures[0], question)])
+    (picture,) = pictures
+    there = [
+        f"At ({x:.2f}, {y:.2f}) it is {picture.colour_at(x, y)}."
+        for x, y in map(_middle, spatial_refs)
+    ]
+    return " ".join([*there, _answer_question(picture, question)])
 
 
 def think(pictures: Sequence[Picture], question: str) -> dict[str, Any]:
@@ -102,41 +103,46 @@ def find_areas(picture: Picture, object: str, spatial_refs: list[list[float]]) -
         general = re.search(r"\b(shape|object|thing|area|region)", object.lower())
         areas = picture.areas if general else []
     elif colour == picture.background:
-        areas = [picture.ground]
+        corners = [(1.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)]
+        areas = [Area(colour, 1.0, (0.0, 0.0, 1.0, 1.0), (0.5, 0.5), corners)]
     else:
         areas = [area for area in picture.areas if area.colour == colour]
-    if not spatial_refs:
-        return areas
     places = [_middle(reference) for reference in spatial_refs]
-    return [
-        area
-        for area in areas
-        for left, top, right, bottom in [area.box]
-        if any(left <= x <= right and top <= y <= bottom for x, y in places)
-    ]
+    return [area for area in areas if not places or any(map(area.holds, places))]
 
 
 def _answer_question(picture: Picture, question: str) -> str:
     asked = question.lower()
     colour = name_colour(asked)
-    for pattern, answer_topic in _TOPICS:
-        if re.search(pattern, asked):
-            return answer_topic(picture, asked, colour)
-    if colour is not None:
-        return _describe_presence(picture, colour)
-    return f"{caption(picture, 'normal')} You can ask for {_ABILITIES}."
+    fitting = [area for area in picture.areas if colour in (None, area.colour)]
+    kind = colour or "coloured"
+    presence = "" if colour is None else _describe_presence(picture, colour, fitting)
+    places = "" if colour is None else " ".join(map(_describe_area, fitting[:4]))
+    # The first pattern that a question has decides what the question is about.
+    topics = {
+        r"how many\b": (
+            f"There is 1 {kind} area."
+            if len(fitting) == 1
+            else f"There are {len(fitting)} {kind} areas."
+        ),
+        r"where\b": places or presence or _locate_light(picture, asked),
+        r"colou?r": _describe_colours(picture),
+        r"(bright|dark|light)": (
+            f"The picture is {_describe_brightness(picture)}: its mean brightness is "
+            f"{picture.brightness:.2f} of 1. {_describe_brightest(picture)}"
+        ),
+        r"(size|large|big|dimension|resolution|wide|width|tall|height|format|file|pixel|byte)": (
+            f"It is a {_describe_size(picture)} picture of {picture.file_bytes:,} bytes: "
+            f"{picture.width} pixels wide and {picture.height} high."
+        ),
+    }
+    for pattern, words in topics.items():
+        if re.search(rf"\b{pattern}", asked):
+            return words
+    return presence or f"{caption(picture, 'normal')} You can ask for {_ABILITIES}."
 
 
-def _answer_count(picture: Picture, _: str, colour: str | None) -> str:
-    count = sum(colour in (None, area.colour) for area in picture.areas)
-    kind = "coloured" if colour is None else colour
-    return f"There is 1 {kind} area." if count == 1 else f"There are {count} {kind} areas."
-
-
-def _answer_where(picture: Picture, asked: str, colour: str | None) -> str:
-    if colour is not None:
-        found = [_describe_area(area) for area in picture.areas if area.colour == colour]
-        return " ".join(found[:4]) or _describe_presence(picture, colour)
+def _locate_light(picture: Picture, asked: str) -> str:
     if "dark" in asked:
         return f"The darkest part is at the {_describe_place(*picture.darkest)}."
     if "bright" in asked or "light" in asked:
@@ -144,43 +150,17 @@ def _answer_where(picture: Picture, asked: str, colour: str | None) -> str:
     return "I can only say where a colour, or the brightest or the darkest part, lies."
 
 
-def _answer_brightness(picture: Picture, *_: object) -> str:
-    return (
-        f"The picture is {_describe_brightness(picture)}: its mean brightness is "
-        f"{picture.brightness:.2f} of 1. {_describe_brightest(picture)}"
-    )
-
-
-def _answer_size(picture: Picture, *_: object) -> str:
-    return (
-        f"It is a {_describe_size(picture)} picture of {picture.file_bytes:,} bytes: "
-        f"{picture.width} pixels wide and {picture.height} high."
-    )
-
-
-def _describe_presence(picture: Picture, colour: str) -> str:
+def _describe_presence(picture: Picture, colour: str, areas: list[Area]) -> str:
     if colour == picture.background:
         return f"Yes, {colour} covers most of the picture."
-    for area in picture.areas:
-        if area.colour == colour:
-            return f"Yes. {_describe_area(area)}"
+    if areas:
+        return f"Yes. {_describe_area(areas[0])}"
     return f"No, I measure no {colour} area."
 
 
-def _describe_colours(picture: Picture, *_: object) -> str:
+def _describe_colours(picture: Picture) -> str:
     shares = [f"{colour} ({share:.0%})" for colour, share in picture.shares.items()]
     return f"By area, the main colours are {_join(shares[:5])}."
-
-
-# The first pattern that a question has decides what the question is about.
-_TOPICS: tuple[tuple[str, Callable[[Picture, str, str | None], str]], ...] = (
-    (r"\bhow many\b", _answer_count),
-    (r"\bwhere\b", _answer_where),
-    (r"\bcolou?r", _describe_colours),
-    (r"\b(bright|dark|light)", _answer_brightness),
-    (r"\b(size|large|big|dimension|resolution|wide|width|tall|height)", _answer_size),
-    (r"\b(format|file|pixel|byte)", _answer_size),
-)
 
 
 def _describe_brightest(picture: Picture) -> str:
@@ -205,11 +185,6 @@ def _describe_area(area: Area) -> str:
         f"A {area.colour} area lies at the {_describe_place(x, y)}, around ({x:.2f}, {y:.2f}), "
         f"and covers {area.share:.1%} of the picture."
     )
-
-
-def _describe_reference(picture: Picture, reference: list[float]) -> str:
-    x, y = _middle(reference)
-    return f"At ({x:.2f}, {y:.2f}) it is {picture.colour_at(x, y)}."
 
 
 def _middle(reference: list[float]) -> tuple[float, float]:

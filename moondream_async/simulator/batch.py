@@ -6,9 +6,9 @@ at no other time: the number of requests, and not the clock, decides what a clie
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import hashlib
-import re
 import threading
 from collections.abc import Iterator
 from typing import Annotated
@@ -16,14 +16,11 @@ from typing import Annotated
 import msgspec
 
 from .dialects import MODELS, Dialect
-from .pixels import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Body, Route
 from .storage import Storage, make_id, take_page
 from .validation import RefusedError, read_body, read_typed
-
-MAX_PART_BYTES = 100 * 1024 * 1024
 
 # For one request, and at most half of the batch, so that there is progress to see.
 _LINES_PER_LOOK = 200
@@ -33,8 +30,11 @@ _Image = Annotated[str, msgspec.Meta(min_length=1)]
 _Images = Annotated[list[_Image], msgspec.Meta(min_length=1)]
 
 
-class _Part(msgspec.Struct, frozen=True, rename="camel"):
-    part_number: int
+class _Numbered(msgspec.Struct, frozen=True, rename="camel"):
+    part_number: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+
+
+class _Part(_Numbered, frozen=True, rename="camel"):
     etag: str
 
 
@@ -46,9 +46,8 @@ class _Complete(msgspec.Struct, frozen=True):
 class Batches:
     """The uploads and batches of one server."""
 
-    def __init__(self, dialect: Dialect, gallery: Gallery, storage: Storage) -> None:
+    def __init__(self, dialect: Dialect, storage: Storage) -> None:
         self._path = f"{dialect.prefix}/batch"
-        self._gallery = gallery
         self._storage = storage
         self._uploads: dict[tuple[str, str], dict[int, bytes]] = {}  # the numbered parts of each
         self._batches: dict[str, Body] = {}  # the state of each, as the API sends it
@@ -61,7 +60,7 @@ class Batches:
         one = f"{self._path}/{{id}}"
         return [
             Route("POST", self._path, self._create),
-            Route("PUT", one, self._upload_part, uploads=MAX_PART_BYTES),
+            Route("PUT", one, self._upload_part),
             Route("POST", one, self._complete),
             Route("DELETE", one, self._abort),
             Route("GET", one, self._get),
@@ -78,11 +77,9 @@ class Batches:
 
     async def _upload_part(self, received: ReceivedRequest) -> Body:
         upload = self._find_upload(received, "mpu-uploadpart")
-        number = received.query.get("partNumber", "")
-        if not re.fullmatch("[0-9]{1,5}", number) or not 1 <= int(number) <= 10_000:
-            raise RefusedError("partNumber must be between 1 and 10000", param="partNumber")
-        self._uploads[upload][int(number)] = received.body
-        return {"partNumber": int(number), "etag": _make_etag(received.body)}
+        number = read_typed({**received.query}, _Numbered, strict=False).part_number
+        self._uploads[upload][number] = received.body
+        return {"partNumber": number, "etag": _make_etag(received.body)}
 
     async def _complete(self, received: ReceivedRequest) -> Body:
         upload = self._find_upload(received, "mpu-complete")
@@ -109,7 +106,7 @@ class Batches:
         batch_id = received.params["id"]
         if batch_id not in self._batches:
             raise RefusedError("No such batch", status=404)
-        return await self._gallery.run(self._advance, batch_id)
+        return await asyncio.to_thread(self._advance, batch_id)
 
     def _advance(self, batch_id: str) -> Body:
         with self._working:  # the thread of a request whose client has left goes on
@@ -173,8 +170,8 @@ class Batches:
         for index, start in enumerate(range(0, len(results), _LINES_PER_OUTPUT)):
             name = f"{file_id}-{index}.jsonl"
             some = results[start : start + _LINES_PER_OUTPUT]
-            self._storage.put(name, msgspec.json.Encoder().encode_lines(some))
-            outputs.append({"index": index, "url": self._storage.url(origin, name)})
+            lines = msgspec.json.Encoder().encode_lines(some)
+            outputs.append({"index": index, "url": self._storage.put(origin, name, lines)})
         return outputs
 
     def _do_line(self, index: int, line: bytes) -> Body:
@@ -206,7 +203,7 @@ class Batches:
             raise RefusedError("The image must be bare base64, no data URL", param="image_url")
         skill = SKILLS[name]
         body = read_body({"reasoning": True, **request, "image_url": first}, skill.body)
-        answer = skill.answer(body, self._gallery, *more)
+        answer = skill.answer(body, *more)
         return {"result": answer.fields(), "usage": answer.usage()}
 
 

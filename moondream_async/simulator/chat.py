@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -11,7 +12,7 @@ from msgspec import Meta
 
 from . import answers
 from .dialects import Dialect
-from .pixels import Gallery
+from .pixels import look
 from .received import ReceivedRequest
 from .steps import Answer, Body, Event, Route, Steps, say, split_words
 from .validation import RefusedError, Temperature, TopP, read_typed
@@ -62,13 +63,32 @@ class _ChatBody(msgspec.Struct, frozen=True):
     stream: bool = False
     stream_options: _StreamOptions | None = None
 
+    def __post_init__(self) -> None:
+        """Check the engine's rules for the order of messages."""
+        roles = [message.role for message in self.messages]
+        last = self.messages[-1]
+        rules = (
+            # Seen at the cloud: status 500, although the caller is at fault.
+            (roles.count("system") > 1, "Only one system message is allowed", 500),
+            ("system" in roles[1:], "A system message must come first", 400),
+            (last.role != "user", "The last message must be from the user", 400),
+            (
+                any(message.images and message.role != "user" for message in self.messages),
+                "Images are allowed in user messages only",
+                400,
+            ),
+            (not last.text.strip(), "The last message must hold a text", 400),
+        )
+        for broken, rule, status in rules:
+            if broken:
+                raise RefusedError(rule, status=status, param="messages")
+
 
 class Chat:
     """Answers the last question of a conversation, about the latest pictures."""
 
-    def __init__(self, dialect: Dialect, gallery: Gallery) -> None:
+    def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        self._gallery = gallery
         self._answered = 0
 
     def routes(self) -> list[Route]:
@@ -78,10 +98,9 @@ class Chat:
 
     async def _complete(self, received: ReceivedRequest) -> Body | Steps:
         body = read_typed(received.body, _ChatBody)
-        _check_conversation(body.messages)
-        answer = received.scripted.begin() if received.scripted else None
+        answer = received.scripted.answer if received.scripted else None
         if answer is None:
-            answer = await self._gallery.run(self._measure, body)
+            answer = await asyncio.to_thread(_measure, body)
         self._answered += 1
         head = {
             "id": f"chatcmpl-{self._answered:08x}",
@@ -106,20 +125,6 @@ class Chat:
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
         return head | {"choices": [choice], "usage": usage}
 
-    def _measure(self, body: _ChatBody) -> Answer:
-        question = body.messages[-1].text
-        shown = [message.images for message in body.messages if message.images]
-        pictures = [self._gallery.look(url) for url in (shown[-1] if shown else [])]
-        limit = body.max_completion_tokens or body.max_tokens or 4096
-        thought = ""
-        if body.reasoning:
-            thought = answers.think(pictures, question)["text"]
-        words = split_words(thought)
-        text = answers.answer(pictures, question)
-        answer = say("chat", "content", text, max(0, limit - len(words)))
-        answer.reasoning = {"text": "".join(words[:limit])}
-        return answer
-
     def _events(
         self, answer: Answer, thought: str, head: Body, usage: Body | None
     ) -> Iterator[Event]:
@@ -142,25 +147,14 @@ class Chat:
         yield self._dialect.encode_text("[DONE]", last=True)
 
 
-def _check_conversation(messages: list[_Message]) -> None:
-    """Check the engine's rules for the order of messages.
-
-    Raises:
-        RefusedError: The conversation breaks a rule.
-    """
-    systems = [index for index, message in enumerate(messages) if message.role == "system"]
-    rules = (
-        # Seen at the cloud: status 500, although the caller is at fault.
-        (len(systems) > 1, "Only one system message is allowed", 500),
-        (systems not in ([], [0]), "A system message must come first", 400),
-        (messages[-1].role != "user", "The last message must be from the user", 400),
-        (
-            any(message.images and message.role != "user" for message in messages),
-            "Images are allowed in user messages only",
-            400,
-        ),
-        (not messages[-1].text.strip(), "The last message must hold a text", 400),
-    )
-    for broken, rule, status in rules:
-        if broken:
-            raise RefusedError(rule, status=status, param="messages")
+def _measure(body: _ChatBody) -> Answer:
+    question = body.messages[-1].text
+    shown = [message.images for message in body.messages if message.images]
+    pictures = [look(url) for url in (shown[-1] if shown else [])]
+    limit = body.max_completion_tokens or body.max_tokens or 4096
+    thought = answers.think(pictures, question)["text"] if body.reasoning else ""
+    words = split_words(thought)
+    text = answers.answer(pictures, question)
+    answer = say("chat", "content", text, max(0, limit - len(words)))
+    answer.reasoning = {"text": "".join(words[:limit])}
+    return answer

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import ClassVar
 
-from .steps import Answer, Body, Event
+from .steps import Answer, Body, Event, Reply
 
 MODELS = ("moondream3.1-9B-A2B", "moondream3-preview", "moondream-2B")
 
@@ -74,10 +74,10 @@ class Dialect:
         final = {"type": "final", "chunk": "", "completed": True, **self.body(answer)}
         yield self.encode(final, last=True)
 
-    def error(self, status: int, message: str, param: str | None = None) -> tuple[int, Body]:
-        """Return the status and the body for an error."""
+    def error(self, status: int, message: str, param: str | None = None) -> Reply:
+        """Return the reply for an error."""
         del param
-        return status, {"error": message}
+        return Reply(status, {"error": message})
 
     def models(self) -> Body:
         """Return the list of models."""
@@ -121,8 +121,8 @@ class Cloud(Dialect):
         final |= {"org_id": "00000000-0000-4000-8000-000000000000", "request_id": request_id}
         yield self.encode(final, last=True)
 
-    def error(self, status: int, message: str, param: str | None = None) -> tuple[int, Body]:
-        """Return the status and the body for an error."""
+    def error(self, status: int, message: str, param: str | None = None) -> Reply:
+        """Return the reply for an error."""
         kind = {
             401: "authentication_error",
             404: "not_found",
@@ -131,7 +131,8 @@ class Cloud(Dialect):
             413: "payload_too_large",
             429: "rate_limit_exceeded",
         }.get(status, "invalid_request" if status < 500 else "server_error")
-        return status, {"error": {"message": message, "type": kind, "param": param, "code": kind}}
+        error = {"message": message, "type": kind, "param": param, "code": kind}
+        return Reply(status, {"error": error})
 
     def _request_id(self, answer: Answer) -> str:
         now = dt.datetime.now(dt.UTC)
@@ -185,12 +186,12 @@ class Station(Dialect):
             yield self.encode({"stats": self._stats(answer)}, last=True)
         yield self.encode({"completed": True}, last=True)
 
-    def error(self, status: int, message: str, param: str | None = None) -> tuple[int, Body]:
-        """Return the status and the body for an error; for most, Station's status is 200."""
+    def error(self, status: int, message: str, param: str | None = None) -> Reply:
+        """Return the reply for an error; for most, Station's status is 200."""
         del param
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            return status, {"detail": "Inference service not running"}
-        return (200 if status < 429 else status), {"error": message, "status": "error"}
+            return Reply(status, {"detail": "Inference service not running"})
+        return Reply(200 if status < 429 else status, {"error": message, "status": "error"})
 
     def models(self) -> Body:
         """Return the list of models, in Station's own shape."""

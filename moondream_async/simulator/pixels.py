@@ -1,29 +1,22 @@
 """A picture's bytes in, what can be measured in its pixels out.
 
-Nothing here knows what a picture shows: `measure` finds out how large and how bright a
-picture is, and where its colours lie. Colours are measured on a small copy of the
-picture, at most `GRID` cells wide or high, in which every cell has the name of a colour:
-enough to find a red circle, and fast enough for every request.
+Nothing here knows what a picture shows. Colours are measured on a small copy of the picture,
+at most `GRID` cells wide or high, in which every cell has the name of a colour: enough to
+find a red circle, and fast enough for every request.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import io
+import itertools
 import math
 import statistics
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
 
-import anyio
-import anyio.to_thread
 import msgspec
 from PIL import Image, ImageFilter, ImageStat
 
 from .validation import RefusedError, decode_image
-
-T = TypeVar("T")
 
 GRID = 160
 
@@ -58,8 +51,7 @@ _COLOUR_OF_ENTRY = bytes(
 ).ljust(256, b"\0")
 
 _SMALLEST_SHARE = 0.001  # of the picture; a smaller area is noise or an edge
-_KEPT_PICTURES = 64  # whose measurements are kept: some tens of kilobytes each
-_AT_ONCE = 4  # pictures measured together: two gigabytes at worst
+_KEPT_PICTURES = 16  # whose measurements are kept
 _UNEVEN = 8  # of 255: the least difference between a picture's brightest and darkest part
 
 _UNREADABLE = (
@@ -76,17 +68,21 @@ Place = tuple[float, float]
 
 
 class Area(msgspec.Struct, frozen=True):
-    """Connected cells of one colour."""
+    """Connected cells of one colour. Places are 0-1 of the picture."""
 
     colour: str
     share: float
-    """Of the picture, 0-1."""
     box: tuple[float, float, float, float]
-    """Left, top, right, bottom, 0-1."""
+    """Left, top, right, bottom."""
     centre: Place
     """The mean of its cells."""
     outline: list[Place]
     """Down the right side and up the left one: exact for shapes without bays at the sides."""
+
+    def holds(self, place: Place) -> bool:
+        """Whether a place is in its box."""
+        left, top, right, bottom = self.box
+        return left <= place[0] <= right and top <= place[1] <= bottom
 
 
 class Picture(msgspec.Struct, frozen=True):
@@ -102,7 +98,7 @@ class Picture(msgspec.Struct, frozen=True):
     """The middle of the brightest part; None where all parts are equally bright."""
     darkest: Place
     shares: dict[str, float]
-    """The share of each colour, 0-1, the largest first."""
+    """The share of each colour, 0-1, the largest first: the background's."""
     areas: list[Area]
     """All areas but specks and the background, the largest first."""
     named: Image.Image
@@ -113,12 +109,6 @@ class Picture(msgspec.Struct, frozen=True):
         """The colour with the largest share."""
         return next(iter(self.shares))
 
-    @property
-    def ground(self) -> Area:
-        """The whole picture, as an area of the background's colour."""
-        corners = [(1.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)]
-        return Area(self.background, 1.0, (0.0, 0.0, 1.0, 1.0), (0.5, 0.5), corners)
-
     def colour_at(self, x: float, y: float) -> str:
         """Return the name of the colour at a place, 0-1."""
         columns, rows = self.named.size
@@ -126,38 +116,17 @@ class Picture(msgspec.Struct, frozen=True):
         return COLOURS[self.named.tobytes()[row * columns + column]]
 
 
-class Gallery:
-    """Measures the pictures of requests in threads, and remembers the latest ones."""
+def look(image_url: str) -> Picture:
+    """Decode a data URL and measure the picture in it. Blocks.
 
-    _measured: ClassVar[OrderedDict[bytes, Picture]] = OrderedDict()  # of all simulators
-
-    def __init__(self) -> None:
-        self._limiter = anyio.CapacityLimiter(_AT_ONCE)
-
-    async def run(self, look: Callable[..., T], *args: Any) -> T:
-        """Call a function that looks at pictures, in a worker thread.
-
-        The thread goes on if its task is cancelled: for tenths of a second for a picture.
-        """
-        return await anyio.to_thread.run_sync(look, *args, limiter=self._limiter)
-
-    def look(self, image_url: str) -> Picture:
-        """Decode a data URL and measure the picture in it. Blocks.
-
-        Raises:
-            RefusedError: The data URL is malformed, or doesn't hold a picture.
-        """
-        data = decode_image(image_url)
-        digest = hashlib.sha256(data).digest()
-        picture = self._measured.get(digest)
-        if picture is None:
-            try:
-                picture = self._measured[digest] = measure(data)
-            except _UNREADABLE as error:
-                raise RefusedError("Invalid image data", param="image_url") from error
-            while len(self._measured) > _KEPT_PICTURES:
-                self._measured.popitem(last=False)
-        return picture
+    Raises:
+        RefusedError: The data URL is malformed, or doesn't hold a picture.
+    """
+    data = decode_image(image_url)
+    try:
+        return _measured(data)
+    except _UNREADABLE as error:
+        raise RefusedError("Invalid image data", param="image_url") from error
 
 
 def measure(data: bytes) -> Picture:
@@ -176,10 +145,13 @@ def measure(data: bytes) -> Picture:
     size = [max(1, round(side * scale)) for side in image.size]
     named = _name_colours(image.resize(size, Image.Resampling.NEAREST))
     counts = sorted((-count, number) for number, count in enumerate(named.histogram()) if count)
-    background = counts[0][1]
     light = image.convert("L").resize(size, Image.Resampling.BOX)
     coarse = light.resize((min(8, size[0]), min(6, size[1])), Image.Resampling.BOX)
     lights = coarse.tobytes()
+    places = [
+        ((column + 0.5) / coarse.width, (row + 0.5) / coarse.height)
+        for row, column in itertools.product(range(coarse.height), range(coarse.width))
+    ]
     dark, bright = min(lights), max(lights)
     return Picture(
         format=opened.format or "",
@@ -187,12 +159,15 @@ def measure(data: bytes) -> Picture:
         height=height,
         file_bytes=len(data),
         brightness=ImageStat.Stat(light).mean[0] / 255,
-        brightest=_find(bright, lights, coarse.size) if bright - dark >= _UNEVEN else None,
-        darkest=_find(dark, lights, coarse.size),
+        brightest=places[lights.index(bright)] if bright - dark >= _UNEVEN else None,
+        darkest=places[lights.index(dark)],
         shares={COLOURS[number]: -count / math.prod(size) for count, number in counts},
-        areas=_find_areas(named, background),
+        areas=_find_areas(named, background=counts[0][1]),
         named=named,
     )
+
+
+_measured = functools.lru_cache(_KEPT_PICTURES)(measure)
 
 
 def _check_cost(opened: Image.Image, data: bytes) -> None:
@@ -215,48 +190,43 @@ def _name_colours(small: Image.Image) -> Image.Image:
     return named.filter(ImageFilter.MedianFilter(3))
 
 
-def _find(value: int, lights: bytes, size: tuple[int, int]) -> Place:
-    """Return the middle of the first pixel with this value."""
-    row, column = divmod(lights.index(value), size[0])
-    return (column + 0.5) / size[0], (row + 0.5) / size[1]
-
-
 def _find_areas(named: Image.Image, background: int) -> list[Area]:
     """Return the areas of the other colours that are large enough, the largest first."""
-    colours, columns = named.tobytes(), named.width
-    left = {cell for cell, colour in enumerate(colours) if colour != background}
+    columns, rows = named.size
+    left = {
+        divmod(index, columns): colour
+        for index, colour in enumerate(named.tobytes())
+        if colour != background
+    }
     found = []
     while left:
-        cells = [left.pop()]
-        for cell in cells:  # which grows meanwhile
-            column = cell % columns
-            before, after = (cell - 1 if column else -1), (cell + 1 if column + 1 < columns else -1)
-            for near in (cell - columns, cell + columns, before, after):
-                if near in left and colours[near] == colours[cell]:
-                    left.remove(near)
+        cell, colour = left.popitem()
+        cells = [cell]
+        for row, column in cells:  # which grows meanwhile
+            nears = (row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)
+            for near in nears:
+                if left.get(near) == colour:
+                    del left[near]
                     cells.append(near)
-        if len(cells) >= _SMALLEST_SHARE * len(colours):
-            found.append(sorted(cells))
-    found.sort(key=lambda cells: (-len(cells), cells))
-    return [_measure_area(cells, COLOURS[colours[cells[0]]], named.size) for cells in found]
+        if len(cells) >= _SMALLEST_SHARE * columns * rows:
+            found.append((-len(cells), sorted(cells), colour))
+    return [
+        _measure_area(cells, COLOURS[colour], columns, rows) for _, cells, colour in sorted(found)
+    ]
 
 
-def _measure_area(cells: list[int], colour: str, size: tuple[int, int]) -> Area:
-    columns, rows = size
-    sides: dict[int, tuple[int, int]] = {}  # of each row: where its cells begin and end
-    for cell in cells:
-        row, column = divmod(cell, columns)
-        sides[row] = (sides.get(row, (column,))[0], column + 1)
-    right = [(stop, row + edge) for row, (_, stop) in sides.items() for edge in (0, 1)]
-    left = [(start, row + edge) for row, (start, _) in sides.items() for edge in (0, 1)]
-    outline = [(x / columns, y / rows) for x, y in (*right, *reversed(left))]
-    xs, ys = zip(*outline, strict=True)
-    x = statistics.fmean(cell % columns for cell in cells) + 0.5
-    y = statistics.fmean(cell // columns for cell in cells) + 0.5
+def _measure_area(cells: list[tuple[int, int]], colour: str, columns: int, rows: int) -> Area:
+    left, right = [], []
+    for row, group in itertools.groupby(cells, lambda cell: cell[0]):
+        filled = [column for _, column in group]
+        for y in (row / rows, (row + 1) / rows):
+            left.append((filled[0] / columns, y))
+            right.append(((filled[-1] + 1) / columns, y))
+    centre_y, centre_x = (statistics.fmean(sides) + 0.5 for sides in zip(*cells, strict=True))
     return Area(
         colour=colour,
         share=len(cells) / (columns * rows),
-        box=(min(xs), min(ys), max(xs), max(ys)),
-        centre=(x / columns, y / rows),
-        outline=outline,
+        box=(min(left)[0], left[0][1], max(right)[0], left[-1][1]),
+        centre=(centre_x / columns, centre_y / rows),
+        outline=right + left[::-1],
     )

@@ -18,7 +18,6 @@ All methods may be called from any thread.
 from __future__ import annotations
 
 import reprlib
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
@@ -82,12 +81,6 @@ class ScriptedAnswer:
         """Continue the answers held now, and hold no later one. From any thread."""
         self._released = True
         self._on_change()
-
-    def begin(self) -> Answer | None:
-        """Return the answer for a request that comes in now."""
-        if self.answer is None:
-            return None
-        return msgspec.structs.replace(self.answer, ready=time.perf_counter())
 
     def hold(self) -> Iterator[Hold]:
         """Yield the hold of a plain answer, which is held as a whole."""

@@ -23,7 +23,6 @@ from .chat import Chat
 from .dialects import DIALECTS
 from .faults import Fault, FaultQueue
 from .noise import logger
-from .pixels import Gallery
 from .received import Connections, ReceivedRequest
 from .script import Script
 from .skills import Endpoints
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 # A picture of 10 MB is 13.4 MB of base64. A longer body is refused.
 MAX_BODY_BYTES = 20 * 1024 * 1024
+MAX_PART_BYTES = 100 * 1024 * 1024  # of the file of a batch
 
 _ROUNDS_TO_ACCEPT = 5  # of the event loop; asyncio needs three
 
@@ -222,33 +222,24 @@ class Simulator:
                 self._loop.call_soon_threadsafe(self._notify)
 
     def _routes(self) -> list[Route]:
-        gallery = Gallery()
-        routes = Endpoints(self.dialect, gallery).routes()
+        routes = Endpoints(self.dialect).routes()
         if self.dialect.hosted:
             storage = Storage()
-            routes += Chat(self.dialect, gallery).routes()
-            routes += Batches(self.dialect, gallery, storage).routes()
-            routes += Tuning(self.dialect, gallery, storage).routes()
+            routes += Chat(self.dialect).routes()
+            routes += Batches(self.dialect, storage).routes()
+            routes += Tuning(self.dialect, storage).routes()
             routes += storage.routes()
         return routes
 
     @web.middleware
     async def _answer_unrouted(
-        self,
-        request: web.Request,
-        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+        self, request: web.Request, handler: Callable[[Any], Awaitable[Any]]
     ) -> web.StreamResponse:
-        """Answer a request without a route in the plain text of the real servers."""
-        try:
-            return await handler(request)
-        except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
-            allow = {name: value for name, value in error.headers.items() if name == "Allow"}
-            reply = Reply(error.status, error.reason, allow)
-
-        async def answer(_: ReceivedRequest) -> Reply:
-            return reply
-
-        return await self._receive(Route(request.method, request.path, answer, "none"), request)
+        """Let faults strike also where there is no route: its handler raises aiohttp's error."""
+        if request.match_info.http_exception is None:
+            response: web.StreamResponse = await handler(request)
+            return response
+        return await self._receive(Route(request.method, request.path, handler, "none"), request)
 
     async def _receive(self, route: Route, request: web.Request) -> web.StreamResponse:
         """Remember a request, answer it, and notice when its client goes away."""
@@ -282,14 +273,14 @@ class Simulator:
     ) -> web.StreamResponse:
         answer: Reply | Steps
         try:
-            received.body = await self._read(request, route)
+            received.body = await self._read(request)
             received.stream = self._wants_stream(received.body)
             answer = await self._find_answer(request, received, route)
         except RefusedError as refused:
-            status, body = self.dialect.error(refused.status, refused.message, refused.param)
-            answer = Reply(status, body)
-        except web.HTTPException as error:
-            answer = Reply(error.status, error.text)
+            answer = self.dialect.error(refused.status, refused.message, refused.param)
+        except web.HTTPException as error:  # in the plain text of the real servers
+            allow = {name: value for name, value in error.headers.items() if name == "Allow"}
+            answer = Reply(error.status, error.reason, allow)
         scripted = received.scripted
         if isinstance(answer, Reply):
             for step in scripted.hold() if scripted else ():
@@ -314,7 +305,9 @@ class Simulator:
         if received.fault is None and fault and fault.matches(request.path, stream=received.stream):
             received.fault = fault
             reply = await self._strike(request, received)
-        answer = reply or await route.endpoint(received)
+        answer = reply or route.endpoint(received)
+        if isinstance(answer, Awaitable):
+            answer = await answer
         return Reply(body=answer) if isinstance(answer, dict) else answer
 
     async def _strike(self, request: web.Request, received: ReceivedRequest) -> Reply | None:
@@ -327,14 +320,15 @@ class Simulator:
             received.stream = False
         return received.fault.reply()
 
-    async def _read(self, request: web.Request, route: Route) -> Any:
+    async def _read(self, request: web.Request) -> Any:
         """Return the decoded body, as the dialect reads bodies, or the bytes of an upload.
 
         Raises:
             RefusedError: The body is too long, or not JSON.
         """
-        if route.uploads:
-            return await _read_upload(request, route.uploads)
+        is_upload = request.method == "PUT" and self.dialect.hosted
+        if is_upload:
+            request = request.clone(client_max_size=MAX_PART_BYTES)
         try:
             data = await request.read()
         except web.HTTPRequestEntityTooLarge:
@@ -343,8 +337,8 @@ class Simulator:
             raise RefusedError("Request body could not be decoded") from None
         if self.dialect.lenient:
             return await _merge(request, data)
-        if not data:
-            return None
+        if is_upload or not data:
+            return data if is_upload else None
         content_type = request.headers.get(hdrs.CONTENT_TYPE)
         if self.dialect.checks_content_type and content_type != "application/json":
             raise RefusedError("Content-Type must be application/json")
@@ -368,34 +362,29 @@ class Simulator:
         if self._api_key is None:
             return None
         own = request.headers.get("X-Moondream-Auth") == self._api_key
-        bearer = request.headers.get(hdrs.AUTHORIZATION)
-        held = bearer == f"Bearer {self._api_key}"
-        if auth == "optional":
-            return None if held or bearer is None else Reply(401, {"error": "Invalid API key"})
-        if own or (held and auth == "bearer"):
+        given = request.headers.get(hdrs.AUTHORIZATION)
+        bearer = given == f"Bearer {self._api_key}"
+        if {"key": own, "bearer": own or bearer, "optional": bearer or given is None}[auth]:
             return None
-        return Reply(*self.dialect.error(401, "Invalid API key"))
+        if auth == "optional":
+            return Reply(401, {"error": "Invalid API key"})
+        return self.dialect.error(401, "Invalid API key")
 
     async def _send(
         self, request: web.Request, received: ReceivedRequest, reply: Reply
     ) -> web.Response:
-        status, body, content_type = reply.status, reply.body, reply.content_type
+        body, content_type = reply.body, reply.content_type
         if body is None:
-            _, body = self.dialect.error(status, f"Simulated error {status}")
+            body = self.dialect.error(reply.status, f"Simulated error {reply.status}").body
         if isinstance(body, dict):
             body, content_type = msgspec.json.encode(body), "application/json"
-        elif isinstance(body, str):
-            body = body.encode()
-        response = web.Response(
-            status=status,
-            body=body,
-            headers={hdrs.CONTENT_TYPE: content_type} | reply.headers,
-        )
-        received.status = status
+        headers = {hdrs.CONTENT_TYPE: content_type} | reply.headers
+        response = web.Response(status=reply.status, body=body, headers=headers)
+        received.status = reply.status
         received.stream = False
         await response.prepare(request)
         await response.write_eof()
-        received.bytes_sent = len(body)
+        received.bytes_sent = response.body_length
         return response
 
     async def _stream(
@@ -441,15 +430,6 @@ class Simulator:
             await asyncio.Event().wait()  # until the client goes away
 
 
-async def _read_upload(request: web.Request, limit: int) -> bytes:
-    data = bytearray()
-    async for piece in request.content.iter_any():
-        data += piece
-        if len(data) > limit:
-            raise RefusedError(f"A part may have {limit} bytes at most", status=413)
-    return bytes(data)
-
-
 async def _merge(request: web.Request, data: bytes) -> dict[str, Any]:
     """Merge query string, form and JSON, as Station does; overlook what can't be decoded."""
     try:
@@ -461,7 +441,7 @@ async def _merge(request: web.Request, data: bytes) -> dict[str, Any]:
     except _NO_JSON:
         decoded = {}
     if not isinstance(decoded, dict):
-        raise web.HTTPInternalServerError(text="Internal Server Error")
+        raise web.HTTPInternalServerError
     return dict(request.query) | form | decoded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ import msgspec
 
 from . import answers
 from .dialects import MODELS, Dialect
-from .pixels import Area, Gallery, Picture
+from .pixels import Area, Picture, look
 from .received import ReceivedRequest
 from .steps import Answer, Body, Route, Steps, say, split_words
 from .validation import BodyT, CaptionBody, ObjectBody, QueryBody, RefusedError, read_body
@@ -28,14 +29,14 @@ class Skill(msgspec.Struct, Generic[BodyT], frozen=True):
     measure: Callable[[BodyT, list[Picture]], Answer]
     streams: bool = False
 
-    def answer(self, body: BodyT, gallery: Gallery, *more_images: str) -> Answer:
+    def answer(self, body: BodyT, *more_images: str) -> Answer:
         """Answer a request about its picture, and about more of them. Blocks.
 
         Raises:
             RefusedError: A picture can't be read.
         """
         images = [image for image in (body.image_url, *more_images) if image]
-        return self.measure(body, [gallery.look(image) for image in images])
+        return self.measure(body, [look(image) for image in images])
 
 
 def _caption(body: CaptionBody, pictures: list[Picture]) -> Answer:
@@ -86,34 +87,28 @@ SKILLS: dict[str, Skill[Any]] = {
 class Endpoints:
     """The skills of a dialect, its list of models, and its health."""
 
-    def __init__(self, dialect: Dialect, gallery: Gallery) -> None:
+    def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        self._gallery = gallery
         self._answered = 0
 
     def routes(self) -> list[Route]:
         """Return the endpoints of the dialect."""
         dialect, prefix = self._dialect, self._dialect.prefix
-        health = partial(_constant, dialect.health)
-        models = partial(_constant, dialect.models())
-        routes = [Route("GET", path, health, "none") for path in ("/health", "/healthz")]
-        if dialect.hosted or dialect.lenient:
-            routes.append(Route("GET", f"{prefix}/models", models, "optional"))
-        if not dialect.lenient:
-            return routes + self._skills("POST", prefix)
         # Station takes any method, and paths with and without its prefix.
-        routes.append(Route("GET", f"{prefix}/stats", self._stats))
-        for start in (prefix, ""):
-            routes += self._skills("*", start)
-        for start in (prefix, ""):
-            routes.append(Route("*", f"{start}/{{function}}", _no_such_function))
-        return routes
-
-    def _skills(self, method: str, prefix: str) -> list[Route]:
-        return [
-            Route(method, f"{prefix}/{skill}", partial(self._answer, skill), skill=skill)
-            for skill in self._dialect.skills
+        method, starts = ("*", (prefix, "")) if dialect.lenient else ("POST", (prefix,))
+        routes = [
+            Route("GET", path, lambda _: dialect.health, "none") for path in ("/health", "/healthz")
         ]
+        if dialect.hosted or dialect.lenient:
+            routes.append(Route("GET", f"{prefix}/models", lambda _: dialect.models(), "optional"))
+        for start in starts:
+            for name in dialect.skills:
+                answer = partial(self._answer, name)
+                routes.append(Route(method, f"{start}/{name}", answer, skill=name))
+        if dialect.lenient:
+            routes.append(Route("GET", f"{prefix}/stats", self._stats))
+            routes += [Route(method, f"{start}/{{name}}", _no_such_function) for start in starts]
+        return routes
 
     async def _answer(self, name: str, received: ReceivedRequest) -> Body | Steps:
         started = time.perf_counter()
@@ -123,11 +118,13 @@ class Endpoints:
         stream = received.stream and skill.streams
         if stream and getattr(body, "reasoning", False) and not dialect.streams_reasoning:
             raise RefusedError("Streaming is not supported when reasoning is enabled")
-        answer = received.scripted.begin() if received.scripted else None
+        answer = received.scripted.answer if received.scripted else None
         if answer is None:
-            answer = await self._gallery.run(skill.answer, body, self._gallery)
+            answer = await asyncio.to_thread(skill.answer, body)
         self._answered += 1
-        answer.number, answer.received = self._answered, started
+        answer = msgspec.structs.replace(
+            answer, number=self._answered, received=started, ready=time.perf_counter()
+        )
         return dialect.events(answer) if stream else dialect.body(answer)
 
     def _given(self, received: ReceivedRequest) -> Any:
@@ -138,7 +135,7 @@ class Endpoints:
         given = {name: body[name] for name in _STATION_FIELDS if body.get(name)}
         return given | {name: bool(body.get(name)) for name in ("stream", "reasoning")}
 
-    async def _stats(self, _: ReceivedRequest) -> Body:
+    def _stats(self, _: ReceivedRequest) -> Body:
         return {
             "workers": 1,
             "queue_size": 0,
@@ -184,9 +181,5 @@ def _draw_path(points: list[tuple[float, float]]) -> str:
     return "M " + " L ".join(f"{x:.3g} {y:.3g}" for x, y in points) + " Z"
 
 
-async def _constant(body: Body, _: ReceivedRequest) -> Body:
-    return body
-
-
-async def _no_such_function(received: ReceivedRequest) -> Body:
-    return {"error": f"Function '{received.params['function']}' not available"}
+def _no_such_function(received: ReceivedRequest) -> Body:
+    return {"error": f"Function '{received.params['name']}' not available"}

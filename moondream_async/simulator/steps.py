@@ -39,7 +39,7 @@ class Answer(msgspec.Struct, kw_only=True):
     """Counts the answers of one server, from 1."""
     received: float = 0.0
     """When the request came in, by `time.perf_counter`."""
-    ready: float = msgspec.field(default_factory=time.perf_counter)
+    ready: float = 0.0
     """When the answer was found."""
 
     @property
@@ -123,6 +123,7 @@ class HangUp(msgspec.Struct, frozen=True):
 
 Step = Event | Wait | Hold | HangUp
 Steps = Iterator[Step]
+Found = Reply | Body | Steps
 
 Auth = Literal["key", "bearer", "optional", "none"]
 """Which header must hold the key: X-Moondream-Auth; that or Authorization; Authorization if any."""
@@ -134,11 +135,9 @@ class Route(msgspec.Struct, frozen=True):
     method: str
     path: str
     """As aiohttp writes paths: ``/v1/batch/{id}``."""
-    endpoint: Callable[[ReceivedRequest], Awaitable[Reply | Body | Steps]]
+    endpoint: Callable[[ReceivedRequest], Found | Awaitable[Found]]
     """Returns the body of a reply, a whole reply or a stream; raises `RefusedError`."""
     auth: Auth = "key"
-    uploads: int = 0
-    """The most bytes of a body that is a file; 0 is a body of JSON."""
     skill: str = ""
     """The skill that a script answers for here, if any."""
 

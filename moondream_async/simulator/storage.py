@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from .received import ReceivedRequest
 from .steps import Body, Reply, Route
-from .validation import RefusedError
-
-_MAX_PAGE = 100
+from .validation import RefusedError, read_typed
 
 
 class Storage:
@@ -27,12 +29,9 @@ class Storage:
         """Return the one endpoint; it lies outside the API's own paths."""
         return [Route("GET", "/storage/{name}", self._download, "none")]
 
-    def put(self, name: str, data: bytes) -> None:
-        """Keep a file under a name."""
+    def put(self, origin: str, name: str, data: bytes) -> str:
+        """Keep a file under a name; return its presigned URL."""
         self._files[name] = data
-
-    def url(self, origin: str, name: str) -> str:
-        """Return the presigned URL of a file."""
         return f"{origin}/storage/{name}?X-Signature={_sign(name)}"
 
     async def _download(self, received: ReceivedRequest) -> Reply:
@@ -42,6 +41,11 @@ class Storage:
         if received.query.get("X-Signature") != _sign(name) or name not in self._files:
             return _refuse(403, "AccessDenied", "Request has expired or is not signed")
         return Reply(body=self._files[name], content_type="application/octet-stream")
+
+
+class _PageQuery(msgspec.Struct, frozen=True):
+    limit: Annotated[int, Meta(ge=1, le=100)]
+    cursor: str = ""
 
 
 def take_page(key: str, items: list[Body], query: Mapping[str, str], *, default: int = 50) -> Body:
@@ -56,14 +60,12 @@ def take_page(key: str, items: list[Body], query: Mapping[str, str], *, default:
     Raises:
         RefusedError: The limit is out of range, or the cursor did not come from a page.
     """
+    page = read_typed({"limit": default, **query}, _PageQuery, strict=False)
     try:
-        limit = int(query.get("limit", default))
-        start = int(base64.urlsafe_b64decode(query.get("cursor", "") or "MA=="))
+        start = int(base64.urlsafe_b64decode(page.cursor or "MA=="))
     except ValueError:
-        raise RefusedError("Invalid limit or cursor", param="limit") from None
-    if not 1 <= limit <= _MAX_PAGE:
-        raise RefusedError(f"limit must be between 1 and {_MAX_PAGE}", param="limit")
-    stop = start + limit
+        raise RefusedError("Invalid cursor", param="cursor") from None
+    stop = start + page.limit
     more = stop < len(items)
     cursor = base64.urlsafe_b64encode(str(stop).encode()).decode() if more else None
     return {key: items[start:stop], "next_cursor": cursor, "has_more": more}

@@ -8,7 +8,7 @@ little worse, so that rewards differ.
 
 from __future__ import annotations
 
-import re
+import asyncio
 import statistics
 import time
 from typing import Annotated, Literal
@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 import msgspec
 
 from .dialects import Dialect
-from .pixels import Gallery
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Answer, Body, Route
@@ -63,14 +62,14 @@ class _Truth(msgspec.Struct, frozen=True):
 
     def reward(self, output: Body) -> float:
         """Return a score, 0-1: the places found and true, of all places found or true."""
-        if "objects" in output:
-            boxes, wanted = msgspec.convert(output["objects"], list[_Box]), self.boxes
-            hits = sum(max(map(box.overlap, boxes), default=0.0) for box in wanted)
-            return hits / max(len(boxes), len(wanted), 1)
+        boxes = msgspec.convert(output.get("objects", ()), list[_Box])
         points = msgspec.convert(output.get("points", ()), list[_Point])
-        near = [_Box(p.x - _NEAR, p.y - _NEAR, p.x + _NEAR, p.y + _NEAR) for p in self.points]
-        wanted = near + self.boxes
-        return sum(any(map(box.holds, points)) for box in wanted) / max(len(points), len(wanted), 1)
+        if "objects" in output:
+            hits = [max(map(box.overlap, boxes), default=0.0) for box in self.boxes]
+        else:
+            near = [_Box(p.x - _NEAR, p.y - _NEAR, p.x + _NEAR, p.y + _NEAR) for p in self.points]
+            hits = [any(map(box.holds, points)) for box in near + self.boxes]
+        return sum(hits) / max(len(boxes) + len(points), len(hits), 1)
 
 
 class _Rollouts(msgspec.Struct, frozen=True):
@@ -92,27 +91,25 @@ class _TrainStep(msgspec.Struct, frozen=True):
 
 
 class _Finetune(msgspec.Struct):
-    """A finetune as the API sends it, the steps it was trained, and its checkpoints by step."""
-
     body: Body
+    """As the API sends it."""
     step: int = 0
-    checkpoints: dict[int, Body | None] = {}
-    """None is a checkpoint that was deleted."""
+    checkpoints: dict[str, Body | None] = {}
+    """By step; None is a checkpoint that was deleted."""
 
 
 class Tuning:
     """The finetunes of one server."""
 
-    def __init__(self, dialect: Dialect, gallery: Gallery, storage: Storage) -> None:
+    def __init__(self, dialect: Dialect, storage: Storage) -> None:
         self._path = f"{dialect.prefix}/tuning"
-        self._gallery = gallery
         self._storage = storage
         self._finetunes: dict[str, _Finetune] = {}
         self._created = 0
 
     def routes(self) -> list[Route]:
         """Return the endpoints."""
-        every, one = "finetunes", "finetunes/{id}"
+        every, one, saved = "finetunes", "finetunes/{id}", "finetunes/{id}/checkpoints"
         endpoints = (
             ("POST", every, self._create),
             ("GET", every, self._list),
@@ -121,22 +118,23 @@ class Tuning:
             ("POST", "rollouts", self._roll_out),
             ("POST", "train_step", self._train),
             ("POST", f"{one}/metrics", self._log_metrics),
-            ("GET", f"{one}/checkpoints", self._list_checkpoints),
-            ("POST", f"{one}/checkpoints/save", self._save_checkpoint),
-            ("DELETE", f"{one}/checkpoints/{{step}}", self._delete_checkpoint),
-            ("GET", f"{one}/checkpoints/{{step}}/download", self._download_checkpoint),
+            ("GET", saved, self._list_checkpoints),
+            ("POST", f"{saved}/save", self._save_checkpoint),
+            ("DELETE", f"{saved}/{{step}}", self._delete_checkpoint),
+            ("GET", f"{saved}/{{step}}/download", self._download_checkpoint),
         )
         return [Route(method, f"{self._path}/{path}", do) for method, path, do in endpoints]
 
     async def _create(self, received: ReceivedRequest) -> Body:
-        wanted = read_typed(received.body, _Create)
+        wanted = msgspec.structs.asdict(read_typed(received.body, _Create))
         for finetune_id, finetune in self._finetunes.items():
-            if finetune.body["name"] == wanted.name:
-                if finetune.body["rank"] != wanted.rank:
-                    message = f"Finetune {wanted.name!r} exists with rank {finetune.body['rank']}"
+            if finetune.body["name"] == wanted["name"]:
+                rank = finetune.body["rank"]
+                if rank != wanted["rank"]:
+                    message = f"Finetune {wanted['name']!r} exists with rank {rank}"
                     raise RefusedError(message, status=409)
                 return {"finetune_id": finetune_id}
-        made = self._make("finetune_id") | msgspec.structs.asdict(wanted)
+        made = self._make("finetune_id", **wanted)
         self._finetunes[made["finetune_id"]] = _Finetune(made)
         return {"finetune_id": made["finetune_id"]}
 
@@ -158,7 +156,7 @@ class Tuning:
         if name not in _SKILLS:
             raise RefusedError(f"skill must be one of {', '.join(_SKILLS)}", param="request.skill")
         request = read_body(body.request, SKILLS[name].body, needs_image=name != "query")
-        answer = await self._gallery.run(SKILLS[name].answer, request, self._gallery)
+        answer = await asyncio.to_thread(SKILLS[name].answer, request)
         # At temperature 0 a model says the same each time.
         varies = not request.settings or request.settings.temperature != 0
         outputs = [_worsen(answer, number * varies) for number in range(body.num_rollouts)]
@@ -206,31 +204,31 @@ class Tuning:
 
     async def _save_checkpoint(self, received: ReceivedRequest) -> Body:
         finetune = self._find(received)
-        step, saved = finetune.step, finetune.checkpoints
+        step = finetune.step
         if step == 0:
             raise RefusedError("No checkpoint is available before a step", status=404)
-        saved[step] = saved.get(step) or self._make("checkpoint_id") | {
-            "finetune_id": finetune.body["finetune_id"],
-            "step": step,
-        }
-        return {"ok": True, "checkpoint": saved[step]}
+        saved = finetune.checkpoints.get(str(step)) or self._make(
+            "checkpoint_id", finetune_id=finetune.body["finetune_id"], step=step
+        )
+        finetune.checkpoints[str(step)] = saved
+        return {"ok": True, "checkpoint": saved}
 
     async def _delete_checkpoint(self, received: ReceivedRequest) -> Body:
-        finetune, step = self._find_checkpoint(received)
-        finetune.checkpoints[step] = None
+        self._find_checkpoint(received)
+        self._find(received).checkpoints[received.params["step"]] = None
         return {"ok": True}
 
     async def _download_checkpoint(self, received: ReceivedRequest) -> Body:
-        finetune, step = self._find_checkpoint(received)
-        name = f"{finetune.body['finetune_id']}-{step}.safetensors"
-        self._storage.put(name, b"No weights: nothing was trained.")
-        return {"url": self._storage.url(received.origin, name), "expires_in": 3600}
+        checkpoint = self._find_checkpoint(received)
+        name = f"{checkpoint['finetune_id']}-{checkpoint['step']}.safetensors"
+        url = self._storage.put(received.origin, name, b"No weights: nothing was trained.")
+        return {"url": url, "expires_in": 3600}
 
-    def _make(self, kind: str) -> Body:
-        """Return the first fields of a new object: its id, and when it was made."""
+    def _make(self, kind: str, **fields: object) -> Body:
+        """Return a new object: its id, when it was made, and more fields."""
         self._created += 1
         now = _now_ms()
-        return {kind: make_id(self._created), "created_at_ms": now, "updated_at_ms": now}
+        return {kind: make_id(self._created), "created_at_ms": now, "updated_at_ms": now, **fields}
 
     def _find(self, received: ReceivedRequest) -> _Finetune:
         """Return the finetune that a request names, in its path or in its body."""
@@ -239,15 +237,14 @@ class Tuning:
             raise RefusedError("No such finetune", status=404, param="finetune_id")
         return self._finetunes[finetune_id]
 
-    def _find_checkpoint(self, received: ReceivedRequest) -> tuple[_Finetune, int]:
-        finetune = self._find(received)
-        text = received.params["step"]
-        step = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
-        if finetune.checkpoints.get(step):
-            return finetune, step
-        if step in finetune.checkpoints:
+    def _find_checkpoint(self, received: ReceivedRequest) -> Body:
+        checkpoints, step = self._find(received).checkpoints, received.params["step"]
+        if step not in checkpoints:
+            raise RefusedError("No such checkpoint", status=404)
+        checkpoint = checkpoints[step]
+        if checkpoint is None:
             raise RefusedError("The checkpoint was deleted", status=410)
-        raise RefusedError("No such checkpoint", status=404)
+        return checkpoint
 
 
 def _worsen(answer: Answer, steps: int) -> Body:

@@ -93,8 +93,10 @@ _KINDS = {
 }
 
 
-def read_typed(body: Any, kind: type[TypedT]) -> TypedT:
+def read_typed(body: Any, kind: type[TypedT], *, strict: bool = True) -> TypedT:
     """Check the types and ranges of a decoded body and return it typed.
+
+    Not strict is the way to read a query string, whose numbers are texts.
 
     Raises:
         RefusedError: A field is missing, or of the wrong type or range.
@@ -102,7 +104,7 @@ def read_typed(body: Any, kind: type[TypedT]) -> TypedT:
     if not isinstance(body, dict):
         raise RefusedError("Request body must be a JSON object")
     try:
-        return msgspec.convert(body, kind)
+        return msgspec.convert(body, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from error
 
@@ -119,15 +121,10 @@ def read_body(body: Any, kind: type[BodyT], *, needs_image: bool = True) -> Body
     if typed.spatial_refs is not None and not typed.image_url:
         raise RefusedError("Field 'spatial_refs' requires an image", param="spatial_refs")
     for reference in typed.spatial_refs or ():
-        match reference:
-            case [_, _]:
-                continue
-            case [left, top, right, bottom] if left <= right and top <= bottom:
-                continue
-        raise RefusedError(
-            "Each of 'spatial_refs' must be [x, y] or [x_min, y_min, x_max, y_max]",
-            param="spatial_refs",
-        )
+        starts, ends = reference[:2], reference[-2:]
+        if len(reference) == 3 or starts[0] > ends[0] or starts[1] > ends[1]:
+            message = "Each of 'spatial_refs' must be [x, y] or [x_min, y_min, x_max, y_max]"
+            raise RefusedError(message, param="spatial_refs")
     return typed
 
 
