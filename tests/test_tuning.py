@@ -61,62 +61,58 @@ def test_what_cannot_be_right_is_refused_when_it_is_made(make, message):
         make()
 
 
-ID = {"finetune": "01HX"}
-OF_FINETUNES = {
-    "get": {},
-    "delete": {},
-    "rollouts": {"request": WHY},
-    "train_step": {"groups": [md.TrainGroup.sft(WHY, RIGHT)]},
-    "log_metrics": {"step": 1, "metrics": {"a": 1}},
-    "save_checkpoint": {},
-    "list_checkpoints": {},
-}
+OF_NOTHING = [({"finetune": ""}, "finetune")]
 SFT = [{"mode": "sft"}]
-ASKED = [
-    ("create", {"name": "", "rank": 8}, "name"),
-    ("create", {"name": None, "rank": 8}, "name"),
-    *[("create", {"name": "a", "rank": rank}, "rank") for rank in (7, 8.0, True, "8")],
-    *[
-        (method, {"finetune": finetune, **more}, "finetune")
-        for method, more in OF_FINETUNES.items()
-        for finetune in ("", None, 7)
+ASKED = {  # what is given to each method, beside what it needs
+    "create": [({"name": ""}, "name"), ({"rank": 7}, "rank")],
+    "get": OF_NOTHING,
+    "delete": OF_NOTHING,
+    "rollouts": [
+        *OF_NOTHING,
+        ({"num_rollouts": 0}, "num_rollouts"),
+        ({"num_rollouts": 17}, "num_rollouts"),
+        ({"request": {"skill": "query"}}, "TuningRequest"),
     ],
-    *[
-        ("rollouts", {**ID, "request": WHY, "num_rollouts": number}, "num_rollouts")
-        for number in (0, 17, True, 2.0, "2")
+    "rollout_stream": [({"max_concurrency": 0}, "max_concurrency")],
+    "train_step": [
+        *OF_NOTHING,
+        ({"groups": []}, "empty"),
+        ({"groups": {"mode": "rl"}}, "list"),
+        ({"groups": 7}, "list"),
+        ({"groups": ["rl"]}, "TrainGroup"),
+        ({"groups": [{"mode": "sft", "x": object()}]}, "JSON"),
+        ({"lr": 0}, "lr"),
+        ({"lr": math.inf}, "lr"),
+        ({"timeout": -1}, "first_event"),
     ],
-    ("rollouts", {**ID, "request": {"skill": "query"}}, "TuningRequest"),
-    *[
-        ("rollout_stream", {**ID, "requests": [], "max_concurrency": number}, "max_concurrency")
-        for number in (0, -1, True, 1.5)
+    "log_metrics": [
+        *OF_NOTHING,
+        ({"step": -1}, "step"),
+        ({"metrics": {}}, "metrics"),
+        ({"metrics": [("a", 1)]}, "metrics"),
+        ({"metrics": {"a": math.nan}}, "metrics.*finite"),
+        ({"metrics": {"a": None}}, "metrics.*number"),
     ],
-    ("train_step", {**ID, "groups": []}, "empty"),
-    ("train_step", {**ID, "groups": {"mode": "rl"}}, "list"),
-    ("train_step", {**ID, "groups": 7}, "list"),
-    ("train_step", {**ID, "groups": ["rl"]}, "TrainGroup"),
-    ("train_step", {**ID, "groups": SFT, "lr": 0}, "lr"),
-    ("train_step", {**ID, "groups": SFT, "lr": math.inf}, "lr"),
-    ("train_step", {**ID, "groups": [{"mode": "sft", "x": object()}]}, "JSON"),
-    ("train_step", {**ID, "groups": SFT, "timeout": -1}, "first_event"),
-    ("log_metrics", {**ID, "step": -1, "metrics": {"a": 1}}, "step"),
-    ("log_metrics", {**ID, "step": True, "metrics": {"a": 1}}, "step"),
-    ("log_metrics", {**ID, "step": 1, "metrics": {}}, "metrics"),
-    ("log_metrics", {**ID, "step": 1, "metrics": [("a", 1)]}, "metrics"),
-    ("log_metrics", {**ID, "step": 1, "metrics": {"a": math.nan}}, "metrics.*finite"),
-    ("log_metrics", {**ID, "step": 1, "metrics": {"a": None}}, "metrics.*number"),
-    *[
-        (method, {**ID, "step": step}, "step")
-        for method in ("delete_checkpoint", "checkpoint_url")
-        for step in (-1, True, "1", None)
-    ],
-]
+    "save_checkpoint": OF_NOTHING,
+    "list_checkpoints": OF_NOTHING,
+    "delete_checkpoint": [({"step": -1}, "step")],
+    "checkpoint_url": [({"step": -1}, "step")],
+}
+NEEDED = {
+    "create": {"name": "a", "rank": 8},
+    "rollouts": {"request": WHY},
+    "rollout_stream": {"requests": []},
+    "train_step": {"groups": SFT},
+    "log_metrics": {"step": 1, "metrics": {"a": 1}},
+}
 
 
-@pytest.mark.parametrize(("method", "given", "message"), ASKED)
-async def test_what_cannot_be_right_is_refused_before_anything_is_sent(
-    client, simulator, method, given, message
-):
-    await refuses(getattr(client.tuning, method), given, message)
+@pytest.mark.parametrize("method", ASKED)
+async def test_what_cannot_be_right_is_refused_before_anything_is_sent(client, simulator, method):
+    for given, message in ASKED[method]:
+        finetune = {} if method == "create" else {"finetune": "01HX"}
+        arguments = finetune | NEEDED.get(method, {}) | given
+        await refuses(getattr(client.tuning, method), arguments, message)
     assert simulator.requests == []
 
 
@@ -140,15 +136,21 @@ async def test_finetune_of_a_name_is_made_once_and_of_one_rank(client, simulator
 INFO = {"finetune_id": "01HX", "name": "a", "rank": 8, "created_at_ms": 1, "updated_at_ms": 2}
 
 
-@pytest.mark.parametrize("reply", [INFO, {"finetune": INFO}], ids=["bare", "wrapped"])
-async def test_finetune_is_read_wrapped_or_not(reply):
-    async with tuning_of(replying(reply)) as tuning:
-        finetune = await tuning.get("01HX")
-    assert {name: finetune[name] for name in INFO} == INFO
-    assert finetune.raw == reply
+async def test_finetune_is_read_wrapped_or_not_and_needs_an_id():
+    gone = whole(b"", status="204 No Content", kind="")
+    replies = [INFO, {"finetune": INFO}, {"name": "a"}, gone]
+    async with tuning_of(replying(*replies)) as tuning:
+        for reply in replies[:2]:
+            finetune = await tuning.get("01HX")
+            assert {name: finetune[name] for name in INFO} == INFO
+            assert finetune.raw == reply
+        with pytest.raises(md.ServerError, match="finetune_id") as caught:
+            await tuning.get("01HX")
+        assert caught.value.status == 200
+        assert await tuning.delete("01HX") is None
 
 
-async def test_finetune_is_had_and_deleted_by_value_or_id(client, finetune):
+async def test_finetune_is_had_and_deleted_by_value_or_id(client, simulator, finetune):
     assert (await client.tuning.get(finetune)).name == "find-doors"
     assert (await client.tuning.get(finetune.finetune_id)).updated_at_ms > 0
     assert await client.tuning.delete(finetune) is None
@@ -156,11 +158,9 @@ async def test_finetune_is_had_and_deleted_by_value_or_id(client, finetune):
         await client.tuning.get(finetune)
     with pytest.raises(md.NotFoundError):
         await client.tuning.delete(finetune.finetune_id)
-
-
-async def test_deletion_that_is_answered_with_nothing_is_one():
-    async with tuning_of(replying(whole(b"", status="204 No Content", kind=""))) as tuning:
-        assert await tuning.delete("01HX") is None
+    with pytest.raises(md.NotFoundError):
+        await client.tuning.get("../x?y#z")
+    assert simulator.requests[-1].params["id"] == "../x?y#z", "it cannot leave its place"
 
 
 async def test_finetunes_are_listed_over_all_pages_oldest_first(client, simulator):
@@ -181,19 +181,6 @@ async def test_pages_that_go_round_in_circles_end_with_an_error():
             await anext(finetunes)
 
 
-async def test_finetune_without_an_id_is_an_error():
-    async with tuning_of(replying({"name": "a"})) as tuning:
-        with pytest.raises(md.ServerError, match="finetune_id") as caught:
-            await tuning.get("01HX")
-        assert caught.value.status == 200
-
-
-async def test_id_cannot_leave_its_place_in_the_path(client, simulator):
-    with pytest.raises(md.NotFoundError):
-        await client.tuning.get("../x?y#z")
-    assert simulator.requests[0].params["id"] == "../x?y#z"
-
-
 def test_model_of_a_finetune_is_named_as_the_server_wants_it():
     finetune = md.Finetune(finetune_id="01HX")
     assert finetune.model(500) == "moondream3-preview/01HX@500"
@@ -206,24 +193,49 @@ def test_model_of_a_finetune_is_named_as_the_server_wants_it():
 # -- rollouts -------------------------------------------------------------------------
 
 
-async def test_rollouts_come_with_rewards_where_the_truth_is_known(
+async def test_step_learns_from_rollouts_whose_rewards_come_of_the_truth(
     client, simulator, finetune, photo
 ):
     found = (await client.point(photo, "red")).points
-    request = md.TuningRequest.point(photo, "red", ground_truth={"points": found})
+    truth = {"points": found, "boxes": [md.Region(0.1, 0.1, 0.9, 0.9)]}
+    request = md.TuningRequest.point(photo, "red", ground_truth=truth)
     rollouts = await client.tuning.rollouts(finetune, request, num_rollouts=4)
     assert len(rollouts.rollouts) == len(rollouts.rewards) == 4
     assert rollouts.rollouts[0].output.points == found
     assert rollouts.rewards[0] == max(rollouts.rewards) > min(rollouts.rewards)
     assert rollouts.rollouts[0].skill == "point"
     assert rollouts.rollouts[0].answer_tokens
-    body = simulator.requests[-1].body
-    assert body["ground_truth"] == {"points": [{"x": point.x, "y": point.y} for point in found]}
-    assert body["request"]["image_url"].startswith("data:image/jpeg;base64,")
     assert "base64" not in repr(rollouts)
-    plain = await client.tuning.rollouts(finetune, md.TuningRequest.detect(photo, "red"))
-    assert plain.rewards is None
-    assert plain.rollouts[0].output.objects == (await client.detect(photo, "red")).objects
+    body = simulator.requests[-1].body
+    assert body["ground_truth"] == {
+        "points": [{"x": point.x, "y": point.y} for point in found],
+        "boxes": [{"x_min": 0.1, "y_min": 0.1, "x_max": 0.9, "y_max": 0.9}],
+    }
+    assert body["request"]["image_url"].startswith("data:image/jpeg;base64,")
+
+    step = await client.tuning.train_step(finetune, [md.TrainGroup.rl(rollouts)])
+    assert (step.step, step.applied, step.sft_loss) == (1, True, None)
+    assert step.reward_mean == pytest.approx(sum(rollouts.rewards) / 4)
+    body = simulator.requests[-1].body
+    assert body["lr"] == 2e-4
+    assert body["groups"] == [
+        {
+            "mode": "rl",
+            "request": rollouts.raw["request"],
+            "rollouts": rollouts.raw["rollouts"],
+            "rewards": list(rollouts.rewards),
+        }
+    ]
+    own = md.TrainGroup.rl(rollouts, rewards=[1, 0, 0, 0])
+    assert (await client.tuning.train_step(finetune, [own])).step == 2
+    assert simulator.requests[-1].body["groups"][0]["rewards"] == [1, 0, 0, 0]
+
+
+async def test_rollouts_of_unknown_truth_have_no_rewards(client, finetune, photo):
+    request = md.TuningRequest.detect(photo, "red")
+    rollouts = await client.tuning.rollouts(finetune, request)
+    assert rollouts.rewards is None
+    assert rollouts.rollouts[0].output.objects == (await client.detect(photo, "red")).objects
 
 
 async def test_rollouts_of_a_query_need_no_picture(client, simulator, finetune):
@@ -288,7 +300,7 @@ def questions(text):
     return [md.TuningRequest.query(None, each, context=each) for each in text]
 
 
-async def test_rollouts_of_many_come_as_they_are_done_and_a_few_at_once():
+async def test_rollouts_of_many_come_as_they_are_done_and_go_on_a_few_at_once():
     gate = Gate()
     taken = []
 
@@ -297,28 +309,16 @@ async def test_rollouts_of_many_come_as_they_are_done_and_a_few_at_once():
             taken.append(request.context)
             yield request
 
+    gate.let_through("b")
     async with tuning_of(gate.server) as tuning:
         stream = tuning.rollout_stream("01HX", requests(), max_concurrency=2)
-        reading = asyncio.ensure_future(anext(stream))
-        await gate.until_asked(2)
-        assert taken == ["a", "b"]
-        gate.let_through("b")
-        request, rollouts = await reading
+        request, rollouts = await anext(stream)
         assert request.context == rollouts.rollouts[0].output.answer == "b"
+        await gate.until_asked(2)  # while nobody reads
+        assert taken == ["a", "b"]
         gate.let_through(*"acde")
         rest = [request.context async for request, _ in stream]
         assert sorted(rest) == ["a", "c", "d", "e"]
-
-
-async def test_rollouts_that_were_begun_go_on_while_the_reader_is_busy():
-    gate = Gate()
-    async with tuning_of(gate.server) as tuning:
-        stream = tuning.rollout_stream("01HX", questions("abcd"), max_concurrency=3)
-        gate.let_through("a")
-        async with contextlib.aclosing(stream):
-            await anext(stream)
-            await gate.until_asked(3)  # while nobody reads
-            assert sorted(gate.asked) == ["a", "b", "c"]
 
 
 async def test_source_that_waits_for_results_is_served():
@@ -393,29 +393,6 @@ async def test_rollouts_that_fail_end_the_stream(client, finetune, requests, kin
 
 
 # -- training -------------------------------------------------------------------------
-
-
-async def test_step_learns_from_rollouts_as_they_came(client, simulator, finetune, photo):
-    request = md.TuningRequest.point(
-        photo, "red", ground_truth={"boxes": [md.Region(0.1, 0.1, 0.9, 0.9)]}
-    )
-    rollouts = await client.tuning.rollouts(finetune, request, num_rollouts=3)
-    step = await client.tuning.train_step(finetune, [md.TrainGroup.rl(rollouts)])
-    assert (step.step, step.applied, step.sft_loss) == (1, True, None)
-    assert step.reward_mean == pytest.approx(sum(rollouts.rewards) / 3)
-    body = simulator.requests[-1].body
-    assert body["lr"] == 2e-4
-    assert body["groups"] == [
-        {
-            "mode": "rl",
-            "request": rollouts.raw["request"],
-            "rollouts": rollouts.raw["rollouts"],
-            "rewards": list(rollouts.rewards),
-        }
-    ]
-    own = md.TrainGroup.rl(rollouts, rewards=[1, 0, 0])
-    assert (await client.tuning.train_step(finetune, [own])).step == 2
-    assert simulator.requests[-1].body["groups"][0]["rewards"] == [1, 0, 0]
 
 
 async def test_step_learns_the_right_answer(photo):
@@ -503,7 +480,7 @@ async def test_step_that_found_no_connection_is_sent_again():
     assert tries
 
 
-async def test_step_waits_longer_than_other_calls():
+async def test_step_waits_longer_than_other_calls_unless_told():
     """The limit of the others passes while the server trains."""
     waited = asyncio.Event()
 
@@ -512,29 +489,18 @@ async def test_step_waits_longer_than_other_calls():
         if "train_step" in request.target:
             await waited.wait()
             await peer.send(whole(STEP))
-        else:
-            await peer.until_gone()
+        await peer.until_gone()
 
     limits = md.Timeout(first_event=0.05)
     async with tuning_of(RawServer(play), timeout=limits, max_retries=0) as tuning:
         step = asyncio.create_task(tuning.train_step("01HX", GROUPS))
         with pytest.raises(md.APITimeoutError):
             await tuning.get("01HX")
-        waited.set()
-        assert (await step).step == 7
-
-
-async def test_step_waits_as_long_as_it_is_told():
-    async def play(peer):
-        await peer.request()
-        await peer.until_gone()
-
-    server = RawServer(play)
-    async with tuning_of(server) as tuning:
         with pytest.raises(md.APITimeoutError) as caught:
             await tuning.train_step("01HX", GROUPS, timeout=0.05)
-    assert caught.value.phase == "first_event"
-    assert len(server.requests) == 1
+        assert caught.value.phase == "first_event"
+        waited.set()
+        assert (await step).step == 7
 
 
 async def test_metrics_are_logged(client, simulator, finetune):
