@@ -106,7 +106,7 @@ async def test_client_is_closed_while_the_loop_of_another_thread_ends(grace):
 
     choose = random.Random(5)
     async with RawServer(stall) as server:
-        for _ in range(30):
+        for _ in range(20):
             kept = []
             client = client_of(server)
             thread = in_thread(read(client, kept, choose.randrange(12)))

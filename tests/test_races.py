@@ -96,12 +96,8 @@ def in_a_loop_of_its_own(client):
 
 @pytest.mark.parametrize(
     ("act", "moments"),
-    [
-        (lambda client: client.stats(), 40),
-        (lambda client: client._caller.session.count(requests=1, bytes_sent=2), 40),
-        (in_a_loop_of_its_own, 100),
-    ],
-    ids=["stats", "count", "pool"],
+    [(lambda client: client.stats(), 40), (in_a_loop_of_its_own, 60)],
+    ids=["stats", "pool"],
 )
 @pytest.mark.filterwarnings("ignore:CaptionStream was dropped:ResourceWarning")
 @pytest.mark.slow
@@ -146,18 +142,12 @@ READ = """
 """
 
 READERS = {
-    "asyncio": "asyncio.run(read())",
-    "anyio": "anyio.run(read)",
+    "one": "asyncio.run(read())",
     "several": """
         async def main():
             async with anyio.create_task_group() as group:
                 for _ in range(5):
                     group.start_soon(read)
-        asyncio.run(main())
-    """,
-    "a-task": """
-        async def main():
-            await asyncio.create_task(read())
         asyncio.run(main())
     """,
 }
@@ -186,7 +176,7 @@ async def test_interrupt_in_the_middle_of_a_stream_leaves_nothing_and_says_no_mo
 
 # -- all at once ----------------------------------------------------------------------
 
-HAMMERING = 3  # seconds
+HAMMERING = 2  # seconds
 SEEDS = itertools.count()  # one for each connection
 
 

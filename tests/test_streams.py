@@ -4,9 +4,13 @@ No sockets: a `Source` is told what arrives, and when. Time is the tests' own.
 """
 
 import asyncio
+import copy
+import pickle
 
+import anyio
 import pytest
 from decoding import CUTS, STOP, chat, cuts, sse
+from scenes import KINDS
 from sources import (
     DONE,
     END,
@@ -218,6 +222,32 @@ async def test_a_complete_stream_says_so_again_and_again(reader):
 
 async def test_what_is_lost_after_the_end_does_not_matter():
     assert await opened(Source(sse(*HERON, DONE), lost)).text() == TEXT
+
+
+async def test_closing_a_complete_stream_can_be_cancelled_and_closes_all_the_same():
+    class Slow(Source):
+        async def finish(self):
+            await anyio.sleep_forever()
+
+    source = Slow(sse(*HERON, DONE))
+    stream = opened(source)
+    await anext(stream)
+    with anyio.move_on_after(1):
+        await stream.aclose()
+
+    assert source.closed
+
+
+@pytest.mark.parametrize("double", [copy.copy, copy.deepcopy, pickle.dumps])
+async def test_a_stream_can_not_be_copied(double):
+    for kind in KINDS.values():
+        source = Source()
+        stream = opened(source)
+        original = kind.hold(stream)
+        with pytest.raises(TypeError, match=r"can't be copied|cannot pickle"):
+            double(original)
+        assert not source.closed
+        await stream.aclose()
 
 
 async def test_a_plain_answer_is_a_stream_of_one_piece():
