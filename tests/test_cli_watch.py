@@ -61,6 +61,26 @@ async def test_each_answer_is_a_line_with_its_time_and_age(watch, clip, argument
     assert each["index"] == 11  # the last frame is always asked about
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "The answer is empty."),
+        (["--skill", "query", "--question", "A?"], "The answer is empty."),
+        (["--skill", "detect", "--object", "red"], "nothing found"),
+    ],
+    ids=["caption", "query", "detect"],
+)
+async def test_an_empty_text_is_called_so_and_only_objects_are_not_found(
+    watch, simulator, clip, arguments, said
+):
+    simulator.script.caption("", times=None)
+    simulator.script.query("", times=None)
+    simulator.script.detect([], times=None)
+    status, lines, errors = await watch(clip, "--every", "1m", *arguments)
+    assert (status, errors) == (0, "")
+    assert lines.rstrip().endswith(f"old: {said}")
+
+
 async def test_frames_are_as_far_apart_as_is_asked_for(watch, clip):
     _, said, _ = await watch(clip, "--every", "200ms", "--json", "--in-flight", "2")
     asked = [json.loads(line)["time"] for line in said.splitlines()]

@@ -21,7 +21,7 @@ from moondream_async.errors import (
 
 from . import _options as options
 from ._options import UsageError
-from ._output import coordinates, note, one_line, print_json, print_text
+from ._output import EMPTY, coordinates, note, one_line, print_json, print_text
 from ._session import at_home, run
 from ._words import in_words
 
@@ -175,8 +175,8 @@ def _as_json(each: WatchResult[Frame, Any]) -> dict[str, Any]:
 
 def _text(result: Any) -> str:
     """Return an answer as a text."""
-    for name in ("objects", "points"):
+    for name in ("caption", "answer"):
         if name in result:
-            return "; ".join(map(coordinates, result[name])) or "nothing found"
-    found = (str(result[name]) for name in ("caption", "answer", "path") if name in result)
-    return next(found, "") or "nothing found"
+            return str(result[name]) or EMPTY
+    places = result.get("objects", result.get("points", ()))
+    return "; ".join(map(coordinates, places)) or result.get("path") or "nothing found"
