@@ -299,6 +299,15 @@ def test_what_cannot_be_is_told_and_nobodys_file_is_touched(
     assert {path.read_text() for path in tmp_path.glob("mine.*")} == {"dear diary\n"}
 
 
+async def test_a_limit_that_ran_out_is_told_by_its_option(simulator, bulk, photos, tmp_path):
+    simulator.faults.append("slow_start=60,times=always")
+    limits = ("--timeout", "0.1", "--retries", "0", "--limit", "2")
+    said = await bulk("photos", "-o", "o.jsonl", "--report", "o.html", *limits, status=1)
+    for text in (said, Page(tmp_path / "o.html").text):
+        assert "(--timeout)" in text
+        assert "Timeout." not in text
+
+
 # -- what ends it, and how it goes on -----------------------------------------------
 
 

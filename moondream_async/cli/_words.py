@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 from moondream_async.errors import (
     APIConnectionError,
-    APITimeoutError,
     ImageError,
     MoondreamError,
     RequestError,
@@ -50,12 +49,19 @@ def in_words(error: MoondreamError) -> str:
     if isinstance(error, RequestError) and not isinstance(error, ImageError):
         for pattern, words in _IN_OTHER_WORDS:
             message = re.sub(pattern, words, message, flags=re.DOTALL)
-    elif isinstance(error, APITimeoutError):
-        message = re.sub(r"\(Timeout\.(total|first_event|idle)\)", "(--timeout)", message)
-        message = re.sub(r" \(Timeout\.\w+\)", "", message)  # no option sets these
     elif isinstance(error, APIConnectionError):
         message += _what_starts_one(message)
-    return message
+    return limits_in_words(message)
+
+
+def limits_in_words(message: str) -> str:
+    """Return a message with the option that sets a limit in place of `Timeout`'s field.
+
+    >>> limits_in_words("Not complete within 1 seconds (Timeout.total)")
+    'Not complete within 1 seconds (--timeout)'
+    """
+    message = re.sub(r"\(Timeout\.(total|first_event|idle)\)", "(--timeout)", message)
+    return re.sub(r" \(Timeout\.\w+\)", "", message)  # no option sets these
 
 
 def own_name() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moondream_async.cli._output import note, one_line
+from moondream_async.cli._words import limits_in_words
 
 if TYPE_CHECKING:
     from typing import Self
@@ -73,7 +74,8 @@ class Progress:
             self.answered += 1
         else:
             self.failed += 1
-            words = one_line(f"{error.get('type') or 'Error'}: {error.get('message') or ''}")
+            said = f"{error.get('type') or 'Error'}: {error.get('message') or ''}"
+            words = one_line(limits_in_words(said))
             self.reasons[_VARYING.sub("...", words)[:200]] += 1
         tokens = [(metrics or {}).get(name) for name in ("input_tokens", "output_tokens")]
         spent, written = (each if isinstance(each, int) else 0 for each in tokens)

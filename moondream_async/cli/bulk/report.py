@@ -11,6 +11,7 @@ from typing import Any
 
 from moondream_async._images import encode_image
 from moondream_async.cli._files import replacing
+from moondream_async.cli._words import limits_in_words
 from moondream_async.errors import MoondreamError, RequestError
 
 from .lines import Records, answer_of
@@ -99,7 +100,7 @@ def _figure(record: dict[str, Any]) -> str:
 
 def _said(record: dict[str, Any]) -> str:
     if error := record.get("error"):
-        return f"{error.get('type')}: {error.get('message')}"
+        return limits_in_words(f"{error.get('type')}: {error.get('message')}")
     if (answer := answer_of(record)) is not None:
         return str(answer)
     for name in ("objects", "points"):
