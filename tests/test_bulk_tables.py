@@ -65,6 +65,24 @@ async def test_a_table_gives_pictures_and_its_columns_go_into_questions(
     )
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+async def test_a_row_without_a_picture_fails_alone(simulator, bulk, photos, tmp_path, ending):
+    rows = [{"picture": str(each), "kind": "cat"} for each in sorted(photos.rglob("*.jpg"))[:3]]
+    rows[1:1] = [{"picture": "", "kind": "blank"}, {"picture": None, "kind": "none"}]
+    if ending == "jsonl":
+        rows += [{"kind": "a key less"}, {"picture": 5, "kind": "a number"}]
+    table = write_table(tmp_path / f"in.{ending}", rows)
+    bad = len(rows) - 3
+    for done in (f"3 answered, {bad} failed", f"0 answered, {bad} failed, 3 done before"):
+        said = await bulk(table, "-o", "o.jsonl", "--report", "o.html", *ASKS, status=1)
+        assert done in said
+        assert "names no picture in picture" in said
+    failed = [line for line in records(tmp_path / "o.jsonl") if "error" in line]
+    assert len(failed) == bad
+    assert [line["path"] for line in failed[:2]] == [f"{table}#row=2", f"{table}#row=3"]
+    assert len(simulator.requests) == 6
+
+
 async def test_only_questions_that_failed_are_asked_again(simulator, bulk, photos, tmp_path):
     arguments = ("photos", "-o", "o.jsonl", "--ask", "a=How wide?", "--ask", "b=How high?")
     simulator.faults.extend(["status=400"] * 5)

@@ -301,6 +301,8 @@ class Job:
         """Return a picture to ask about; True if it is done, None if it is left out."""
         if found.name in self.not_again:
             return None
+        if found.fault is not None:
+            return RequestError(found.fault)
         try:
             asked = self.questions.of(found)
             if self._seen is not None:

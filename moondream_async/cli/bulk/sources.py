@@ -38,6 +38,9 @@ class Found(msgspec.Struct, frozen=True):
     contents: Contents | None = None
     """With `data`: the state of the sample, or of the whole video."""
 
+    fault: str | None = None
+    """Why there is no picture, where a table's row names none."""
+
     @property
     def name(self) -> str:
         """The path as JSON can say it."""

@@ -35,7 +35,7 @@ def find_in_table(name: str, column: str | None) -> Iterator[Found]:
     table's folder.
 
     Raises:
-        RequestError: There is no such column, or the file is no such table.
+        RequestError: The first row has no such column, or the file is no such table.
     """
     ending = os.path.splitext(name)[1].lower()
     read: Callable[[str], Iterator[Row]] = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}.get(
@@ -45,16 +45,19 @@ def find_in_table(name: str, column: str | None) -> Iterator[Found]:
     for number, row in enumerate(read(name), 1):
         if column is None:
             column = next((each for each in NAMES if each in row), None)
-        if column is None or column not in row:
+        if column is None or (number == 1 and column not in row):
             has = ", ".join(map(str, row))
             raise RequestError(
                 f"{name} has no column {column or ' or '.join(NAMES[:3])} (row {number}), "
                 f"but {has}: name the one with the pictures by '--column'"
             )
-        path = row[column]
-        if not isinstance(path, str) or not path:
-            raise RequestError(f"{name}: row {number} names no picture in {column}")
+        path = row.get(column)
         rest = {key: value for key, value in row.items() if key != column}
+        if not isinstance(path, str) or not path:
+            own = f"{name}#row={number}"
+            fault = f"{name}: row {number} names no picture in {column}"
+            yield Found(own, os.path.basename(own), rest, fault=fault)  # noqa: PTH119
+            continue
         beside = os.path.join(folder, path)
         known = "://" in path or os.path.lexists(path)
         here = beside if not known and os.path.lexists(beside) else path
