@@ -65,6 +65,17 @@ async def test_a_table_gives_pictures_and_its_columns_go_into_questions(
     )
 
 
+@pytest.mark.parametrize("source", ["photos", "in.csv"])
+async def test_braces_that_name_no_column_are_text(simulator, bulk, photos, tmp_path, source):
+    write_table(tmp_path / "in.csv", rows_of(photos))
+    texts = ['Answer as {"a": 1}', "Answer {}", "Only {in one word}"]
+    for text in texts:
+        await bulk(source, "-o", "o.jsonl", "--skill", "query", "--question", text, "--limit", 2)
+    assert [each.body["question"] for each in simulator.requests] == [
+        text for text in texts for _ in range(2)
+    ]
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 async def test_a_row_without_a_picture_fails_alone(simulator, bulk, photos, tmp_path, ending):
     rows = [{"picture": str(each), "kind": "cat"} for each in sorted(photos.rglob("*.jpg"))[:3]]

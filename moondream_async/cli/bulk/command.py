@@ -152,6 +152,7 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     if skill == "segment" and by_batch:
         raise UsageError("'--via batch-api' takes no '--skill segment'", context)
     from .exports import Output  # noqa: PLC0415 - --help does without
+    from .questions import Questions, check_columns  # noqa: PLC0415 - likewise
     from .remote import allow_networks  # noqa: PLC0415 - likewise
     from .report import check_report  # noqa: PLC0415 - likewise
     from .video import check_sources  # noqa: PLC0415 - likewise
@@ -161,6 +162,9 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         wanted = Output.of(output)
         kind = "several" if asks else skill
         check_sources(paths or [], from_file or [], wanted.form, kind, via)
+        texts = {name: arguments[name] for name in ("question", "object") if name in arguments}
+        texts |= {f"ask {name}": text for name, text in asks.items()}
+        rows = check_columns(texts, paths or [], from_file or [])
     except MissingExtraError:
         raise
     except RequestError as error:
@@ -176,7 +180,6 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     if report is not None:
         check_report(report)
     from .job import Job  # noqa: PLC0415 - --help does without
-    from .questions import Questions  # noqa: PLC0415 - likewise
 
     client = server.client(
         max_connections=concurrency, max_retries=retries, rate_limit=rate_limit, hooks=Hooks()
@@ -185,7 +188,7 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         arguments["settings"] = settings
     job = Job(
         client,
-        Questions(skill, arguments, asks, server.model),
+        Questions(skill, arguments, asks, server.model, rows=rows),
         wanted,
         paths or [],
         from_file or [],
