@@ -270,7 +270,7 @@ REFUSED = [
     (2, "{kind} stands for", "photos/*.jpg", "-o", "o/", *QUERY, "--question", "A {kind}?"),
     (2, "{kind} stands for", "photos", *OUT, "--dry-run", "--ask", "a=A {kind}?"),
     (2, "{a-b} stands for", "photos", *OUT, "--skill", "point", "--object", "{a-b}"),
-    (1, "no table gives it a column", "--from-file", "list.txt", *OUT, *QUERY, "--question", "A {kind}?"),
+    (1, "no table gives it a", "--from-file", "a.txt", *OUT, *QUERY, "--question", "A {kind}?"),
     (1, "is damaged", "photos", "-o", "damaged.jsonl", "--via", "batch-api"),
     (2, "'-o .vtt' is for", "clip.mp4", "-o", "out.vtt", *DETECT),
     (2, "'-o .srt' is for", "clip.mp4", "photo.jpg", "-o", "out.srt"),
@@ -290,7 +290,7 @@ def test_what_cannot_be_is_told_and_nobodys_file_is_touched(
 ):
     (tmp_path / "empty").mkdir()
     (tmp_path / "in.csv").write_text("path\nphotos/00000.jpg\n")
-    (tmp_path / "list.txt").write_text("photos/00000.jpg\n")
+    (tmp_path / "a.txt").write_text("photos/00000.jpg\n")
     (tmp_path / "clip.mp4").write_bytes(b"no video")
     (tmp_path / "damaged.jsonl.batches").write_text('[{"batch": 5')
     for ending in ("json", "jsonl", "jsonl.gz", "csv", "parquet", "html"):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -389,6 +390,28 @@ async def test_ctrl_c_while_it_reads_stdin_ends_it(simulator, interruptible):
         await program.tell("x" * 1_000_000)  # more than a pipe holds
         program.interrupt()
         assert await program.end() == (130, "", [])
+
+
+@pytest.mark.parametrize("loading", ["msgspec", "typer"])  # of the package, of the command line
+@pytest.mark.parametrize("how", ["-m", "script"])
+def test_ctrl_c_while_it_loads_ends_it_without_a_word(tmp_path, loading, how):
+    (tmp_path / f"{loading}.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    script = tmp_path / "moondream-async"
+    script.write_text("from moondream_async.cli import main; raise SystemExit(main())")
+    command = [sys.executable, *(PROGRAM[1:] if how == "-m" else [script]), "--version"]
+    places = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = os.environ | {"PYTHONPATH": places}
+    done = subprocess.run(command, check=False, capture_output=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_ctrl_c_in_a_program_that_imports_the_package_is_its_own(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import signal; import moondream_async\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    subprocess.run([sys.executable, script], check=True)
 
 
 # -- demo -------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_everything_that_is_imported_is_a_name_of_the_surface():
     imported = [
         alias.asname or alias.name
         for node in [*tree.body, *lazy(tree).body]
-        if isinstance(node, ast.ImportFrom) and node.module != "typing"
+        if isinstance(node, ast.ImportFrom) and node.module not in ("typing", None)
         for alias in node.names
     ]
 

@@ -162,8 +162,7 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         wanted = Output.of(output)
         kind = "several" if asks else skill
         check_sources(paths or [], from_file or [], wanted.form, kind, via)
-        texts = {name: arguments[name] for name in ("question", "object") if name in arguments}
-        texts |= {f"ask {name}": text for name, text in asks.items()}
+        texts = {f"ask {name}": text for name, text in asks.items()} | arguments
         rows = check_columns(texts, paths or [], from_file or [])
     except MissingExtraError:
         raise

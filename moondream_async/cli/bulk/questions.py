@@ -103,11 +103,11 @@ class Questions:
         return {name: value for name, value in asked.items() if value is not None}
 
 
-def check_columns(texts: Mapping[str, str], paths: Sequence[str], lists: Sequence[str]) -> bool:
+def check_columns(texts: Mapping[str, Any], paths: Sequence[str], lists: Sequence[str]) -> bool:
     """Tell whether there may be pictures with rows; refuse ``{column}`` where there are none.
 
     Args:
-        texts: Questions and objects, by their options.
+        texts: What the options give, by their names.
         paths: Tables and shards have rows, and a pattern or stdin may name such.
         lists: So may files with paths in them.
 
@@ -115,12 +115,15 @@ def check_columns(texts: Mapping[str, str], paths: Sequence[str], lists: Sequenc
         RequestError: A text has a column, and nothing that is named has rows.
     """
     if lists or any(
-        each == "-" or is_table(each) or is_shard(each) or (has_magic(each) and not can_prepare(each))
+        each == "-"
+        or is_table(each)
+        or is_shard(each)
+        or (has_magic(each) and not can_prepare(each))
         for each in paths
     ):
         return True
     for option, text in texts.items():
-        if column := _MUST_BE_COLUMN.search(text):
+        if column := _MUST_BE_COLUMN.search(str(text)):
             raise RequestError(
                 f"'--{option}': {column[0]} stands for a table's column, and PATHS has no table"
             )
