@@ -76,7 +76,7 @@ class Body:
         self.received = 0
         """The number of bytes that have arrived."""
         self._closed_by_client = False
-        self._unread = b""
+        self._unread: bytes | memoryview = b""
         self._began = 0.0  # when the reader got the first of the bytes that are `_unread`
         self._finishing: asyncio.Lock | None = None
         pool.bodies.add(self)
@@ -115,10 +115,11 @@ class Body:
         self._began = monotonic()
         return self._cut(data)
 
-    def _cut(self, data: bytes) -> bytes:
-        """Return the first piece of `data`, and keep the rest."""
-        self._unread = data[_PIECE_BYTES:]
-        return data[:_PIECE_BYTES]
+    def _cut(self, data: bytes | memoryview) -> bytes:
+        """Return the first piece of `data`, and keep the rest without copying it."""
+        view = memoryview(data)
+        self._unread = view[_PIECE_BYTES:]
+        return bytes(view[:_PIECE_BYTES])
 
     def _failed(self, error: BaseException) -> bytes:
         """Return the bytes that arrived before an error, or raise our error for it."""
