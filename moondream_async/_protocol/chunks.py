@@ -51,6 +51,11 @@ class ChatChunk(msgspec.Struct, rename={"request_id": "id"}, forbid_unknown_fiel
 
     completed: ClassVar[bool] = False
 
+    @property
+    def chunk(self) -> str:
+        """The text."""
+        return self.choices[0].delta.content
+
 
 class Block(msgspec.Struct, gc=False):
     """The events that one packet completed: their texts, and each event when it is asked for."""
@@ -99,14 +104,13 @@ NOTHING = Block([], b"")
 class Template:
     """The bytes before and after the text in a stream's events, if only the texts differ.
 
-    This is the one shortcut of the decoder. It halves the time of a chat's events, and of an
-    event that comes alone. A stream whose events do not match is decoded without a template,
-    with the same result.
+    This is the one shortcut of the decoder: without it, a chat's events that come many at once
+    take half as much time again. A stream whose events do not match is decoded without a
+    template, with the same result.
     """
 
-    __slots__ = ("_cut", "_end", "_gap", "_head", "_start", "_tail", "request_id")
+    __slots__ = ("_cut", "_gap", "_head", "_tail", "request_id")
 
-    _decode_text = msgspec.json.Decoder(str).decode
     _decode_texts = msgspec.json.Decoder(list[str]).decode
 
     def __init__(self, head: bytes, tail: bytes, gap: bytes, request_id: str | None) -> None:
@@ -114,8 +118,6 @@ class Template:
         self._head = head
         self._tail = tail + gap
         self._gap = gap
-        self._start = len(head)
-        self._end = -len(self._tail)
         self._cut = operator.itemgetter(slice(len(head), -len(tail)))
 
     @classmethod
@@ -132,16 +134,6 @@ class Template:
         head = line[: len(line) - len(text) + 1]
         return cls(head, text[text.index(b'"', 1) :], gap, request_id)
 
-    def read_one(self, data: bytes) -> str | None:
-        """Return the text of one event that matches; None if `data` does not."""
-        text = data[self._start : self._end]
-        if b'"' in text or self._head + text + self._tail != data:
-            return None
-        try:
-            return self._decode_text(b'"' + text + b'"')
-        except FAULTS:
-            return None
-
     def read(self, block: bytes) -> list[str] | None:
         """Return the texts of a block whose events all match; None if one does not.
 
@@ -151,10 +143,12 @@ class Template:
         list begins or ends a string; so if the list has as many strings as there are texts, no
         text holds a quote.
         """
-        head, tail = self._head, self._tail
+        head, tail, gap = self._head, self._tail, self._gap
+        if not block.endswith(gap):
+            block += b"\n"  # the rest of the last blank line comes with the next packet
         if not block.endswith(tail):
             return None
-        texts = list(map(self._cut, block.split(self._gap)))
+        texts = list(map(self._cut, block.split(gap)))
         del texts[-1]  # the empty piece after the last gap
         if head + (tail + head).join(texts) + tail != block:
             return None

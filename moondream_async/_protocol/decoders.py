@@ -36,9 +36,6 @@ class ChatDecoder(AnswerDecoder):
     _strict = msgspec.json.Decoder(ChatChunk)
     _key = b'"content":'
 
-    def _texts(self, chunks: list[ChatChunk]) -> list[str]:
-        return [each.choices[0].delta.content for each in chunks]
-
     def end(self) -> Block:
         """Take the end of the body; a `finish_reason` counts as the end marker."""
         block = super().end()

@@ -12,10 +12,10 @@ chat       delta     [DONE]           no             reasoning, usage
 =========  ========  ===============  =============  ======================
 
 A stream is read line by line. Nearly all lines are ``data: {"chunk": ...}`` with known fields
-only: each is decoded once, into a strict type (`chunks`). A line that does not fit that type is
-called odd here. The first odd line, and the rest of its packet, go to `SSEParser`, which knows
-every rule of the format and hands over the JSON that it has decoded. Both ways give the same
-events.
+only: each is decoded once, into a strict type (`chunks`), and whole packets of such lines at
+once. A line that does not fit that type is called odd here. The first odd line, and the rest of
+its packet, go to `SSEParser`, which knows every rule of the format and hands over the JSON that
+it has decoded. Both ways give the same events.
 """
 
 from __future__ import annotations
@@ -188,18 +188,24 @@ class AnswerDecoder:
 
     def feed(self, data: bytes) -> Block:
         """Take the next bytes of the body; return the events that they complete."""
-        if not self._by_line or self._tail is not None:
+        if not self._by_line or self._tail is not None or b"\r" in data:
             return self._feed_otherwise(data)
-        template = self._template
-        if template is not None and len(data) <= self._max_event_bytes:
-            text = template.read_one(data)  # most packets hold one event
-            if text is not None:
-                self.request_id = template.request_id or self.request_id
-                self._has_text = self._has_text or text != ""
-                return Block([text], data)
-        if b"\r" in data:
-            return self._feed_otherwise(data)
+        if data[:6] == b"data: " and data[-2:] == b"\n\n" and data.count(b"\n") == 2:
+            return self._decode_one(data)  # most packets hold one event
         return self._feed_lines(data)
+
+    def _decode_one(self, data: bytes) -> Block:
+        """Decode one line, with the blank line after it."""
+        try:
+            chunk = self._strict.decode(data[6:])
+        except FAULTS:
+            return self._decode_lines(data)
+        if chunk.completed is True or len(data) > self._max_event_bytes:
+            return self._decode_lines(data)
+        text = chunk.chunk
+        self._has_text = self._has_text or text != ""
+        self.request_id = chunk.request_id or self.request_id
+        return Block([text], data)
 
     def _feed_lines(self, data: bytes) -> Block:
         """Take lines; the last one may still lack its end."""
@@ -209,8 +215,9 @@ class AnswerDecoder:
             data = data[:cut]
         if len(data) > self._max_event_bytes:  # or else no event is too large
             return self._decode_lines(data)
+        data = data.lstrip(b"\n")  # the rest of a blank line that two packets share
         template = self._template
-        if template is not None:
+        if template is not None and data.count(b"\n") > 2:  # more than one event
             texts = template.read(data)
             if texts is not None:
                 return self._block(texts, template.request_id, data)
@@ -222,10 +229,9 @@ class AnswerDecoder:
 
         `_decode_lines` would give the same block.
         """
-        if data[:6] != b"data: " or data[-2:] != b"\n\n":
-            return None
-        events = data[6:-2].split(b"\n\ndata: ")
-        if data.count(b"\n") != 2 * len(events):
+        lines = data.rstrip(b"\n")
+        events = lines[6:].split(b"\n\ndata: ")
+        if lines[:6] != b"data: " or lines.count(b"\n") != 2 * len(events) - 2:
             return None
         try:
             chunks = list(map(self._strict.decode, events))
@@ -233,8 +239,9 @@ class AnswerDecoder:
             return None
         if True in [each.completed for each in chunks]:
             return None
-        self._learn(b"data: " + events[-1], b"\n\n", chunks[-1])
-        return self._block(self._texts(chunks), _last_id(chunks), data)
+        if len(chunks) > 1:
+            self._learn(b"data: " + events[-1], b"\n\n", chunks[-1])
+        return self._block([each.chunk for each in chunks], _last_id(chunks), data)
 
     def _learn(self, line: bytes, gap: bytes, chunk: Any) -> None:
         """Make a template of a line, for the events that follow; the one before did not fit."""
@@ -242,9 +249,6 @@ class AnswerDecoder:
         if self._lessons:
             self._lessons -= 1
             self._template = Template.learn(line, self._key, gap, chunk.request_id or None)
-
-    def _texts(self, chunks: list[Any]) -> list[str]:
-        return [each.chunk for each in chunks]
 
     def _block(self, texts: list[str], request_id: str | None, data: bytes) -> Block:
         """Return the block of chunk events that `data` holds, in whole lines."""
@@ -269,10 +273,10 @@ class AnswerDecoder:
             elif line:
                 break
             end += len(line) + 1
-        if chunks and self._template is None:
+        if len(chunks) > 1 and self._template is None:
             gap = b"\n\n" if last + b"\n\n" in data else b"\n"
             self._learn(last, gap, chunks[-1])
-        block = self._block(self._texts(chunks), _last_id(chunks), data[:end])
+        block = self._block([each.chunk for each in chunks], _last_id(chunks), data[:end])
         if end >= len(data):
             return block
         rest = data[end:] + (self._tail or b"")
