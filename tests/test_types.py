@@ -57,10 +57,6 @@ OURS = [
     md.BatchResult(id=7, result=CAPTION),
     md.ClientStats(**dict.fromkeys(md.ClientStats.fields(), 1)),
 ]
-every_value = pytest.mark.parametrize(
-    "value", [*VALUES, *OURS], ids=lambda value: type(value).__name__
-)
-
 FROZEN = [
     md.CallEvent(
         call_id="1f",
@@ -81,10 +77,6 @@ FROZEN = [
     md.BboxEvent(bbox=md.Region(0.1, 0.2, 0.5, 0.6), raw={}),
     md.Hooks(),
 ]
-every_frozen = pytest.mark.parametrize("value", FROZEN, ids=lambda value: type(value).__name__)
-all_values = pytest.mark.parametrize(
-    "value", [*VALUES, *OURS, *FROZEN], ids=lambda value: type(value).__name__
-)
 
 
 def test_every_value_of_the_surface_is_among_the_examples_here():
@@ -105,31 +97,36 @@ def test_every_value_of_the_surface_is_among_the_examples_here():
 # -- results are dicts with attributes -----------------------------------------------------
 
 
-@every_value
-def test_a_value_is_a_dict_whose_items_are_attributes(value):
-    assert isinstance(value, dict)
-    for name, item in value.items():
-        assert getattr(value, name) is item
-    for name in type(value).fields().keys() - value.keys() - {"raw", "headers"}:
-        assert getattr(value, name) is None
-
-
-@every_value
-def test_a_value_equals_the_plain_dict_and_is_one_to_json(value):
+@pytest.mark.parametrize("value", [*VALUES, *OURS], ids=lambda value: type(value).__name__)
+def test_a_value_is_a_dict_whose_items_are_attributes_which_alone_can_change(value):
+    kind, name = type(value), next(iter(type(value).fields()))
     assert value == dict(value) == {**value}
+    for key, item in value.items():
+        assert getattr(value, key) is item
+    for key in kind.fields().keys() - value.keys() - {"raw", "headers"}:
+        assert getattr(value, key) is None
+    with pytest.raises(KeyError):
+        value["colour"]
+    with pytest.raises(AttributeError):
+        value.colour  # noqa: B018 - it is looked up
+    assert value.get("colour", "none") == "none"
+
     assert type(value | {"label": 1}) is type(value.copy()) is dict
     if value not in OURS and not isinstance(value, md.Batch):
-        assert json.loads(json.dumps(value)) == value == type(value)(json.loads(json.dumps(value)))
-
-
-@every_value
-def test_a_value_is_made_of_keywords_or_of_a_mapping_or_of_pairs(value):
-    for made in (type(value)(**value), type(value)(dict(value)), type(value)(value.items())):
+        assert json.loads(json.dumps(value)) == value == kind(json.loads(json.dumps(value)))
+    for made in (kind(**value), kind(dict(value)), kind(value.items())):
         assert made == value
-        assert type(made) is type(value)
-    assert type(value)({**value, "label": "dog"})["label"] == "dog"
+        assert type(made) is kind
     with pytest.raises(TypeError, match="label"):
-        type(value)(**value, label="dog")
+        kind(**value, label="dog")
+
+    changed = kind({**value, "label": "dog"})
+    assert changed["label"] == "dog"
+    for refused in (name, "label"):
+        with pytest.raises(AttributeError):
+            setattr(changed, refused, None)
+    changed[name] = "changed"
+    assert getattr(changed, name) == "changed"
 
 
 @pytest.mark.parametrize(
@@ -155,34 +152,8 @@ def test_what_json_has_of_a_result_becomes_typed_again_throughout():
 
     assert detected.objects[0].x_max == detected["objects"][0]["x_max"] == 1
     assert asked.reasoning.grounding[0].points == [[0.25, 0.75]]
-
-
-def test_lists_are_lists_however_they_were_given():
     assert md.DetectResult(objects=(md.Region(0, 0, 1, 1),)).objects == [md.Region(0, 0, 1, 1)]
     assert type(md.PointResult(points=()).points) is list
-
-
-@every_value
-def test_items_can_be_changed_and_attributes_show_it_but_are_not_set(value):
-    value = copy.copy(value)
-    value["label"] = "dog"
-    assert value == {**value, "label": "dog"}
-    name = next(iter(type(value).fields()))
-    with pytest.raises(AttributeError):
-        setattr(value, name, None)
-    with pytest.raises(AttributeError):
-        value.label = "cat"
-    value[name] = "changed"
-    assert getattr(value, name) == "changed"
-
-
-@every_value
-def test_an_item_that_the_server_did_not_say_is_a_key_error(value):
-    with pytest.raises(KeyError):
-        value["colour"]
-    with pytest.raises(AttributeError):
-        value.colour  # noqa: B018 - it is looked up
-    assert value.get("colour", "none") == "none"
 
 
 def test_the_body_and_the_headers_are_attributes_and_no_keys():
@@ -194,21 +165,22 @@ def test_the_body_and_the_headers_are_attributes_and_no_keys():
         assert (other.raw, other.headers) == (RAW, {"X-Server": "one"})
 
 
-@every_frozen
-def test_the_other_values_do_not_change(value):
-    with pytest.raises(AttributeError):
-        setattr(value, value.__struct_fields__[0], None)
+def test_the_other_values_do_not_change():
+    for value in FROZEN:
+        with pytest.raises(AttributeError):
+            setattr(value, value.__struct_fields__[0], None)
 
 
-@all_values
-def test_values_can_be_copied_and_pickled(value):
-    pickled = [pickle.dumps(value, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
-    for other in (copy.copy(value), copy.deepcopy(value), *map(pickle.loads, pickled)):
-        assert type(other) is type(value)
-        if isinstance(value, md.EncodedImage):
-            assert msgspec.structs.astuple(other) == msgspec.structs.astuple(value)
-        else:
-            assert other == value
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_values_can_be_copied_and_pickled(protocol):
+    for value in (*VALUES, *OURS, *FROZEN):
+        pickled = pickle.loads(pickle.dumps(value, protocol))
+        for other in (copy.copy(value), copy.deepcopy(value), pickled):
+            assert type(other) is type(value)
+            if isinstance(value, md.EncodedImage):
+                assert msgspec.structs.astuple(other) == msgspec.structs.astuple(value)
+            else:
+                assert other == value
 
 
 def test_what_the_server_left_out_is_no_key_and_none():
@@ -218,9 +190,6 @@ def test_what_the_server_left_out_is_no_key_and_none():
     assert (result.request_id, result.finish_reason, result.metrics) == (None, None, None)
     assert (result.raw, result.headers) == ({}, None)
     assert md.QueryResult(answer="two").reasoning is None
-
-
-def test_results_without_a_body_do_not_share_one():
     assert md.Result().raw is not md.Result().raw
 
 
@@ -260,23 +229,17 @@ def test_repr_shows_the_answer_first_and_neither_the_body_nor_secrets(result, sh
 # -- pictures ------------------------------------------------------------------------------
 
 
-def test_repr_of_a_prepared_picture_holds_no_bytes_of_it():
+def test_prepared_picture_is_compared_by_identity_and_shown_without_its_bytes():
     image = md.EncodedImage(b"\xff\xd8" * 500, "image/jpeg", 640, 480)
 
     assert repr(image) == "EncodedImage(image/jpeg, 640x480, 1000 bytes)"
-
-
-def test_prepared_pictures_are_compared_by_identity_and_can_be_keys():
-    image = md.EncodedImage(b"x", "image/png", 1, 1)
-
-    assert image != md.EncodedImage(b"x", "image/png", 1, 1)
+    assert image != md.EncodedImage(b"\xff\xd8" * 500, "image/jpeg", 640, 480)
     assert {image: 1}[image] == 1
 
 
 # -- limits --------------------------------------------------------------------------------
 
 PHASES = md.Timeout.__struct_fields__
-every_phase = pytest.mark.parametrize("phase", PHASES)
 
 
 def test_the_limits_are_those_of_the_documentation():
@@ -284,14 +247,14 @@ def test_the_limits_are_those_of_the_documentation():
     assert PHASES == ("pool", "connect", "first_event", "idle", "total")
 
 
-@every_phase
-def test_a_limit_is_a_positive_number_of_seconds_or_none_and_else_refused_by_name(phase):
-    for seconds in (0.001, 5, 2.5, None):
-        assert getattr(md.Timeout(**{phase: seconds}), phase) == seconds
-    for odd in (0, -1, 0.0, float("nan"), float("-inf"), True, False, "5", [], 1j, object()):
-        with pytest.raises(md.RequestError) as caught:
-            md.Timeout(**{phase: odd})
-        assert caught.value.message.startswith(f"Timeout.{phase} must be a number of seconds")
+def test_a_limit_is_a_positive_number_of_seconds_or_none_and_else_refused_by_name():
+    for phase in PHASES:
+        for seconds in (0.001, 5, 2.5, None):
+            assert getattr(md.Timeout(**{phase: seconds}), phase) == seconds
+        for odd in (0, -1, 0.0, float("nan"), float("-inf"), True, False, "5", [], 1j, object()):
+            with pytest.raises(md.RequestError) as caught:
+                md.Timeout(**{phase: odd})
+            assert caught.value.message.startswith(f"Timeout.{phase} must be a number of seconds")
 
 
 # -- events --------------------------------------------------------------------------------
