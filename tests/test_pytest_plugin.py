@@ -1,6 +1,7 @@
 """What users' tests get: the fixture here, as everybody has it, and pytest in sub-runs."""
 
 import asyncio
+import concurrent.futures
 import os
 import re
 import socket
@@ -75,15 +76,10 @@ def test_users_own_key_and_endpoint_are_out_of_reach(environment, moondream_simu
     assert "MOONDREAM_API_KEY" not in os.environ
 
 
-@pytest.mark.moondream_simulator("kestrel", api_key="right")
-def test_marker_sets_the_server_up(moondream_simulator, monkeypatch):
-    assert repr(moondream_simulator).startswith("<SimulatorThread kestrel: http://127.0.0.1:")
+@pytest.mark.moondream_simulator("cloud", api_key="right")
+def test_marker_sets_the_server_up_and_its_key_is_asked_for(moondream_simulator, monkeypatch):
+    assert repr(moondream_simulator).startswith("<SimulatorThread cloud: http://127.0.0.1:")
     assert os.environ["MOONDREAM_API_KEY"] == "right"
-    assert "JPEG picture" in ask()
-
-
-@pytest.mark.moondream_simulator(api_key="right")
-def test_key_is_asked_for_when_the_marker_has_one(moondream_simulator, monkeypatch):
     assert "JPEG picture" in ask()
     monkeypatch.setenv("MOONDREAM_API_KEY", "wrong")
     with pytest.raises(md.AuthenticationError):
@@ -116,6 +112,19 @@ def test_nothing_is_left_of_the_server_when_it_is_left():
     assert repr(simulator) == "<SimulatorThread cloud: not listening>"
 
 
+@pytest.mark.usefixtures("silence")
+def test_leaving_ends_who_waits_in_another_thread_and_leaves_no_task():
+    before = set(threading.enumerate())
+    asked = threading.Event()  # set by the condition, which is never true
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with SimulatorThread() as simulator:
+            waiting = pool.submit(simulator.wait_until, asked.set, timeout=60)
+            asked.wait()
+        with pytest.raises(concurrent.futures.CancelledError):
+            waiting.result()
+    assert set(threading.enumerate()) <= before
+
+
 def test_place_that_is_taken_is_an_error_where_it_is_entered():
     before = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -125,21 +134,16 @@ def test_place_that_is_taken_is_an_error_where_it_is_entered():
     assert set(threading.enumerate()) <= before
 
 
-def test_waiting_in_vain_ends_with_what_was_received(moondream_simulator):
+async def test_waiting_in_vain_ends_with_what_was_received(moondream_simulator):
     moondream_simulator.script.caption(TEXT)
-    ask()
-    with pytest.raises(TimeoutError, match=r"not so within 0.01 seconds; .*POST /v1/caption: 200"):
-        moondream_simulator.wait_until(lambda: False, timeout=0.01)
-
-
-async def test_coroutine_that_waits_in_vain_is_told_likewise(moondream_simulator):
-    with pytest.raises(TimeoutError, match=r"not so within 0.01 seconds; received: \[\]"):
+    await asyncio.to_thread(ask)
+    told = pytest.raises(TimeoutError, match=r"not so within 0.01 seconds; .*/caption: 200")
+    with told:
+        await asyncio.to_thread(moondream_simulator.wait_until, lambda: False, timeout=0.01)
+    with told:
         await moondream_simulator.until(lambda: False, timeout=0.01)
-
-
-async def test_what_would_hold_up_the_loop_is_refused(moondream_simulator):
     with pytest.raises(RuntimeError, match="until"):
-        moondream_simulator.wait_until(lambda: True)
+        moondream_simulator.wait_until(lambda: True)  # which would hold up the loop
 
 
 def test_error_in_a_condition_is_raised_where_it_is_waited_for(moondream_simulator):
