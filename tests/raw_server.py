@@ -19,10 +19,14 @@ server raises again.
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
+import ssl
 import struct
 from typing import NamedTuple
+
+import trustme
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -204,6 +208,16 @@ class RawServer:
     def _end(self, task):
         del self._playing[task]
         self._ended.set()
+
+
+@functools.cache
+def tls(host="127.0.0.1", until=None):
+    """Return the context of a server at this host, and that of a client that trusts it."""
+    authority = trustme.CA()
+    served, trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert(host, not_after=until).configure_cert(served)
+    authority.configure_trust(trusted)
+    return served, trusted
 
 
 # -- what answers are made of ---------------------------------------------------------

@@ -1,6 +1,5 @@
 """Conversations: what goes into them, and what comes out in one piece or as a stream."""
 
-import base64
 import json
 
 import pytest
@@ -15,22 +14,6 @@ QUESTION = "Where is the red circle?"
 streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 
 
-def as_url(photo):
-    return f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}"
-
-
-def as_pillow(photo):
-    with Image.open(photo) as image:
-        image.load()
-    return image
-
-
-PICTURES = {
-    "path": lambda photo: photo,
-    "bytes": lambda photo: photo.read_bytes(),
-    "bytearray": lambda photo: bytearray(photo.read_bytes()),
-    "pillow": as_pillow,
-}
 PARTS = {
     "bare": lambda picture: picture,
     "openai": lambda picture: {"type": "image_url", "image_url": {"url": picture}},
@@ -39,8 +22,7 @@ PARTS = {
 }
 
 
-@streamed_or_not
-async def test_chat_gives_the_same_text_streamed_and_not(client, photo, stream):
+async def test_chat_gives_the_same_text_streamed_and_not(client, photo):
     messages = [{"role": "user", "content": [photo, QUESTION]}]
     plain = await client.chat(messages)
     assert isinstance(plain, md.ChatResult)
@@ -48,48 +30,35 @@ async def test_chat_gives_the_same_text_streamed_and_not(client, photo, stream):
     assert plain.message.content == (await client.query(photo, QUESTION)).answer
     assert plain.finish_reason == plain["finish_reason"] == "stop"
     assert plain.request_id == plain.raw["id"]
-    assert (
-        plain.usage.total_tokens == plain.usage.prompt_tokens + plain.usage.completion_tokens > 729
-    )
-    answer = await client.chat(messages, stream=stream)
-    if stream:
-        assert isinstance(answer, md.ChatStream)
-        pieces = [piece async for piece in answer["message"]]
-        assert len(pieces) > 1
-        assert "".join(pieces) == plain.message.content
-        assert answer.completed
-        assert answer.request_id.startswith("chatcmpl-")
-    assert answer.finish_reason == plain.finish_reason
-    assert answer.usage == answer["usage"] == plain.usage
-    assert answer.reasoning is None
+    usage = plain.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens > 729
+    stream = await client.chat(messages, stream=True)
+    assert isinstance(stream, md.ChatStream)
+    pieces = [piece async for piece in stream["message"]]
+    assert len(pieces) > 1
+    assert "".join(pieces) == plain.message.content
+    assert stream.completed
+    assert stream.request_id.startswith("chatcmpl-")
+    assert stream.finish_reason == plain.finish_reason
+    assert stream.usage == stream["usage"] == plain.usage
+    assert stream.reasoning is plain.reasoning is None
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("picture", PICTURES)
-async def test_picture_goes_into_a_chat_in_any_form(simulator, client, photo, picture, part):
-    part = PARTS[part](PICTURES[picture](photo))
-    await client.chat([{"role": "user", "content": [part, QUESTION]}])
-    sent, text = simulator.requests[0].body["messages"][0]["content"]
-    assert sent["type"] == "image_url"
-    assert sent["image_url"].keys() == {"url"}
-    assert sent["image_url"]["url"].startswith("data:image/")
-    assert text == {"type": "text", "text": QUESTION}
-
-
-@pytest.mark.parametrize("part", ["openai", "short", "image"])
-async def test_data_url_goes_into_a_chat_as_it_is(simulator, client, photo, part):
-    part = PARTS[part](as_url(photo))
-    await client.chat([{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}])
-    sent, _ = simulator.requests[0].body["messages"][0]["content"]
-    assert sent == {"type": "image_url", "image_url": {"url": as_url(photo)}}
-
-
-async def test_prepared_picture_and_open_file_go_into_a_chat(simulator, client, photo):
+async def test_picture_goes_into_a_chat_in_any_form(simulator, client, photo, part):
     image = await client.encode_image(photo)
-    with photo.open("rb") as file:
-        await client.chat([{"role": "user", "content": [image, file, QUESTION]}])
-    first, second, _ = simulator.requests[0].body["messages"][0]["content"]
-    assert first == second
+    with Image.open(photo) as pillow, photo.open("rb") as file:
+        forms = [photo, photo.read_bytes(), bytearray(photo.read_bytes()), image, file]
+        parts = [*map(PARTS[part], [*forms, image.image_url][: 5 if part == "bare" else 6])]
+        as_text = {"type": "text", "text": QUESTION}
+        await client.chat([{"role": "user", "content": [*parts, QUESTION]}])
+        await client.chat([{"role": "user", "content": [PARTS[part](pillow), as_text]}])
+    first, second = (request.body["messages"][0]["content"] for request in simulator.requests)
+    assert first == [{"type": "image_url", "image_url": {"url": image.image_url}}] * len(parts) + [
+        as_text
+    ]
+    assert second[0]["image_url"]["url"].startswith("data:image/")
+    assert second[1:] == [as_text]
 
 
 async def test_pictures_of_a_turn_keep_their_order(client, photo):
@@ -100,59 +69,25 @@ async def test_pictures_of_a_turn_keep_their_order(client, photo):
     assert "blue (100%)" in second
 
 
-async def test_conversation_of_several_turns_arrives_as_it_is(simulator, client, photo):
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [photo, "What is this?"]},
-        {"role": "assistant", "content": [{"type": "text", "text": "Shapes."}]},
-        {"role": "user", "content": QUESTION},
-    ]
-    await client.chat(messages, settings={"max_tokens": 4, "temperature": 0, "seed": 7})
-    body = simulator.requests[0].body
-    assert [message["role"] for message in body["messages"]] == [each["role"] for each in messages]
-    assert body["messages"][0] == messages[0]
-    assert body["messages"][2] == messages[2]
-    assert body["messages"][3] == messages[3]
-    del body["messages"]
-    assert body == {
-        "model": "moondream3-preview",
-        "stream": False,
-        "max_completion_tokens": 4,
-        "temperature": 0,
-        "seed": 7,
-    }
-    assert messages[1]["content"][0] is photo  # the caller's own list is left alone
-
-
 async def test_answer_goes_back_into_the_conversation_as_it_is(simulator, client, photo):
     messages = [{"role": "user", "content": [photo, "What is this?"]}]
     first = await client.chat(messages, reasoning=True)
     await client.chat([*messages, first.message, {"role": "user", "content": QUESTION}])
     said = simulator.requests[1].body["messages"][1]
     assert said == {"role": "assistant", "content": first.message.content}
-
-
-async def test_chat_asks_for_usage_in_a_stream(simulator, client):
-    async with client.chat([{"role": "user", "content": "Hi"}], stream=True, model="m") as stream:
-        await stream.text()
-    body = simulator.requests[0].body
-    assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
-    assert body["model"] == "m"
+    assert messages[0]["content"][0] is photo  # the caller's own list is left alone
 
 
 @streamed_or_not
-async def test_chat_that_ran_out_of_tokens_says_so(client, photo, stream):
-    answer = await client.chat(
-        [{"role": "user", "content": [photo, QUESTION]}], settings={"max_tokens": 2}, stream=stream
-    )
+async def test_chat_says_that_it_ran_out_of_tokens_and_thinks_where_it_is_asked_to(
+    client, photo, stream
+):
+    messages = [{"role": "user", "content": [photo, QUESTION]}]
+    answer = await client.chat(messages, settings={"max_tokens": 2}, stream=stream)
     if stream:
         assert len((await answer.text()).split()) == 2
     assert answer.finish_reason == "length"
 
-
-@streamed_or_not
-async def test_chat_thinks_where_it_is_asked_to(client, photo, stream):
-    messages = [{"role": "user", "content": [photo, QUESTION]}]
     answer = await client.chat(messages, reasoning=True, stream=stream)
     text = await answer.text() if stream else answer.message.content
     assert text == (await client.chat(messages, reasoning=False)).message.content
@@ -205,73 +140,71 @@ THOUGHTS = {
 }
 
 
+ASKED = [{"role": "user", "content": "How many?"}]
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body):
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
 def delta(said, **choice):
     """Return an event of a chat."""
-    body = {"id": "c-1", "choices": [{"index": 0, "delta": said, **choice}]}
-    return f"data: {json.dumps(body)}\n\n".encode()
+    return event({"id": "c-1", "choices": [{"index": 0, "delta": said, **choice}]})
+
+
+def streaming(*events):
+    return STREAM_HEAD + in_chunks(*events)
+
+
+async def both_ways(body, *events):
+    """Return the plain answer of a server, and its stream, read to the end."""
+    async with canned(whole(body), streaming(*events)) as (client, _):
+        plain = await client.chat(ASKED)
+        stream = await client.chat(ASKED, stream=True)
+        assert await stream.text() == plain.message.content
+        assert stream.finish_reason == plain.finish_reason
+    return plain, stream
 
 
 @pytest.mark.parametrize("before", [(), ("Two ", "boats.")], ids=["alone", "after its pieces"])
 async def test_a_whole_message_in_a_stream_is_its_text_once(before):
     body = {"choices": [{"message": {"content": "Two boats."}, "finish_reason": "stop"}]}
-    events = [
-        *(delta({"content": each}) for each in before),
-        f"data: {json.dumps(body)}\n\n".encode(),
-    ]
-    async with canned(STREAM_HEAD + in_chunks(*events, b"data: [DONE]\n\n")) as (client, _):
-        stream = await client.chat([{"role": "user", "content": "How many?"}], stream=True)
-        assert await stream.text() == "Two boats."
-    assert stream.finish_reason == "stop"
+    pieces = [delta({"content": each}) for each in before]
+    plain, _ = await both_ways(body, *pieces, event(body), DONE)
+    assert (plain.message.content, plain.finish_reason) == ("Two boats.", "stop")
 
 
-@streamed_or_not
-async def test_the_servers_own_id_of_a_request_goes_before_the_messages(stream):
-    said = {"id": "c-1", "request_id": 42, "choices": [{"message": {"content": "Two."}}]}
-    last = {"id": "c-1", "request_id": 42, "choices": [{"delta": {}}]}
-    events = [delta({"content": "Two."}), f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode()]
-    answer = STREAM_HEAD + in_chunks(*events) if stream else whole(said)
-    async with canned(answer) as (client, _):
-        result = await client.chat([{"role": "user", "content": "How many?"}], stream=stream)
-        if stream:
-            assert (await result.result()).request_id == "42"
-    assert result.request_id == "42"
+async def test_the_servers_own_id_of_a_request_goes_before_the_messages():
+    body = {"id": "c-1", "request_id": 42, "choices": [{"message": {"content": "Two."}}]}
+    last = event({"id": "c-1", "request_id": 42, "choices": [{"delta": {}}]})
+    plain, stream = await both_ways(body, delta({"content": "Two."}), last, DONE)
+    assert plain.request_id == stream.request_id == "42"
+    assert (await stream.result()).request_id == "42"
 
 
 @pytest.mark.parametrize("kind", THOUGHTS)
-@streamed_or_not
-async def test_thoughts_are_found_under_each_of_their_names(kind, stream):
+async def test_thoughts_are_found_under_each_of_their_names(kind):
     said, grounding = THOUGHTS[kind]
-    message = {"role": "assistant", "content": "Two.", **said}
-    body = {"id": "c-1", "choices": [{"message": message, "finish_reason": "stop"}]}
-    events = [delta(said), delta({"content": "Two."}), delta({}, finish_reason="stop")]
-    answer = STREAM_HEAD + in_chunks(*events, b"data: [DONE]\n\n") if stream else whole(body)
-    async with canned(answer) as (client, _):
-        result = await client.chat([{"role": "user", "content": "How many?"}], stream=stream)
-        if stream:
-            assert await result.text() == "Two."
-        else:
-            assert result.message.reasoning == "Two boats."
-    assert result.reasoning == md.Reasoning("Two boats.", grounding)
+    body = {"choices": [{"message": {"content": "Two.", **said}, "finish_reason": "stop"}]}
+    stop = delta({}, finish_reason="stop")
+    plain, stream = await both_ways(body, delta(said), delta({"content": "Two."}), stop, DONE)
+    assert plain.message.reasoning == "Two boats."
+    assert plain.reasoning == stream.reasoning == md.Reasoning("Two boats.", grounding)
 
 
-@streamed_or_not
-async def test_chat_that_spent_all_its_tokens_on_thinking_has_an_empty_answer(stream):
+async def test_chat_that_spent_all_its_tokens_on_thinking_has_an_empty_answer():
     said = {"role": "assistant", "content": None, "reasoning": "Well,"}
     body = {"choices": [{"message": said, "finish_reason": "length"}]}
-    events = [delta(said), delta({}, finish_reason="length"), b"data: [DONE]\n\n"]
-    answer = STREAM_HEAD + in_chunks(*events) if stream else whole(body)
-    async with canned(answer) as (client, _):
-        result = await client.chat([{"role": "user", "content": "Why?"}], stream=stream)
-        assert (await result.text() if stream else result.message.content) == ""
-    assert result.reasoning == md.Reasoning("Well,")
-    assert result.finish_reason == "length"
+    plain, stream = await both_ways(body, delta(said), delta({}, finish_reason="length"), DONE)
+    assert (plain.message.content, plain.finish_reason) == ("", "length")
+    assert plain.reasoning == stream.reasoning == md.Reasoning("Well,")
 
 
 ANSWER = [delta({"role": "assistant", "content": "Two "}), delta({"content": "boats."})]
 STOP = delta({}, finish_reason="stop")
 USAGE = {"prompt_tokens": 740, "completion_tokens": 2, "total_tokens": 742}
-USED = f"data: {json.dumps({'choices': [], 'usage': USAGE})}\n\n".encode()
-DONE = b"data: [DONE]\n\n"
+USED = event({"choices": [], "usage": USAGE})
 ENDINGS = {
     "all": [STOP, USED, DONE],
     "no usage": [STOP, DONE],
@@ -279,75 +212,67 @@ ENDINGS = {
     "no [DONE]": [STOP],
     "usage and no [DONE]": [STOP, USED],
     "usage with the finish_reason": [
-        f"data: {json.dumps({'choices': [{'delta': {}, 'finish_reason': 'stop'}], 'usage': USAGE})}"
-        "\n\n".encode(),
+        event({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": USAGE}),
         DONE,
     ],
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-async def test_chat_stream_is_complete_with_its_marker_or_its_finish_reason(ending):
-    events = ENDINGS[ending]
-    async with canned(STREAM_HEAD + in_chunks(*ANSWER, *events)) as (client, _):
-        stream = await client.chat([{"role": "user", "content": "How many?"}], stream=True)
-        assert await stream.text() == "Two boats."
-    assert stream.completed
-    assert stream.request_id == "c-1"
-    assert stream.finish_reason == (None if ending == "no finish_reason" else "stop")
-    assert stream.usage == (md.Usage(**USAGE) if "usage" in str(events) else None)
+async def test_chat_stream_is_complete_with_its_marker_or_its_finish_reason():
+    for ending, events in ENDINGS.items():
+        async with canned(streaming(*ANSWER, *events)) as (client, _):
+            stream = await client.chat(ASKED, stream=True)
+            assert await stream.text() == "Two boats."
+        assert stream.completed
+        assert stream.request_id == "c-1"
+        assert stream.finish_reason == (None if ending == "no finish_reason" else "stop")
+        assert stream.usage == (md.Usage(**USAGE) if "usage" in str(events) else None)
 
 
-@pytest.mark.parametrize("events", [[], [USED]], ids=["at once", "after usage"])
-async def test_chat_stream_that_ends_without_either_is_interrupted(events):
-    async with canned(STREAM_HEAD + in_chunks(*ANSWER, *events)) as (client, _):
-        stream = await client.chat([{"role": "user", "content": "How many?"}], stream=True)
-        with pytest.raises(md.StreamInterruptedError) as caught:
-            await stream.text()
-    assert caught.value.partial == "Two boats."
+async def test_chat_stream_that_ends_without_either_is_interrupted():
+    for events in ([], [USED]):
+        async with canned(streaming(*ANSWER, *events)) as (client, _):
+            stream = await client.chat(ASKED, stream=True)
+            with pytest.raises(md.StreamInterruptedError) as caught:
+                await stream.text()
+        assert caught.value.partial == "Two boats."
 
 
-BAD_MESSAGES = {
-    "remote picture": [
-        {
-            "role": "user",
-            "content": [{"type": "image_url", "image_url": {"url": "https://example.com/a.jpg"}}],
-        }
-    ],
-    "no picture": [{"role": "user", "content": [b"none"]}],
-    "missing file": [{"role": "user", "content": [{"type": "image", "image": "nowhere.jpg"}]}],
-    "picture from the assistant": [
-        {"role": "assistant", "content": [{"type": "image", "image": b""}]},
-        {"role": "user", "content": "?"},
-    ],
-    "unknown part": [{"role": "user", "content": [{"type": "video"}]}],
-    "unknown role": [{"role": "tool", "content": "?"}],
-    "no question": [{"role": "system", "content": "Be brief."}],
-    "text": "How many?",
-    "none": [],
+def user(*content):
+    return [{"role": "user", "content": [*content]}]
+
+
+# `test_requests.py` has many more.
+BAD_CHATS = {
+    "remote picture": {
+        "messages": user(
+            {"type": "image_url", "image_url": {"url": "https://example.com/a.jpg"}},
+        )
+    },
+    "no picture": {"messages": user(b"none")},
+    "missing file": {"messages": user({"type": "image", "image": "nowhere.jpg"})},
+    "picture from the assistant": {
+        "messages": [
+            {"role": "assistant", "content": [{"type": "image", "image": b""}]},
+            {"role": "user", "content": "?"},
+        ]
+    },
+    "unknown part": {"messages": user({"type": "video"})},
+    "unknown role": {"messages": [{"role": "tool", "content": "?"}]},
+    "no question": {"messages": [{"role": "system", "content": "Be brief."}]},
+    "text": {"messages": "How many?"},
+    "none": {"messages": []},
+    "stream": {"stream": "yes"},
+    "reasoning": {"reasoning": 1},
+    "max_tokens": {"settings": {"max_tokens": 0}},
+    "settings": {"settings": "hot"},
+    "model": {"model": ""},
 }
 
 
-@pytest.mark.parametrize("case", BAD_MESSAGES)
 @streamed_or_not
-async def test_bad_conversation_is_refused_before_any_request(simulator, client, case, stream):
-    with pytest.raises(md.RequestError):
-        await client.chat(BAD_MESSAGES[case], stream=stream)
-    assert simulator.connections.accepted == 0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"stream": "yes"},
-        {"reasoning": 1},
-        {"settings": {"max_tokens": 0}},
-        {"settings": "hot"},
-        {"model": ""},
-    ],
-    ids=repr,
-)
-async def test_bad_option_of_a_chat_is_refused_before_any_request(simulator, client, options):
-    with pytest.raises(md.RequestError):
-        await client.chat([{"role": "user", "content": "Hi"}], **options)
+async def test_bad_chat_is_refused_before_any_request(simulator, client, stream):
+    for bad in BAD_CHATS.values():
+        with pytest.raises(md.RequestError):
+            await client.chat(**{"messages": ASKED, "stream": stream, **bad})
     assert simulator.connections.accepted == 0

@@ -17,7 +17,6 @@ import zlib
 from typing import NamedTuple
 
 import pytest
-import trustme
 from canned import IMAGE, client_of, rounds
 from raw_server import (
     ANSWER,
@@ -32,6 +31,7 @@ from raw_server import (
     answer,
     head,
     in_chunks,
+    tls,
     whole,
 )
 
@@ -396,7 +396,6 @@ async def test_refusal_while_the_upload_goes_on_is_heard(play, reader):
         await play(name, client, server, expected, reader, image=BIG_IMAGE)
 
 
-AUTHORITY = trustme.CA()
 LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
 CERTIFICATES = {
     "trusted": ("localhost", None, True, TEXT),
@@ -409,10 +408,9 @@ CERTIFICATES = {
 @pytest.mark.parametrize("name", CERTIFICATES)
 async def test_certificate(name, play):
     host, until, trusted, expected = CERTIFICATES[name]
-    served, context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
-    AUTHORITY.issue_cert(host, not_after=until).configure_cert(served)
-    if trusted:
-        AUTHORITY.configure_trust(context)
+    served, context = tls(host, until)
+    if not trusted:
+        context = ssl.create_default_context()
     async with (
         RawServer(answer, ssl_context=served, name="localhost") as server,
         md.MoondreamClient(endpoint=server.endpoint, ssl_context=context) as client,

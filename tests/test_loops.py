@@ -8,16 +8,15 @@ import asyncio
 import contextlib
 import gc
 import logging
-import ssl
 import sys
 import threading
-from importlib.util import find_spec
+from functools import partial
 
+import aiohttp
 import anyio
 import pytest
-import trustme
 from canned import IMAGE, client_of
-from raw_server import TEXT, answer_all
+from raw_server import TEXT, answer_all, tls
 from remote_server import answer_then_stall, serving
 
 import moondream_async as md
@@ -37,11 +36,9 @@ def stalling():
 
 
 @pytest.fixture(autouse=True)
-def _silence(_nothing_left_open, caplog):
+def _silence(silence, caplog):
     """No log record, and, once all garbage is gone, no warning."""
-    yield
-    gc.collect()
-    assert [record.getMessage() for record in caplog.records] == []
+    caplog.set_level(logging.WARNING)  # asyncio tells of its selector at a lower one
 
 
 @pytest.fixture(autouse=True)
@@ -54,30 +51,20 @@ def _no_threads_left(_silence, monkeypatch):
         assert not thread.is_alive(), thread
 
 
-@pytest.fixture(
-    params=[
-        "asyncio",
-        pytest.param(
-            "uvloop",
-            marks=pytest.mark.skipif(
-                find_spec("uvloop") is None, reason="needs: python -m pip install '.[loops]'"
-            ),
-        ),
-    ]
-)
+@pytest.fixture(params=["asyncio", "uvloop"])
 def _kind_of_loop(request):
     if request.param == "asyncio":
         yield
         return
-    import uvloop
-
+    uvloop = pytest.importorskip("uvloop", reason="needs: python -m pip install '.[loops]'")
     before = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     yield
     asyncio.set_event_loop_policy(before)
 
 
-# Not where a loop is closed by hand with connections in it: of that uvloop itself complains.
+# Where loops end, or wake each other. Not where a loop is closed by hand with connections in it:
+# of that uvloop itself complains.
 in_each_kind_of_loop = pytest.mark.usefixtures("_kind_of_loop")
 
 
@@ -92,30 +79,15 @@ async def call_both_ways(client, times=3):
 
 
 @in_each_kind_of_loop
-def test_client_serves_several_runs_of_asyncio(server, photo):
+def test_client_serves_several_runs(server, photo):
     client = client_of(server)
-    for number in range(3):
-        asyncio.run(call_both_ways(client))
-        asyncio.run(client.encode_image(photo))
+    runs = (asyncio.run, partial(asyncio.run, debug=True), lambda made: anyio.run(lambda: made))
+    for number, run in enumerate(runs):
+        run(call_both_ways(client))
+        run(client.encode_image(photo))
         server.wait_until_idle()  # its connections went with their loop
         assert len(server.server.peers) == number + 1
-    asyncio.run(client.aclose())
-
-
-@in_each_kind_of_loop
-def test_client_serves_several_runs_in_debug_mode(server, caplog):
-    caplog.set_level(logging.WARNING)  # asyncio tells of its selector at a lower one
-    client = client_of(server)
-    for _ in range(3):
-        asyncio.run(call_both_ways(client), debug=True)
     asyncio.run(client.aclose(), debug=True)
-
-
-def test_client_serves_anyio_too(server):
-    client = client_of(server)
-    for _ in range(3):
-        anyio.run(call_both_ways, client)
-    anyio.run(client.aclose)
 
 
 @in_each_kind_of_loop
@@ -138,7 +110,6 @@ def test_stream_left_open_at_the_end_of_a_run_is_closed_with_it(stalling):
             asyncio.run(stream.text())
 
 
-@in_each_kind_of_loop
 def test_reader_left_alone_at_the_end_of_a_run_is_cancelled_with_it(stalling):
     client = client_of(stalling)
     readers = []
@@ -155,7 +126,6 @@ def test_reader_left_alone_at_the_end_of_a_run_is_cancelled_with_it(stalling):
     asyncio.run(client.aclose())
 
 
-@in_each_kind_of_loop
 def test_client_made_inside_a_run_and_dropped_warns_once_and_no_more(server):
     async def forget():
         await call_both_ways(client_of(server))
@@ -202,10 +172,10 @@ def test_client_serves_the_loops_of_several_threads_at_once(server, photo):
     client = client_of(server, max_connections=3)  # fewer than are asked for at once
 
     async def work():
-        await asyncio.gather(*[call_both_ways(client, 5) for _ in range(4)])
+        await asyncio.gather(*[call_both_ways(client) for _ in range(4)])
         assert (await client.caption(photo)).caption == TEXT
 
-    in_threads(4, lambda _: [asyncio.run(work()) for _ in range(3)])
+    in_threads(4, lambda _: [asyncio.run(work()) for _ in range(2)])
     assert repr(client).endswith("0 open>")
     server.wait_until_idle()
     asyncio.run(client.aclose())
@@ -216,30 +186,26 @@ def test_closing_from_any_loop_closes_the_streams_of_all(stalling):
     client = client_of(stalling)
     opened = threading.Barrier(4)
 
-    def read(index):
-        async def work():
-            stream = await client.caption(IMAGE, stream=True)
-            assert await anext(stream) == "A "
-            reader = asyncio.ensure_future(stream.text())
-            await asyncio.get_running_loop().run_in_executor(None, opened.wait)
-            with pytest.raises(md.ClientClosedError):
-                await reader
-            with pytest.raises(md.ClientClosedError):
-                await client.caption(IMAGE)
-            await client.aclose()
+    async def read():
+        stream = await client.caption(IMAGE, stream=True)
+        assert await anext(stream) == "A "
+        reader = asyncio.ensure_future(stream.text())
+        await asyncio.to_thread(opened.wait)
+        with pytest.raises(md.ClientClosedError):
+            await reader
+        with pytest.raises(md.ClientClosedError):
+            await client.caption(IMAGE)
+        await client.aclose()
 
-        asyncio.run(work())
+    async def close():
+        await asyncio.to_thread(opened.wait)
+        await client.aclose()
+        await client.aclose()
 
-    def close():
-        opened.wait()
-        asyncio.run(client.aclose())
-        asyncio.run(client.aclose())
-
-    in_threads(4, lambda index: close() if index == 3 else read(index))
+    in_threads(4, lambda index: asyncio.run(close() if index == 3 else read()))
     stalling.wait_until_idle()
 
 
-@in_each_kind_of_loop
 def test_closing_from_another_loop_may_leave_time_to_finish(server):
     client = client_of(server)
     opened, closing = threading.Event(), threading.Event()
@@ -247,20 +213,17 @@ def test_closing_from_another_loop_may_leave_time_to_finish(server):
     async def read():
         stream = await client.caption(IMAGE, stream=True)
         opened.set()
-        await asyncio.get_running_loop().run_in_executor(None, closing.wait)
+        await asyncio.to_thread(closing.wait)
         assert await stream.text() == TEXT
 
     async def close():
+        await asyncio.to_thread(opened.wait)
         task = asyncio.ensure_future(client.aclose(grace=60))
         await asyncio.sleep(0)
         closing.set()
         await task
 
-    def close_from_here():
-        opened.wait()
-        asyncio.run(close())
-
-    in_threads(2, lambda index: close_from_here() if index else asyncio.run(read()))
+    in_threads(2, lambda index: asyncio.run(close() if index else read()))
     server.wait_until_idle()
 
 
@@ -273,7 +236,6 @@ def quick_switches():
     sys.setswitchinterval(interval)
 
 
-@in_each_kind_of_loop
 def test_calls_that_begin_as_the_client_is_closed_leave_nothing_open(server, quick_switches):
     async def call(client):
         with contextlib.suppress(md.ClientClosedError):
@@ -300,15 +262,11 @@ def test_calls_that_begin_as_the_client_is_closed_leave_nothing_open(server, qui
 # -- loops closed by hand -------------------------------------------------------------
 
 
-def run_by_hand(loop, coroutine):
-    return loop.run_until_complete(coroutine)
-
-
 def test_loop_closed_by_hand_with_idle_connections_is_dropped_in_silence(server):
     client = client_of(server)
     for _ in range(3):
         loop = asyncio.new_event_loop()
-        run_by_hand(loop, call_both_ways(client))
+        loop.run_until_complete(call_both_ways(client))
         loop.close()
         del loop
         gc.collect()
@@ -321,8 +279,8 @@ def test_loop_closed_by_hand_with_idle_connections_is_dropped_in_silence(server)
 def test_loop_closed_by_hand_with_an_open_stream_is_dropped_in_silence(stalling, after):
     client = client_of(stalling, max_connections=1)
     loop = asyncio.new_event_loop()
-    stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
-    assert run_by_hand(loop, stream.__anext__()) == "A "
+    stream = loop.run_until_complete(client.caption(IMAGE, stream=True))
+    assert loop.run_until_complete(stream.__anext__()) == "A "
     loop.close()
     if after == "another call":  # which gets the place of the one that is gone
         assert asyncio.run(client.caption(IMAGE)).caption == TEXT
@@ -336,25 +294,18 @@ def test_loop_closed_by_hand_with_an_open_stream_is_dropped_in_silence(stalling,
     asyncio.run(client.aclose())
 
 
-def test_stream_dropped_while_its_loop_rests_is_closed_as_the_loop_goes(stalling):
-    client = client_of(stalling)
+@pytest.mark.parametrize("gone", [False, True], ids=["rests", "is gone"])
+def test_stream_dropped_while_its_loop_rests_or_after_it_is_reported_and_closed(stalling, gone):
+    ended = []
+    client = client_of(stalling, hooks=md.Hooks(end=ended.append))
     loop = asyncio.new_event_loop()
-    stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
+    stream = loop.run_until_complete(client.caption(IMAGE, stream=True))
+    if gone:
+        loop.close()
     with pytest.warns(ResourceWarning, match="CaptionStream was dropped"):
         del stream
     loop.close()
     stalling.wait_until_idle()
-    asyncio.run(client.aclose())
-
-
-def test_stream_dropped_after_its_loop_is_gone_is_reported(stalling):
-    ended = []
-    client = client_of(stalling, hooks=md.Hooks(end=ended.append))
-    loop = asyncio.new_event_loop()
-    stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
-    loop.close()
-    with pytest.warns(ResourceWarning, match="CaptionStream was dropped"):
-        del stream
     assert [event.completed for event in ended] == [False]
     asyncio.run(client.aclose())
 
@@ -364,34 +315,31 @@ def test_client_closed_while_a_loop_rests_leaves_that_loop_usable(stalling):
     loop = asyncio.new_event_loop()
     for _ in range(5):
         client = client_of(stalling)
-        run_by_hand(loop, client.caption(IMAGE))
-        stream = run_by_hand(loop, client.caption(IMAGE, stream=True))
+        loop.run_until_complete(client.caption(IMAGE))
+        stream = loop.run_until_complete(client.caption(IMAGE, stream=True))
         asyncio.run(client.aclose())
         stalling.wait_until_idle()
         with pytest.raises(md.ClientClosedError):
-            run_by_hand(loop, stream.text())
+            loop.run_until_complete(stream.text())
     loop.close()
 
 
+@pytest.mark.parametrize(
+    ("then", "_kind_of_loop"),
+    [("goes on", "asyncio"), ("goes on", "uvloop"), ("is closed", "asyncio")],
+    indirect=["_kind_of_loop"],
+)
 @in_each_kind_of_loop
-def test_client_dropped_while_a_loop_rests_is_closed_when_it_goes_on(server):
+def test_client_dropped_while_a_loop_rests_is_closed_with_what_becomes_of_it(server, then):
     client = client_of(server)
     loop = asyncio.new_event_loop()
-    run_by_hand(loop, client.caption(IMAGE))
+    loop.run_until_complete(client.caption(IMAGE))
     with pytest.warns(ResourceWarning, match="MoondreamClient was dropped"):
         del client
-    run_by_hand(loop, asyncio.sleep(0))
-    loop.run_until_complete(loop.shutdown_asyncgens())
-    server.wait_until_idle()
-    loop.close()
-
-
-def test_client_dropped_while_a_loop_rests_is_closed_when_that_is_closed(server):
-    client = client_of(server)
-    loop = asyncio.new_event_loop()
-    run_by_hand(loop, client.caption(IMAGE))
-    with pytest.warns(ResourceWarning, match="MoondreamClient was dropped"):
-        del client
+    if then == "goes on":
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        server.wait_until_idle()
     loop.close()
     del loop
     gc.collect()
@@ -409,7 +357,7 @@ def test_place_in_line_of_a_loop_that_is_gone_goes_to_the_next(server):
 
     async def work():
         stream = await client.caption(IMAGE, stream=True)
-        task = await asyncio.to_thread(run_by_hand, loop, stand_in_line())
+        task = await asyncio.to_thread(loop.run_until_complete, stand_in_line())
         loop.close()
         next_in_line = asyncio.ensure_future(client.caption(IMAGE))
         await asyncio.sleep(0)
@@ -421,10 +369,7 @@ def test_place_in_line_of_a_loop_that_is_gone_goes_to_the_next(server):
     asyncio.run(work())
 
 
-@in_each_kind_of_loop
 def test_session_of_the_caller_outlives_the_client_in_its_loop(server):
-    import aiohttp
-
     async def work():
         async with aiohttp.ClientSession() as session:
             for _ in range(2):
@@ -442,20 +387,17 @@ def test_session_of_the_caller_outlives_the_client_in_its_loop(server):
     assert len(server.server.peers) == 1
 
 
-@in_each_kind_of_loop
-def test_client_calls_over_tls_on_one_connection():
-    authority = trustme.CA()
-    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(server_context)
-    client_context = ssl.create_default_context()
-    authority.configure_trust(client_context)
+def test_client_calls_over_tls_on_one_connection_in_uvloop_too():
+    uvloop = pytest.importorskip("uvloop", reason="needs: python -m pip install '.[loops]'")
+    served, trusted = tls()
 
-    async def work(server):
-        async with client_of(server, ssl_context=client_context) as client:
+    async def work():
+        async with client_of(server, ssl_context=trusted) as client:
             await call_both_ways(client)
 
-    with serving(answer_all, ssl_context=server_context) as server:
-        asyncio.run(work(server))
+    with serving(answer_all, ssl_context=served) as server:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(work())
         assert len(server.server.peers) == 1
 
 
@@ -477,5 +419,5 @@ def test_timer_that_does_not_tell_its_time_is_enough(server):
             await call_both_ways(client)
 
     loop = MuteTimers()
-    run_by_hand(loop, work())
+    loop.run_until_complete(work())
     loop.close()

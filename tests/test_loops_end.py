@@ -116,6 +116,7 @@ async def test_interpreter_ends_in_silence(stalling, end):
     assert [line for line in lines if not EXPECTED.match(line)] == []
 
 
+@pytest.mark.slow
 def test_interpreter_of_a_user_ends_in_silence(stalling):
     """Without warnings."""
     script = script_of(ENDS["stream in a loop that rests"]).replace("warnings.simplefilter", "str")

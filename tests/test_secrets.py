@@ -12,12 +12,10 @@ import inspect
 import io
 import logging
 import pickle
-import ssl
 import traceback
 
 import aiohttp
 import pytest
-import trustme
 from canned import IMAGE
 from raw_server import (
     ANSWER,
@@ -30,6 +28,7 @@ from raw_server import (
     answer_all,
     head,
     in_chunks,
+    tls,
     whole,
 )
 from reachable import is_of_tests, where_in
@@ -263,9 +262,7 @@ async def test_key_is_in_nothing_of_a_call_that_finds_no_place():
 
 
 async def test_key_is_in_nothing_of_a_certificate_that_is_not_trusted():
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
-    async with RawServer(answer_all, ssl_context=context) as server, client_of(server) as client:
+    async with RawServer(answer_all, ssl_context=tls()[0]) as server, client_of(server) as client:
         await assert_hidden(client, error=md.APIConnectionError)
 
 
@@ -309,6 +306,10 @@ REFUSED_OPTIONS = [
     {},
     *({"endpoint": each} for each in (*SECRET_ADDRESSES, f"http://u:{KEY}@127.0.0.1:1")),
     *({"proxy": each} for each in SECRET_ADDRESSES),
+    *(
+        {"proxy": each}
+        for each in (f"u:{KEY}@h:3128", f"http://u:{KEY}@:3128", f"http://{KEY}@h:0")
+    ),
     {"timeout": "7"},
     {"max_retries": -1},
 ]

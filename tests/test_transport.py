@@ -8,7 +8,6 @@ import contextlib
 import errno
 import itertools
 import socket
-import ssl
 import sys
 import tracemalloc
 from functools import partial
@@ -17,7 +16,6 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
-import trustme
 from canned import IMAGE, client_of, played, rounds
 from raw_server import (
     ANSWER,
@@ -33,6 +31,7 @@ from raw_server import (
     head,
     in_chunks,
     stall,
+    tls,
     whole,
 )
 
@@ -455,28 +454,14 @@ async def test_redirect_that_cannot_be_followed_is_an_error(status, location, me
 # -- TLS ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def contexts():
-    """Of a server, and of a client that trusts it."""
-    authority = trustme.CA()
-    served, trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
-    authority.issue_cert("127.0.0.1").configure_cert(served)
-    authority.configure_trust(trusted)
-    return served, trusted
-
-
-@pytest.fixture
-def over_tls(contexts):
-    @contextlib.asynccontextmanager
-    async def over_tls(play, **options):
-        served, trusted = contexts
-        async with (
-            RawServer(play, ssl_context=served) as server,
-            client_of(server, ssl_context=trusted, **options) as client,
-        ):
-            yield server, client
-
-    return over_tls
+@contextlib.asynccontextmanager
+async def over_tls(play, **options):
+    served, trusted = tls()
+    async with (
+        RawServer(play, ssl_context=served) as server,
+        client_of(server, ssl_context=trusted, **options) as client,
+    ):
+        yield server, client
 
 
 @pytest.mark.parametrize(
@@ -490,9 +475,7 @@ def over_tls(contexts):
         ("https", 3_000_000, True),
     ],
 )
-async def test_calls_with_pictures_of_any_size_go_over_one_connection(
-    over_tls, scheme, size, stream
-):
+async def test_calls_with_pictures_of_any_size_go_over_one_connection(scheme, size, stream):
     """The answer to a large picture may be there before its last bytes are known to have gone."""
     image = md.EncodedImage(b"\xff\xd8" + bytes(size), "image/jpeg", 8, 8)
     async with (over_tls if scheme == "https" else played)(answer_all) as (server, client):
@@ -506,7 +489,7 @@ async def test_calls_with_pictures_of_any_size_go_over_one_connection(
 
 
 @pytest.mark.parametrize("by", ["cancelling its reader", "closing the client in another loop"])
-async def test_stream_over_tls_that_is_ended_is_closed_at_once(over_tls, by):
+async def test_stream_over_tls_that_is_ended_is_closed_at_once(by):
     async with over_tls(stall) as (server, client):
         stream = await client.caption(IMAGE, stream=True)
         await anext(stream)
@@ -523,7 +506,7 @@ async def test_stream_over_tls_that_is_ended_is_closed_at_once(over_tls, by):
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-async def test_stream_over_tls_that_is_cut_raises(over_tls, reset):
+async def test_stream_over_tls_that_is_cut_raises(reset):
     async def play(peer):
         await peer.request()
         await peer.send(STREAM_HEAD + in_chunks(*EVENTS, end=False))
@@ -537,6 +520,6 @@ async def test_stream_over_tls_that_is_cut_raises(over_tls, reset):
         assert caught.value.partial == TEXT
 
 
-async def test_ssl_context_serves_a_session_of_the_caller_too(over_tls):
+async def test_ssl_context_serves_a_session_of_the_caller_too():
     async with aiohttp.ClientSession() as session, over_tls(answer_all, session=session) as (_, it):
         assert (await it.caption(IMAGE)).caption == TEXT
