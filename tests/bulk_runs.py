@@ -1,29 +1,93 @@
-"""What the tests of the command ``bulk`` share; its fixtures are there without an import."""
+"""What the tests of the command line share; its fixtures are there without an import.
 
+A command runs in this process, against a simulator in a thread. Only a test about signals,
+terminals and closed streams runs a program in a process of its own: see `programs`.
+"""
+
+import contextlib
 import csv
 import gzip
 import html.parser
 import io
 import json
+import os
 import subprocess
+import threading
 from collections import Counter
+from functools import cache
 
+import anyio
 import pytest
 from programs import running
+
+import moondream_async as md
+from moondream_async.cli import main
+
+
+@pytest.fixture
+def command(moondream_simulator, tmp_path, monkeypatch, capsys):
+    """Runs the command line in a folder of its own; gives its status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    # Between two looks at a batch: a server that goes on with each look needs no time.
+    monkeypatch.setitem(md.Batches.wait.__kwdefaults__, "interval", 0.01)
+
+    def run(*args, stdin=b"", **environment):
+        with monkeypatch.context() as patch, on_stdin(stdin) as file:
+            patch.setattr("sys.stdin", file)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            status = main([*map(str, args)])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@contextlib.contextmanager
+def on_stdin(data):
+    """Give a command something to read, at most what a pipe holds."""
+    before, (ours, its) = os.dup(0), os.pipe()
+    os.write(its, data)
+    os.close(its)
+    os.dup2(ours, 0)
+    os.close(ours)
+    try:
+        with open(0, encoding="utf-8", closefd=False) as file:
+            yield file
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+@contextlib.contextmanager
+def meanwhile(act):
+    """Do something in a thread while the command runs."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    yield
+    thread.join()
+
+
+# -- bulk ------------------------------------------------------------------------------
 
 ASKED = {"skill": "caption", "length": "normal"}
 
 
-def make_pictures(folder, count):
-    """Put pictures into a folder and one below it, each different from the others."""
+@cache
+def picture(number=0):
+    """A small JPEG, different from those of other numbers."""
     from PIL import Image
 
+    file = io.BytesIO()
+    Image.new("RGB", (8 + number % 50, 8), (number % 256, 80, 20)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_pictures(folder, count):
+    """Put pictures into a folder and one below it, each different from the others."""
     (folder / "below").mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        file = io.BytesIO()
-        Image.new("RGB", (8 + number % 50, 8), (number % 256, 80, 20)).save(file, "JPEG")
         path = folder / ("below" if number % 2 else ".") / f"{number:05}.jpg"
-        path.write_bytes(file.getvalue())
+        path.write_bytes(picture(number))
     return folder
 
 
@@ -33,11 +97,11 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def bulk(cli, tmp_path):
-    """Runs the command to its end; gives what it says on stderr, and looks at its exit status."""
+def bulk(command):
+    """Runs ``bulk``; gives what it says on stderr, and looks at its exit status."""
 
-    async def run(*args, status=0, **options):
-        ended, output, said = await cli("bulk", *args, cwd=tmp_path, **options)
+    def run(*args, status=0, **options):
+        ended, output, said = command("bulk", *args, **options)
         assert (ended, output) == (status, ""), said
         assert "Traceback" not in said
         return said
@@ -46,20 +110,47 @@ def bulk(cli, tmp_path):
 
 
 @pytest.fixture
-def started(simulator, tmp_path):
-    """Starts the command, and sees to it that it has ended; it says all on stdout."""
+def memory():
+    """A file system of fsspec, in this process."""
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/set", recursive=True)
 
-    def start(*args):
-        options = {"cwd": tmp_path, "MOONDREAM_ENDPOINT": simulator.endpoint}
-        return running("moondream-async", "bulk", *args, stderr=subprocess.STDOUT, **options)
 
-    return start
+@pytest.fixture
+def bulk_until(moondream_simulator, tmp_path):
+    """Runs ``bulk`` in a process, and ends it `when` it has said or has asked so much."""
+
+    def run(*args, when, end):
+        async def until():
+            command = ("moondream-async", "bulk", *args)
+            async with running(*command, cwd=tmp_path, stderr=subprocess.STDOUT) as program:
+                if isinstance(when, str):
+                    await program.until(when)
+                else:
+                    requests = moondream_simulator.requests
+                    await moondream_simulator.until(lambda: len(requests) >= when, timeout=60)
+                await end(program)
+                return (await program.end())[0]
+
+        return anyio.run(until)
+
+    return run
+
+
+async def interrupt(program):
+    program.interrupt()
+
+
+async def kill(program):
+    program.kill()
 
 
 def records(path):
     """The lines of a file of results; each has to be whole."""
     data = path.read_bytes()
-    assert data.endswith(b"\n")
+    assert not data or data.endswith(b"\n")
     return [json.loads(line) for line in data.splitlines()]
 
 

@@ -269,7 +269,7 @@ def _write_subtitles(records: Records, path: str) -> None:
     cues = sorted(
         (max(0.0, float(record["time"])), text)
         for record in records()
-        if isinstance(record.get("time"), (int, float)) and (text := text_of(record))
+        if record.get("time") is not None and (text := text_of(record))
     )
     times = [start for start, _ in cues]
     last = times[-1] - times[-2] if len(times) > 1 else _LAST

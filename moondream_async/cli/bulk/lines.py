@@ -127,7 +127,8 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             tidied[name] = whole(value)
     asks = tidied.get("asks")
-    for name in [*(asks if isinstance(asks, dict) else {}), *_DICTS]:
+    answers = asks if isinstance(asks, dict) else {}
+    for name in [*answers, *_DICTS]:
         if name in tidied and not isinstance(tidied[name], dict if name in _DICTS else str):
             del tidied[name]
     for name, keys in (("objects", BOX), ("points", ("x", "y"))):
@@ -147,8 +148,8 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     for name in ("input_tokens", "output_tokens"):
         tidied[name] = _count(tidied["metrics"].get(name))
     tidied["tries"] = _count(tidied.get("tries"))
-    tidied["seconds"] = _number(tidied.get("seconds"))
-    return tidied
+    numbers = {"seconds", "time"} & (tidied.keys() - answers)
+    return {**tidied, **{name: _number(tidied[name]) for name in numbers}}
 
 
 def contents_of(value: Any) -> Contents | None:
