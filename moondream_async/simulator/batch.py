@@ -10,7 +10,7 @@ import asyncio
 import datetime as dt
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Annotated
 
 import msgspec
@@ -67,7 +67,7 @@ class Batches:
             Route("GET", self._path, self._list),
         ]
 
-    async def _create(self, received: ReceivedRequest) -> Body:
+    def _create(self, received: ReceivedRequest) -> Body:
         _expect_action(received, "mpu-create")
         self._created += 1
         file_id, upload_id = make_id(self._created), f"upload-{self._created}"
@@ -75,38 +75,36 @@ class Batches:
         key = f"requests/simulated/{file_id}.jsonl"
         return {"fileId": file_id, "uploadId": upload_id, "key": key}
 
-    async def _upload_part(self, received: ReceivedRequest) -> Body:
+    def _upload_part(self, received: ReceivedRequest) -> Body:
         upload = self._find_upload(received, "mpu-uploadpart")
         number = read_typed({**received.query}, _Numbered, strict=False).part_number
         self._uploads[upload][number] = received.body
         return {"partNumber": number, "etag": _make_etag(received.body)}
 
-    async def _complete(self, received: ReceivedRequest) -> Body:
+    def _complete(self, received: ReceivedRequest) -> Body:
         upload = self._find_upload(received, "mpu-complete")
         body = read_typed(received.body, _Complete)
-        pieces = []
-        for part in sorted(body.parts, key=lambda part: part.part_number):
-            piece = self._uploads[upload].get(part.part_number)
-            if piece is None or part.etag != _make_etag(piece):
-                message = f"Part {part.part_number} is missing or its etag differs"
-                raise RefusedError(message, param="parts")
-            pieces.append(piece)
-        data = b"".join(pieces)
+        parts = self._uploads[upload]
+        for part in body.parts:
+            number = part.part_number
+            if number not in parts or part.etag != _make_etag(parts[number]):
+                raise RefusedError(f"Part {number} is missing or its etag differs", param="parts")
+        data = b"".join(parts[number] for number in sorted(part.part_number for part in body.parts))
         del self._uploads[upload]
         file_id = received.params["id"]
         self._later[file_id] = self._work(file_id, body.model, data.splitlines(), received.origin)
         self._batches[file_id] = next(self._later[file_id])
         return {"id": file_id, "status": "chunking", "size": len(data)}
 
-    async def _abort(self, received: ReceivedRequest) -> Body:
+    def _abort(self, received: ReceivedRequest) -> Body:
         del self._uploads[self._find_upload(received, "mpu-abort")]
         return {"ok": True}
 
-    async def _get(self, received: ReceivedRequest) -> Body:
+    def _get(self, received: ReceivedRequest) -> Awaitable[Body]:
         batch_id = received.params["id"]
         if batch_id not in self._batches:
             raise RefusedError("No such batch", status=404)
-        return await asyncio.to_thread(self._advance, batch_id)
+        return asyncio.to_thread(self._advance, batch_id)
 
     def _advance(self, batch_id: str) -> Body:
         with self._working:  # the thread of a request whose client has left goes on
@@ -114,9 +112,8 @@ class Batches:
             self._batches[batch_id] = next(self._later[batch_id], seen)
             return seen
 
-    async def _list(self, received: ReceivedRequest) -> Body:
-        newest_first = list(reversed(self._batches.values()))
-        return take_page("batches", newest_first, received.query)
+    def _list(self, received: ReceivedRequest) -> Body:
+        return take_page("batches", [*self._batches.values()][::-1], received.query)
 
     def _find_upload(self, received: ReceivedRequest, action: str) -> tuple[str, str]:
         _expect_action(received, action)
@@ -140,12 +137,12 @@ class Batches:
             return head | {"status": status, "progress": {"total": total, **counted}} | more
 
         yield state("chunking")
+        error = None
         if model.partition("/")[0] not in MODELS:
             error = {"code": "invalid_model", "message": f"Unknown model {model!r}"}
-            yield state("failed", error=error)
-            return
-        if not lines:
+        elif not lines:
             error = {"code": "empty_batch", "message": "The file has no lines"}
+        if error:
             yield state("failed", error=error)
             return
         step = min(_LINES_PER_LOOK, (len(lines) + 1) // 2)
@@ -153,26 +150,23 @@ class Batches:
             yield state("processing")
             results += map(self._do_line, range(start, len(lines)), lines[start : start + step])
         usages = [result.get("usage", {}) for result in results]
+        results.reverse()  # the API promises no order; here it is never that of the lines
+        outputs = []
+        for start in range(0, len(results), _LINES_PER_OUTPUT):
+            index = start // _LINES_PER_OUTPUT
+            some = msgspec.json.Encoder().encode_lines(results[start : start + _LINES_PER_OUTPUT])
+            url = self._storage.put(origin, f"{file_id}-{index}.jsonl", some)
+            outputs.append({"index": index, "url": url})
         yield state(
             "completed",
             usage={
                 kind: sum(usage.get(kind, 0) for usage in usages)
                 for kind in ("input_tokens", "output_tokens")
             },
-            # The API promises no order of results; here the order is never that of the lines.
-            outputs=self._store(file_id, results[::-1], origin),
+            outputs=outputs,
             completed_at=_time_in(),
             expires_at=_time_in(days=7),
         )
-
-    def _store(self, file_id: str, results: list[Body], origin: str) -> list[Body]:
-        outputs = []
-        for index, start in enumerate(range(0, len(results), _LINES_PER_OUTPUT)):
-            name = f"{file_id}-{index}.jsonl"
-            some = results[start : start + _LINES_PER_OUTPUT]
-            lines = msgspec.json.Encoder().encode_lines(some)
-            outputs.append({"index": index, "url": self._storage.put(origin, name, lines)})
-        return outputs
 
     def _do_line(self, index: int, line: bytes) -> Body:
         result: Body = {"line_index": index}

@@ -124,6 +124,8 @@ class HangUp(msgspec.Struct, frozen=True):
 Step = Event | Wait | Hold | HangUp
 Steps = Iterator[Step]
 Found = Reply | Body | Steps
+Endpoint = Callable[["ReceivedRequest"], Found | Awaitable[Found]]
+"""Returns the body of a reply, a whole reply or a stream, or raises `RefusedError`."""
 
 Auth = Literal["key", "bearer", "optional", "none"]
 """Which header must hold the key: X-Moondream-Auth; that or Authorization; Authorization if any."""
@@ -135,8 +137,7 @@ class Route(msgspec.Struct, frozen=True):
     method: str
     path: str
     """As aiohttp writes paths: ``/v1/batch/{id}``."""
-    endpoint: Callable[[ReceivedRequest], Found | Awaitable[Found]]
-    """Returns the body of a reply, a whole reply or a stream; raises `RefusedError`."""
+    endpoint: Endpoint
     auth: Auth = "key"
     skill: str = ""
     """The skill that a script answers for here, if any."""

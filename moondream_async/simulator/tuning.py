@@ -18,7 +18,7 @@ import msgspec
 from .dialects import Dialect
 from .received import ReceivedRequest
 from .skills import SKILLS
-from .steps import Answer, Body, Route
+from .steps import Answer, Body, Endpoint, Route
 from .storage import Storage, make_id, take_page
 from .validation import RefusedError, read_body, read_typed
 
@@ -110,14 +110,14 @@ class Tuning:
     def routes(self) -> list[Route]:
         """Return the endpoints."""
         every, one, saved = "finetunes", "finetunes/{id}", "finetunes/{id}/checkpoints"
-        endpoints = (
+        endpoints: tuple[tuple[str, str, Endpoint], ...] = (
             ("POST", every, self._create),
             ("GET", every, self._list),
-            ("GET", one, self._get),
+            ("GET", one, lambda received: {"finetune": self._find(received).body}),
             ("DELETE", one, self._delete),
             ("POST", "rollouts", self._roll_out),
             ("POST", "train_step", self._train),
-            ("POST", f"{one}/metrics", self._log_metrics),
+            ("POST", f"{one}/metrics", lambda received: {"ok": bool(self._find(received))}),
             ("GET", saved, self._list_checkpoints),
             ("POST", f"{saved}/save", self._save_checkpoint),
             ("DELETE", f"{saved}/{{step}}", self._delete_checkpoint),
@@ -125,27 +125,23 @@ class Tuning:
         )
         return [Route(method, f"{self._path}/{path}", do) for method, path, do in endpoints]
 
-    async def _create(self, received: ReceivedRequest) -> Body:
+    def _create(self, received: ReceivedRequest) -> Body:
         wanted = msgspec.structs.asdict(read_typed(received.body, _Create))
         for finetune_id, finetune in self._finetunes.items():
-            if finetune.body["name"] == wanted["name"]:
-                rank = finetune.body["rank"]
-                if rank != wanted["rank"]:
-                    message = f"Finetune {wanted['name']!r} exists with rank {rank}"
-                    raise RefusedError(message, status=409)
+            name, rank = finetune.body["name"], finetune.body["rank"]
+            if name == wanted["name"] and rank != wanted["rank"]:
+                raise RefusedError(f"Finetune {name!r} exists with rank {rank}", status=409)
+            if name == wanted["name"]:
                 return {"finetune_id": finetune_id}
         made = self._make("finetune_id", **wanted)
         self._finetunes[made["finetune_id"]] = _Finetune(made)
         return {"finetune_id": made["finetune_id"]}
 
-    async def _list(self, received: ReceivedRequest) -> Body:
+    def _list(self, received: ReceivedRequest) -> Body:
         finetunes = [finetune.body for finetune in self._finetunes.values()]
         return take_page("finetunes", finetunes, received.query, default=20)
 
-    async def _get(self, received: ReceivedRequest) -> Body:
-        return {"finetune": self._find(received).body}
-
-    async def _delete(self, received: ReceivedRequest) -> Body:
+    def _delete(self, received: ReceivedRequest) -> Body:
         del self._finetunes[self._find(received).body["finetune_id"]]
         return {"ok": True}
 
@@ -176,7 +172,7 @@ class Tuning:
             "rewards": truth and [truth.reward(output) for output in outputs],
         }
 
-    async def _train(self, received: ReceivedRequest) -> Body:
+    def _train(self, received: ReceivedRequest) -> Body:
         groups = read_typed(received.body, _TrainStep).groups
         finetune = self._find(received)
         rewards = [reward for group in groups for reward in group.rewards]
@@ -194,15 +190,11 @@ class Tuning:
             "sft_loss": 1 / finetune.step if tuned else None,
         }
 
-    async def _log_metrics(self, received: ReceivedRequest) -> Body:
-        self._find(received)
-        return {"ok": True}
-
-    async def _list_checkpoints(self, received: ReceivedRequest) -> Body:
+    def _list_checkpoints(self, received: ReceivedRequest) -> Body:
         saved = [each for each in self._find(received).checkpoints.values() if each]
         return take_page("checkpoints", saved, received.query)
 
-    async def _save_checkpoint(self, received: ReceivedRequest) -> Body:
+    def _save_checkpoint(self, received: ReceivedRequest) -> Body:
         finetune = self._find(received)
         step = finetune.step
         if step == 0:
@@ -213,12 +205,12 @@ class Tuning:
         finetune.checkpoints[str(step)] = saved
         return {"ok": True, "checkpoint": saved}
 
-    async def _delete_checkpoint(self, received: ReceivedRequest) -> Body:
+    def _delete_checkpoint(self, received: ReceivedRequest) -> Body:
         self._find_checkpoint(received)
         self._find(received).checkpoints[received.params["step"]] = None
         return {"ok": True}
 
-    async def _download_checkpoint(self, received: ReceivedRequest) -> Body:
+    def _download_checkpoint(self, received: ReceivedRequest) -> Body:
         checkpoint = self._find_checkpoint(received)
         name = f"{checkpoint['finetune_id']}-{checkpoint['step']}.safetensors"
         url = self._storage.put(received.origin, name, b"No weights: nothing was trained.")
@@ -253,13 +245,10 @@ def _worsen(answer: Answer, steps: int) -> Body:
     if "answer" in output:
         output["answer"] = "".join(answer.pieces[: max(1, len(answer.pieces) - steps)])
     for kind in output.keys() & {"points", "objects"}:
-        output[kind] = [
-            {
-                side: min(1.0, round(value + 0.02 * steps, 4)) if side.startswith("x") else value
-                for side, value in place.items()
-            }
-            for place in output[kind]
-        ]
+        output[kind] = [dict(place) for place in output[kind]]
+        for place in output[kind]:
+            for side in place.keys() & {"x", "x_min", "x_max"}:
+                place[side] = min(1.0, round(place[side] + 0.02 * steps, 4))
     return output
 
 
