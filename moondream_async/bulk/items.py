@@ -25,7 +25,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 Make = Callable[[Any], Request]
 
-_FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
+FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
     "caption": (caption_request, {"length": "normal", "stream": False}),
     "query": (
         query_request,
@@ -35,6 +35,7 @@ _FIELDS: dict[str, tuple[Callable[..., Request], dict[str, Any]]] = {
     "point": (point_request, {"object": None, "spatial_refs": None}),
     "segment": (segment_request, {"object": None, "stream": False, "spatial_refs": None}),
 }
+"""The skills: what makes a request, and the arguments that it needs."""
 _OWN = ("question", "object", "length")  # arguments that an item may have for itself
 _ASKED = ("image", *_OWN)
 NO_PICTURE = EncodedImage(b"", "image/jpeg", 0, 0)
@@ -133,10 +134,10 @@ class Asking:
         model: str | None,
         stream: bool = False,
     ) -> None:
-        if not isinstance(skill, str) or skill not in _FIELDS:
-            raise RequestError(f"skill must be one of {', '.join(_FIELDS)}, not {skill!r}")
+        if not isinstance(skill, str) or skill not in FIELDS:
+            raise RequestError(f"skill must be one of {', '.join(FIELDS)}, not {skill!r}")
         self.skill = cast("Skill", skill)
-        self._make, defaults = _FIELDS[skill]
+        self._make, defaults = FIELDS[skill]
         known = {*defaults, "settings", "model"} - {"stream"}
         if unknown := set(arguments) - known:
             raise RequestError(f"{skill} has no argument {_misspelt(unknown, known)}")

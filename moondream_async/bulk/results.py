@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 import anyio
 
 _T = TypeVar("_T")
+
+
+class Bell:
+    """Wakes the tasks that wait for a change."""
+
+    def __init__(self) -> None:
+        self._event: asyncio.Event | None = None
+
+    def ring(self) -> None:
+        """Wake all tasks that wait."""
+        if self._event is not None:
+            self._event.set()
+            self._event = None
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds; it is checked at each `ring`."""
+        while not condition():
+            if self._event is None:
+                self._event = asyncio.Event()
+            await self._event.wait()
 
 
 class _Work(Protocol):

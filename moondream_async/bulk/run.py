@@ -38,7 +38,7 @@ from moondream_async.errors import (
 from .control import Control
 from .items import Asking, BulkResult, ItemT, ResultT
 from .progress import BulkProgress
-from .results import Results
+from .results import Bell, Results
 
 if TYPE_CHECKING:
     from moondream_async._call.call import Caller
@@ -160,7 +160,7 @@ class _Work:
         self._timer: asyncio.TimerHandle | None = None  # where the rate alone holds them up
         self._resting: list[asyncio.Future[tuple[int, Any] | None]] = []  # tasks without an item
         self._is_fed = False
-        self._ready, self._room = _Bell(), _Bell()
+        self._ready, self._room = Bell(), Bell()
         self._hopeless: MoondreamError | None = None
         self._is_exhausted = False  # the iterable
         self._feeding: anyio.CancelScope | None = None
@@ -392,26 +392,6 @@ class _Work:
         """Wake the task that takes the items, if another item may be taken."""
         if self._has_room():
             self._room.ring()
-
-
-class _Bell:
-    """Wakes the tasks that wait for one kind of change."""
-
-    def __init__(self) -> None:
-        self._event: asyncio.Event | None = None
-
-    def ring(self) -> None:
-        """Wake all tasks that wait."""
-        if self._event is not None:
-            self._event.set()
-            self._event = None
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds; it is checked at each `ring`."""
-        while not condition():
-            if self._event is None:
-                self._event = asyncio.Event()
-            await self._event.wait()
 
 
 class _Turns:

@@ -14,20 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import msgspec
 
 from moondream_async._checks import check_count
 from moondream_async._client import MoondreamClient, hidden_address
-from moondream_async._protocol.requests import (
-    Request,
-    caption_request,
-    detect_request,
-    point_request,
-    query_request,
-)
 from moondream_async._protocol.secret import Secret, hidden
+from moondream_async.bulk.items import FIELDS
 from moondream_async.errors import (
     AuthenticationError,
     ClientClosedError,
@@ -82,30 +76,8 @@ _SKILL_OPTIONS = {"length", "question", "reasoning", "object", "settings"}
 _CLIENT_OPTIONS = Options.__annotations__.keys() - _SKILL_OPTIONS
 
 
-class _Skill(NamedTuple):
-    request: Callable[..., Request]
-    """Checks the arguments."""
-    answer: str
-    """The field of the result with the answer, and the name of its column."""
-    text: str | None = None
-    """The argument that a column may give for each row."""
-    arguments: Mapping[str, Any] = {}
-    """The other arguments, with their defaults."""
-
-
-_SKILLS = {
-    "caption": _Skill(
-        partial(caption_request, stream=False), "caption", arguments={"length": "normal"}
-    ),
-    "query": _Skill(
-        partial(query_request, stream=False, spatial_refs=None),
-        "answer",
-        "question",
-        {"reasoning": None},
-    ),
-    "detect": _Skill(detect_request, "objects", "object"),
-    "point": _Skill(partial(point_request, spatial_refs=None), "points", "object"),
-}
+_ANSWERS = {"caption": "caption", "query": "answer", "detect": "objects", "point": "points"}
+"""The skills, each with the field of its answer, which is the name of its column."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,8 +97,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        if self.skill not in _SKILLS:
-            raise RequestError(f"skill must be one of {', '.join(_SKILLS)}, not {self.skill!r}")
+        if self.skill not in _ANSWERS:
+            raise RequestError(f"skill must be one of {', '.join(_ANSWERS)}, not {self.skill!r}")
         for name in ("image_column", "text_column"):
             column = getattr(self, name)
             if not (isinstance(column, str) and column) and (column or name == "image_column"):
@@ -140,21 +112,28 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         self._client(endpoint=self.options.get("endpoint") or "http://localhost/v1")
 
     def _check_arguments(self) -> None:
-        skill = _SKILLS[self.skill]
-        known = {skill.text, "settings", *skill.arguments, *_CLIENT_OPTIONS}
+        make, defaults = FIELDS[self.skill]
+        known = {*defaults, "settings", *_CLIENT_OPTIONS} - {"stream", "spatial_refs"}
         unknown = sorted(self.options.keys() - known)
         if unknown:
             raise RequestError(f"{self.skill} takes no {', '.join(unknown)}")
-        text = {}
+        given, text = self.arguments, self._text
         if self.text_column is not None:
-            if skill.text is None or skill.text in self.options:
-                other = skill.text or "text of any kind"
+            if text is None or text in given:
+                other = text or "text of any kind"
                 raise RequestError(f"text_column: {self.skill} has its {other} otherwise")
-            text = {skill.text: "in each row"}
-        elif skill.text is not None and skill.text not in self.options:
-            raise RequestError(f"{self.skill} needs {skill.text}= or text_column=")
-        arguments = {"settings": None, **skill.arguments, **self.arguments, **text}
-        skill.request(b"in each row", model=self.options.get("model"), **arguments)
+            given[text] = "in each row"
+        elif text is not None and text not in given:
+            raise RequestError(f"{self.skill} needs {text}= or text_column=")
+        arguments = {**defaults, "settings": None, "model": self.options.get("model"), **given}
+        make(b"in each row", **arguments)
+
+    @property
+    def _text(self) -> str | None:
+        """The argument that a column may give for each row."""
+        return next(
+            (name for name in ("question", "object") if name in FIELDS[self.skill][1]), None
+        )
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -169,7 +148,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def columns(self) -> dict[str, str]:
         """The names of the new columns, by the fields that they hold."""
-        answers = [_SKILLS[self.skill].answer]
+        answers = [_ANSWERS[self.skill]]
         if self.options.get("reasoning"):
             answers.append("reasoning")
         fields = (*answers, "request_id", "finish_reason", "error_type", "error_message")
@@ -211,9 +190,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """
         arguments = self.arguments
         if self.text_column is not None:
-            arguments[_SKILLS[self.skill].text or ""] = text
-        result = await getattr(client, self.skill)(_picture(image), **arguments)
-        return self._named({field: _plain(result, field) for field in self.columns})
+            arguments[self._text or ""] = text
+        result: Result = await getattr(client, self.skill)(_picture(image), **arguments)
+        fields: dict[str, Any] = dict(result)
+        if "reasoning" in fields:
+            fields["reasoning"] = fields["reasoning"].text
+        return self._named(fields)
 
     def failed(self, error: MoondreamError) -> dict[str, Any]:
         """Return the new columns of a row that failed."""
@@ -349,9 +331,3 @@ def _picture(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         raise ImageError("There is a list in this row and not a picture")
     return value
-
-
-def _plain(result: Result, field: str) -> Any:
-    """Return a field as plain data."""
-    value = result.get(field)
-    return value.text if field == "reasoning" and value is not None else value

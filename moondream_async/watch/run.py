@@ -19,7 +19,7 @@ import bisect
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
@@ -29,7 +29,7 @@ import anyio
 from moondream_async._call.report import drop_frames
 from moondream_async._call.retry import backoff
 from moondream_async._stream.stream import Stream
-from moondream_async.bulk.results import Results
+from moondream_async.bulk.results import Bell, Results
 from moondream_async.errors import (
     APIStatusError,
     AuthenticationError,
@@ -191,7 +191,7 @@ class _Work:
         self._group: anyio.abc.TaskGroup | None = None
         self._failure: BaseException | None = None
         self._ended = False
-        self._changed: anyio.Event | None = None
+        self._changed = Bell()
 
     # -- the reader's side ----------------------------------------------------------
 
@@ -203,7 +203,7 @@ class _Work:
             self.advance()
             shot = None
             while shot is None:
-                await self._until(lambda: bool(self._done) or self._ended or self.closed)
+                await self._changed.until(lambda: bool(self._done) or self._ended or self.closed)
                 if self.closed or not self._done:
                     failure, self._failure = self._failure, None
                     raise StopAsyncIteration if failure is None or self.closed else failure
@@ -241,7 +241,7 @@ class _Work:
         for shot in self._done:
             _close_answer(shot)
         self._done.clear()
-        self.changed()
+        self._changed.ring()
 
     # -- the watch's side -----------------------------------------------------------
 
@@ -256,12 +256,12 @@ class _Work:
                     await self._read()
                 except Exception as error:  # noqa: BLE001 - reported to the reader
                     self._failure = error
-                await self._until(lambda: self._latest is None and not self.under_way)
+                await self._changed.until(lambda: self._latest is None and not self.under_way)
                 self._group.cancel_scope.cancel()  # a pause, if any
         finally:
             self._ended = True
             self._group = None
-            self.changed()
+            self._changed.ring()
 
     async def _read(self) -> None:
         async with _reading(self._source) as following:
@@ -304,7 +304,7 @@ class _Work:
         if self._latest is None:
             raise ClientClosedError("The watch has ended")
         shot.taken, self._latest = self._latest, None
-        self.changed()
+        self._changed.ring()
         return shot.taken.frame
 
     async def _ask(self, shot: _Shot) -> None:
@@ -323,7 +323,7 @@ class _Work:
                 self.under_way.remove(shot)
         self._keep(shot)
         self.advance()
-        self.changed()
+        self._changed.ring()
 
     def _keep(self, shot: _Shot) -> None:
         """Keep a result for the reader, unless it comes too late."""
@@ -378,18 +378,6 @@ class _Work:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.supersede()
-
-    def changed(self) -> None:
-        """Wake all waiters, which look at their conditions again."""
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            if self._changed is None:
-                self._changed = anyio.Event()
-            await self._changed.wait()
 
 
 def _load_encoder() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from moondream_async import MoondreamClient, RequestError
 from moondream_async._stream.stream import Stream
 from moondream_async.results import Result
-from moondream_async.types import Length, Settings
+from moondream_async.types import Length
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -59,29 +59,18 @@ async def ask(client: MoondreamClient, question: Question, picture: bytes) -> St
     Raises:
         MoondreamError: The call failed.
     """
-    settings = cast("Settings | None", question.settings or None)
-    if question.skill == "caption":
-        return await client.caption(picture, length=question.length, settings=settings, stream=True)
-    if question.skill == "query":
-        return await client.query(
-            picture,
-            question.question,
-            reasoning=question.reasoning,
-            settings=settings,
-            stream=True,
-        )
-    if question.skill == "segment":
-        return await client.segment(picture, question.object, settings=settings, stream=True)
-    if question.skill == "chat":
-        return await client.chat(
-            _with_picture(question.messages, picture),
-            reasoning=question.reasoning,
-            settings=settings,
-            stream=True,
-        )
-    if question.skill == "detect":
-        return await client.detect(picture, question.object, settings=settings)
-    return await client.point(picture, question.object, settings=settings)
+    own: dict[str, dict[str, Any]] = {
+        "caption": {"length": question.length},
+        "query": {"question": question.question, "reasoning": question.reasoning},
+        "chat": {"reasoning": question.reasoning},
+    }
+    arguments = own.get(question.skill, {"object": question.object})
+    if question.skill not in ("detect", "point"):
+        arguments["stream"] = True
+    about = _with_picture(question.messages, picture) if question.skill == "chat" else picture
+    call = getattr(client, question.skill)
+    answer: Stream | Result = await call(about, settings=question.settings or None, **arguments)
+    return answer
 
 
 def _with_picture(turns: tuple[Turn, ...], picture: bytes) -> list[dict[str, Any]]:
