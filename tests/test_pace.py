@@ -29,8 +29,9 @@ from raw_server import (
 )
 
 import moondream_async as md
+from moondream_async._call import limits
 from moondream_async._call.limits import RateLimiter, Semaphore
-from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST
+from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget, CallRetries
 
 pytestmark = pytest.mark.own_time
 
@@ -45,7 +46,7 @@ def timers():
 # -- the pace -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, seed):
     # Times are in milliseconds: whole ones for what comes and goes, halves for cancelling,
     # so that nothing happens at the same moment.
@@ -87,22 +88,10 @@ async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, 
     assert went == pytest.approx(expected, abs=TINY)
 
 
-async def test_those_who_wait_go_in_the_order_of_asking():
-    limiter = RateLimiter(10)
-    went = []
-
-    async def go(number):
-        await limiter.wait()
-        went.append(number)
-
-    await asyncio.gather(*map(go, range(200)))
-    assert went == list(range(200))
-
-
-async def test_ten_thousand_that_wait_have_one_timer(clock):
+async def test_a_thousand_that_wait_have_one_timer(clock):
     limiter = RateLimiter(2)
     await limiter.wait()
-    tasks = [asyncio.ensure_future(limiter.wait()) for _ in range(10_000)]
+    tasks = [asyncio.ensure_future(limiter.wait()) for _ in range(1000)]
     await rounds()
     assert len(timers()) == 1
     before = clock.now
@@ -113,17 +102,6 @@ async def test_ten_thousand_that_wait_have_one_timer(clock):
     await tasks[0]
     assert clock.now - before == pytest.approx(0.5)
     assert not limiter._queue
-
-
-async def test_time_that_nobody_used_is_not_made_up_for(clock):
-    limiter = RateLimiter(10)
-    await limiter.wait()
-    await asyncio.sleep(60)
-    went = []
-    for _ in range(3):
-        await limiter.wait()
-        went.append(clock.now)
-    assert [b - a for a, b in pairwise(went)] == pytest.approx([0.1, 0.1])
 
 
 async def test_who_is_cancelled_while_being_called_forward_makes_way(clock):
@@ -246,6 +224,26 @@ def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
     assert (slots.taken, slots.waiting) == (0, 0)
 
 
+def in_threads(main):
+    """Run it four times, with a number, each in a thread and a loop of its own."""
+    threads = [threading.Thread(target=run, args=(main(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+async def cancel_some(seed, times, begin):
+    """Begin ten tasks, so often, and cancel half of them a moment later."""
+    choose = random.Random(seed)
+    for _ in range(times):
+        tasks = [asyncio.ensure_future(begin()) for _ in range(10)]
+        await rounds(choose.randrange(10))
+        for task in choose.sample(tasks, 5):
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
 def test_threads_share_the_pace_in_the_order_of_asking():
     each, rate = 25, 200
     limiter = RateLimiter(rate)
@@ -259,11 +257,7 @@ def test_threads_share_the_pace_in_the_order_of_asking():
         await asyncio.gather(*(go(name, number) for number in range(each)))
 
     started = time.monotonic()
-    threads = [threading.Thread(target=run, args=(main(name),)) for name in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(main)
     assert time.monotonic() - started > (4 * each - 1) / rate - TINY
     assert list(went.values()) == [list(range(each))] * 4
 
@@ -272,25 +266,12 @@ def test_threads_share_the_pace_whoever_is_cancelled():
     limiter = RateLimiter(1000)
     went = []
 
-    async def go(number):
+    async def go():
         await limiter.wait()
-        went.append(number)
+        went.append(1)
 
-    async def main(seed):
-        choose = random.Random(seed)
-        for _ in range(20):
-            tasks = [asyncio.ensure_future(go(number)) for number in range(5)]
-            await rounds(choose.randrange(5))
-            for task in choose.sample(tasks, 3):
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    threads = [threading.Thread(target=run, args=(main(seed),)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(went) >= 4 * 20 * 2
+    in_threads(lambda seed: cancel_some(seed, 10, go))
+    assert len(went) >= 4 * 10 * 5
     assert not limiter._queue
 
 
@@ -298,74 +279,38 @@ def test_threads_share_places_whoever_is_cancelled():
     slots = Semaphore(3)
     most = []
 
-    async def use(choose):
+    async def use():
         await slots.acquire()
         try:
             most.append(slots.taken)
-            for _ in range(choose.randrange(3)):
-                await asyncio.sleep(0)
+            await rounds(len(most) % 3)
         finally:
             slots.release()
 
-    async def main(seed):
-        choose = random.Random(seed)
-        for _ in range(50):
-            tasks = [asyncio.ensure_future(use(choose)) for _ in range(10)]
-            await rounds(choose.randrange(10))
-            for task in choose.sample(tasks, 5):
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    threads = [threading.Thread(target=run, args=(main(seed),)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda seed: cancel_some(seed, 40, use))
     assert max(most) == 3
     assert (slots.taken, slots.waiting) == (0, 0)
 
 
-class Lost:
-    """Garbage that only the collector finds, and that then gives a place back."""
-
-    def __init__(self, slots):
-        self.slots = slots
-        self.self = self
-
-    def __del__(self):
-        self.slots.release()
-
-
-async def test_place_that_the_collector_gives_back_while_one_is_taken_is_taken():
+async def test_place_given_back_while_one_is_about_to_wait_is_taken(monkeypatch):
     slots = Semaphore(1)
     await slots.acquire()
-    gc.collect()
-    threshold = gc.get_threshold()
-    gc.disable()
-    taking = slots.acquire()
-    Lost(slots)
-    gc.set_threshold(1)  # so it comes as soon as anything is made
-    gc.enable()
-    try:  # noqa: SIM105 - with suppress(), it would come too soon
-        taking.send(None)
-    except StopIteration:
-        pass
-    gc.set_threshold(*threshold)
-    taking.close()
-    await rounds()
-    assert slots.waiting == 0
+
+    class Waiter(limits._Waiter):
+        def __init__(self):
+            super().__init__()
+            slots.release()  # as another thread does, or the collector
+
+    monkeypatch.setattr(limits, "_Waiter", Waiter)
+    assert await slots.acquire() is False
+    assert (slots.taken, slots.waiting) == (1, 0)
 
 
 # -- the pace of a client --------------------------------------------------------------
 
 
-def assert_spaced(times, interval):
-    """No two are nearer than the interval, so none of any number are."""
-    assert min(b - a for a, b in pairwise(times)) >= interval - TINY
-
-
-@pytest.mark.parametrize("rate", [2, 10, 0.5])
-async def test_no_window_of_time_has_more_requests_than_the_rate(clock, rate):
+async def test_no_window_of_time_has_more_requests_than_the_rate(clock):
+    rate = 2
     arrivals = []
     choose = random.Random(7)
 
@@ -394,27 +339,9 @@ async def test_no_window_of_time_has_more_requests_than_the_rate(clock, rate):
         assert sum(task.cancelled() for task in tasks) == 15
         assert client.stats().retries > 2
     assert len(arrivals) >= 25
-    assert_spaced(arrivals, 1 / rate)
+    assert min(b - a for a, b in pairwise(arrivals)) >= 1 / rate - TINY
     # Nor is any time lost: while somebody waits, they go at the rate exactly.
     assert arrivals[20] - arrivals[0] == pytest.approx(20 / rate, abs=TINY)
-
-
-async def test_cancelled_calls_cost_the_others_nothing(clock):
-    arrivals = []
-
-    async def play(peer):
-        while True:
-            await peer.request()
-            arrivals.append(clock.now)
-            await peer.send(whole(ANSWER))
-
-    async with RawServer(play) as server, client_of(server, rate_limit=2) as client:
-        tasks = [asyncio.ensure_future(client.caption(IMAGE)) for _ in range(30)]
-        await asyncio.sleep(0.25)
-        for task in tasks[1:29]:  # the first has gone, and the second is at the front
-            task.cancel()
-        await tasks[29]
-    assert [b - a for a, b in pairwise(arrivals)] == pytest.approx([0.5])
 
 
 async def test_waiting_for_the_pace_is_not_waiting_for_a_place(clock):
@@ -460,7 +387,7 @@ async def test_waits_between_tries_are_anything_up_to_a_doubling_limit(clock):
     """`test_retry.py` says how they are spread."""
     watch = Watch(clock)
     async with played(refuse, hooks=watch.hooks, max_retries=7) as (_, client):
-        for _ in range(10):
+        for _ in range(3):
             with pytest.raises(md.ServerError):
                 await client.caption(IMAGE)
     assert list(watch.delays) == [1, 2, 3, 4, 5, 6, 7]
@@ -468,22 +395,18 @@ async def test_waits_between_tries_are_anything_up_to_a_doubling_limit(clock):
         delays = watch.delays[attempt]
         assert watch.waits[attempt] == pytest.approx(delays, abs=TINY)
         assert all(0 <= delay <= limit for delay in delays)
-        assert len({*delays}) == 10
+        assert len({*delays}) == 3
 
 
 @pytest.mark.parametrize(
-    ("header", "seconds"),
+    ("header", "seconds", "stream"),
     [
-        (lambda: "0", 0),
-        (lambda: "7", 7),
-        (lambda: "2.5", 2.5),
-        (lambda: "86400", LONGEST_RETRY_AFTER),
-        (lambda: formatdate(time.time() + 86400, usegmt=True), LONGEST_RETRY_AFTER),
-        (lambda: formatdate(0, usegmt=True), 0),
+        (lambda: "7", 7, False),
+        (lambda: formatdate(time.time() + 86400, usegmt=True), LONGEST_RETRY_AFTER, True),
+        (lambda: formatdate(0, usegmt=True), 0, False),
     ],
-    ids=["at-once", "seconds", "fraction", "a-day", "tomorrow", "the-past"],
+    ids=["seconds", "tomorrow", "the-past"],
 )
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 async def test_server_that_says_when_is_asked_again_then_up_to_the_cap(
     clock, header, seconds, stream
 ):
@@ -528,22 +451,12 @@ async def test_retries_stop_while_all_calls_fail_and_come_back_with_those_that_s
         assert await retries_of_a_failure() == 0
 
 
-@pytest.mark.slow
-async def test_retry_that_helps_costs_the_budget_nothing():
-    turn = [0]
-
-    async def play(peer):
-        while True:
-            await peer.request()
-            turn[0] += 1
-            fails = turn[0] % 2
-            await peer.send(head("Content-Length: 0", status="503 No") if fails else whole(ANSWER))
-
-    async with RawServer(play) as server, client_of(server, max_retries=1) as client:
-        calls = 2 * BUDGET // RETRY_COST
-        for _ in range(calls):
-            assert (await client.caption(IMAGE)).caption == TEXT
-        assert client.stats().retries == calls
+def test_retry_that_helps_costs_the_budget_nothing():
+    budget = Budget()
+    for _ in range(2 * BUDGET // RETRY_COST):
+        retries = CallRetries(1, budget)
+        assert retries.delay(md.ServerError("No", status=503), jitter=1, left=60) == 0.5
+        retries.succeeded()
 
 
 async def test_stream_that_is_asked_for_again_waits_like_any_other_call(clock):
@@ -593,7 +506,7 @@ async def test_one_refusal_for_years_holds_a_run_up_for_a_minute_and_says_so(clo
         assert run.paused_for == 0
 
 
-@pytest.mark.parametrize("max_retries", [0, 1, 3])
+@pytest.mark.parametrize("max_retries", [0, 3])
 async def test_refusals_without_end_are_the_end_of_all_items_and_of_the_run(clock, max_retries):
     async with RawServer(refusing(10**9)) as server, client_of(server) as client:
         started = clock.now
@@ -638,17 +551,3 @@ async def test_a_picture_that_is_tried_again_is_one_call_in_a_run(clock):
     assert len({event.call_id for _, event in events}) == 1
     assert events[-1][1].outcome == "complete"
     assert (result.tries, result.seconds) == (2, pytest.approx(LONGEST_RETRY_AFTER, abs=30))
-
-
-@pytest.mark.parametrize(("limit", "waited"), [(0.5, 0.5), (60, 2)], ids=["as the answer", "2 s"])
-async def test_the_body_of_an_error_is_not_waited_for_longer_than(clock, limit, waited):
-    async def play(peer):
-        await peer.request()
-        await peer.send(head("Content-Length: 9", status="500 No"))
-        await peer.until_gone()
-
-    async with played(play, timeout=md.Timeout(first_event=limit)) as (_, client):
-        started = clock.now
-        with pytest.raises(md.ServerError):
-            await client.caption(IMAGE)
-        assert clock.now - started == pytest.approx(waited, abs=0.1)
