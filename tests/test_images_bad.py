@@ -41,73 +41,65 @@ class Unreadable:
         raise OSError("the disk is gone")
 
 
-def closed_file():
-    file = io.BytesIO(CLEAN["png"])
-    file.close()
-    return file
+class Endless:
+    def read(self, size):
+        return bytes(size)
 
 
-def released_view():
-    view = memoryview(CLEAN["png"])
-    view.release()
-    return view
+CLOSED_FILE = io.BytesIO(CLEAN["png"])
+CLOSED_FILE.close()
+RELEASED_VIEW = memoryview(CLEAN["png"])
+RELEASED_VIEW.release()
+NO_PICTURES = [
+    (b"", "is empty"),
+    (io.BytesIO(), "is empty"),
+    ("data:,", "is empty"),
+    (b"<!DOCTYPE html><html>", "not a picture"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    (save(PHOTO, "DDS"), "not a picture"),
+    ("missing.jpg", "'missing.jpg' does not exist"),
+    ("", "does not exist"),
+    (".", "is a directory"),
+    ("a\0b", "can't be opened"),
+    ("/9j/" + "A" * 100_000, r"\(100004 characters\)"),
+    ("huge.jpg", r"huge\.jpg' is too large: 256,000,001 bytes"),
+    ("https://example.com/a.jpg", r"fetch_image\(url\)"),
+    ("HTTP://example.com/a.jpg", r"fetch_image\(url\)"),
+    ("data:image/png;base64", "no comma"),
+    ("data:;base64,iVBO!!!!", "malformed"),
+    ("data:;base64,iVBOR", "malformed"),
+    ("data:;base64,iV==BORw", "malformed"),
+    ("data:image/png,\u20ac", "malformed"),
+    (None, "not NoneType"),
+    (7, "not int"),
+    (io.StringIO("text"), "mode 'rb'"),
+    (AsyncFile(), "'upload.jpg' is an async file"),
+    (Unreadable(), "the disk is gone"),
+    (Endless(), "too large"),
+    (CLOSED_FILE, "can't be read"),
+    (RELEASED_VIEW, "can't be read"),
+    (Image.new("RGB", (0, 9)), "no pixels"),
+    (png_head(0, 8, 2), "no pixels"),
+    (jpeg_of(0, 8), "no pixels"),
+]
 
 
-@pytest.mark.parametrize(
-    ("image", "reason"),
-    [
-        pytest.param(b"", "is empty", id="empty"),
-        pytest.param(io.BytesIO(), "is empty", id="empty-file"),
-        pytest.param("data:,", "is empty", id="empty-data-uri"),
-        pytest.param(b"<!DOCTYPE html><html>", "not a picture", id="html"),
-        pytest.param(
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture", id="eps"
-        ),
-        pytest.param(save(PHOTO, "DDS"), "not a picture", id="dds"),
-        pytest.param("missing.jpg", "'missing.jpg' does not exist", id="missing"),
-        pytest.param("", "does not exist", id="empty-path"),
-        pytest.param("a\0b", "can't be opened", id="nul-in-path"),
-        pytest.param("/9j/" + "A" * 100_000, r"\(100004 characters\)", id="base64-as-path"),
-        pytest.param("https://example.com/a.jpg", r"fetch_image\(url\)", id="https"),
-        pytest.param("HTTP://example.com/a.jpg", r"fetch_image\(url\)", id="http"),
-        pytest.param("data:image/png;base64", "no comma", id="data-uri-without-comma"),
-        pytest.param("data:;base64,iVBO!!!!", "malformed", id="data-uri-bad-character"),
-        pytest.param("data:;base64,iVBOR", "malformed", id="data-uri-bad-length"),
-        pytest.param("data:;base64,iV==BORw", "malformed", id="data-uri-early-padding"),
-        pytest.param("data:image/png,\u20ac", "malformed", id="data-uri-not-ascii"),
-        pytest.param(None, "not NoneType", id="none"),
-        pytest.param(7, "not int", id="number"),
-        pytest.param(io.StringIO("text"), "mode 'rb'", id="text-file"),
-        pytest.param(AsyncFile(), "'upload.jpg' is an async file", id="async-file"),
-        pytest.param(Unreadable(), "the disk is gone", id="file-that-fails"),
-        pytest.param(closed_file(), "can't be read", id="closed-file"),
-        pytest.param(released_view(), "can't be read", id="released-memoryview"),
-        pytest.param(Image.new("RGB", (0, 9)), "no pixels", id="no-pixels"),
-    ],
-)
-def test_what_is_no_picture_is_refused_with_the_reason(image, reason, monkeypatch, tmp_path):
+def test_what_is_no_picture_is_refused_with_the_reason(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ImageError, match=reason) as caught:
-        encode_image(image)
-    assert len(str(caught.value)) < 400
-
-
-def test_directory_is_refused(tmp_path):
-    with pytest.raises(ImageError, match="is a directory"):
-        encode_image(tmp_path)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
-def test_fifo_is_refused_unread(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ImageError, match="not a regular file"):
-        encode_image(tmp_path / "fifo")
+    with Path("huge.jpg").open("wb") as file:
+        file.truncate(256_000_001)  # a hole; takes no space
+    for image, reason in NO_PICTURES:
+        with pytest.raises(ImageError, match=reason) as caught:
+            encode_image(image)
+        assert len(str(caught.value)) < 400
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no /dev/zero")
-def test_device_is_refused_unread():
-    with pytest.raises(ImageError, match="'/dev/zero' is not a regular file"):
-        encode_image("/dev/zero")
+def test_fifo_and_device_are_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero"):
+        with pytest.raises(ImageError, match=f"{path}' is not a regular file"):
+            encode_image(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no users")
@@ -125,29 +117,12 @@ def test_file_without_permission_is_refused(tmp_path):
         os.seteuid(user)
 
 
-def test_huge_file_is_refused_by_its_size(tmp_path):
-    path = tmp_path / "huge.jpg"
-    with path.open("wb") as file:
-        file.truncate(256_000_001)  # a hole; takes no space
-    with pytest.raises(ImageError, match=r"huge\.jpg' is too large: 256,000,001 bytes"):
-        encode_image(path)
-
-
-def test_endless_file_is_given_up():
-    class Endless:
-        def read(self, size):
-            return bytes(size)
-
-    with pytest.raises(ImageError, match="too large"):
-        encode_image(Endless())
-
-
 @pytest.mark.parametrize("name", [*CLEAN, "tiff", "bmp"])
 def test_truncated_file_is_refused_unless_only_its_end_mark_is_missing(name):
     data = CLEAN.get(name) or save(PHOTO, name.upper())
     mark = 16 if name.startswith("png") else {"gif": 1, "jpeg": 2}.get(name.partition("-")[0], 0)
     end = len(data) - mark  # of a PNG, IEND and what checks the data
-    for length in {*range(min(end, 700)), *range(0, end, 97), *range(end - 30, end)}:
+    for length in {*range(min(end, 64)), *range(0, end, 23), *range(end - 30, end)}:
         with pytest.raises(ImageError):
             encode_image(data[:length])
     for length in range(end, len(data)):
@@ -168,34 +143,31 @@ def between_segments(stray):
     return CLEAN["jpeg"][:at] + stray + CLEAN["jpeg"][at:]
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(between_segments(b"stray bytes"), id="jpeg-stray"),
-        pytest.param(between_segments(bytes(500)), id="jpeg-zeros"),
-        pytest.param(between_segments(b"\xff\0"), id="jpeg-ff00"),
-        pytest.param(between_segments(b"\xff\xe5\0\0"), id="jpeg-length-0"),
-        pytest.param(between_segments(b"\xff\xe5\0\1"), id="jpeg-length-1"),
-        pytest.param(between_segments(b"\xff\xfe\0\4four and more"), id="jpeg-too-short"),
-        pytest.param(between_segments(segment(0xE1, bytes(40))), id="jpeg-segment-of-zeros"),
-        pytest.param(
-            CLEAN["png"][:33] + damaged_chunk(b"tEXt", b"a\0b") + CLEAN["png"][33:], id="png-text"
-        ),
-        pytest.param(
-            CLEAN["png"][:33] + damaged_chunk(b"gAMA", bytes(4)) + CLEAN["png"][33:], id="png-gamma"
-        ),
-        pytest.param(
-            CLEAN["png"][:-12] + damaged_chunk(b"tIME", bytes(7)) + CLEAN["png"][-12:],
-            id="png-time-behind",
-        ),
-        pytest.param(CLEAN["png"][:-4] + bytes(4), id="png-end"),
-        pytest.param(CLEAN["png"][:-12] + chunk(b"tEXt", b"a\0b")[:-5], id="png-cut-in-text"),
-    ],
-)
-def test_picture_that_viewers_show_though_it_is_damaged_is_sent(data):
-    picture = opened(encode_image(data))
-    clean = CLEAN["jpeg" if data.startswith(b"\xff") else "png"]
-    assert difference(picture, Image.open(io.BytesIO(clean))) <= (16 if data[0] == 0xFF else 0)
+def in_png(*chunks):
+    return CLEAN["png"][:33] + b"".join(chunks) + CLEAN["png"][33:]
+
+
+DAMAGED = {
+    "jpeg-stray": between_segments(b"stray bytes"),
+    "jpeg-zeros": between_segments(bytes(500)),
+    "jpeg-ff00": between_segments(b"\xff\0"),
+    "jpeg-length-0": between_segments(b"\xff\xe5\0\0"),
+    "jpeg-length-1": between_segments(b"\xff\xe5\0\1"),
+    "jpeg-too-short": between_segments(b"\xff\xfe\0\4four and more"),
+    "jpeg-segment-of-zeros": between_segments(segment(0xE1, bytes(40))),
+    "png-text": in_png(damaged_chunk(b"tEXt", b"a\0b")),
+    "png-gamma": in_png(damaged_chunk(b"gAMA", bytes(4))),
+    "png-behind": CLEAN["png"][:-12] + damaged_chunk(b"tIME", bytes(7)) + CLEAN["png"][-12:],
+    "png-end": CLEAN["png"][:-4] + bytes(4),
+    "png-cut-in-text": CLEAN["png"][:-12] + chunk(b"tEXt", b"a\0b")[:-5],
+}
+
+
+def test_picture_that_viewers_show_though_it_is_damaged_is_sent():
+    for name, data in DAMAGED.items():
+        kind, tolerance = ("jpeg", 16) if name.startswith("jpeg") else ("png", 0)
+        picture = opened(encode_image(data))
+        assert difference(picture, Image.open(io.BytesIO(CLEAN[kind]))) <= tolerance, name
 
 
 def test_damaged_png_is_told_by_its_checksum():
@@ -203,12 +175,6 @@ def test_damaged_png_is_told_by_its_checksum():
     data[len(data) // 2] ^= 1
     with pytest.raises(ImageError, match="checksum"):
         encode_image(bytes(data))
-
-
-@pytest.mark.parametrize("data", [png_head(0, 8, 2), jpeg_of(0, 8)], ids=["png", "jpeg"])
-def test_picture_without_pixels_is_refused(data):
-    with pytest.raises(ImageError, match="no pixels"):
-        encode_image(data)
 
 
 def test_animation_of_thousands_of_frames_costs_no_more_than_its_first():
@@ -248,10 +214,10 @@ MAGIC = sorted({data[:length] for data in ALL.values() for length in (4, 8, 12, 
 CONTAINER_BYTES = {"gif": 13, "webp": 20}
 
 
-def check(data, **limits):
+def check(data):
     """Whatever goes in: an `ImageError` comes out, or a picture that opens and decodes."""
     try:
-        result = encode_image(data, **limits)
+        result = encode_image(data)
     except ImageError:
         return
     opened(result)
@@ -267,18 +233,13 @@ def test_random_bytes_give_a_picture_or_an_image_error(magic, rest):
 @settings(max_examples=3 * settings.default.max_examples)
 def test_mutated_header_gives_a_picture_or_an_image_error(data):
     name = data.draw(st.sampled_from(sorted(ALL)))
-    mutated = bytearray(ALL[name])
+    mutated = bytearray(ALL[name][: data.draw(st.none() | st.integers(0, len(ALL[name])))])
     head = CONTAINER_BYTES.get(name.partition("-")[0], 800)
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, min(head, len(mutated)) - 1))
+        at = data.draw(st.integers(0, min(head, len(mutated))))
         count = data.draw(st.integers(0, 3))
         mutated[at : at + count] = data.draw(st.binary(min_size=0, max_size=3))
     check(bytes(mutated))
-
-
-@given(st.sampled_from(sorted(ALL)), st.floats(0, 1))
-def test_truncated_file_gives_a_picture_or_an_image_error(name, share):
-    check(ALL[name][: int(len(ALL[name]) * share)])
 
 
 @given(st.sampled_from(sorted(ALL)), st.integers(1, 10_000), st.integers(700, 10_000))
