@@ -225,6 +225,8 @@ def check(data):
 
 @given(st.sampled_from(MAGIC), st.binary(max_size=300))
 @example(b"", b"")
+@example(CLEAN["jpeg"][:2], segment(0xC4, b"\xff" * 17) + CLEAN["jpeg"][2:])  # no Huffman table
+@example(b"", CLEAN["jpeg"].replace(b"\xff\xda\0\x0c\3", b"\xff\xda\0\x0c\0"))  # a scan of nothing
 def test_random_bytes_give_a_picture_or_an_image_error(magic, rest):
     check(magic + rest)
 
