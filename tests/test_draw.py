@@ -237,7 +237,8 @@ def test_picture_of_any_mode_becomes_one_of_colours_and_may_be_tiny():
 
 
 def test_what_is_no_picture_is_refused(tmp_path):
-    for nothing, reason in ((tmp_path / "nowhere.jpg", "does not exist"), (b"no picture", "not a picture")):
+    nowhere = tmp_path / "nowhere.jpg"
+    for nothing, reason in ((nowhere, "does not exist"), (b"no picture", "not a picture")):
         with pytest.raises(md.ImageError, match=reason):
             detected(BOX).draw(nothing)
 

@@ -225,8 +225,8 @@ def check(data):
 
 @given(st.sampled_from(MAGIC), st.binary(max_size=300))
 @example(b"", b"")
-@example(CLEAN["jpeg"][:2], segment(0xC4, b"\xff" * 17) + CLEAN["jpeg"][2:])  # no Huffman table
-@example(b"", CLEAN["jpeg"].replace(b"\xff\xda\0\x0c\3", b"\xff\xda\0\x0c\0"))  # a scan of nothing
+@example(CLEAN["jpeg"].replace(b"\xff\xda\0\x0c\3\1", b"\xff\xda\0\x0c\3\2"), b"")  # 2, 2, 3
+@example(CLEAN["jpeg"][:2], segment(0xC4, b"\0\0\1" + bytes(14) + b"\x10") + CLEAN["jpeg"][2:])
 def test_random_bytes_give_a_picture_or_an_image_error(magic, rest):
     check(magic + rest)
 
