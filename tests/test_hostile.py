@@ -17,7 +17,7 @@ from raw_server import STREAM_HEAD, RawServer, in_chunks, whole
 
 import moondream_async as md
 from moondream_async.batch.wire import BatchRequest
-from moondream_async.cli.bulk.pending import Pending
+from moondream_async.cli.bulk.questions import Pending
 from moondream_async.cli.bulk.sources import Found
 from moondream_async.tuning.wire import TuningRequest
 
@@ -122,7 +122,7 @@ async def bulk(client):
     """Have bulk take an answer, too: an error in it is a value, and sums go on."""
     async with client.bulk([IMAGE], "query", question="?") as run:
         async for each in run:
-            pending = Pending(Found("x", "x"), {"asks": {"a": "?"}}, {})
+            pending = Pending(Found("x", "x"), {"asks": {"a": "?"}})
             repr((run.progress, f"{run.progress.tokens:,}"))
             json.dumps(pending.take("a", each))
             break

@@ -17,9 +17,8 @@ from moondream_async.cli._files import replacing
 from moondream_async.cli._output import note
 from moondream_async.errors import APIStatusError, ImageError, RequestError
 
-from .names import name_of, path_of
-from .pending import Pending
-from .sources import Contents, Found
+from .questions import Pending
+from .sources import Contents, Found, name_of, path_of
 
 if TYPE_CHECKING:
     from moondream_async import Batch, BatchResult, EncodedImage
@@ -49,8 +48,8 @@ class Sent(msgspec.Struct):
         """Yield the pictures; `asked` is for those of an old record, which does not say it."""
         for named, contents in self.pictures:
             found = Found(path_of(named.path), path_of(named.below), named.row)
-            pending = Pending(found, named.asked or asked, {})
-            pending.file.contents, pending.tries = contents, 1
+            pending = Pending(found, named.asked or asked)
+            pending.contents, pending.tries = contents, 1
             yield pending
 
 
@@ -98,7 +97,7 @@ async def _requests(
         arguments = {name: asked[name] for name in job.questions.arguments}
         yield make(image, id=len(pictures), **arguments)
         named = _Named(found.name, name_of(found.below), asked, found.row)
-        pictures.append((named, pending.file.contents))
+        pictures.append((named, pending.contents))
         size += len(image.data)
         if len(pictures) == MOST_PICTURES or size >= MOST_BYTES:
             return
@@ -109,7 +108,7 @@ async def _next_good(job: Job, items: AsyncIterator[Pending]) -> _Good | None:
     """Return the next picture that can be sent; unreadable ones before it get their error line."""
     async for pending in items:
         try:
-            return pending, await job.client.encode_image(cast("Any", pending.file))
+            return pending, await job.client.encode_image(cast("Any", pending))
         except ImageError as error:
             job.keep(pending, error)
     return None
@@ -128,7 +127,7 @@ async def _fetch(job: Job, sent: Sent) -> None:
     # A run that was ended here has already written some of the results.
     left: dict[int | None, Pending] = {
         place: pending
-        for place, pending in enumerate(sent.pendings(job.journal.asked))
+        for place, pending in enumerate(sent.pendings(job.questions.general))
         if not job.journal.has(pending.found, pending.asked)
     }
     failure = "the batch has no result for it"

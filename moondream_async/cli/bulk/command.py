@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,10 +11,7 @@ from moondream_async.cli import _options as options
 from moondream_async.cli._options import UsageError
 from moondream_async.cli._output import print_text
 from moondream_async.cli._session import run
-from moondream_async.errors import MissingExtraError, RequestError
-
-if TYPE_CHECKING:
-    from .job import Job
+from moondream_async.errors import RequestError
 
 Via = Literal["requests", "batch-api"]
 
@@ -151,35 +148,52 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         arguments.setdefault("length", "normal")
     if skill == "segment" and by_batch:
         raise UsageError("'--via batch-api' takes no '--skill segment'", context)
-    from .exports import Output  # noqa: PLC0415 - --help does without
+    from moondream_async.frames import check_video  # noqa: PLC0415 - --help does without
+
+    from .containers import is_video  # noqa: PLC0415 - likewise
+    from .exports import Output  # noqa: PLC0415 - likewise
+    from .job import Job  # noqa: PLC0415 - likewise
     from .questions import Questions, check_columns  # noqa: PLC0415 - likewise
     from .remote import allow_networks  # noqa: PLC0415 - likewise
     from .report import check_report  # noqa: PLC0415 - likewise
-    from .video import check_sources  # noqa: PLC0415 - likewise
+    from .shards import check_shards, is_shard  # noqa: PLC0415 - likewise
 
+    paths, lists = paths or [], from_file or []
+    videos = any(map(is_video, paths))
     try:
         allow_networks(allow_network or ())
         wanted = Output.of(output)
-        kind = "several" if asks else skill
-        check_sources(paths or [], from_file or [], wanted.form, kind, via)
         texts = {f"ask {name}": text for name, text in asks.items()} | arguments
-        rows = check_columns(texts, paths or [], from_file or [])
-    except MissingExtraError:
-        raise
+        rows = check_columns(texts, paths, lists)
     except RequestError as error:
         raise UsageError(str(error), context) from None
-    if wanted.form == "folder" and skill not in ("caption", "query", "detect"):
-        raise UsageError(f"'--skill {skill}' gives no text: '-o' must be a file", context)
-    varies = skill == "detect" and "{" in arguments["object"]
-    if wanted.form == "folder" and (asks or varies):
-        raise UsageError("a folder takes one answer, or one class: '-o' must be a file", context)
-    if wanted.form == "coco" and skill != "detect":
-        raise UsageError("'-o .coco.json' is for '--skill detect'", context)
+    form, one_text = wanted.form, skill in ("caption", "query") and not asks
+    one_class = skill == "detect" and "{" not in arguments["object"]
+    for wrong, why in (
+        (
+            form in ("vtt", "srt") and not (videos and len(paths) == 1 and not lists and one_text),
+            f"'-o .{form}' is for '--skill caption' or query, and one video",
+        ),
+        (videos and by_batch, "'--via batch-api' takes no videos"),
+        (
+            form == "folder" and skill in ("point", "segment"),
+            f"'--skill {skill}' gives no text: '-o' must be a file",
+        ),
+        (
+            form == "folder" and not (one_text or one_class),
+            "a folder takes one answer, or one class: '-o' must be a file",
+        ),
+        (form == "coco" and skill != "detect", "'-o .coco.json' is for '--skill detect'"),
+    ):
+        if wrong:
+            raise UsageError(why, context)
+    if videos:
+        check_video()
+    if any(map(is_shard, paths)):
+        check_shards()
     wanted.check(overwrite=overwrite)
     if report is not None:
         check_report(report)
-    from .job import Job  # noqa: PLC0415 - --help does without
-
     client = server.client(
         max_connections=concurrency, max_retries=retries, rate_limit=rate_limit, hooks=Hooks()
     )
@@ -189,8 +203,8 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         client,
         Questions(skill, arguments, asks, server.model, rows=rows),
         wanted,
-        paths or [],
-        from_file or [],
+        paths,
+        lists,
         report=report,
         overwrite=overwrite,
         limit=limit,
@@ -200,7 +214,8 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         every=every,
     )
     if dry_run:
-        run(_estimate(job, rate_limit, by_batch=by_batch))
+        for line in run(job.dry_run(rate_limit, by_batch=by_batch)):
+            print_text(line)
         return
     run(job.run(grace, by_batch=by_batch))
     if job.interrupted:
@@ -217,12 +232,3 @@ def _asks(context: typer.Context, given: list[str]) -> dict[str, str]:
             raise UsageError(f"'--ask {each}': it must be NAME=QUESTION, each name once", context)
         asks[name] = question
     return asks
-
-
-async def _estimate(job: Job, rate: float | None, *, by_batch: bool) -> None:
-    from .estimate import CLOUD_RATE  # noqa: PLC0415 - --help does without
-
-    estimate = await job.dry_run()
-    rate = rate or (CLOUD_RATE if job.is_cloud else None)
-    for line in estimate.describe(rate, by_batch=by_batch):
-        print_text(line)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,17 +21,14 @@ from moondream_async.cli._output import note, print_json
 from moondream_async.errors import APIConnectionError, MoondreamError, RequestError
 
 from .by_batch import ask_by_batch
-from .estimate import Estimate
 from .exports import WRITERS, Output
-from .finding import Finder, explained
 from .journal import Journal
 from .lines import Outcome, fields_of, text_of
-from .names import name_of
-from .pending import Pending, prepared
-from .progress import BATCH_DISCOUNT, Progress
-from .questions import Questions
+from .progress import BATCH_DISCOUNT, CLOUD_RATE, Estimate, Progress
+from .questions import Pending, Questions, prepared
 from .report import write_report
-from .sources import Found
+from .search import Search, explained
+from .sources import Found, name_of
 from .texts import TextFolder, write_classes
 
 if TYPE_CHECKING:
@@ -89,8 +86,8 @@ class Job:
         self._texts = (
             TextFolder(output.path, labels=self._labels, overwrite=overwrite) if folder else None
         )
-        self._finder = Finder(paths, lists, self._found_fault, is_own=self._is_own, **which)
-        self._seen: set[int] | None = set() if self._finder.may_repeat else None  # hashes
+        self._search = Search(paths, lists, self._found_fault, is_own=self._is_own, **which)
+        self._seen: set[int] | None = set() if self._search.may_repeat else None  # hashes
         self._said: set[str] = set()
         self._faults = 0  # arguments that gave no pictures
         self._away = 0  # pictures in a row for which no server could be reached
@@ -104,7 +101,7 @@ class Job:
         return bool(self.progress.failed or self._faults)
 
     @property
-    def is_cloud(self) -> bool:
+    def _is_cloud(self) -> bool:
         """Whether the server takes dollars."""
         return (urlsplit(self.client.endpoint).hostname or "").endswith("moondream.ai")
 
@@ -118,7 +115,7 @@ class Job:
         self._stop = self._scope.cancel
         with contextlib.ExitStack() as stack:
             self.journal = self._open(stack)
-            price = (BATCH_DISCOUNT if by_batch else 1.0) if self.is_cloud else None
+            price = (BATCH_DISCOUNT if by_batch else 1.0) if self._is_cloud else None
             self.progress = stack.enter_context(Progress(price=price))
             await self._ask(partial(ask_by_batch, self) if by_batch else self._by_requests)
             with explained("write", self.journal.path):
@@ -129,8 +126,8 @@ class Job:
             note(line)
         self._note_other_files()
 
-    async def dry_run(self) -> Estimate:
-        """Return what a run would ask; the server is not asked, and no file is written."""
+    async def dry_run(self, rate: float | None, *, by_batch: bool) -> list[str]:
+        """Return what a run would take, in lines; the server is not asked, and no file written."""
         estimate = Estimate(self.questions)
         with contextlib.ExitStack() as stack:
             self.journal = self._open(stack, new=False)
@@ -140,20 +137,21 @@ class Job:
                 async for pending in self.items(refuse=estimate.refuse):
                     await anyio.to_thread.run_sync(estimate.add, pending)
         estimate.done = self.progress.skipped
-        return estimate
+        rate = rate or (CLOUD_RATE if self._is_cloud else None)
+        return estimate.describe(rate, by_batch=by_batch)
 
     async def items(
         self, refuse: Callable[[Found, MoondreamError], object] | None = None
     ) -> AsyncGenerator[Pending, None]:
         """Yield the pictures to ask about; count those that are done or refused."""
         refuse = refuse or (
-            lambda found, error: self.keep(Pending(found, self.journal.asked, {}), error)
+            lambda found, error: self.keep(Pending(found, self.questions.general), error)
         )
         given = 0
-        async with contextlib.aclosing(self._finder.chunks()) as chunks:
+        async with contextlib.aclosing(self._search.chunks()) as chunks:
             async for chunk in chunks:
                 states = await anyio.to_thread.run_sync(
-                    self._look_up, chunk, abandon_on_cancel=True
+                    list, map(self._state, chunk), abandon_on_cancel=True
                 )
                 for found, state in zip(chunk, states, strict=True):
                     if isinstance(state, MoondreamError):
@@ -171,21 +169,9 @@ class Job:
         found, fields = pending.found, fields_of(outcome)
         if usage is not None and not fields.get("metrics"):
             fields["metrics"] = dict(usage)
-
         where = "stdout" if self._output.form == "stdout" else self.journal.path
-
-        def append(fields: Mapping[str, Any]) -> None:
-            with explained("write", where):
-                self.journal.append(
-                    found,
-                    pending.file.contents,
-                    fields,
-                    asked=pending.asked,
-                    tries=pending.tries,
-                    seconds=pending.seconds,
-                )
-
-        append(fields)
+        with explained("write", where):
+            self.journal.append(pending, fields)
         if self._texts is not None and "error" not in fields:
             # After the line: a text without a line would pass for one that a user wrote.
             try:
@@ -193,7 +179,8 @@ class Job:
                     self._texts.write(found, text_of(fields) or "", self.journal)
             except RequestError as error:
                 fields = fields_of(error)
-                append(fields)
+                with explained("write", where):
+                    self.journal.append(pending, fields)
         self.progress.count(fields.get("metrics"), fields.get("error"))
 
     # -- the ways to ask ----------------------------------------------------------------
@@ -231,7 +218,7 @@ class Job:
         async with contextlib.aclosing(self.items()) as pendings:
             if not self.questions.asks:
                 async for pending in pendings:
-                    for item in pending.items(pending.file):
+                    for item in pending.items():
                         yield item
                 return
             async with contextlib.aclosing(prepared(self.client, pendings)) as pictures:
@@ -268,7 +255,7 @@ class Job:
             return stack.enter_context(
                 Journal(
                     path,
-                    self.questions.general(),
+                    self.questions.general,
                     complain=self._say_once,
                     on_line=_print_line if stdout else lambda _: None,
                     with_texts=self._texts is not None,
@@ -294,9 +281,6 @@ class Job:
 
     # -- what needs asking ------------------------------------------------------------------
 
-    def _look_up(self, chunk: list[Found]) -> list[_State]:
-        return [self._state(found) for found in chunk]
-
     def _state(self, found: Found) -> _State:
         """Return a picture to ask about; True if it is done, None if it is left out."""
         if found.name in self.not_again:
@@ -320,7 +304,7 @@ class Job:
     async def _count(self) -> None:
         """Count all pictures, while others are asked about."""
         if self._limit is None:
-            self.progress.total = await self._finder.count()
+            self.progress.total = await self._search.count()
 
     # -- what is printed ---------------------------------------------------------------------
 
@@ -345,7 +329,7 @@ class Job:
                 f"{len(kept):,} texts that people wrote or changed were kept ('--overwrite' "
                 f"replaces them): {', '.join(kept[:_NAMED])}{', ...' if kept[_NAMED:] else ''}"
             )
-        if left := self._finder.search.left_out:
+        if left := self._search.left_out:
             kinds = [f"{count:,} {end or 'without'}" for end, count in left.most_common(_NAMED)]
             files = (
                 "1 other file was" if left.total() == 1 else f"{left.total():,} other files were"

@@ -16,7 +16,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from moondream_async.cli._files import UNSUPPORTED, flush, replacing
 from moondream_async.errors import MoondreamError, RequestError
@@ -25,17 +25,18 @@ from .lines import (
     ASKED,
     BEGINNING,
     Key,
-    Outcome,
     contents_of,
     decode,
     encode,
-    fields_of,
     key_of,
     read_line,
     text_of,
     tidy,
 )
 from .sources import Contents, Found, is_same
+
+if TYPE_CHECKING:
+    from .questions import Pending
 
 _READ_BYTES = 1 << 20
 
@@ -67,13 +68,13 @@ class Journal:
         varying: Container[str] = (),
     ) -> None:
         self.path = path
-        self.asked = {name: value for name, value in asked.items() if value is not None}
+        self._asked = asked
+        self._varying = varying
         self._complain = complain
         self._on_line = on_line
-        self._known: dict[Key, Contents | None] = {}  # None: the picture failed
-        self._varying = varying
-        self._in_part: dict[Key, int] = {}  # starts of lines with some answers missing
-        self._again: set[Key] = set()  # with more than one line
+        self._known: dict[Key, tuple[int, Contents | None]] = {}
+        """The start of each current line, and the picture's state; None where it failed."""
+        self._superseded = False  # whether there are other lines
         self._with_texts = with_texts
         self._texts: dict[bytes, tuple[bytes, bytes | None]] = {}  # hashes of names and texts
         self._file = -1
@@ -96,22 +97,21 @@ class Journal:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def has(self, found: Found, asked: Mapping[str, Any] | None = None) -> bool:
+    def has(self, found: Found, asked: Mapping[str, Any]) -> bool:
         """Tell whether a picture is done; this looks at its file, and blocks."""
-        contents = self._known.get(key_of(found.name, asked or self.asked))
+        _, contents = self._known.get(key_of(found.name, asked), (0, None))
         return contents is not None and is_same(found, contents)
 
     def answers(self, found: Found, asked: Mapping[str, Any]) -> dict[str, str]:
         """Return the answers that an earlier run got, where other questions failed."""
-        start = self._in_part.get(key_of(found.name, asked))
-        if start is None:
+        start, contents = self._known.get(key_of(found.name, asked), (-1, None))
+        if start < 0 or contents is not None or "asks" not in asked:
             return {}
-        data = next(self._lines(start), (0, b"{}"))[1]
-        record = tidy(decode(data))
+        record = tidy(decode(next(self._lines(start))[1]))
         file = record.get("file")
         if file is None or not is_same(found, Contents(**file)):
             return {}
-        return {name: record[name] for name in asked.get("asks", ()) if name in record}
+        return {name: record[name] for name in asked["asks"] if name in record}
 
     def wrote(self, found: Found, text: str) -> Literal["last", "before"] | None:
         """Tell whether a text is that of a picture's last line, or of the line before."""
@@ -119,49 +119,37 @@ class Journal:
         digest = _hash(text)
         return "last" if digest == last else "before" if digest == before else None
 
-    def append(
-        self,
-        found: Found,
-        contents: Contents | None,
-        outcome: Outcome,
-        *,
-        asked: Mapping[str, Any] | None = None,
-        tries: int = 0,
-        seconds: float = 0.0,
-    ) -> None:
+    def append(self, pending: Pending, fields: Mapping[str, Any]) -> None:
         """Write a picture's line; a line that fails half-way, as on a full disk, is removed.
 
         Raises:
             OSError: It can't be written.
             MoondreamError: The file was removed or replaced.
         """
-        asked = self.asked if asked is None else asked
-        record: dict[str, Any] = {"path": found.name, **asked, **fields_of(outcome)}
+        found = pending.found
+        record: dict[str, Any] = {"path": found.name, **pending.asked, **fields}
         if found.time is not None:
             record["time"] = found.time
         if found.row:
             record["row"] = found.row
-        record |= {"tries": tries, "seconds": round(seconds, 3)}
-        if contents is not None:
-            record["file"] = contents
+        record |= {"tries": pending.tries, "seconds": round(pending.seconds, 3)}
+        if pending.contents is not None:
+            record["file"] = pending.contents
         data = encode(record)
         self._check_in_place()
-        self._write(data + b"\n")
-        failed = "error" in record
-        self._learn(key_of(found.name, asked), None if failed else contents)
-        self._remember_text(found.name, record)
+        self._learn(record, self._write(data + b"\n"))
         self._on_line(data)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the current lines with this run's questions."""
-        for data in self._current():
+        for _, data in self._current():
             record = decode(data)
             if all(map(self._is_asked, ASKED, map(record.get, ASKED))):
                 yield tidy(record)
 
     def _is_asked(self, name: str, value: Any) -> bool:
         """Tell whether an argument in a line is this run's; one that varies always is."""
-        own = self.asked.get(name)
+        own = self._asked.get(name)
         if name == "asks" and isinstance(own, dict) and isinstance(value, dict):
             return own.keys() == value.keys()
         return name in self._varying or value == own
@@ -176,23 +164,28 @@ class Journal:
         self._check_in_place()
         if not flush(self._file):
             self._complain(f"{self.path} is on a file system that can't flush files")
-        if not self._again:
+        if not self._superseded:
             return
         import fcntl  # noqa: PLC0415 - see _lock
 
+        moved: dict[int, int] = {}
+        end = 0
         with replacing(self.path) as file:
             # Locked before it takes the old file's place, so that no other run opens it between.
             new = os.dup(file.fileno())
             try:
                 self._lock(new)
-                file.writelines(data + b"\n" for data in self._current())
+                for start, data in self._current():
+                    moved[start] = end
+                    end += file.write(data + b"\n")
             except BaseException:
                 os.close(new)
                 raise
         fcntl.fcntl(new, fcntl.F_SETFL, os.O_APPEND)
         os.close(self._file)
         self._file = new
-        self._again.clear()
+        self._known = {key: (moved[start], state) for key, (start, state) in self._known.items()}
+        self._superseded = False
 
     # -- within -----------------------------------------------------------------------
 
@@ -250,7 +243,7 @@ class Journal:
         for number, (start, data) in enumerate(self._lines(), 1):
             end = start + len(data) + 1
             try:
-                self._take(read_line(data), start)
+                self._learn(read_line(data), start)
             except ValueError:
                 raise RequestError(
                     f"{self.path} has other things in it than results (line {number})"
@@ -269,25 +262,16 @@ class Journal:
             os.ftruncate(self._file, end)
         else:  # an editor has removed the line break
             self._write(b"\n")
-            self._take(record, end)
+            self._learn(record, end)
 
-    def _take(self, record: dict[str, Any], start: int) -> None:
-        key, failed = key_of(record["path"], record), record.get("error") is not None
-        self._learn(key, None if failed else contents_of(record.get("file")))
-        self._in_part.pop(key, None)
-        if failed and record.get("asks"):
-            self._in_part[key] = start
-        self._remember_text(record["path"], record)
-
-    def _remember_text(self, name: str, record: Mapping[str, Any]) -> None:
+    def _learn(self, record: Mapping[str, Any], start: int) -> None:
+        name, failed = record["path"], record.get("error") is not None
+        key = key_of(name, record)
+        self._superseded = self._superseded or key in self._known
+        self._known[key] = start, None if failed else contents_of(record.get("file"))
         if self._with_texts and (text := text_of(record)) is not None:
             before, _ = self._texts.get(_hash(name), (None, None))
             self._texts[_hash(name)] = (_hash(text), before)
-
-    def _learn(self, key: Key, contents: Contents | None) -> None:
-        if key in self._known:
-            self._again.add(key)
-        self._known[key] = contents
 
     def _pieces(self, at: int) -> Iterator[bytes]:
         while data := os.pread(self._file, _READ_BYTES, at):
@@ -303,18 +287,13 @@ class Journal:
                 yield start, line
                 start += len(line) + 1
 
-    def _current(self) -> Iterator[bytes]:
-        """Yield the lines that were not superseded."""
-        last: dict[Key, int] = {}
-        if self._again:
-            for start, data in self._lines():
-                if (key := _key(data)) in self._again:
-                    last[key] = start
-        for start, data in self._lines():
-            if not self._again or last.get(_key(data), start) == start:
-                yield data
+    def _current(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the lines that were not superseded, and their starts."""
+        starts = {start for start, _ in self._known.values()} if self._superseded else None
+        return (each for each in self._lines() if starts is None or each[0] in starts)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> int:
+        """Write at the end of the file, all or nothing; return where that was."""
         before = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, data)
@@ -324,6 +303,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, before)
             raise
+        return before
 
 
 def _is_torn(rest: bytes, *, first: bool) -> bool:
@@ -334,11 +314,6 @@ def _is_torn(rest: bytes, *, first: bool) -> bool:
     if first:
         return rest.startswith(BEGINNING)
     return rest[: len(BEGINNING)] == BEGINNING[: len(rest)] or not rest.strip(b"\0")
-
-
-def _key(data: bytes) -> Key:
-    record = read_line(data)
-    return key_of(record["path"], record)
 
 
 def _hash(text: str) -> bytes:

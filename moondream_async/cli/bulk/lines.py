@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -28,8 +28,23 @@ Records = Callable[[], Iterable[dict[str, Any]]]
 
 _TEXTS: tuple[str, ...] = ("path", *ASKED[:4], "model", "caption", "answer", "reasoning_text")
 _TEXTS += ("request_id", "finish_reason", "outline")
-_DICTS = ("row", "asks")
-BOX = ("x_min", "y_min", "x_max", "y_max")
+_Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # finite
+_Count = Annotated[float, msgspec.Meta(gt=-(2**63), lt=2**63)]
+
+
+class _Box(msgspec.Struct):
+    x_min: _Number
+    y_min: _Number
+    x_max: _Number
+    y_max: _Number
+
+
+class _Point(msgspec.Struct):
+    x: _Number
+    y: _Number
+
+
+BOX = _Box.__struct_fields__
 
 
 def key_of(name: str, asked: Mapping[str, Any]) -> Key:
@@ -108,8 +123,7 @@ def text_of(record: Mapping[str, Any]) -> str | None:
         return whole(" ".join(text.split()))
     if not isinstance(objects := record.get("objects"), list):
         return None
-    boxes = [place for each in objects if (place := _place(each, BOX))]
-    corners = [[box[name] for name in BOX] for box in boxes]
+    corners = (msgspec.structs.astuple(box) for each in objects if (box := _valid(each, _Box)))
     return "\n".join(
         f"0 {(left + right) / 2:.6f} {(top + bottom) / 2:.6f} {right - left:.6f} {bottom - top:.6f}"
         for left, top, right, bottom in corners
@@ -123,18 +137,16 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     """
     tidied = dict(record)
     for name in _TEXTS:
-        value = tidied.pop(name, None)
-        if isinstance(value, str):
+        if isinstance(value := tidied.pop(name, None), str):
             tidied[name] = whole(value)
-    asks = tidied.get("asks")
-    answers = asks if isinstance(asks, dict) else {}
-    for name in [*answers, *_DICTS]:
-        if name in tidied and not isinstance(tidied[name], dict if name in _DICTS else str):
+    answers = _valid(tidied.get("asks"), dict) or {}
+    for name, kind in {**dict.fromkeys(answers, str), "row": dict, "asks": dict}.items():
+        if not isinstance(tidied.get(name, kind()), kind):
             del tidied[name]
-    for name, keys in (("objects", BOX), ("points", ("x", "y"))):
+    for name, place in (("objects", _Box), ("points", _Point)):
         if name in tidied:
-            each = tidied[name] if isinstance(tidied[name], list) else []
-            tidied[name] = [place for one in each if (place := _place(one, keys))]
+            valid = (_valid(each, place) for each in _valid(tidied[name], list) or ())
+            tidied[name] = [msgspec.structs.asdict(each) for each in valid if each is not None]
     error = tidied.pop("error", None)
     if error is not None:
         error = error if isinstance(error, dict) else {"message": error}
@@ -143,43 +155,25 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     contents = contents_of(tidied.pop("file", None))
     if contents is not None:
         tidied["file"] = msgspec.structs.asdict(contents)
-    metrics = tidied.get("metrics")
-    tidied["metrics"] = metrics if isinstance(metrics, dict) else {}
-    for name in ("input_tokens", "output_tokens"):
-        tidied[name] = _count(tidied["metrics"].get(name))
-    tidied["tries"] = _count(tidied.get("tries"))
+    tidied["metrics"] = _valid(tidied.get("metrics"), dict) or {}
+    said = {**tidied["metrics"], "tries": tidied.get("tries")}
+    for name in ("input_tokens", "output_tokens", "tries"):
+        number = _valid(said.get(name), _Count)
+        tidied[name] = None if number is None else int(number)
     numbers = {"seconds", "time"} & (tidied.keys() - answers)
-    return {**tidied, **{name: _number(tidied[name]) for name in numbers}}
+    return {**tidied, **{name: _valid(tidied[name], _Number) for name in numbers}}
 
 
 def contents_of(value: Any) -> Contents | None:
     """Return the state of a file, as it stands in a line."""
+    contents: Contents | None = _valid(value, Contents)
+    if contents is None or max(abs(contents.size), abs(contents.mtime_ns)) >= 2**63:
+        return None
+    return contents
+
+
+def _valid(value: Any, kind: Any) -> Any:
     try:
-        contents = msgspec.convert(value, Contents)
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError:
         return None
-    return contents if max(abs(contents.size), abs(contents.mtime_ns)) < 2**63 else None
-
-
-def _place(value: Any, keys: tuple[str, ...]) -> dict[str, float] | None:
-    if not isinstance(value, dict):
-        return None
-    numbers = {key: _number(value.get(key)) for key in keys}
-    if any(number is None for number in numbers.values()):
-        return None
-    return {key: number for key, number in numbers.items() if number is not None}
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _count(value: Any) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and abs(number) < 2**63 else None

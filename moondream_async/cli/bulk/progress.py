@@ -1,15 +1,22 @@
-"""The progress of a bulk run, on stderr: a bar on a terminal, elsewhere a line now and then."""
+"""What a bulk run has done, on stderr, and what it would take.
+
+The progress is a bar on a terminal, elsewhere a line now and then.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moondream_async.cli._output import note, one_line
 from moondream_async.cli._words import limits_in_words
+
+from .questions import Pending, Questions
+from .remote import is_remote, size_of_remote
 
 if TYPE_CHECKING:
     from typing import Self
@@ -22,6 +29,12 @@ _VARYING = re.compile(r"'[^']*'|\b\d[\d,.]*\b")
 """The parts of a reason that differ from picture to picture: names and numbers."""
 _WINDOW = 15.0  # seconds over which the rate is measured
 _BETWEEN_LINES = 5.0  # seconds
+
+_PICTURE = 740
+"""Tokens of a picture: 27 by 27 patches, and some more."""
+_WRITTEN = {"short": 40, "normal": 100, "long": 250, "query": 30, "detect": 60, "point": 30}
+_WRITTEN["segment"] = 200
+CLOUD_RATE = 2.0  # requests a second that the cloud allows everybody
 
 
 class Progress:
@@ -136,6 +149,66 @@ class Progress:
     def _refresh(self) -> None:
         self._bar.update(0, total=self.total, completed=self.done, description=self.describe())
         self._bar.refresh()
+
+
+class Estimate:
+    """How many pictures, requests, bytes and tokens a run would take."""
+
+    def __init__(self, questions: Questions) -> None:
+        self.pictures = self.done = self.refused = self.requests = self.size = 0
+        self._each = len(questions.asks) or 1  # requests that a picture takes
+        words = "".join([*questions.asks.values(), questions.arguments.get("question") or ""])
+        kind = questions.arguments.get("length") or questions.skill
+        self._spent = _PICTURE * self._each + len(words) / 4  # tokens, of a picture
+        self._written = float(_WRITTEN.get(kind, _WRITTEN["normal"])) * self._each
+
+    def learn(self, records: Iterable[dict[str, Any]]) -> None:
+        """Estimate the tokens of a picture from the pictures that are done."""
+        sums: Counter[str] = Counter()
+        for record in records:
+            if record["input_tokens"] and not record.get("error"):
+                sums["n"] += 1
+                sums["in"] += record["input_tokens"]
+                sums["out"] += record["output_tokens"] or 0
+        if sums["n"]:
+            self._spent, self._written = sums["in"] / sums["n"], sums["out"] / sums["n"]
+
+    def add(self, pending: Pending) -> None:
+        """Count a picture, and the size of its file; this blocks."""
+        self.pictures += 1
+        self.requests += len(pending.items())
+        data, path = pending.found.data, pending.found.path
+        try:
+            if data is not None:
+                self.size += len(data)
+            elif is_remote(path):
+                self.size += size_of_remote(path)
+            else:
+                self.size += os.stat(path).st_size  # noqa: PTH116 - a string
+        except OSError:
+            self.refused += 1
+
+    def refuse(self, *_: object) -> None:
+        """Count a picture that can't be asked about."""
+        self.refused += 1
+
+    def describe(self, rate: float | None, *, by_batch: bool) -> list[str]:
+        """Return the lines to print. `rate`: requests a second, None where it is unknown."""
+        share = self.requests / self._each
+        spent, written = self._spent * share, self._written * share
+        dollars = cost(spent, written) * (BATCH_DISCOUNT if by_batch else 1.0)
+        lines = [
+            (
+                f"{self.pictures:,} pictures to ask about, {self.size / 1e6:,.1f} MB, "
+                f"{self.requests:,} requests; {self.done:,} done before"
+            ),
+            f"about {spent + written:,.0f} tokens, which cost ${dollars:,.2f} on Moondream Cloud",
+        ]
+        if self.refused:
+            lines.append(f"{self.refused:,} can't be read or asked about")
+        if rate and not by_batch:
+            lines.append(f"about {clock(self.requests / rate)} at {rate:g} requests a second")
+        return lines
 
 
 def cost(spent: float, written: float) -> float:

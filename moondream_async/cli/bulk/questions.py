@@ -1,20 +1,27 @@
-"""What is asked about each picture: the same for all, or filled in from a table's row."""
+"""What is asked about each picture, and a picture that is being asked about."""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from glob import has_magic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moondream_async._images import can_prepare
-from moondream_async.errors import RequestError
+from moondream_async.bulk import BulkItem, BulkResult
+from moondream_async.errors import ImageError, RequestError
 
-from .lines import ASKED
+from .containers import is_table
+from .lines import ASKED, Outcome, fields_of
 from .shards import is_shard
-from .sources import Found
-from .tables import is_table
+from .sources import Contents, Found, read
 
+if TYPE_CHECKING:
+    from moondream_async import EncodedImage, MoondreamClient
+
+_AHEAD = 8  # pictures that are prepared before they are asked about
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 _MUST_BE_COLUMN = re.compile(r"\{[^\W\d][\w.-]*\}")
 """Braces that are no text, as ``{"a": 1}`` is; other braces are text where no column fits."""
@@ -48,39 +55,20 @@ class Questions:
         self.arguments = dict(arguments)
         self.asks = dict(asks)
         self._model = model
-        self._same: dict[str, Any] | None = None
-        filled = [self.arguments.get(name) for name in _FILLED] + list(self.asks.values())
-        self._varies = rows and any(text and _COLUMN.search(text) for text in filled)
         for name in self.asks:
             if name in _TAKEN:
                 raise RequestError(f"'--ask {name}=...': lines say something else by that name")
-
-    @property
-    def varying(self) -> tuple[str, ...]:
+        filled = [self.arguments.get(name, "") for name in _FILLED] + list(self.asks.values())
+        self._varies = rows and any(map(_COLUMN.search, filled))
+        self.varying = [name for name in _FILLED if self._differs(self.arguments.get(name, ""))]
         """The arguments that differ from picture to picture."""
-        return tuple(name for name in _FILLED if self._differs(self.arguments.get(name) or ""))
-
-    @property
-    def each(self) -> int:
-        """How many requests a picture takes."""
-        return len(self.asks) or 1
+        self.general = self._fill(lambda text: None if self._differs(text) else text)
+        """What is asked about all pictures alike."""
 
     def of(self, found: Found) -> dict[str, Any]:
         """Return what is asked about a picture; RequestError where its row lacks a column."""
-        if self._varies:
-            return self._filled(found)
-        if self._same is None:
-            self._same = self._fill(lambda text: text)
-        return self._same
-
-    def general(self) -> dict[str, Any]:
-        """Return what is asked about all pictures alike."""
-        return self._fill(lambda text: None if self._differs(text) else text)
-
-    def _differs(self, text: str) -> bool:
-        return self._varies and _COLUMN.search(text) is not None
-
-    def _filled(self, found: Found) -> dict[str, Any]:
+        if not self._varies:
+            return self.general
         row = found.row or {}
 
         def value(match: re.Match[str]) -> str:
@@ -93,10 +81,13 @@ class Questions:
 
         return self._fill(lambda text: _COLUMN.sub(value, text))
 
-    def _fill(self, fill: Any) -> dict[str, Any]:
+    def _differs(self, text: str) -> bool:
+        return self._varies and _COLUMN.search(text) is not None
+
+    def _fill(self, fill: Callable[[str], str | None]) -> dict[str, Any]:
         asked: dict[str, Any] = {"skill": self.skill, "model": self._model, **self.arguments}
         for name in _FILLED:
-            if isinstance(asked.get(name), str):
+            if name in asked:
                 asked[name] = fill(asked[name])
         if self.asks:
             asked["asks"] = {name: fill(text) for name, text in self.asks.items()}
@@ -128,3 +119,95 @@ def check_columns(texts: Mapping[str, Any], paths: Sequence[str], lists: Sequenc
                 f"'--{option}': {column[0]} stands for a table's column, and PATHS has no table"
             )
     return False
+
+
+# -- a picture that is being asked about -----------------------------------------------------------
+
+
+class Pending:
+    """A picture whose questions are not all answered: a file that the client reads.
+
+    Args:
+        found: The picture.
+        asked: The skill and its arguments, as they stand in the picture's line.
+        answers: Answers of an earlier run, by the names of the questions.
+    """
+
+    def __init__(
+        self, found: Found, asked: Mapping[str, Any], answers: Mapping[str, str] | None = None
+    ) -> None:
+        self.found = found
+        self.asked = asked
+        self.name = found.path
+        self.contents: Contents | None = None
+        """None until the picture was read."""
+        self.tries = 0
+        self.seconds = 0.0
+        self._fields: dict[str, Any] = dict(answers or {})
+        self._left = [name for name in asked.get("asks", ()) if name not in self._fields]
+        self._tokens: Counter[str] = Counter()
+
+    def read(self, _size: int = -1) -> bytes:
+        """Return all of the file at the first call, and nothing at the next."""
+        if self.contents is not None:
+            return b""
+        if self.found.data is not None:
+            data, self.contents = self.found.data, self.found.contents
+        else:
+            data, self.contents = read(self.name)
+        return data
+
+    def items(self, image: Any = None) -> list[BulkItem]:
+        """Return a request for each question that is left; `image` is the prepared picture."""
+        image = image or self
+        if not self._left:
+            own = {name: self.asked.get(name) for name in ("question", "object")}
+            return [BulkItem(image=image, id=(self, None), **own)]
+        asks = self.asked["asks"]
+        return [BulkItem(image=image, id=(self, name), question=asks[name]) for name in self._left]
+
+    def take(self, name: str | None, result: BulkResult[Any, Any]) -> Outcome | None:
+        """Take the result of a question; return the whole outcome once it was the last one."""
+        outcome: Any = result.error or result.result
+        self.tries += result.tries
+        self.seconds = max(self.seconds, result.seconds)
+        if name is None:
+            return outcome  # type: ignore[no-any-return]
+        fields = fields_of(outcome)
+        if "answer" in fields:
+            self._fields[name] = fields["answer"]
+        if "error" in fields:
+            self._fields.setdefault("error", fields["error"])
+        for count, value in (fields.get("metrics") or {}).items():
+            if count in ("input_tokens", "output_tokens") and isinstance(value, int):
+                self._tokens[count] += value
+        self._left.remove(name)
+        return None if self._left else {**self._fields, "metrics": self._tokens}
+
+
+async def prepared(
+    client: MoondreamClient, pendings: AsyncIterator[Pending]
+) -> AsyncGenerator[tuple[Pending, EncodedImage | ImageError], None]:
+    """Prepare each picture once for all its questions, and some of the next ones ahead."""
+    ahead: deque[tuple[Pending, asyncio.Task[EncodedImage | ImageError]]] = deque()
+    try:
+        async for pending in pendings:
+            task = asyncio.ensure_future(_prepare(client, pending))
+            ahead.append((pending, task))
+            if len(ahead) >= _AHEAD:
+                first, task = ahead.popleft()
+                yield first, await task
+        while ahead:
+            first, task = ahead.popleft()
+            yield first, await task
+    finally:
+        for _, task in ahead:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
+
+
+async def _prepare(client: MoondreamClient, pending: Pending) -> EncodedImage | ImageError:
+    try:
+        return await client.encode_image(pending)  # type: ignore[arg-type]
+    except ImageError as error:
+        return error

@@ -7,7 +7,6 @@ another machine. The library `webdataset` groups members into samples, and write
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import tarfile
@@ -103,7 +102,7 @@ def find_samples(
                 {"__key__": key, **_columns(sample)},
                 data=data,
                 # A picture that was too large to be read is refused when its turn comes.
-                contents=data and Contents(len(data), 0, hashlib.sha256(data).hexdigest()),
+                contents=data and Contents.of(data),
             )
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise OSError(str(error)) from error

@@ -1,31 +1,43 @@
-# ruff: noqa: PTH118, PTH120, PTH122 - paths are strings here, as they stand in lines
-"""Tables with a column of pictures: CSV, JSON lines, Parquet. A row is read at a time."""
+# ruff: noqa: PTH118, PTH119, PTH120, PTH122, PTH123 - paths are strings, as they stand in lines
+"""Files that name or hold many pictures: tables with a column of pictures, and videos.
+
+A row is read at a time: of CSV, JSON lines or Parquet. Each frame of a video is a picture with
+a line of its own, and has a time.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from moondream_async.errors import RequestError
+from moondream_async.frames import check_video, decode_video
 
-from .names import simplest
-from .sources import Found, needs
+from .sources import Contents, Found, needs, simplest
 
-ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-NAMES = ("path", "image", "image_path", "file", "file_name", "filename", "picture", "url")
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_NAMES = ("path", "image", "image_path", "file", "file_name", "filename", "picture", "url")
 """Columns that are taken for the column of pictures, where the user names none."""
+_VIDEOS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),
+    *(".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp"),
+)
+_QUALITY = 92  # of a frame as JPEG
 
 Row = dict[str, Any]
 
 
 def is_table(name: str) -> bool:
     """Tell whether a file is read as a table."""
-    return name.lower().endswith(ENDINGS)
+    return name.lower().endswith(_TABLES)
 
 
 def find_in_table(name: str, column: str | None) -> Iterator[Found]:
@@ -37,18 +49,15 @@ def find_in_table(name: str, column: str | None) -> Iterator[Found]:
     Raises:
         RequestError: The first row has no such column, or the file is no such table.
     """
-    ending = os.path.splitext(name)[1].lower()
-    read: Callable[[str], Iterator[Row]] = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}.get(
-        ending, _json_lines
-    )
-    folder = os.path.dirname(name)
+    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    read = readers.get(os.path.splitext(name)[1].lower(), _json_lines)
     for number, row in enumerate(read(name), 1):
         if column is None:
-            column = next((each for each in NAMES if each in row), None)
+            column = next((each for each in _NAMES if each in row), None)
         if column is None or (number == 1 and column not in row):
             has = ", ".join(map(str, row))
             raise RequestError(
-                f"{name} has no column {column or ' or '.join(NAMES[:3])} (row {number}), "
+                f"{name} has no column {column or ' or '.join(_NAMES[:3])} (row {number}), "
                 f"but {has}: name the one with the pictures by '--column'"
             )
         path = row.get(column)
@@ -56,9 +65,9 @@ def find_in_table(name: str, column: str | None) -> Iterator[Found]:
         if not isinstance(path, str) or not path:
             own = f"{name}#row={number}"
             fault = f"{name}: row {number} names no picture in {column}"
-            yield Found(own, os.path.basename(own), rest, fault=fault)  # noqa: PTH119
+            yield Found(own, os.path.basename(own), rest, fault=fault)
             continue
-        beside = os.path.join(folder, path)
+        beside = os.path.join(os.path.dirname(name), path)
         known = "://" in path or os.path.lexists(path)
         here = beside if not known and os.path.lexists(beside) else path
         yield Found(here if "://" in here else simplest(here), path, rest)
@@ -95,3 +104,40 @@ def _parquet(name: str) -> Iterator[Row]:
                 yield from batch.to_pylist()
     except ArrowInvalid as error:
         raise RequestError(f"{name} is no Parquet file: {error}") from error
+
+
+def is_video(name: str) -> bool:
+    """Tell whether a file's name is that of a video.
+
+    >>> is_video("clip.MP4"), is_video("photo.jpg")
+    (True, False)
+    """
+    return name.lower().endswith(_VIDEOS)
+
+
+def find_frames(path: str, every: float | None) -> Iterator[Found]:
+    """Yield the frames of a video as pictures, in order; OSError ends a damaged video."""
+    check_video()
+    from PIL import Image  # noqa: PLC0415 - --help does without
+
+    try:
+        with open(path, "rb") as video:
+            status = os.fstat(video.fileno())
+            digest = hashlib.file_digest(video, "sha256").hexdigest()
+        contents = Contents(status.st_size, status.st_mtime_ns, digest)
+        stem = os.path.splitext(os.path.basename(path))[0]
+        for frame in filter(None, decode_video(path, threading.Event(), every=every)):
+            file = io.BytesIO()
+            Image.fromarray(frame.image).save(file, "JPEG", quality=_QUALITY)
+            at = f"{frame.time:.6f}".rstrip("0").rstrip(".")
+            yield Found(
+                f"{path}#t={at}",
+                f"{stem}/{at}.jpg",
+                time=frame.time,
+                data=file.getvalue(),
+                contents=contents,
+            )
+    except OSError:
+        raise
+    except Exception as error:  # PyAV's have many kinds
+        raise OSError(str(error)) from error
