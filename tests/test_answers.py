@@ -71,9 +71,16 @@ ANSWERS = {
     ),
     "a reason that is a number": (
         "caption",
-        {"caption": "A scene.", "finish_reason": 0},
+        {"caption": "", "finish_reason": 0},
         {"finish_reason": "0"},
     ),
+    "an id that is a number": ("caption", {"caption": "", "request_id": 42}, {"request_id": "42"}),
+    "no id": ("caption", {"caption": "", "request_id": ""}, {"request_id": None}),
+    "an id that is none": ("caption", {"caption": "", "request_id": True}, {"request_id": None}),
+    **{
+        f"an error that is {nothing!r}": ("caption", {"caption": "", "error": nothing}, {})
+        for nothing in (None, "", False, 0, {}, [])
+    },
     "an empty answer": ("query", {"answer": ""}, {}),
     "docs detect.md": (
         "detect",
@@ -122,139 +129,102 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize(("skill", "body", "elsewhere"), ANSWERS.values(), ids=ANSWERS)
-def test_every_servers_body_becomes_the_result_that_it_means(skill, body, elsewhere):
-    decoded = decode(skill, body)
-    known = body.keys() & type(decoded).fields()
+def test_every_servers_body_becomes_the_result_that_it_means():
+    for name, (skill, body, elsewhere) in ANSWERS.items():
+        decoded = decode(skill, body)
+        known = body.keys() & type(decoded).fields()
 
-    assert type(decoded).__name__ == f"{skill.title()}Result"
-    said = {name: body[name] for name in known if body[name] is not None}
-    assert decoded == said | elsewhere
-    assert decoded.raw == body
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [("2026_42", "2026_42"), (42, "42"), ("", None), (None, None), (True, None)]
-)
-def test_request_ids_are_strings_whatever_a_server_counts_in(value, text):
-    assert decode("caption", {"caption": "", "request_id": value}).request_id == text
+        assert type(decoded).__name__ == f"{skill.title()}Result"
+        said = {key: body[key] for key in known if body[key] is not None} | elsewhere
+        assert decoded == {key: value for key, value in said.items() if value is not None}, name
+        assert decoded.raw == body
 
 
-@pytest.mark.parametrize(
-    ("value", "reasoning"),
-    [
+SPANS = [  # of which those that make no sense are left out
+    {"start_idx": 0, "end_idx": 1, "points": []},
+    {"start_idx": "0", "end_idx": 1, "points": []},
+    "odd",
+    {"start_idx": 2, "end_idx": 3, "points": [[0.5]]},
+]
+
+
+def test_reasoning_comes_in_several_shapes():
+    for value, reasoning in (
         (None, None),
         ("Count them.", Reasoning("Count them.")),
         ({"text": "Count them."}, Reasoning("Count them.")),
         ({"text": None}, Reasoning("")),
         ({"text": "x", "grounding": None}, Reasoning("x")),
         (
-            {
-                "text": "x",
-                "grounding": [
-                    {"start_idx": 0, "end_idx": 1, "points": []},
-                    {"start_idx": "0", "end_idx": 1, "points": []},
-                    "odd",
-                    {"start_idx": 2, "end_idx": 3, "points": [[0.5]]},
-                ],
-            },
+            {"text": "x", "grounding": SPANS},
             Reasoning("x", (Grounding(0, 1), Grounding(2, 3, [[0.5]]))),
         ),
         (["Count", "them."], None),
         (5, None),
-    ],
-    ids=[
-        "none",
-        "a string",
-        "an object",
-        "no text",
-        "no grounding",
-        "spans that make no sense are left out",
-        "a list",
-        "a number",
-    ],
-)
-def test_reasoning_comes_in_several_shapes(value, reasoning):
-    assert decode_reasoning(value) == reasoning
-    assert decode("query", {"answer": "two", "reasoning": value}).reasoning == reasoning
+    ):
+        assert decode_reasoning(value) == reasoning
+        assert decode("query", {"answer": "two", "reasoning": value}).reasoning == reasoning
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{}",
-        b"[]",
-        b"null",
-        b'"text"',
-        b"5",
-        b"<html>Welcome</html>",
-        b'{"caption": ',
-        b'{"caption": null, "answer": 5, "objects": {}, "points": [[1]], "path": [], "choices": 1}',
-        b'{"objects": [{"x_min": 0.1}], "points": [{"x": "0.1", "y": 0.2}]}',
-        b'{"choices": []}',
-        b'{"choices": [5]}',
-        b'{"choices": [{"message": null}]}',
-        b'{"choices": [{"message": "Two."}]}',
-        b'{"choices": [{"message": {"content": ["Two."]}}]}',
-        b"\xff\xfe",
-        b'{"caption": "\xff", "answer": "\xff"}',
-    ],
-)
-def test_a_body_without_the_answer_is_a_server_error_that_shows_it(body):
-    for skill in SKILLS:
-        with pytest.raises(ServerError, match=r"^The server's reply ") as caught:
-            decode(skill, body)
-        assert caught.value.status == 200, skill
+NO_ANSWERS = [
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b'"text"',
+    b"5",
+    b"<html>Welcome</html>",
+    b'{"caption": ',
+    b'{"caption": null, "answer": 5, "objects": {}, "points": [[1]], "path": [], "choices": 1}',
+    b'{"objects": [{"x_min": 0.1}], "points": [{"x": "0.1", "y": 0.2}]}',
+    b'{"choices": []}',
+    b'{"choices": [5]}',
+    b'{"choices": [{"message": null}]}',
+    b'{"choices": [{"message": "Two."}]}',
+    b'{"choices": [{"message": {"content": ["Two."]}}]}',
+    b"\xff\xfe",
+    b'{"caption": "\xff", "answer": "\xff"}',
+]
+
+
+def test_a_body_without_the_answer_is_a_server_error_that_shows_it():
+    for body in NO_ANSWERS:
+        for skill in SKILLS:
+            with pytest.raises(ServerError, match=r"^The server's reply ") as caught:
+                decode(skill, body)
+            assert caught.value.status == 200, skill
 
 
 # -- models and statistics -----------------------------------------------------------------
 
 
 MODEL = {"id": "md2", "name": "Moondream 2", "description": "a model", "version": "1"}
+SEEN_LIVE = {"object": "list", "data": [{"id": "moondream3-preview", "owned_by": "someone"}]}
 
 
-@pytest.mark.parametrize(
-    ("body", "models"),
-    [
-        pytest.param(
-            {"object": "list", "data": [{"id": "moondream3-preview", "owned_by": "someone"}]},
-            [{"id": "moondream3-preview"}],
-            id="cloud (seen live by others)",
-        ),
-        pytest.param({"models": [MODEL]}, [MODEL], id="Station"),
-        pytest.param({"data": [{"id": 5}, {"id": None}, "odd", {}]}, [{"id": "5"}], id="odd"),
-        pytest.param({"data": None, "models": 5}, [], id="no list"),
-        pytest.param({}, [], id="nothing"),
-    ],
-)
-def test_models_are_listed_by_every_server(body, models):
-    assert read_models(body) == models
-
-
-def test_what_else_is_said_of_a_model_is_kept():
-    [model] = read_models({"data": [{"id": "m", "owned_by": "someone"}]})
-
+def test_models_are_listed_by_every_server():
+    for body, models in (
+        (SEEN_LIVE, [{"id": "moondream3-preview"}]),
+        ({"models": [MODEL]}, [MODEL]),  # of Station
+        ({"data": [{"id": 5}, {"id": None}, "odd", {}]}, [{"id": "5"}]),
+        ({"data": None, "models": 5}, []),
+        ({}, []),
+    ):
+        assert read_models(body) == models
+    [model] = read_models(SEEN_LIVE)
     assert model.raw["owned_by"] == "someone"
 
 
-@pytest.mark.parametrize(
-    ("raw", "known"),
-    [
-        (
-            {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running", "new": 5},
-            {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running"},
-        ),
-        ({"status": "stopped", "requests_processed": 3, "mine": [1]},) * 2,
+def test_stations_numbers_are_read_and_kept():
+    running = {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running"}
+    for raw, known in (
+        ({**running, "new": 5}, running),
+        ({"status": "stopped", "mine": [1]}, {"status": "stopped"}),
         ({"workers": "many"}, {}),
-    ],
-    ids=["running", "stopped", "odd"],
-)
-def test_stations_numbers_are_read_and_kept(raw, known):
-    stats = read_stats(raw)
-
-    assert stats == {name: known[name] for name in known.keys() & md.ServerStats.fields()}
-    assert stats.raw == raw
+    ):
+        stats = read_stats(raw)
+        assert stats == known
+        assert stats.raw == raw
 
 
 # -- errors --------------------------------------------------------------------------------
@@ -285,93 +255,71 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("source", "status", "body", "message", "fields"), ERRORS)
-def test_every_shape_of_an_error_is_said_in_a_line(source, status, body, message, *, fields):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+def test_every_shape_of_an_error_is_said_in_a_line():
+    for source, status, body, message, fields in ERRORS:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
 
-    error = error_from_response(status, {}, data, now=0)
+        error = error_from_response(status, {}, data, now=0)
 
-    assert (error.status, error.message) == (status, message)
-    assert {name: getattr(error, name) for name in fields} == fields
+        assert (error.status, error.message) == (status, message), source
+        assert {name: getattr(error, name) for name in fields} == fields
 
 
 KINDS = {
-    **dict.fromkeys((400, 422), md.BadRequestError),
-    401: md.AuthenticationError,
-    403: md.PermissionDeniedError,
-    404: md.NotFoundError,
-    413: md.PayloadTooLargeError,
-    429: md.RateLimitError,
-    **dict.fromkeys((402, 405, 409, 418, 499), APIStatusError),
-    **dict.fromkeys((500, 502, 503, 504, 520, 524, 599), ServerError),
+    md.BadRequestError: (400, 422),
+    md.AuthenticationError: (401,),
+    md.PermissionDeniedError: (403,),
+    md.NotFoundError: (404,),
+    md.PayloadTooLargeError: (413,),
+    md.RateLimitError: (429,),
+    APIStatusError: (402, 405, 409, 418, 499),
+    ServerError: (500, 502, 503, 504, 520, 524, 599),
 }
 
 
-@pytest.mark.parametrize(("status", "cls"), KINDS.items())
-def test_the_status_decides_on_the_kind_of_error(status, cls):
-    assert type(error_from_response(status, {}, b"", now=0)) is cls
+def test_the_status_decides_on_the_kind_of_error():
+    for cls, statuses in KINDS.items():
+        for status in statuses:
+            assert type(error_from_response(status, {}, b"", now=0)) is cls, status
 
 
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"Retry-After": "7"}, 7.0),
-        ({"Retry-After": "Thu, 01 Jan 1970 00:01:00 GMT"}, 50.0),
-        ({"Retry-After": "soon"}, None),
-    ],
-)
-def test_an_error_says_how_long_the_server_asks_to_wait(headers, seconds):
-    assert error_from_response(429, headers, b"", now=10).retry_after == seconds
+def test_an_error_says_how_long_the_server_asks_to_wait():
+    assert error_from_response(429, {}, b"", now=10).retry_after is None
+    date = "Thu, 01 Jan 1970 00:01:00 GMT"
+    for said, seconds in (("7", 7.0), (date, 50.0), ("soon", None)):
+        error = error_from_response(429, {"Retry-After": said}, b"", now=10)
+        assert error.retry_after == seconds
 
 
 NO_SEGMENT = "Function 'segment' not available"
 
 
-# Station sends these with status 200.
-@pytest.mark.parametrize(
-    ("body", "cls", "message"),
-    [
+def test_an_error_with_status_200_is_an_error_too():
+    for body, cls, message in (  # all but the last as Station sends them
         ({"error": "Queue is full", "status": "rejected"}, ServerError, "Queue is full"),
         ({"error": "Request timeout", "status": "timeout"}, ServerError, "Request timeout"),
         ({"error": "bad thing", "status": "error"}, ServerError, "bad thing"),
         ({"error": NO_SEGMENT}, NotFoundError, NO_SEGMENT),
         ({"error": {"message": "boom", "code": 5}}, ServerError, "boom"),
-    ],
-    ids=["rejected", "timeout", "error", "not available", "an object"],
-)
-def test_an_error_with_status_200_is_an_error_too(body, cls, message):
-    for skill in SKILLS:
-        with pytest.raises(APIStatusError) as caught:
-            decode(skill, body)
-        assert type(caught.value) is cls, skill
-        assert (caught.value.status, caught.value.message) == (200, message)
-        assert caught.value.body == body
+    ):
+        for skill in SKILLS:
+            with pytest.raises(APIStatusError) as caught:
+                decode(skill, body)
+            assert type(caught.value) is cls, skill
+            assert (caught.value.status, caught.value.message) == (200, message)
+            assert caught.value.body == body
 
 
-@pytest.mark.parametrize("nothing", [None, "", False, 0, {}, []])
-def test_an_error_that_says_nothing_is_none(nothing):
-    assert decode("caption", {"caption": "a heron", "error": nothing}).caption == "a heron"
-
-
-def test_a_long_body_is_shown_in_part():
+def test_a_long_body_and_a_long_error_are_shown_in_part():
     body = b"<html>" + b"x" * 100_000
     with pytest.raises(ServerError) as caught:
         decode("caption", body)
-
     for error in (caught.value, error_from_response(500, {}, body, now=0)):
         assert "<html>xxx" in error.message
         assert len(error.message) < 600
         assert len(error.body) <= 500
-
-
-@pytest.mark.parametrize(
-    "shape", ['{"error": %s}', '{"detail": %s}', "[%s]", '{"error": {"m": %s}}']
-)
-def test_a_long_error_is_shown_in_part(shape):
-    body = (shape % json.dumps("x" * 100_000)).encode()
-
-    assert len(error_from_response(500, {}, body, now=0).message) <= 2000
+    for shape in (b'{"error": "%b"}', b'{"detail": "%b"}', b'["%b"]', b'{"error": {"m": "%b"}}'):
+        assert len(error_from_response(500, {}, shape % body, now=0).message) <= 2000
 
 
 # -- anything ------------------------------------------------------------------------------
@@ -426,16 +374,12 @@ def test_any_response_is_an_error_with_a_message(status, headers, body):
 
 
 @given(answers)
-def test_anything_can_be_described(raw):
+def test_anything_can_be_described_and_any_models_and_numbers_be_read(raw):
     message, fields = describe(raw)
 
     assert isinstance(message, str)
     assert fields.keys() <= {"request_id", "type", "code", "param"}
     assert all(value is None or isinstance(value, str) for value in fields.values())
-
-
-@given(answers)
-def test_any_models_and_numbers_can_be_read(raw):
     if isinstance(raw, dict):
         read_models(raw)
         assert read_stats(raw).raw == raw
@@ -458,25 +402,25 @@ def deepest():
     return depth
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        b"%s",
-        b'{"error": %s}',
-        b'{"error": {"message": %s}}',
-        b'{"detail": [{"loc": [%s], "msg": %s}]}',
-        b'{"caption": %s}',
-        b'{"caption": "", "reasoning": {"grounding": [%s]}}',
-        b'{"choices": [%s]}',
-    ],
-)
-def test_nesting_is_never_too_deep_to_say_so(shape):
+SHAPES = [
+    b"%s",
+    b'{"error": %s}',
+    b'{"error": {"message": %s}}',
+    b'{"detail": [{"loc": [%s], "msg": %s}]}',
+    b'{"caption": %s}',
+    b'{"caption": "", "reasoning": {"grounding": [%s]}}',
+    b'{"choices": [%s]}',
+]
+
+
+def test_nesting_is_never_too_deep_to_say_so():
     """What can just be decoded can be too deep to be shown, from a deeper place."""
     limit = deepest()
-    for depth in (1, *range(max(limit - 20, 1), limit + 20)):
-        body = shape.replace(b"%s", nested(depth))
-        assert error_from_response(500, {}, body, now=0).message
-        try:
-            decode("chat", body)
-        except APIStatusError as error:
-            assert error.message  # noqa: PT017 - some are answers
+    for shape in SHAPES:
+        for depth in (1, *range(max(limit - 20, 1), limit + 20)):
+            body = shape.replace(b"%s", nested(depth))
+            assert error_from_response(500, {}, body, now=0).message
+            try:
+                decode("chat", body)
+            except APIStatusError as error:
+                assert error.message  # noqa: PT017 - some are answers

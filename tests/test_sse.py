@@ -1,6 +1,6 @@
 """The event-stream parser: the standard's rules, however the bytes are cut.
 
-Each case of the table is fed whole, byte by byte and cut at random, and random
+Each case of the table is fed whole, byte by byte and cut in two anywhere, and random
 streams are compared with a naive reading of the standard. What the servers send is
 read in `test_events.py`.
 """
@@ -71,17 +71,11 @@ STANDARD = {
         b"data\n\ndata\ndata\n\ndata:",
         [Event(""), Event("\n")],
     ),
-    "the space after the colon is optional": (
-        b"data:same\n\ndata: same\n\n",
-        [Event("same"), Event("same")],
-    ),
-    "data without a colon is an empty value": (b"data\n\n", [Event("")]),
     "data with an empty value is an event": (b"data:\n\n", [Event("")]),
     "the one space is not data": (b"data: \n\n", [Event("")]),
     "only the first colon splits": (b"data: a:b: c\n\n", [Event("a:b: c")]),
     "no other white space is stripped": (b"data:\ta \n\n", [Event("\ta ")]),
     "an event without its blank line is dropped": (b"data: x\n", []),
-    "so is the last one of several": (b"data: x\n\ndata: y\n", [Event("x")]),
     "so is a line without an end": (b"data: x", []),
     "an empty stream has no events": (b"", []),
     "blank lines are no events": (b"\n\n\r\n\r\n", []),
@@ -236,50 +230,33 @@ GLUED = {
 CASES = STANDARD | FORMAT | GLUED
 
 
-@pytest.mark.parametrize(("stream", "events"), CASES.values(), ids=CASES)
-@given(data=st.data())
-@settings(max_examples=settings.default.max_examples // 3)  # of each case
-def test_stream_cut_anywhere_gives_the_same_events(stream, events, data):
-    assert parse(stream) == parse(*byte_by_byte(stream)) == events
-    assert parse(*cut(data.draw, stream)) == events
+def test_stream_cut_anywhere_gives_the_same_events():
+    for name, (stream, events) in CASES.items():
+        assert parse(stream) == parse(*byte_by_byte(stream)) == events, name
+        for at in range(0, len(stream), 1 + len(stream) // 100):
+            assert parse(stream[:at], b"", stream[at:]) == events, (name, at)
 
 
-@pytest.mark.parametrize(
-    "packets",
-    [
-        pytest.param([(b"data: x\n", []), (b"\n", [Event("x")])], id="at its blank line"),
-        pytest.param(
-            [(b"data: x\r\r", [Event("x")]), (b"\ndata: y\n\n", [Event("y")])], id="at a lone CR"
-        ),
-        pytest.param(
-            [(b"data: x\r", []), (b"", []), (b"\n", []), (b"\n", [Event("x")])],
-            id="the LF right after a CR is swallowed",
-        ),
-        pytest.param([(b'data: {"a": 1}\n', [Event('{"a": 1}')])], id="JSON, without a blank line"),
-    ],
-)
-def test_event_is_returned_by_the_packet_that_ends_it(packets):
-    parser = SSEParser()
-    assert [(packet, parser.feed(packet)) for packet, _ in packets] == packets
+def test_event_is_returned_by_the_packet_that_ends_it():
+    for packets in (
+        [(b"data: x\n", []), (b"\n", [Event("x")])],
+        [(b"data: x\r\r", [Event("x")]), (b"\ndata: y\n\n", [Event("y")])],
+        [(b"data: x\r", []), (b"", []), (b"\n", []), (b"\n", [Event("x")])],
+        [(b'data: {"a": 1}\n', [Event('{"a": 1}')])],
+    ):
+        parser = SSEParser()
+        assert [(packet, parser.feed(packet)) for packet, _ in packets] == packets
 
 
-def test_last_event_id_changes_when_the_event_ends():
-    parser = SSEParser()
-    parser.feed(b"id: 7\n")
-    assert parser.last_event_id == ""
-    parser.feed(b"\n")
-    assert parser.last_event_id == "7"
-    parser.feed(b"data: x\nid\n\n")
-    assert parser.last_event_id == ""
-
-
-def test_retry_of_the_parser_is_the_last_one_said():
+def test_last_event_id_changes_when_the_event_ends_and_retry_when_it_is_said():
     parser = SSEParser()
     assert parser.retry is None
-    parser.feed(b"retry: 100\nretry: 200\n\n")
-    assert parser.retry == 200
-    parser.feed(b"retry: never\ndata: x\n\n")
-    assert parser.retry == 200
+    parser.feed(b"id: 7\nretry: 100\nretry: 200\n")
+    assert (parser.last_event_id, parser.retry) == ("", 200)
+    parser.feed(b"\n")
+    assert (parser.last_event_id, parser.retry) == ("7", 200)
+    parser.feed(b"retry: never\ndata: x\nid\n\n")
+    assert (parser.last_event_id, parser.retry) == ("", 200)
 
 
 def test_event_shows_what_is_not_at_its_default():
@@ -378,44 +355,41 @@ def test_where_the_limit_strikes_does_not_depend_on_the_cuts(stream, limit, data
 # The limit.
 
 
-@pytest.mark.parametrize(
-    ("before", "room"),
-    [
-        pytest.param(b"", 16, id="a line alone"),
-        pytest.param(BOM, 16, id="without the byte order mark"),
-        pytest.param(b"data: 123\n", 13, id="after data"),
-        pytest.param("data: é\n".encode(), 14, id="in bytes, not characters"),
-        pytest.param(b"data: 123\r\ndata: 45\r\n", 10, id="with the line feeds between data lines"),
-        pytest.param(b"data\ndata\ndata\n", 14, id="be they empty"),
-        pytest.param(b"data: 123\n\n", 16, id="data of the event before does not count"),
-        pytest.param(b": 123\n", 16, id="nor do comments that have ended"),
-        pytest.param(b"unknown: 123\n", 16, id="nor unknown fields"),
-        pytest.param(b"event: 1\nid: 2\nretry: 3\n", 16, id="nor the other fields"),
-    ],
-)
-@pytest.mark.parametrize("end", [b"", b"\n"], ids=["without end", "ended"])
-@pytest.mark.parametrize("start", [b"data:", b":", b"x"], ids=["data", "comment", "unknown"])
-def test_limit_is_on_the_data_and_the_line_under_way(before, room, start, end):
-    fits = before + start.ljust(room, b".") + end
-    too_long = before + start.ljust(room + 1, b".") + end
-    for cut_up in (lambda stream: [stream], byte_by_byte):
-        assert not drain(SSEParser(max_event_bytes=16), cut_up(fits))[1]
-        assert drain(SSEParser(max_event_bytes=16), cut_up(too_long))[1]
+ROOM = {  # what is left for a line of an event of 16 bytes, after what came before
+    b"": 16,
+    BOM: 16,
+    b"data: 123\n": 13,
+    "data: é\n".encode(): 14,  # in bytes, not characters
+    b"data: 123\r\ndata: 45\r\n": 10,  # with the line feeds between data lines
+    b"data\ndata\ndata\n": 14,  # be they empty
+    b"data: 123\n\n": 16,  # data of the event before does not count
+    b": 123\n": 16,  # nor do comments that have ended
+    b"unknown: 123\n": 16,
+    b"event: 1\nid: 2\nretry: 3\n": 16,
+}
 
 
-def test_fault_is_raised_at_once_where_it_delays_no_event():
-    with pytest.raises(StreamProtocolError, match="16 bytes"):
-        SSEParser(max_event_bytes=16).feed(b"data: 01234567890123456789\n\n")
+def test_limit_is_on_the_data_and_the_line_under_way():
+    for before, room in ROOM.items():
+        for start in (b"data:", b":", b"x"):
+            for end in (b"", b"\n"):
+                fits = before + start.ljust(room, b".") + end
+                too_long = before + start.ljust(room + 1, b".") + end
+                for packets in (lambda stream: [stream], byte_by_byte):
+                    assert not drain(SSEParser(max_event_bytes=16), packets(fits))[1], fits
+                    assert drain(SSEParser(max_event_bytes=16), packets(too_long))[1], too_long
 
 
-@pytest.mark.parametrize("end", [b"", b"\n\n"], ids=["without end", "ended"])
-def test_events_before_a_fault_are_returned_first(end):
-    parser = SSEParser(max_event_bytes=16)
-    fault = b"data: 01234567890123456789" + end
-    assert parser.feed(b"data: x\n\ndata: y\n\n" + fault) == [Event("x"), Event("y")]
-    for packet in (b"", b"data: z\n\n", b"\n"):
-        with pytest.raises(StreamProtocolError, match="16 bytes"):
-            parser.feed(packet)
+def test_events_before_a_fault_are_returned_first():
+    for end in (b"", b"\n\n"):
+        fault = b"data: 01234567890123456789" + end
+        with pytest.raises(StreamProtocolError, match="16 bytes"):  # at once, where none are
+            SSEParser(max_event_bytes=16).feed(fault)
+        parser = SSEParser(max_event_bytes=16)
+        assert parser.feed(b"data: x\n\ndata: y\n\n" + fault) == [Event("x"), Event("y")]
+        for packet in (b"", b"data: z\n\n", b"\n"):
+            with pytest.raises(StreamProtocolError, match="16 bytes"):
+                parser.feed(packet)
 
 
 def test_heartbeats_and_unknown_fields_never_come_to_the_limit():
@@ -439,26 +413,26 @@ def memory():
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    ("start", "piece", "times"),
-    [
-        # Copying the line at every packet would take 128 gigabytes.
-        pytest.param(b"data: ", b"x" * 1000, 16_000, id="a data line near the limit"),
-        pytest.param(b"data: ", b"xy", 20_000, id="a data line in tiny packets"),
-        pytest.param(b"", b"data:xy\n", 20_000, id="very many data lines"),
-        pytest.param(b":", b"x" * 100, 20_000, id="a long comment"),
-    ],
-)
+LONG_EVENTS = [
+    # Copying the line at every packet would take 128 gigabytes.
+    (b"data: ", b"x" * 1000, 16_000),
+    (b"data: ", b"xy", 20_000),
+    (b"", b"data:xy\n", 20_000),
+    (b":", b"x" * 100, 20_000),
+]
+
+
 @pytest.mark.slow
-def test_memory_stays_within_a_few_times_the_event(start, piece, times):
-    with memory() as held:
-        parser = SSEParser()
-        parser.feed(start)
-        for _ in range(times):
-            parser.feed(piece)
-        parser.feed(b"\n\n")
-        # At the end: the line, its value and the text of it.
-        assert held()[1] < 3.2 * times * len(piece)
+def test_memory_stays_within_a_few_times_the_event():
+    for start, piece, times in LONG_EVENTS:
+        with memory() as held:
+            parser = SSEParser()
+            parser.feed(start)
+            for _ in range(times):
+                parser.feed(piece)
+            parser.feed(b"\n\n")
+            # At the end: the line, its value and the text of it.
+            assert held()[1] < 3.2 * times * len(piece), piece
 
 
 def test_heartbeats_are_not_kept():
