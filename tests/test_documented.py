@@ -20,22 +20,6 @@ QUESTION = "How many people?"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def caption(client, photo, **options):
-    return client.caption(photo, **options)
-
-
-def query(client, photo, **options):
-    return client.query(photo, QUESTION, **options)
-
-
-def segment(client, photo, **options):
-    return client.segment(photo, "person", **options)
-
-
-def chat(client, photo, **options):
-    return client.chat(HELLO, **options)
-
-
 async def test_starting_engine_is_told_from_a_ready_one():
     """Kestrel has ``/healthz`` and no ``/health``."""
     gone = whole(b"Not Found", status="404 Not Found", kind="text/plain")
@@ -46,22 +30,27 @@ async def test_starting_engine_is_told_from_a_ready_one():
         assert (await client.health()).ok
 
 
-CALLS = {"caption": caption, "query": query, "segment": segment, "chat": chat}
+CALLS = {
+    "caption": lambda client, photo: client.caption(photo, stream=True),
+    "query": lambda client, photo: client.query(photo, QUESTION, stream=True),
+    "segment": lambda client, photo: client.segment(photo, "person", stream=True),
+    "chat": lambda client, photo: client.chat(HELLO, stream=True),
+}
 
 
-@pytest.mark.parametrize(("name", "whole", "beside"), STREAMS, ids=[name for name, *_ in STREAMS])
-async def test_stream_is_read_as_documented(photo, name, whole, beside):
-    data = (WIRE / f"{name}.sse").read_bytes()
-    async with canned(STREAM_HEAD + in_chunks(data)) as (client, _):
-        stream = await CALLS[skill_of(name)](client, photo, stream=True)
-        assert await stream.text() == whole
-    assert stream.completed
-    assert {name: getattr(stream, name) for name in beside} == beside
+async def test_streams_are_read_as_documented(photo):
+    answers = [(WIRE / f"{name}.sse").read_bytes() for name, *_ in STREAMS]
+    async with canned(*(STREAM_HEAD + in_chunks(data) for data in answers)) as (client, _):
+        for name, whole, beside in STREAMS:
+            stream = await CALLS[skill_of(name)](client, photo)
+            assert await stream.text() == whole
+            assert stream.completed
+            assert {name: getattr(stream, name) for name in beside} == beside
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("status", ["200 OK", "503 Busy"])  # Station's, and an engine's
+@pytest.mark.parametrize(("status", "stream"), [("200 OK", True), ("503 Busy", False)])
 async def test_error_is_read_as_documented(photo, status, stream):
+    """Station's, and an engine's."""
     refusal = {"error": "Queue is full", "status": "rejected"}
     async with canned(whole(refusal, status=status), max_retries=0) as (client, _):
         with pytest.raises(md.ServerError, match=r"^Queue is full$") as caught:

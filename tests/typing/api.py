@@ -65,12 +65,6 @@ async def union_is_told_apart(client: md.MoondreamClient, image: bytes, *, strea
 async def entered(client: md.MoondreamClient, image: bytes) -> None:
     async with client.caption(image, stream=True) as caption:
         assert_type(caption, md.CaptionStream)
-    async with client.query(image, "How many?", stream=True) as answer:
-        assert_type(answer, md.QueryStream)
-    async with client.segment(image, "boat", stream=True) as outline:
-        assert_type(outline, md.SegmentStream)
-    async with client.chat([], stream=True) as turn:
-        assert_type(turn, md.ChatStream)
     async with client.caption(image):  # type: ignore[attr-defined] # a result has no end
         pass
 
@@ -80,11 +74,8 @@ async def made_a_task(client: md.MoondreamClient, image: bytes) -> None:
     stream = asyncio.create_task(client.caption(image, stream=True))
     assert_type(await result, md.CaptionResult)
     assert_type(await stream, md.CaptionStream)
-    both = await asyncio.gather(client.caption(image), client.caption(image))
-    assert_type(both, tuple[md.CaptionResult, md.CaptionResult])
     many = await asyncio.gather(*[client.query(image, "?", stream=True) for _ in range(9)])
     assert_type(many, list[md.QueryStream])
-    assert_type(await asyncio.wait_for(client.caption(image, stream=True), 5), md.CaptionStream)
     kept: Coroutine[Any, Any, md.CaptionResult] = client.caption(image)
     await kept
 
@@ -110,14 +101,8 @@ async def clients() -> None:
         assert_type(client, md.MoondreamClient)
     async with md.vl(api_key="key") as client:
         assert_type(client, md.MoondreamClient)
-    md.MoondreamClient(
-        endpoint="http://127.0.0.1:2020/v1",
-        model="moondream3-preview",
-        timeout=md.Timeout(first_event=30, idle=None),
-        max_retries=0,
-        max_connections=8,
-        rate_limit=2,
-    )
+    limits = md.Timeout(first_event=30, idle=None)
+    md.MoondreamClient(model="m", timeout=limits, max_retries=0, max_connections=8, rate_limit=2)
     md.MoondreamClient(timeout=5)
     md.MoondreamClient("key", "model")
 
@@ -206,7 +191,6 @@ async def by_attribute(client: md.MoondreamClient, image: bytes) -> None:
         assert_type(answer.reasoning.grounding, list[md.Grounding])
 
     detected = await client.detect(image, "boat")
-    assert_type(detected.objects, list[md.Region])
     assert_type(detected.objects[0].x_max, float)
     pointed = await client.point(image, "boat")
     assert_type(pointed.points[0].to_pixels(640, 480), tuple[float, float])
@@ -225,7 +209,6 @@ async def by_item(client: md.MoondreamClient, image: bytes) -> None:
     assert_type(caption["metrics"], dict[str, Any])
     assert_type(caption["finish_reason"], str)
     caption["captoin"]  # type: ignore[call-overload]
-    caption["objects"]  # type: ignore[call-overload]
     caption["mine"]  # type: ignore[call-overload]
     assert_type(caption.get("mine"), Any | None)
     text: str = caption["caption"]
@@ -237,30 +220,22 @@ async def by_item(client: md.MoondreamClient, image: bytes) -> None:
     assert_type(answer["reasoning"], md.Reasoning)
     assert_type(answer["reasoning"]["grounding"][0]["points"], list[list[float]])
     outline = await client.segment(image, "boat")
-    assert_type(outline["path"], str)
     assert_type(outline["bbox"]["x_min"], float)
-    pointed = await client.point(image, "boat")
-    assert_type(pointed["points"][0]["x"], float)
     turn = await client.chat([])
     assert_type(turn["message"]["content"], str)
     assert_type(turn["usage"]["total_tokens"], int)
-    assert_type((await client.models())[0]["id"], str)
     assert_type((await client.batches.get("id"))["status"], str)
     (await client.batches.get("id"))["stauts"]  # type: ignore[call-overload]
     x_max = detected["objects"][0]["x_max"]
     assert_type(x_max, float)
-    assert_type(md.Region(0, 0, 1, 1)["x_min"], float)
     md.Region(0, 0, 1)  # type: ignore[call-arg]
     md.CaptionResult(captoin="a boat")  # type: ignore[call-arg]
     assert_type("caption" in caption, bool)
-    assert_type(caption.get("finish_reason", "stop"), Any)
     assert_type(dict(caption), dict[str, Any])
-    assert_type({**caption, **answer}, dict[str, Any])
     row: dict[str, Any] = caption | {"mine": 1}
     row.update(detected)
     every: list[md.Result] = [caption, answer, detected, outline, turn]
     assert_type(every[0]["request_id"], str)
-    assert_type(every[0].request_id, str | None)
     await client.query(image, text, spatial_refs=[(x_max, x_max)])
     stream = await client.caption(image, stream=True)
     async for piece in stream["caption"]:
@@ -279,7 +254,6 @@ async def in_bulk(client: md.MoondreamClient, paths: list[Path], skill: str) -> 
         assert_type(done.item, Path)
         if done.ok:
             assert_type(done.result.objects, list[md.Region])
-            assert_type(done.result["objects"], list[md.Region])
             done.result.caption  # type: ignore[attr-defined] # noqa: B018
         else:
             assert_type(done.error, md.MoondreamError | None)
@@ -297,7 +271,6 @@ async def read(client: md.MoondreamClient, image: bytes) -> None:
         assert_type(piece, str)
     assert_type(await anext(stream), str)
     assert_type(await stream.text(), str)
-    assert_type(stream.text_so_far, str)
     assert_type(stream.completed, bool)
     assert_type(stream.ttft, float | None)
     assert_type(stream.request_id, str | None)
