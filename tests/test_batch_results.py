@@ -176,40 +176,70 @@ async def test_results_are_read_as_they_arrive():
 
 NAMED = [json.dumps({"id": name, "result": {"caption": "x"}}) for name in "abc"]
 EXPIRED = whole(b"<Error>AccessDenied</Error>", status="403 Forbidden", kind="application/xml")
-BROKEN = {
-    "twice": (
+LONG = "x" * (protocol.MAX_RESULT_BYTES + 1)
+DONE, FAILED, LEFT = (True, False), (False, True), (False, False)  # completed, with an error
+DOWNLOADS = {  # what is played, the lines that are read, an error, and how each call ends
+    "whole": ([file(*SOME)], SOME, None, [DONE]),
+    "broken off twice": (
         [cut(SOME[0], "\n", SOME[1][:20]), cut(SOME[1], "\n", SOME[0], "\n"), file(*SOME)],
         SOME,
+        None,
+        [DONE],
     ),
-    "without line indices": ([cut(NAMED[0], "\n"), file(*NAMED)], NAMED),
-    "in its last line": ([whole(SOME[0][:-10].encode()), whole(SOME[0].encode())], SOME[:1]),
-    "address expired": ([EXPIRED, file(*SOME)], SOME),
+    "broken off without line indices": ([cut(NAMED[0], "\n"), file(*NAMED)], NAMED, None, [DONE]),
+    "broken off in its last line": (
+        [whole(SOME[0][:-10].encode()), whole(SOME[0].encode())],
+        SOME[:1],
+        None,
+        [DONE],
+    ),
+    "expired": ([EXPIRED, file(*SOME)], SOME, None, [FAILED, DONE, DONE]),
+    "no result": ([file(SOME[0], "no JSON", SOME[1])], [SOME[0], "{}", SOME[1]], None, [DONE]),
+    "left": ([cut(SOME[0], "\n", SOME[1])], SOME[:1], None, [LEFT]),
+    "always broken off": (
+        [cut(SOME[0], "\n")] * 3,
+        SOME[:1],
+        (md.APIConnectionError, "lost"),
+        [FAILED],
+    ),
+    "always refused": (
+        [EXPIRED] * 2,
+        [],
+        (md.PermissionDeniedError, "AccessDenied"),
+        [FAILED, DONE, FAILED],
+    ),
+    "too long a line": (
+        [file(SOME[0], LONG)],
+        SOME[:1],
+        (md.APIConnectionError, "limit of 16777216 bytes"),
+        [FAILED],
+    ),
 }
 
 
-@pytest.mark.parametrize(("answers", "lines"), BROKEN.values(), ids=BROKEN)
-async def test_download_that_breaks_off_is_begun_again_and_gives_each_result_once(answers, lines):
-    async with storage(*answers) as server:
-        results = await results_of(server)
+@pytest.mark.parametrize("name", DOWNLOADS)
+async def test_download_that_breaks_off_is_begun_again_and_gives_each_result_once(name):
+    answers, lines, error, calls = DOWNLOADS[name]
+    ends, results = [], []
+    async with (
+        storage(*answers) as server,
+        client_of(server, max_retries=2, hooks=md.Hooks(end=ends.append)) as client,
+        contextlib.aclosing(client.batches.results("b")) as reading,
+    ):
+        told = pytest.raises(error[0], match=error[1]) if error else contextlib.nullcontext()
+        with told:
+            async for result in reading:
+                results.append(result)
+                if name == "left":
+                    break
+        await reading.aclose()
+        assert client.stats().open_streams == 0
     assert [result.raw for result in results] == [json.loads(line) for line in lines]
+    assert [result.ok for result in results] == [line != "{}" for line in lines]
     signatures = [request.target.partition("sig=")[2][:4] for request in downloads(server)]
-    assert signatures == ["%7E1", *["%7E2" if answers[0] is EXPIRED else "%7E1"] * len(answers[1:])]
-
-
-LONG = "x" * (protocol.MAX_RESULT_BYTES + 1)
-FAILING = {
-    "always broken off": (cut(SOME[0], "\n"), md.APIConnectionError, "lost", 3),
-    "always refused": (EXPIRED, md.PermissionDeniedError, "AccessDenied", 2),
-    "too long a line": (file(SOME[0], LONG), md.APIConnectionError, "limit of 16777216 bytes", 1),
-}
-
-
-@pytest.mark.parametrize(("answer", "kind", "message", "requests"), FAILING.values(), ids=FAILING)
-async def test_download_that_keeps_failing_is_an_error(answer, kind, message, requests):
-    async with storage(answer) as server:
-        with pytest.raises(kind, match=message):
-            await results_of(server, max_retries=2)
-        assert len(downloads(server)) == requests
+    later = "%7E2" if answers[0] is EXPIRED else "%7E1"
+    assert signatures == ["%7E1", *[later] * (len(answers) - 1)]
+    assert [(event.completed, event.error is not None) for event in ends] == [DONE, *calls]
 
 
 @pytest.mark.parametrize(
@@ -238,36 +268,6 @@ async def test_download_that_stalls_ends_with_the_idle_limit():
         with pytest.raises(md.APITimeoutError) as caught:
             await results_of(server, timeout=md.Timeout(idle=0.05))
     assert caught.value.phase == "idle"
-
-
-DOWNLOADS = {  # what is played, and whether each call has completed and has an error
-    "whole": ([file(*SOME[:2])], [(True, False), (True, False)]),
-    "left": ([cut(SOME[0], "\n", SOME[1])], [(True, False), (False, False)]),
-    "failed": ([file(SOME[0], "no JSON")], [(True, False), (True, False)]),
-    "expired": (
-        [EXPIRED, file(SOME[0])],
-        [(True, False), (False, True), (True, False), (True, False)],
-    ),
-}
-
-
-@pytest.mark.parametrize("end", DOWNLOADS)
-async def test_hooks_are_told_of_the_end_of_each_download_and_its_connection_is_freed(end):
-    answers, expected = DOWNLOADS[end]
-    ends, results = [], []
-    async with (
-        storage(*answers) as server,
-        client_of(server, hooks=md.Hooks(end=ends.append)) as client,
-        contextlib.aclosing(client.batches.results("b")) as reading,
-    ):
-        async for result in reading:
-            results.append(result.ok)
-            if end == "left":
-                break
-        await reading.aclose()
-        assert client.stats().open_streams == 0
-    assert [(event.completed, event.error is not None) for event in ends] == expected
-    assert results == {"whole": [True, True], "failed": [True, False]}.get(end, [True])
 
 
 @pytest.mark.parametrize(
