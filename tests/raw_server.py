@@ -96,6 +96,9 @@ class Peer:
                 raise GoneError from None
             self.bytes_sent += len(each)
 
+    async def start_tls(self, ssl_context):
+        await self._writer.start_tls(ssl_context)
+
     def reset(self):
         """Break the connection off: the client gets RST in place of an orderly end."""
         # Lingering for zero seconds makes the kernel do so.

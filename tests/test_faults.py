@@ -55,6 +55,15 @@ class Row(NamedTuple):
     timeout: md.Timeout = md.Timeout(pool=2, connect=5, first_event=0.4, idle=0.4)
 
 
+def alike(expected, play):
+    return Row(play, expected, expected)
+
+
+def answers(stream, plain):
+    """Return a row for what is not what was asked for, and still an answer."""
+    return alike(TEXT, sends(stream, plain))
+
+
 # -- what servers play ----------------------------------------------------------------
 
 
@@ -138,6 +147,7 @@ LENGTH = len(DATA)
 HALF = EVENTS[1][:12]
 ACCENT = 'data: {"chunk": "é"}'.encode()
 PACKETS = [STREAM_HEAD, *(in_chunks(each, end=False) for each in EVENTS)]
+BEGUN = STREAM_HEAD + in_chunks(EVENTS[0], end=False)
 COMPLETE = STREAM_HEAD + in_chunks(*EVENTS, DONE, end=False)
 
 # What has come of a stream, and of a plain answer, when their connection ends. What stands
@@ -171,15 +181,6 @@ ENDS = {
         head(JSON, version="HTTP/1.0") + BODY[:9],
     ),
 }
-# The same for answers that are complete.
-WHOLE = {
-    "closed after the end": sends(COMPLETE, whole(ANSWER)),
-    "reset after the end": sends(COMPLETE, whole(ANSWER), reset=True),
-    "half a chunk after the end": sends(COMPLETE + b"ff\r\nmore", whole(ANSWER) + b"more"),
-    "much noise after the end": sends(
-        STREAM_HEAD + in_chunks(*EVENTS, DONE, b"noise" * 100_000, end=False), whole(ANSWER)
-    ),
-}
 ENDED = {
     **{f"closed {name}": Row(sends(*sent), cut(TEXT), LOST) for name, sent in CUTS.items()},
     **{
@@ -190,72 +191,53 @@ ENDED = {
     "reset without a length": Row(
         sends(*ENDS["without a length"], reset=True), cut(TEXT), NO_ANSWER
     ),
-    **{name: Row(play, TEXT, TEXT) for name, play in WHOLE.items()},
+    # What is complete, is not lost with its connection.
+    "closed after the end": answers(COMPLETE, whole(ANSWER)),
+    "reset after the end": alike(TEXT, sends(COMPLETE, whole(ANSWER), reset=True)),
+    "half a chunk after the end": answers(COMPLETE + b"ff\r\nmore", whole(ANSWER) + b"more"),
+    "much noise after the end": answers(
+        STREAM_HEAD + in_chunks(*EVENTS, DONE, b"noise" * 100_000, end=False), whole(ANSWER)
+    ),
 }
 ROWS = ENDED | {
     # -- no answer at all
-    "closed at once": Row(goes_away, LOST, LOST),
-    "reset at once": Row(resets, LOST, LOST),
-    "cut in the status line": Row(sends(b"HTTP/1."), LOST, LOST),
-    "cut in the headers": Row(sends(b"HTTP/1.1 200 OK\r\nContent-Ty"), LOST, LOST),
-    "reset in the headers": Row(sends(b"HTTP/1.1 200 OK\r\n", reset=True), LOST, LOST),
-    "no HTTP": Row(sends(b"220 smtp ready\r\n\r\n"), LOST, LOST),
-    "headers without end": Row(repeats(b"HTTP/1.1 200 OK\r\n", b"X-More: 1\r\n" * 50), LOST, LOST),
-    "a header line without end": Row(
-        repeats(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x" * 4096), LOST, LOST
-    ),
+    "closed at once": alike(LOST, goes_away),
+    "reset at once": alike(LOST, resets),
+    "cut in the status line": alike(LOST, sends(b"HTTP/1.")),
+    "cut in the headers": alike(LOST, sends(b"HTTP/1.1 200 OK\r\nContent-Ty")),
+    "reset in the headers": alike(LOST, sends(b"HTTP/1.1 200 OK\r\n", reset=True)),
+    "no HTTP": alike(LOST, sends(b"220 smtp ready\r\n\r\n")),
+    "headers without end": alike(LOST, repeats(b"HTTP/1.1 200 OK\r\n", b"X-More: 1\r\n" * 50)),
+    "a header without end": alike(LOST, repeats(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 4096)),
     # -- noise, and never an answer
-    "only heartbeats": Row(
-        repeats(STREAM_HEAD, in_chunks(b": ping\n\n", end=False), 0.05), SLOW, SLOW
-    ),
-    "an event that never ends, byte by byte": Row(
-        repeats(
-            STREAM_HEAD + in_chunks(EVENTS[0], b"data: ", end=False),
-            in_chunks(b"x", end=False),
-            0.05,
-        ),
+    "headers byte by byte": alike(SLOW, repeats(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.05)),
+    "heartbeats": alike(SLOW, repeats(STREAM_HEAD, in_chunks(b": ping\n\n", end=False), 0.05)),
+    "an event byte by byte": Row(
+        repeats(BEGUN + in_chunks(b"data: ", end=False), in_chunks(b"x", end=False), 0.05),
         STALLED,
         SLOW,
     ),
-    "headers byte by byte for ever": Row(
-        repeats(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.05), SLOW, SLOW
-    ),
-    "noise after the end for ever": Row(
+    "noise after the end": Row(
         repeats(COMPLETE, in_chunks(b"data: [", end=False), 0.05), TEXT, SLOW
     ),
     # -- not what was asked for, and still an answer
-    "byte by byte": Row(dribbles(STREAM, whole(ANSWER)), TEXT, TEXT),
-    "HTTP/1.0, closed at the end": Row(
-        sends(
-            head(EVENT_STREAM, version="HTTP/1.0") + DATA + DONE,
-            head(JSON, version="HTTP/1.0") + BODY,
-        ),
-        TEXT,
-        TEXT,
+    "byte by byte": alike(TEXT, dribbles(STREAM, whole(ANSWER))),
+    "HTTP/1.0, closed at the end": answers(
+        head(EVENT_STREAM, version="HTTP/1.0") + DATA + DONE,
+        head(JSON, version="HTTP/1.0") + BODY,
     ),
-    "as plain text": Row(
-        sends(
-            head("Content-Type: text/plain", CHUNKED) + in_chunks(*EVENTS, DONE),
-            whole(ANSWER, kind="text/plain"),
-        ),
-        TEXT,
-        TEXT,
+    "as plain text": answers(
+        head("Content-Type: text/plain", CHUNKED) + in_chunks(*EVENTS, DONE),
+        whole(ANSWER, kind="text/plain"),
     ),
-    "events without a type": Row(
-        sends(head(CHUNKED) + in_chunks(*EVENTS, DONE), whole(ANSWER)), TEXT, TEXT
+    "without a type": answers(head(CHUNKED) + in_chunks(*EVENTS, DONE), whole(ANSWER, kind=None)),
+    "always JSON": answers(whole(ANSWER, kind=None), whole(ANSWER)),
+    "gzip": answers(zipped(EVENT_STREAM, DATA + DONE), zipped(JSON, BODY)),
+    "100 Continue first": answers(
+        head(status="100 Continue") + STREAM, head(status="100 Continue") + whole(ANSWER)
     ),
-    "JSON without a type": Row(sends(whole(ANSWER, kind=None)), TEXT, TEXT),
-    "gzip that was not asked for": Row(
-        sends(zipped(EVENT_STREAM, DATA + DONE), zipped(JSON, BODY)), TEXT, TEXT
-    ),
-    "100 Continue first": Row(
-        sends(*(head(status="100 Continue") + each for each in (STREAM, whole(ANSWER)))),
-        TEXT,
-        TEXT,
-    ),
-    "a long header": Row(
-        sends(whole(ANSWER, "Content-Security-Policy: " + "x" * 30_000)), TEXT, TEXT
-    ),
+    "a long header": alike(TEXT, sends(whole(ANSWER, f"Content-Security-Policy: {'x' * 30_000}"))),
+    # -- nonsense
     "invalid UTF-8": Row(
         sends(
             STREAM_HEAD + in_chunks(b'data: {"chunk": "\xff!"}\n\n', DONE),
@@ -264,17 +246,13 @@ ROWS = ENDED | {
         "\N{REPLACEMENT CHARACTER}!",
         NO_ANSWER,
     ),
-    # -- nonsense
-    "malformed JSON": Row(
-        sends(STREAM_HEAD + in_chunks(EVENTS[0], b"data: {oops\n\n"), whole(b"{oops")),
-        nonsense("A "),
-        NO_ANSWER,
+    "no JSON": Row(
+        sends(BEGUN + in_chunks(b"data: {oops\n\n"), whole(b"{oops")), nonsense("A "), NO_ANSWER
     ),
     "HTML": Row(sends(whole(b"<html>Hello</html>", kind="text/html")), nonsense(""), NO_ANSWER),
     "broken gzip": Row(
         sends(
-            head(EVENT_STREAM, "Content-Encoding: gzip", "Content-Length: 8") + b"no gzip!",
-            head("Content-Encoding: gzip", "Content-Length: 8") + b"no gzip!",
+            *(head(each, "Content-Encoding: gzip") + b"no gzip!" for each in (EVENT_STREAM, JSON))
         ),
         cut(""),
         LOST,
@@ -286,25 +264,21 @@ ROWS = ENDED | {
         md.Timeout(),
     ),
     # -- errors by status
-    "300": Row(
+    "300": alike(
+        Fails(md.APIStatusError, status=300, message="Which?"),
         sends(whole({"error": {"message": "Which?"}}, status="300 Several")),
-        *[Fails(md.APIStatusError, status=300, message="Which?")] * 2,
     ),
-    "an error, byte by byte": Row(
+    "an error, byte by byte": alike(
+        Fails(md.ServerError, message="Out of memory"),
         dribbles(*[whole({"error": "Out of memory"}, status="500 No")] * 2),
-        *[Fails(md.ServerError, message="Out of memory")] * 2,
     ),
-    "an error whose body hangs": Row(
-        repeats(head("Content-Length: 100", status="500 No") + b'{"error": "it br', b"x", 0.05),
-        BROKEN,
-        BROKEN,
+    "an error whose body hangs": alike(
+        BROKEN, repeats(head("Content-Length: 100", status="500 No") + b'{"error": "i', b"t", 0.05)
     ),
-    "an error without end": Row(
-        repeats(head(CHUNKED, status="500 No"), in_chunks(b"x" * 4096, end=False)), BROKEN, BROKEN
+    "an error without end": alike(
+        BROKEN, repeats(head(CHUNKED, status="500 No"), in_chunks(b"x" * 4096, end=False))
     ),
-    "an empty error, and noise behind it": Row(
-        sends(whole(b"", status="500 No") + b"\0"), BROKEN, BROKEN
-    ),
+    "an empty error, and noise": alike(BROKEN, sends(whole(b"", status="500 No") + b"\0")),
 }
 
 

@@ -1,14 +1,12 @@
 """Which way requests go: through a proxy that was named, one of the environment, or directly."""
 
-import asyncio
 import base64
 import contextlib
 
 import aiohttp.resolver
 import pytest
 from canned import IMAGE
-from raw_server import RawServer, answer_all
-from raw_server import tls as contexts
+from raw_server import ANSWER, TEXT, RawServer, answer, answer_all, head, tls, whole
 from yarl import URL
 
 import moondream_async as md
@@ -18,47 +16,36 @@ PASSWORD = "pw-shown-to-nobody"
 HOST = "moondream.example"
 
 
-class ForwardProxy:
-    """A forward proxy on loopback: every host is one server, whose address it is given."""
+def encoded(password):
+    return base64.b64encode(f"user:{password}".encode()).decode()
 
-    def __init__(self, server, password=None):
-        self.port = int(server.origin.rpartition(":")[2])
-        self.seen = []
-        self._wanted = password and base64.b64encode(f"user:{password}".encode()).decode()
 
-    async def __aenter__(self):
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.host = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
+def proxy_with(password=None):
+    """A forward proxy on loopback, which answers in the name of every host."""
 
-    async def __aexit__(self, *exc_info):
-        self._server.close()
-        await self._server.wait_closed()
-
-    async def _serve(self, reader, writer):
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            self.seen.append(head.decode().split(" HTTP/")[0])
-            if self._wanted and f"Basic {self._wanted}".encode() not in head:
-                writer.write(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
-            else:
-                await self._pass_on(head, reader, writer)
-        writer.close()
-
-    async def _pass_on(self, head, reader, writer):
-        there, back = await asyncio.open_connection("127.0.0.1", self.port)
-        if head.startswith(b"CONNECT"):
-            writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+    async def play(peer):
+        request = await peer.request()
+        if password and encoded(password) not in request.headers.get("proxy-authorization", ""):
+            await peer.send(whole(b"", status="407 No"))
+        elif request.method == "CONNECT":
+            await peer.send(head(status="200 Connected"))
+            await peer.start_tls(tls(HOST)[0])
+            await answer(peer)
         else:
-            back.write(head)
+            await peer.send(whole(ANSWER))
 
-        async def copy(source, target):
-            with contextlib.suppress(ConnectionError):
-                while data := await source.read(65536):
-                    target.write(data)
-            target.close()
+    return RawServer(play)
 
-        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+def client_of(scheme, key=None, **options):
+    return md.MoondreamClient(
+        key,
+        f"{scheme}://{HOST}/v1",
+        ssl_context=tls(HOST)[1],
+        max_retries=0,
+        insecure_hosts=HOST,
+        **options,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -68,84 +55,70 @@ def _no_proxies(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-@contextlib.asynccontextmanager
-async def behind(*, tls=False, password=None):
-    """A server behind a proxy; gives both, its endpoint, and options for its client."""
-    served, trusted = contexts(HOST)
-    async with (
-        RawServer(answer_all, ssl_context=served if tls else None) as server,
-        ForwardProxy(server, password) as proxy,
-    ):
-        scheme = "https" if tls else "http"
-        options = {"ssl_context": trusted, "max_retries": 0, "insecure_hosts": HOST}
-        yield server, proxy, f"{scheme}://{HOST}:{server.origin.rpartition(':')[2]}/v1", options
-
-
 @pytest.mark.parametrize(
-    ("tls", "password", "source"),
+    ("scheme", "password", "source"),
     [
-        (False, None, "argument"),
-        (False, PASSWORD, "environment"),
-        (True, None, "environment"),
-        (True, PASSWORD, "argument"),
+        ("http", None, "argument"),
+        ("http", PASSWORD, "environment"),
+        ("https", None, "environment"),
+        ("https", PASSWORD, "argument"),
     ],
 )
-async def test_requests_go_through_the_proxy(tls, password, source, monkeypatch):
-    async with behind(tls=tls, password=password) as (server, proxy, endpoint, options):
-        address = f"http://{f'user:{password}@' if password else ''}{proxy.host}"
-        if source == "argument":
-            options["proxy"] = address
-        else:
-            monkeypatch.setenv("HTTPS_PROXY" if tls else "HTTP_PROXY", address)
-        async with md.MoondreamClient("the-key-of-mine", endpoint, **options) as client:
-            await client.caption(IMAGE)
-        assert proxy.seen[0].startswith("CONNECT" if tls else f"POST {endpoint}/caption")
-        assert server.requests[0].headers["x-moondream-auth"] == "the-key-of-mine"
+async def test_requests_go_through_the_proxy(scheme, password, source, monkeypatch):
+    async with proxy_with(password) as proxy:
+        address = proxy.origin.replace("://", f"://user:{password}@") if password else proxy.origin
+        if source == "environment":
+            monkeypatch.setenv(f"{scheme}_proxy".upper(), address)
+        options = {"proxy": address} if source == "argument" else {}
+        async with client_of(scheme, "the-key-of-mine", **options) as client:
+            assert (await client.caption(IMAGE)).caption == TEXT
+        first, last = proxy.requests[0], proxy.requests[-1]
+        to = {"https": ("CONNECT", f"{HOST}:443"), "http": ("POST", f"http://{HOST}/v1/caption")}
+        assert (first.method, first.target) == to[scheme]
+        assert last.headers["x-moondream-auth"] == "the-key-of-mine"
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["http", "CONNECT"])
-async def test_a_wrong_password_is_an_error_that_does_not_show_it(tls):
-    async with behind(tls=tls, password="another") as (_, proxy, endpoint, options):
-        options["proxy"] = f"http://user:{PASSWORD}@{proxy.host}"
-        async with md.MoondreamClient(None, endpoint, **options) as client:
-            with pytest.raises(md.APIConnectionError if tls else md.APIStatusError) as caught:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_wrong_password_is_an_error_that_does_not_show_it(scheme):
+    async with proxy_with("another") as proxy:
+        wrong = proxy.origin.replace("://", f"://user:{PASSWORD}@")
+        async with client_of(scheme, proxy=wrong) as client:
+            with pytest.raises(md.MoondreamError) as caught:
                 await client.caption(IMAGE)
             assert PASSWORD not in repr(client)
-    assert "proxy" in str(caught.value) if tls else caught.value.status == 407
-    token = base64.b64encode(f"user:{PASSWORD}".encode()).decode()
     error = caught.value
+    if scheme == "http":
+        assert error.status == 407
+    else:
+        assert isinstance(error, md.APIConnectionError)
+        assert "proxy" in str(error)
     while error is not None:
         shown = f"{error} {error!r} {vars(error)!r}"
         assert PASSWORD not in shown
-        assert token not in shown
+        assert encoded(PASSWORD) not in shown
         error = error.__cause__ or error.__context__
 
 
-@pytest.mark.parametrize("way", ["loopback", "NO_PROXY", "proxy=False"])
+@pytest.mark.parametrize("way", ["NO_PROXY", "proxy=False"])
 async def test_some_are_reached_directly(way, monkeypatch):
-    async with behind() as (server, proxy, endpoint, options):
-        monkeypatch.setenv("ALL_PROXY", f"http://{proxy.host}")
+    async with proxy_with() as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.origin)
         if way == "NO_PROXY":
             monkeypatch.setenv("NO_PROXY", f"other.example, .{HOST}")
-        if way == "proxy=False":
-            options["proxy"] = False
-        target = server.endpoint if way == "loopback" else endpoint
-        async with md.MoondreamClient(None, target, **options) as client:
-            if way == "loopback":
+        options = {"proxy": False} if way == "proxy=False" else {}
+        async with client_of("http", **options) as client:
+            with pytest.raises(md.APIConnectionError):  # there is no such host
                 await client.caption(IMAGE)
-            else:
-                with pytest.raises(md.APIConnectionError):  # there is no such host
-                    await client.caption(IMAGE)
-    assert proxy.seen == []
+    assert proxy.requests == []
 
 
-async def test_a_proxy_that_is_named_is_used_for_loopback_too():
-    async with behind() as (server, proxy, _, _options):
-        async with md.MoondreamClient(
-            None, server.endpoint, proxy=f"http://{proxy.host}"
-        ) as client:
-            await client.caption(IMAGE)
-        assert len(proxy.seen) == 1
+async def test_loopback_is_reached_directly_unless_a_proxy_is_named(monkeypatch):
+    async with proxy_with() as proxy, RawServer(answer_all) as server:
+        monkeypatch.setenv("ALL_PROXY", proxy.origin)
+        for options in ({}, {"proxy": proxy.origin}):
+            async with md.MoondreamClient(None, server.endpoint, **options) as client:
+                await client.caption(IMAGE)
+        assert (len(server.requests), len(proxy.requests)) == (1, 1)
 
 
 NO_PROXY = [
