@@ -74,7 +74,7 @@ async def test_after_an_event_a_stream_is_never_asked_for_again(body):
     ],
     ids=["error event", "no JSON", "timeout", "client closed"],
 )
-async def test_what_another_try_would_not_help_is_not_tried(script, cls):
+async def test_what_another_attempt_would_not_help_is_not_tried(script, cls):
     reopen = Reopening(opening(sse(*HERON, DONE)))
     stream = opened(Source(*script), reopen=reopen)
 
@@ -124,7 +124,7 @@ async def test_a_try_that_fails_raises_what_it_raised_and_so_does_reading_on(err
         assert caught.value.__cause__ is None
 
 
-async def test_another_try_that_is_answered_in_one_piece_is_read():
+async def test_another_attempt_that_is_answered_in_one_piece_is_read():
     decoder = decoder_for("caption")
     events = decoder.body(b'{"caption": "A grey heron stands.", "request_id": "43"}')
     stream = opened(Source(END), reopen=Reopening(Opening(decoder, events=events)))
@@ -142,7 +142,7 @@ async def test_ttft_is_counted_from_the_try_that_was_answered(clock):
     assert stream.ttft == 7
 
 
-async def test_another_try_starts_its_own_clock():
+async def test_another_attempt_starts_its_own_clock():
     reopen = Reopening(opening(4, sse(*HERON, DONE)))
     stream = opened(Source(4, END), reopen=reopen, timeout=md.Timeout(first_event=5))
 

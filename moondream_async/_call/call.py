@@ -27,7 +27,6 @@ from moondream_async._protocol.answers import (
 )
 from moondream_async._protocol.decoders import decoder_for
 from moondream_async._protocol.requests import Picture
-from moondream_async._protocol.secret import conceal
 from moondream_async._stream.opening import Opening
 from moondream_async._transport.uploads import size_on_wire
 from moondream_async.errors import (
@@ -320,7 +319,7 @@ class Call:
                     raise deadline.error()
                 except MoondreamError as error:
                     self._leave(error)
-                    delay = self._delay_after(conceal(error, session.secret), deadline)
+                    delay = self._delay_after(session.secret.error(error), deadline)
                     if delay is None:
                         raise
         except BaseException as error:

@@ -144,7 +144,7 @@ class Report:
         """Return the headers that the probes add to an attempt."""
         return {name: value for probe in self._probes for name, value in probe.headers().items()}
 
-    def tell(self, kind: Kind, **what: Any) -> None:
+    def notify(self, kind: Kind, **what: Any) -> None:
         """Report one event to the probes and the hook of its kind."""
         hook = getattr(self._hooks, kind)
         if hook is None and not self._probes:
@@ -171,7 +171,7 @@ class Report:
         self.attempt += 1
         self._sent += size
         if self._probes or self._hooks.request is not None:
-            self.tell("request")
+            self.notify("request")
 
     def responded(self, body: Body, seconds: float) -> None:
         """Note an answer, and log one line for it."""
@@ -194,13 +194,13 @@ class Report:
         if log.isEnabledFor(logging.DEBUG):
             what = (self.attempt, most, delay, error, self.call_id)
             log.debug("retry %d of %d in %.2f s: %s (call %s)", *what)
-        self.tell("retry", delay=delay, error=error)
+        self.notify("retry", delay=delay, error=error)
 
     # -- what a stream reports --------------------------------------------------------
 
     def first_chunk(self, request_id: str | None) -> None:
         """Report that the first piece of text has arrived."""
-        self.tell("first_chunk", request_id=request_id)
+        self.notify("first_chunk", request_id=request_id)
 
     def chunks(self, texts: Sequence[str]) -> None:
         """Report to the probes how many pieces of text have arrived together."""
@@ -249,11 +249,11 @@ class Report:
         }
         if self._loop.is_running() and self._loop is not _loop_here():
             try:
-                self._loop.call_soon_threadsafe(lambda: self.tell("end", **what))
+                self._loop.call_soon_threadsafe(lambda: self.notify("end", **what))
             except RuntimeError:  # the loop was closed meanwhile
-                self.tell("end", **what)
+                self.notify("end", **what)
         else:
-            self.tell("end", **what)
+            self.notify("end", **what)
 
     def answered(self, answer: Any) -> None:
         """Report that the whole answer has arrived."""

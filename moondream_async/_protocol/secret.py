@@ -120,28 +120,27 @@ class Redactor:
         shown = repr(value)
         return value if self.text(shown) == shown else _HIDDEN
 
+    def error(self, error: _Error) -> _Error:
+        """Take secrets out of an exception and its causes, and return it.
+
+        Servers may quote the key, and HTTP libraries quote servers. The tracebacks so far are
+        removed, too: some tools print the local variables of each frame, and these frames hold
+        requests and answers as they were sent.
+
+        >>> secret = Redactor(Secret("key-1234"))
+        >>> secret.error(ValueError("Bad: key-1234", {"key": b"key-1234"}))
+        ValueError('Bad: ***', {'key': b'***'})
+        """
+        each: BaseException | None = error if self else None
+        seen: set[int] = set()
+        while each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            each.args = self.value(each.args)
+            fields = vars(each)
+            fields.update({name: self.value(value) for name, value in fields.items()})
+            each = each.__cause__ or each.__context__
+        return error
+
 
 NOTHING_SECRET = Redactor()
-
-
-def conceal(error: _Error, secret: Redactor) -> _Error:
-    """Take secrets out of an exception and its causes, and return it.
-
-    Servers may quote the key, and HTTP libraries quote servers. The tracebacks so far are
-    removed, too: some tools print the local variables of each frame, and these frames hold
-    requests and answers as they were sent.
-
-    >>> secret = Redactor(Secret("key-1234"))
-    >>> conceal(ValueError("Bad: key-1234", {"key": b"key-1234"}), secret)
-    ValueError('Bad: ***', {'key': b'***'})
-    """
-    each: BaseException | None = error if secret else None
-    seen: set[int] = set()
-    while each is not None and id(each) not in seen:
-        seen.add(id(each))
-        each.__traceback__ = None
-        each.args = secret.value(each.args)
-        fields = vars(each)
-        fields.update({name: secret.value(value) for name, value in fields.items()})
-        each = each.__cause__ or each.__context__
-    return error

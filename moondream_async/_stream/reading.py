@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from moondream_async._protocol.chunks import NOTHING, Block
 from moondream_async._protocol.events import MAX_ANSWER_CHARACTERS
-from moondream_async._protocol.secret import conceal
 from moondream_async.errors import (
     APIConnectionError,
     APIStatusError,
@@ -126,7 +125,7 @@ class Reading:
 
     def _close(self, why: str = _CLOSED) -> None:
         if not self._closed:
-            if self._another_try() is not None:
+            if self._next_attempt() is not None:
                 self._decoder.failure = None  # another attempt would have followed
             self._closed = why
             self._keep(self._block.texts[: self._given()])
@@ -263,9 +262,9 @@ class Reading:
         self._reading = True
         try:
             while True:
-                reopen = None if self._decoder.failure is None else self._another_try()
+                reopen = None if self._decoder.failure is None else self._next_attempt()
                 if reopen is not None:
-                    block = await self._try_again(reopen)
+                    block = await self._attempt_again(reopen)
                 else:
                     self._check()
                     if self._decoder.completed:
@@ -296,7 +295,7 @@ class Reading:
         self._headers = self._decoder.secret.value(self._headers)  # they may quote the key
         if isinstance(error, APIStatusError) and not error.headers:
             error.headers = self._headers
-        self._report(conceal(error, self._decoder.secret))
+        self._report(self._decoder.secret.error(error))
 
     def _check(self) -> None:
         """Raise the error that has ended the stream, if one has."""
@@ -348,13 +347,13 @@ class Reading:
         clock.stop()
         return block
 
-    def _another_try(self) -> Reopen | None:
+    def _next_attempt(self) -> Reopen | None:
         """Return what makes another attempt, if the connection was lost before the first event."""
         failure = self._decoder.failure
         lost = failure is not None and isinstance(failure(), StreamInterruptedError)
         return self._reopen if lost and not self._closed else None
 
-    async def _try_again(self, reopen: Reopen) -> Block:
+    async def _attempt_again(self, reopen: Reopen) -> Block:
         """Make another attempt; return the events that have come with it.
 
         Cancelling it ends the attempt, and closes the stream.
