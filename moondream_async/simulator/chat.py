@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from msgspec import Meta
 
 from . import answers
 from .dialects import Dialect
-from .pixels import look
+from .pixels import in_thread, look
 from .received import ReceivedRequest
 from .steps import Answer, Body, Event, Route, Steps, say, split_words
 from .validation import RefusedError, Temperature, TopP, read_typed
@@ -100,7 +99,7 @@ class Chat:
         body = read_typed(received.body, _ChatBody)
         answer = received.scripted.answer if received.scripted else None
         if answer is None:
-            answer = await asyncio.to_thread(_measure, body)
+            answer = await in_thread(_measure, body)
         self._answered += 1
         head = {
             "id": f"chatcmpl-{self._answered:08x}",

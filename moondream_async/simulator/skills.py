@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ import msgspec
 
 from . import answers
 from .dialects import MODELS, Dialect
-from .pixels import Area, Picture, look
+from .pixels import Area, Picture, in_thread, look
 from .received import ReceivedRequest
 from .steps import Answer, Body, Route, Steps, say, split_words
 from .validation import BodyT, CaptionBody, ObjectBody, QueryBody, RefusedError, read_body
@@ -120,7 +119,7 @@ class Endpoints:
             raise RefusedError("Streaming is not supported when reasoning is enabled")
         answer = received.scripted.answer if received.scripted else None
         if answer is None:
-            answer = await asyncio.to_thread(skill.answer, body)
+            answer = await in_thread(skill.answer, body)
         self._answered += 1
         answer = msgspec.structs.replace(
             answer, number=self._answered, received=started, ready=time.perf_counter()
