@@ -156,7 +156,8 @@ def run(coroutine):
 
 
 @pytest.mark.parametrize("place", ["front", "middle"])
-def test_waiter_whose_loop_is_closed_does_not_block_those_behind(place):
+@pytest.mark.parametrize("collected", [False, True])
+def test_waiter_whose_loop_is_closed_does_not_block_those_behind(place, collected):
     limiter = RateLimiter(20)
 
     async def after():
@@ -167,25 +168,13 @@ def test_waiter_whose_loop_is_closed_does_not_block_those_behind(place):
             elsewhere.begin(limiter.wait())
             here += [asyncio.ensure_future(limiter.wait()) for _ in range(2)]
             await rounds()
-        here.append(asyncio.ensure_future(limiter.wait()))
+        if collected:
+            del elsewhere
+            gc.collect()
+        else:
+            here.append(asyncio.ensure_future(limiter.wait()))
         await asyncio.gather(*here)
         assert not limiter._queue
-
-    run(after())
-
-
-def test_waiter_whose_loop_is_closed_makes_way_when_it_is_collected():
-    limiter = RateLimiter(20)
-
-    async def after():
-        await limiter.wait()
-        with Elsewhere() as elsewhere:
-            elsewhere.begin(limiter.wait())
-            here = asyncio.ensure_future(limiter.wait())
-            await rounds()
-        del elsewhere
-        gc.collect()
-        await here
 
     run(after())
 

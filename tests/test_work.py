@@ -7,19 +7,18 @@ client slower, or knows why it is worth it, and moves the bound. Times are measu
 `benchmarks`.
 """
 
-import asyncio
 import contextlib
 import gc
 import sys
 import threading
 import tracemalloc
-from functools import partial
 from pathlib import Path
 
 import pytest
-import raw_server
+from canned import played
 from pictures import save
 from PIL import Image
+from raw_server import answer_all
 from sources import Source, opened
 
 import moondream_async as md
@@ -95,9 +94,8 @@ async def test_another_block_costs_no_more_calls_than_it_did(skill):
 
 
 @both_dialects
-@pytest.mark.parametrize("per", [1, 32])
-async def test_twice_the_events_take_twice_the_calls(skill, per):
-    none, once, twice = [await calls_to_read(skill, per * n, per) for n in (1, 101, 201)]
+async def test_twice_the_events_take_twice_the_calls(skill):
+    none, once, twice = [await calls_to_read(skill, 32 * n, 32) for n in (1, 101, 201)]
     assert twice - once == pytest.approx(once - none, rel=0.01)
 
 
@@ -122,40 +120,34 @@ async def calls_of(act, times):
     return counter.calls / times
 
 
-async def test_a_plain_call_takes_no_more_calls_than_it_did():
-    async with (
-        raw_server.RawServer(raw_server.answer_all) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-        assert await calls_of(lambda: client.caption(PICTURE), 10) <= PER_CALL
+@pytest.fixture
+async def asking():
+    """A client of a server that answers at once."""
+    async with played(answer_all) as (_, client):
+        yield client
 
 
-async def test_a_picture_of_a_bulk_run_takes_no_more_calls_than_it_did(tmp_path):
+async def test_a_plain_call_takes_no_more_calls_than_it_did(asking):
+    assert await calls_of(lambda: asking.caption(PICTURE), 10) <= PER_CALL
+
+
+async def test_opening_a_stream_takes_no_more_calls_than_it_did(asking):
+    async def read():
+        return await (await asking.caption(PICTURE, stream=True)).text()
+
+    assert await calls_of(read, 10) <= PER_STREAM
+
+
+async def test_a_picture_of_a_bulk_run_takes_no_more_calls_than_it_did(asking, tmp_path):
     paths = [tmp_path / f"{number}.jpg" for number in range(200)]
     for path in paths:
         path.write_bytes(save(Image.new("RGB", (40, 30)), "JPEG"))
 
     async def run():
-        async for each in client.bulk(paths, "caption", concurrency=16):
+        async for each in asking.bulk(paths, "caption", concurrency=16):
             assert each.ok
 
-    async with (
-        raw_server.RawServer(raw_server.answer_all) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-        assert await calls_of(run, 1) / len(paths) <= PER_PICTURE
-
-
-async def test_small_files_that_are_wanted_at_once_share_hops_to_a_thread(tmp_path):
-    loop, hops = asyncio.get_running_loop(), []
-    wake, jobs = loop.call_soon_threadsafe, ShortJobs(Workers("test", 4))
-    loop.call_soon_threadsafe = lambda *args: hops.append(args) or wake(*args)
-    try:
-        waiting = [jobs.submit(partial(str, number)) for number in range(100)]
-        assert await asyncio.gather(*waiting) == [str(number) for number in range(100)]
-    finally:
-        del loop.call_soon_threadsafe
-    assert len(hops) <= 14  # one alone, and then eight at a time
+    assert await calls_of(run, 1) / len(paths) <= PER_PICTURE
 
 
 async def test_a_file_that_takes_long_holds_no_other_up():
@@ -170,18 +162,6 @@ async def test_a_file_that_takes_long_holds_no_other_up():
     finally:
         arrived.set()
     assert await slow
-
-
-async def test_opening_a_stream_takes_no_more_calls_than_it_did():
-    async with (
-        raw_server.RawServer(raw_server.answer_all) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-
-        async def read():
-            return await (await client.caption(PICTURE, stream=True)).text()
-
-        assert await calls_of(read, 10) <= PER_STREAM
 
 
 async def test_an_open_stream_takes_no_more_memory_than_it_did():
@@ -215,20 +195,15 @@ async def test_an_open_stream_takes_no_more_memory_than_it_did():
     [(None, 0), (False, PER_UNSAMPLED_CALL)],
     ids=["no tracing", "not sampled"],
 )
-async def test_tracing_that_nobody_looks_at_costs_nearly_nothing(sampled, bound):
+async def test_tracing_that_nobody_looks_at_costs_nearly_nothing(asking, sampled, bound):
     pytest.importorskip("opentelemetry.sdk", reason="needs: python -m pip install '.[test]'")
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
     from moondream_async.integrations.otel import instrument
 
-    async with (
-        raw_server.RawServer(raw_server.answer_all) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
-        without = await calls_of(lambda: client.caption(PICTURE), 10)
-        stop = instrument(client, tracer_provider=TracerProvider(sampler=ALWAYS_OFF))
-        if sampled is None:
-            stop()
-        traced = await calls_of(lambda: client.caption(PICTURE), 10)
-    assert traced - without <= bound
+    without = await calls_of(lambda: asking.caption(PICTURE), 10)
+    stop = instrument(asking, tracer_provider=TracerProvider(sampler=ALWAYS_OFF))
+    if sampled is None:
+        stop()
+    assert await calls_of(lambda: asking.caption(PICTURE), 10) - without <= bound
