@@ -147,7 +147,6 @@ class Kestrel(Dialect):
     skills = Cloud.skills
     text_only = True
     streams_reasoning = False
-    tokens_per_event: ClassVar[int] = 3
 
     def body(self, answer: Answer) -> Body:
         """Return the answer as one JSON body."""
@@ -155,7 +154,7 @@ class Kestrel(Dialect):
         return head | answer.fields() | {"metrics": answer.metrics()}
 
     def _text(self, answer: Answer) -> Iterator[Event]:
-        size = 1 if answer.piece_by_piece else self.tokens_per_event
+        size = 1 if answer.piece_by_piece else 3
         whole = len(answer.pieces) // size * size
         for start in range(0, whole, size):
             chunk = "".join(answer.pieces[start : start + size])

@@ -65,14 +65,6 @@ def _redirect(target: str) -> Reply:
     return Reply(status, "", headers={"Location": url})
 
 
-def _hang_up(how: str) -> HangUp:
-    return HangUp(reset=how == "reset")
-
-
-def _as_they_are(steps: Steps, _: None) -> Steps:
-    return steps  # the server looks for the effect "json" by its name
-
-
 def _after(*instead: Step) -> Callable[[Steps, int], Steps]:
     """Send so many events, then these steps in place of the rest."""
     return lambda steps, count: itertools.chain(itertools.islice(steps, count), instead)
@@ -137,9 +129,14 @@ EFFECTS: dict[str, Effect] = {
     ),
     "slow_start": Before("SECONDS", "waits before it answers at all", Wait, _Seconds),
     "hang_up": Before(
-        "[reset]", "closes the connection instead of answering", _hang_up, Literal["reset"], ""
+        "[reset]",
+        "closes the connection instead of answering",
+        lambda how: HangUp(reset=how == "reset"),
+        Literal["reset"],
+        "",
     ),
-    "json": OnSteps("", "answers with a JSON body although a stream was asked", _as_they_are),
+    # The server looks for this one by its name, and then there are no steps.
+    "json": OnSteps("", "answers with a JSON body although a stream was asked", lambda *_: ()),
     "cut": OnSteps("N", "ends the body in good order after N events, without the last", _after()),
     "drop": OnSteps("N", "closes the connection after N events", _after(HangUp())),
     "reset": OnSteps("N", "resets the connection after N events", _after(HangUp(reset=True))),

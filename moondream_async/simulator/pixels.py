@@ -61,7 +61,7 @@ _COLOUR_OF_ENTRY = bytes(
 ).ljust(256, b"\0")
 
 _SMALLEST_SHARE = 0.001  # of the picture; a smaller area is noise or an edge
-_KEPT_PICTURES = 16  # whose measurements are kept
+_KEPT_PICTURES = 8  # whose measurements are kept, with their bytes: 80 MB at most
 _UNEVEN = 8  # of 255: the least difference between a picture's brightest and darkest part
 
 _UNREADABLE = (

@@ -89,11 +89,10 @@ class ScriptedAnswer:
 
     def pause(self, steps: Steps) -> Steps:
         """Yield the steps of a stream, with a hold after `hold_after` pieces."""
-        pieces, held = 0, False
+        pieces = 0
         for step in steps:
-            if not held and self.hold_after is not None and pieces >= self.hold_after:
-                held = True
-                yield from self.hold()
+            if pieces >= (self.hold_after or 0):
+                yield from self.hold()  # once it is released, no hold lasts
             yield step
             pieces += step.tokens if isinstance(step, Event) else 0
 
@@ -139,8 +138,7 @@ class Script(Queue[ScriptedAnswer]):
         self, text: Text | None = None, *, finish_reason: str = "stop", **terms: Unpack[Terms]
     ) -> ScriptedAnswer:
         """Answer a caption with this text."""
-        answer = _say("caption", "caption", text, finish_reason=finish_reason)
-        return self._answer("caption", answer, terms)
+        return self._say("caption", "caption", text, terms, finish_reason=finish_reason)
 
     def query(
         self,
@@ -153,21 +151,20 @@ class Script(Queue[ScriptedAnswer]):
         """Answer a question with this text and this reasoning, whether or not it was asked for."""
         if isinstance(reasoning, str):
             reasoning = Reasoning(reasoning)
-        thought = msgspec.to_builtins(reasoning)
-        answer = _say("query", "answer", text, finish_reason=finish_reason, reasoning=thought)
-        return self._answer("query", answer, terms)
+        more = {"finish_reason": finish_reason, "reasoning": msgspec.to_builtins(reasoning)}
+        return self._say("query", "answer", text, terms, **more)
 
     def detect(
         self, objects: Iterable[_Place] | None = None, **terms: Unpack[Terms]
     ) -> ScriptedAnswer:
         """Find these boxes: each a `Region`, or x_min, y_min, x_max and y_max."""
-        return self._answer("detect", _place("detect", "objects", objects, Region), terms)
+        return self._place("detect", "objects", objects, terms, Region)
 
     def point(
         self, points: Iterable[_Place] | None = None, **terms: Unpack[Terms]
     ) -> ScriptedAnswer:
         """Find these places: each a `Point`, or x and y."""
-        return self._answer("point", _place("point", "points", points, Point), terms)
+        return self._place("point", "points", points, terms, Point)
 
     def segment(
         self,
@@ -181,12 +178,9 @@ class Script(Queue[ScriptedAnswer]):
 
         A stream brings `coarse_path` before the path itself; None is the path.
         """
-        answer = None
-        if path is not None:
-            box = None if bbox is None else _name_sides(bbox, Region)
-            result = {"path": path, "bbox": box}
-            answer = _say("segment", "path", coarse_path or path, result=result)
-        return self._answer("segment", answer, terms)
+        box = None if bbox is None else _name_sides(bbox, Region)
+        pieces = None if path is None else coarse_path or path
+        return self._say("segment", "path", pieces, terms, result={"path": path, "bbox": box})
 
     def chat(
         self,
@@ -198,8 +192,8 @@ class Script(Queue[ScriptedAnswer]):
     ) -> ScriptedAnswer:
         """Answer a conversation with this text. Words of the reasoning are pieces too."""
         thought = {"text": reasoning} if reasoning else None
-        answer = _say("chat", "content", text, finish_reason=finish_reason, reasoning=thought)
-        return self._answer("chat", answer, terms)
+        more = {"finish_reason": finish_reason, "reasoning": thought}
+        return self._say("chat", "content", text, terms, **more)
 
     def take(self, skill: str) -> ScriptedAnswer | None:
         """Return the answer for a request, and count it as taken."""
@@ -208,37 +202,41 @@ class Script(Queue[ScriptedAnswer]):
             for answer in fitting:
                 if answer.times is not None:
                     answer.times -= 1
-                    if answer.times == 0:
-                        self._waiting.remove(answer)
+                    self._waiting = [each for each in self._waiting if each.times != 0]
                     return answer
             return fitting[-1] if fitting else None
 
-    def _answer(self, skill: str, answer: Answer | None, terms: Terms) -> ScriptedAnswer:
+    def _say(
+        self, skill: str, key: str, text: Text | None, terms: Terms, **more: Any
+    ) -> ScriptedAnswer:
+        answer = None
+        if isinstance(text, str):
+            answer = say(skill, key, text)
+        elif text is not None:
+            pieces = list(text)
+            result = {key: "".join(pieces)}
+            answer = Answer(skill=skill, result=result, pieces=pieces, piece_by_piece=True)
+        return self._queue(skill, answer and msgspec.structs.replace(answer, **more), terms)
+
+    def _place(
+        self,
+        skill: str,
+        key: str,
+        places: Iterable[_Place] | None,
+        terms: Terms,
+        kind: type[Point | Region],
+    ) -> ScriptedAnswer:
+        answer = None
+        if places is not None:
+            answer = Answer(skill=skill, result={key: [_name_sides(at, kind) for at in places]})
+        return self._queue(skill, answer, terms)
+
+    def _queue(self, skill: str, answer: Answer | None, terms: Terms) -> ScriptedAnswer:
         if skill not in self._skills:
             raise ValueError(f"this dialect has no {skill}; it has {', '.join(self._skills)}")
         scripted = ScriptedAnswer(skill, answer, self._on_change, **terms)
         self._add(scripted)
         return scripted
-
-
-def _say(skill: str, key: str, text: Text | None, **fields: Any) -> Answer | None:
-    if text is None:
-        return None
-    if isinstance(text, str):
-        answer = say(skill, key, text)
-    else:
-        pieces = list(text)
-        result = {key: "".join(pieces)}
-        answer = Answer(skill=skill, result=result, pieces=pieces, piece_by_piece=True)
-    return msgspec.structs.replace(answer, **fields)
-
-
-def _place(
-    skill: str, key: str, places: Iterable[_Place] | None, kind: type[Point | Region]
-) -> Answer | None:
-    if places is None:
-        return None
-    return Answer(skill=skill, result={key: [_name_sides(place, kind) for place in places]})
 
 
 def _name_sides(place: Any, kind: type[Point | Region]) -> Body:
@@ -248,8 +246,7 @@ def _name_sides(place: Any, kind: type[Point | Region]) -> Body:
     {'x': 0.0, 'y': 0.5}
     """
     names = kind.fields()
-    named = isinstance(place, (kind, Mapping))
-    sides = dict(place) if named else dict(zip(names, place, strict=True))
+    sides = dict(place if isinstance(place, Mapping) else zip(names, place, strict=True))
     if sides.keys() != set(names):
         raise ValueError(f"a place has {', '.join(names)}, not {', '.join(sides)}")
     return {name: float(sides[name]) for name in names}

@@ -130,7 +130,7 @@ class Simulator:
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
-        self._answering: set[asyncio.Task[Any]] = set()
+        self._answering: set[asyncio.Task[Any] | None] = set()
         routes = self._routes()
         for route in routes:
             handler = functools.partial(self._receive, route)
@@ -185,7 +185,7 @@ class Simulator:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._closing = True
-        for task in self._answering:
+        for task in filter(None, self._answering):
             task.cancel()
         if self._runner is not None:
             # asyncio leaves a connection open whose server is closed while it is accepted.
@@ -248,8 +248,7 @@ class Simulator:
         del self.requests[: max(0, len(self.requests) - self._keep)]
         self._notify()
         task = asyncio.current_task()
-        if task is not None:
-            self._answering.add(task)
+        self._answering.add(task)
         response: web.StreamResponse = web.Response()
         try:
             response = await self._respond(request, received, route)
@@ -260,8 +259,7 @@ class Simulator:
             # A write failed, or a fault hung up. aiohttp finds the connection closed and gives up.
             received.disconnected = not isinstance(error, _HungUpError)
         finally:
-            if task is not None:
-                self._answering.discard(task)
+            self._answering.discard(task)
             received.end()
             self._notify()
             if self._on_end is not None:
@@ -274,7 +272,8 @@ class Simulator:
         answer: Reply | Steps
         try:
             received.body = await self._read(request)
-            received.stream = self._wants_stream(received.body)
+            wish = received.body.get("stream") if isinstance(received.body, dict) else None
+            received.stream = bool(wish) if self.dialect.lenient else wish is True
             answer = await self._find_answer(request, received, route)
         except RefusedError as refused:
             answer = self.dialect.error(refused.status, refused.message, refused.param)
@@ -346,10 +345,6 @@ class Simulator:
             return msgspec.json.decode(data)
         except _NO_JSON:
             raise RefusedError("Request body must be valid JSON") from None
-
-    def _wants_stream(self, body: Any) -> bool:
-        stream = body.get("stream") if isinstance(body, dict) else None
-        return bool(stream) if self.dialect.lenient else stream is True
 
     def _refuse(self, request: web.Request, auth: Auth) -> Reply | None:
         """Return the reply to a client that isn't let in, or None for a client that is."""

@@ -49,13 +49,7 @@ class _PageQuery(msgspec.Struct, frozen=True):
 
 
 def take_page(key: str, items: list[Body], query: Mapping[str, str], *, default: int = 50) -> Body:
-    """Return the page of a list that a query asks for, as the API sends it.
-
-    Args:
-        key: The field that the items go into.
-        items: All of them, in order.
-        query: `limit`, 1 to 100, and `cursor`.
-        default: The limit where none is given.
+    """Return the page of a list that a query asks for by `limit` and `cursor`, under `key`.
 
     Raises:
         RefusedError: The limit is out of range, or the cursor did not come from a page.
