@@ -43,7 +43,6 @@ CLASSES = {
 }
 
 fuzzing = settings(
-    max_examples=2 * settings.default.max_examples,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the clock only goes on
 )
 
@@ -165,14 +164,7 @@ RESPONSES = [
     head("Content-Length: 0", status="304 Not Modified"),
 ]
 TOKENS = [
-    b"\r\n",
-    b"\r\n\r\n",
-    b"\n",
-    b"\r",
-    b"\0",
-    b"\xff",
-    b" ",
-    b":",
+    *(b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"\0", b"\xff", b" ", b":"),
     b"0\r\n\r\n",
     b"FFFFFFFFFFFFFFFF\r\n",
     b"-1\r\n",
@@ -277,7 +269,7 @@ async def test_any_endpoint_is_refused_or_asked(path):
             assert (await client.caption(IMAGE)).caption == TEXT
 
 
-@pytest.mark.parametrize("host", ["", ".", "a..b", "a" * 70, "\x7f", "a b", "[::1", "a:b", "a:-1"])
-def test_endpoint_on_no_host_is_refused(host):
-    with pytest.raises(md.RequestError):
-        md.MoondreamClient(endpoint=f"http://{host}/v1")
+def test_endpoint_on_no_host_is_refused():
+    for host in ("", ".", "a..b", "a" * 70, "\x7f", "a b", "[::1", "a:b", "a:-1"):
+        with pytest.raises(md.RequestError):
+            md.MoondreamClient(endpoint=f"http://{host}/v1")

@@ -58,14 +58,6 @@ def ask(page, photo):
     return ask
 
 
-@pytest.fixture
-async def browser(page):
-    """What can leave in the middle of an answer."""
-    origin = page.url.rstrip("/")
-    async with aiohttp.ClientSession(origin, headers={"Origin": origin}) as session:
-        yield session
-
-
 def body(question, picture=b""):
     """What the page posts; a question that is no JSON may be given as bytes."""
     line = question if isinstance(question, bytes) else json.dumps(question).encode()
@@ -118,14 +110,11 @@ def test_files_name_no_other_host():
         assert not re.search(r"//(?!\s)", text), path.name  # but for comments
 
 
-async def test_nothing_else_is_served(page):
+async def test_nothing_else_is_served(page, client, photo):
     for path in ("/static/../server.py", "/static/%2e%2e/server.py", "/ask", "/x"):
         answer = await visit(page, path)
         assert answer.status in (403, 404, 405), path
         assert answer.message
-
-
-async def test_it_tells_who_answers_and_has_the_picture_that_was_given(page, client, photo):
     about = (await visit(page, "/about")).json
     assert (about["endpoint"], about["simulated"]) == (client.endpoint, True)
     answer = await visit(page, "/picture")
@@ -133,27 +122,18 @@ async def test_it_tells_who_answers_and_has_the_picture_that_was_given(page, cli
     assert answer.data == photo.read_bytes()
 
 
-async def test_a_picture_that_is_none_is_refused_before_it_listens(client):
-    with pytest.raises(md.ImageError):
-        async with DemoPage(client, b"no picture", port=0):
-            pass
-
-
-async def test_pages_find_a_port_where_theirs_is_taken(client, photo):
+async def test_a_page_listens_on_its_port_or_where_it_may(client, photo, page):
     async with DemoPage(client, photo) as one, DemoPage(client, photo) as another:
         assert one.url != another.url
-
-
-async def test_a_port_that_was_asked_for_is_that_or_none(client, photo, page):
     with pytest.raises(OSError) as caught:
         async with DemoPage(client, photo, port=int(port_of(page))):
             pass
     assert caught.value.errno == errno.EADDRINUSE
-
-
-async def test_a_page_that_does_not_listen_has_no_address(client, photo):
     with pytest.raises(RuntimeError, match="isn't served"):
         _ = DemoPage(client, photo).url
+    with pytest.raises(md.ImageError):
+        async with DemoPage(client, b"no picture", port=0):
+            pass
 
 
 # -- who may ask --------------------------------------------------------------------------
@@ -168,13 +148,13 @@ OTHERS = ["rebound.example:{port}", "127.0.0.1.rebound.example:{port}", "rebound
 OTHERS += ["127.0.0.1:1", "localhost", "127.0.0.2:{port}", "0.0.0.0:{port}", ""]
 
 
-@pytest.mark.parametrize("path", ["/", "/about", "/picture"])
-async def test_only_names_of_this_machine_are_answered(path, page):
-    for host in OURS + OTHERS:
-        headers = {"Host": host.format(port=port_of(page)), "Origin": page.url.rstrip("/")}
-        answer = await visit(page, path, headers=headers)
-        assert answer.status == (200 if host in OURS else 421), host
-        assert host in OURS or "answers only as 127.0.0.1" in answer.message
+async def test_only_names_of_this_machine_are_answered(page):
+    for path in ("/", "/about", "/picture"):
+        for host in OURS + OTHERS:
+            headers = {"Host": host.format(port=port_of(page)), "Origin": page.url.rstrip("/")}
+            answer = await visit(page, path, headers=headers)
+            assert answer.status == (200 if host in OURS else 421), host
+            assert host in OURS or "answers only as 127.0.0.1" in answer.message
 
 
 STRANGERS = [
@@ -200,26 +180,26 @@ async def test_questions_of_other_origins_are_refused_and_not_asked(page, ask, s
     assert simulator.requests == []
 
 
-@pytest.mark.parametrize(
-    ("request_line", "headers", "status"),
-    [
-        ("POST /ask", {"Sec-Fetch-Site": "cross-site"}, 403),
-        ("POST /ask", {"Sec-Fetch-Site": "same-site"}, 403),
-        ("POST /ask", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
-        ("POST /ask", {"Sec-Fetch-Site": "same-origin"}, 200),
-        ("GET /about", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
-        ("GET /about", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),
-        ("GET /", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
-        ("GET /", {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}, 200),
-        ("OPTIONS /ask", {"Access-Control-Request-Method": "POST"}, 405),
-    ],
-    ids=str,
-)
-async def test_other_pages_may_link_to_it_and_no_more(request_line, headers, status, page, photo):
-    method, path = request_line.split()
-    data = body(QUESTIONS["caption"], photo.read_bytes()) if method == "POST" else None
-    headers = {"Origin": page.url.rstrip("/")} | headers
-    assert (await visit(page, path, method, headers, data=data)).status == status
+LINKS = [  # a request, its site and mode, and the answer's status
+    ("POST /ask", "cross-site", "cors", 403),
+    ("POST /ask", "same-site", "cors", 403),
+    ("POST /ask", "cross-site", "navigate", 403),
+    ("POST /ask", "same-origin", "cors", 200),
+    ("GET /about", "cross-site", "no-cors", 403),
+    ("GET /about", "same-site", "cors", 403),
+    ("GET /", "cross-site", "navigate", 200),
+    ("GET /", "none", "navigate", 200),
+    ("OPTIONS /ask", "same-origin", "cors", 405),
+]
+
+
+async def test_other_pages_may_link_to_it_and_no_more(page, photo):
+    for request_line, site, mode, status in LINKS:
+        method, path = request_line.split()
+        data = body(QUESTIONS["caption"], photo.read_bytes()) if method == "POST" else None
+        headers = {"Origin": page.url.rstrip("/"), "Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+        answer = await visit(page, path, method, headers, data=data)
+        assert answer.status == status, (request_line, site, mode)
 
 
 @pytest.mark.parametrize("key", [KEY, "a-wrong-key-of-the-user"])
@@ -241,40 +221,27 @@ async def test_the_key_is_in_nothing_that_is_served(key, photo):
 # -- answers ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("skill", "expected"),
-    [
-        ("caption", lambda client, photo: client.caption(photo, length="short", stream=True)),
-        ("query", lambda client, photo: client.query(photo, "How many shapes?", stream=True)),
-        (
-            "chat",
-            lambda client, photo: client.chat(
-                [{"role": "user", "content": ["Which colours?", photo]}], stream=True
-            ),
-        ),
-    ],
-)
-async def test_texts_come_in_chunks_and_then_what_is_known_of_them(
-    skill, expected, ask, client, photo
-):
-    answer = await ask(skill)
-    assert answer.status == 200
-    assert answer.headers["Content-Type"].startswith("text/event-stream")
-    *chunks, (last, about) = events(answer)
-    async with expected(client, photo) as stream:
-        assert "".join(data["chunk"] for _, data in chunks) == await stream.text()
-    assert {name for name, _ in chunks} == {"chunk"}
-    assert last == "done"
-    assert about["request_id"]
+async def test_texts_come_in_chunks_and_then_what_is_known_of_them(ask, client, photo):
+    message = {"role": "user", "content": ["Which colours?", photo]}
+    for skill, expected in (
+        ("caption", (await client.caption(photo, length="short")).caption),
+        ("query", (await client.query(photo, "How many shapes?")).answer),
+        ("chat", (await client.chat([message])).message.content),
+    ):
+        answer = await ask(skill)
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        *chunks, (last, about) = events(answer)
+        assert "".join(data["chunk"] for _, data in chunks) == expected
+        assert {name for name, _ in chunks} == {"chunk"}
+        assert last == "done"
+        assert about["request_id"]
 
 
-@pytest.mark.parametrize(("skill", "key"), [("detect", "objects"), ("point", "points")])
-async def test_places_come_whole(skill, key, ask, client, photo):
-    found = await getattr(client, skill)(photo, "red circle")
-    assert (await ask(skill)).json[key] == [dict(each) for each in found[key]]
-
-
-async def test_an_outline_comes_with_its_place_first_and_the_fine_path_last(ask, client, photo):
+async def test_places_come_whole_and_an_outline_with_its_place_first(ask, client, photo):
+    for skill, key in (("detect", "objects"), ("point", "points")):
+        found = await getattr(client, skill)(photo, "red circle")
+        assert (await ask(skill)).json[key] == [dict(each) for each in found[key]]
     first, *_, (last, about) = events(await ask("segment"))
     found = await client.segment(photo, "red circle")
     assert first == ("bbox", {"bbox": dict(found.bbox)})
@@ -335,15 +302,12 @@ async def test_questions_that_cannot_be_right_are_refused_with_a_sentence(ask, s
     await is_refused(ask("caption", bytes(MAX_BODY_BYTES)), simulator, 413, "32 MB")
 
 
-async def test_a_refusal_of_the_server_comes_with_its_status(ask, simulator):
+async def test_a_refusal_of_the_server_comes_with_its_status(ask, simulator, photo, nobody):
     for skill in QUESTIONS:
         simulator.faults.append("status=403")
         answer = await ask(skill)
         assert (answer.status, answer.json["error"]["type"]) == (403, "PermissionDeniedError")
         assert answer.message, skill
-
-
-async def test_a_server_that_is_not_there_is_a_bad_gateway(photo, nobody):
     async with (
         md.MoondreamClient(endpoint=nobody, max_retries=0) as client,
         DemoPage(client, photo, port=0) as page,
@@ -364,27 +328,30 @@ async def test_what_goes_wrong_in_an_answer_is_its_last_event(ask, simulator):
 # -- readers who go away ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("skill", QUESTIONS)
-async def test_who_goes_away_while_the_model_thinks_ends_the_call(skill, ask, simulator):
-    simulator.faults.append("slow_start=1000")
-    asking = asyncio.create_task(ask(skill))
-    await simulator.wait_until(lambda: simulator.requests)
-    asking.cancel()
-    await simulator.requests[0].ended.wait()
-    assert simulator.requests[0].disconnected
-    await asyncio.wait([asking])
-    assert asking.cancelled()
+async def test_who_goes_away_while_the_model_thinks_ends_the_call(ask, simulator):
+    for number, skill in enumerate(("caption", "detect")):  # a stream, and a whole answer
+        simulator.faults.append("slow_start=1000")
+        asking = asyncio.create_task(ask(skill))
+        await simulator.wait_until(lambda number=number: len(simulator.requests) > number)
+        asking.cancel()
+        await simulator.requests[-1].ended.wait()
+        assert simulator.requests[-1].disconnected
+        await asyncio.wait([asking])
+        assert asking.cancelled()
 
 
-@pytest.mark.parametrize("skill", ["caption", "query", "segment", "chat"])
-async def test_who_goes_away_in_the_middle_ends_the_call(skill, browser, simulator, photo):
-    simulator.faults.append("stall=3")
-    async with browser.post("/ask", data=body(QUESTIONS[skill], photo.read_bytes())) as response:
-        await response.content.readuntil(b"\n\n")
-        assert not simulator.requests[0].ended.is_set()
-        response.close()
-    await simulator.requests[0].ended.wait()
-    assert simulator.requests[0].disconnected
+async def test_who_goes_away_in_the_middle_ends_the_call(page, simulator, photo):
+    origin = page.url.rstrip("/")
+    async with aiohttp.ClientSession(origin, headers={"Origin": origin}) as browser:
+        for skill in ("caption", "query", "segment", "chat"):
+            simulator.faults.append("stall=3")
+            question = body(QUESTIONS[skill], photo.read_bytes())
+            async with browser.post("/ask", data=question) as response:
+                await response.content.readuntil(b"\n\n")
+                assert not simulator.requests[-1].ended.is_set()
+                response.close()
+            await simulator.requests[-1].ended.wait()
+            assert simulator.requests[-1].disconnected
 
 
 async def test_leaving_the_page_ends_answers_on_their_way(simulator, client, photo):
