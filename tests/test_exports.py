@@ -19,6 +19,8 @@ from moondream_async import types as values
 from moondream_async._values import Record, Value
 from moondream_async.bulk.results import Results
 
+pytestmark = pytest.mark.slow  # the same on every Python
+
 INIT = Path(md.__file__)
 
 # Classes of the public modules that are no names of the surface.
@@ -198,7 +200,6 @@ def test_the_tree_at_the_top_of_the_errors_is_the_one_that_grows_there():
     assert [indent + name for indent, name in picture] == TREE.strip().splitlines()
 
 
-@pytest.mark.slow
 def test_the_reference_has_every_name_and_every_call(tmp_path):
     """`python -m pdoc moondream_async`, as the README says, without a warning."""
     pytest.importorskip("pdoc", reason="needs: python -m pip install '.[docs]'")

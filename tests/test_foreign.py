@@ -20,6 +20,8 @@ from spoken import SAMPLE
 import moondream_async as md
 from moondream_async.simulator import DIALECTS, Simulator
 
+pytestmark = pytest.mark.slow  # they say the same on every Python
+
 INSTALL = "python -m pip install --no-deps -r tests/foreign.txt"
 QUESTION = "Where is the red circle?"
 MODEL = "moondream3-preview"
@@ -296,7 +298,6 @@ async def image(guest, photo):
     return await guest.encode_image(photo)
 
 
-@pytest.mark.slow
 async def test_station_captions(guest, image):
     text = f"A short “résumé” of {len(image.data)} bytes."
     plain = await guest.caption(image, length="short")

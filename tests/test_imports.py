@@ -17,6 +17,8 @@ import pytest
 
 import moondream_async
 
+pytestmark = pytest.mark.slow  # the same on every Python
+
 PACKAGE = Path(moondream_async.__file__).parent
 
 # Each imports of those before it only, as DESIGN.md draws them. A new room takes its place here.

@@ -1,19 +1,18 @@
 """Results go wherever the official SDK's plain dicts go: each library here is the real one."""
 
 import gc
+import importlib
 import inspect
 import io
 import json
 import pickle
 import runpy
-import threading
+from importlib.util import find_spec
 from pathlib import Path
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import msgspec
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 from backends import uvicorn
 from PIL import Image
 from spoken import get, post
@@ -42,54 +41,48 @@ PLAIN = {
     },
 }
 RESULTS = [kind(plain, raw=BODY, headers={"X-Server": "one"}) for kind, plain in PLAIN.items()]
-every_result = pytest.mark.parametrize("result", RESULTS, ids=lambda each: type(each).__name__)
-FOUND = {"boxes": (RESULTS[2].objects, BOXES), "points": (RESULTS[3].points, POINTS)}
-every_list = pytest.mark.parametrize(("found", "plain"), FOUND.values(), ids=FOUND)
 
 
 # -- JSON --------------------------------------------------------------------------------
 
 
-def orjson_dumps(value):
-    return pytest.importorskip("orjson").dumps(value)
+def test_a_result_is_json_as_it_is():
+    encoders = [json.dumps, msgspec.json.encode]
+    if find_spec("orjson"):
+        encoders.append(importlib.import_module("orjson").dumps)
+
+    for encode in encoders:
+        assert json.loads(encode(RESULTS)) == list(PLAIN.values())
 
 
-@every_result
-@pytest.mark.parametrize(
-    "encode", [json.dumps, orjson_dumps, msgspec.json.encode], ids=["json", "orjson", "msgspec"]
-)
-def test_a_result_is_json_as_it_is(result, encode):
-    assert json.loads(encode(result)) == PLAIN[type(result)]
+async def test_a_result_of_a_call_has_the_headers_of_its_response(client, photo):
+    result = await client.detect(photo, "shape")
+
+    assert result.headers["content-type"] == result.headers["Content-Type"]
+    assert "headers" not in result
+    assert pickle.loads(pickle.dumps(result)).headers == result.headers
 
 
 # -- tables ------------------------------------------------------------------------------
 
 
-@every_list
-def test_lists_of_places_are_tables(found, plain):
+@pytest.mark.slow
+def test_results_and_lists_of_places_are_tables():
     pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
     pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    found = RESULTS[2].objects
 
-    assert pandas.DataFrame(found).to_dict("records") == plain
-    assert pandas.json_normalize(found).to_dict("records") == plain
-    assert polars.DataFrame(found).to_dicts() == plain
-    assert pyarrow.Table.from_pylist(found).to_pylist() == plain
-    assert datasets.Dataset.from_list(found).to_list() == plain
-
-
-@every_result
-def test_whole_results_are_rows(result):
-    pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
-    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
-    plain = PLAIN[type(result)]
-
-    assert pandas.DataFrame([result, result]).to_dict("records") == [plain, plain]
-    assert polars.DataFrame([result, result]).to_dicts() == [plain, plain]
-    assert pyarrow.array([result]).to_pylist() == [plain]
-    assert pyarrow.Table.from_pylist([result]).to_pylist() == [plain]
-    assert datasets.Dataset.from_list([result]).to_list() == [plain]
+    assert pandas.json_normalize(found).to_dict("records") == BOXES
+    tables = [(found, BOXES), (RESULTS[3].points, POINTS)]
+    for rows, plain in tables + [([each] * 2, [PLAIN[type(each)]] * 2) for each in RESULTS]:
+        assert pandas.DataFrame(rows).to_dict("records") == plain
+        assert polars.DataFrame(rows).to_dicts() == plain
+        assert pyarrow.array(rows).to_pylist() == plain
+        assert pyarrow.Table.from_pylist(rows).to_pylist() == plain
+        assert datasets.Dataset.from_list(rows).to_list() == plain
 
 
+@pytest.mark.slow
 def test_boxes_are_detections_to_supervision():
     sv = pytest.importorskip("supervision")
 
@@ -98,7 +91,37 @@ def test_boxes_are_detections_to_supervision():
         assert found.xyxy.round(3).tolist() == [[20, 20, 100, 60], [50, 25, 150, 100]]
 
 
-# -- the web, under real servers ---------------------------------------------------------
+# -- the web -----------------------------------------------------------------------------
+
+
+def of_aiohttp(result):
+    return web.json_response(result).body
+
+
+def of_starlette(result):
+    return pytest.importorskip("starlette.responses").JSONResponse(result).body
+
+
+def of_django(result):
+    settings = pytest.importorskip("django.conf").settings
+    if not settings.configured:
+        settings.configure(ALLOWED_HOSTS=["127.0.0.1"], LOGGING_CONFIG=None)
+    return importlib.import_module("django.http").JsonResponse(result).content
+
+
+def of_flask(result):
+    flask = pytest.importorskip("flask")
+    with flask.Flask("answers").test_request_context():
+        jsonified, returned = flask.jsonify(result), flask.make_response(result)
+    assert jsonified.json == returned.json
+    return returned.data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [of_aiohttp, of_starlette, of_django, of_flask])
+def test_a_result_is_an_answer_of_a_web_framework(body):
+    for result in RESULTS:
+        assert json.loads(body(result)) == PLAIN[type(result)]
 
 
 async def fetched(address):
@@ -107,30 +130,7 @@ async def fetched(address):
     return answer.json
 
 
-async def test_a_result_is_an_answer_of_aiohttp_web():
-    async def answer(request):
-        return web.json_response(RESULTS[int(request.match_info["number"])])
-
-    app = web.Application()
-    app.router.add_get("/{number}", answer)
-    async with TestServer(app) as server:
-        for number, plain in enumerate(PLAIN.values()):
-            assert await fetched(str(server.make_url(f"/{number}"))) == plain
-
-
-async def test_a_result_is_an_answer_of_starlette():
-    starlette = pytest.importorskip("starlette.applications")
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
-
-    async def answer(request):
-        return JSONResponse(RESULTS)
-
-    async with uvicorn(starlette.Starlette(routes=[Route("/", answer)])) as address:
-        assert await fetched(address) == list(PLAIN.values())
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fastapi_app():
     fastapi, pydantic = pytest.importorskip("fastapi"), pytest.importorskip("pydantic")
     app = fastapi.FastAPI()
@@ -162,15 +162,13 @@ def fastapi_app():
     return app
 
 
-@pytest.mark.parametrize("way", ["plain", "typed"])
-async def test_a_result_is_an_answer_of_fastapi_with_or_without_its_annotation(fastapi_app, way):
+async def test_our_types_are_answers_of_fastapi_and_stand_in_its_models_requests_and_schema(
+    fastapi_app,
+):
     async with uvicorn(fastapi_app) as address:
         for kind, plain in PLAIN.items():
-            assert await fetched(f"{address}/{way}/{kind.__name__}") == plain
-
-
-async def test_our_types_stand_in_pydantic_models_and_in_requests(fastapi_app):
-    async with uvicorn(fastapi_app) as address:
+            assert await fetched(f"{address}/plain/{kind.__name__}") == plain
+            assert await fetched(f"{address}/typed/{kind.__name__}") == plain
         assert await fetched(f"{address}/report") == {
             "caption": PLAIN[md.CaptionResult],
             "boxes": BOXES,
@@ -180,10 +178,7 @@ async def test_our_types_stand_in_pydantic_models_and_in_requests(fastapi_app):
         assert (await post(None, given, PLAIN[md.DetectResult])).json == 0.75
         assert (await post(None, given, {"objects": [{"x_min": 1}]})).status == 422
 
-
-def test_the_openapi_schema_tells_the_keys(fastapi_app):
     schemas = fastapi_app.openapi()["components"]["schemas"]
-
     assert {kind.__name__ for kind in PLAIN} <= schemas.keys()
     assert schemas["Region"]["required"] == ["x_min", "y_min", "x_max", "y_max"]
     assert schemas["DetectResult"]["required"] == ["objects"]
@@ -192,6 +187,7 @@ def test_the_openapi_schema_tells_the_keys(fastapi_app):
     assert not {"raw", "headers"} & schemas["CaptionResult"]["properties"].keys()
 
 
+@pytest.mark.slow
 async def test_the_recipe_of_a_typed_answer_gives_it_and_tells_its_keys(simulator, monkeypatch):
     pytest.importorskip("fastapi")
     monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
@@ -216,80 +212,23 @@ def test_pydantic_keeps_a_result_and_reads_plain_data():
         adapter.validate_python({"objects": [{"x_min": "left"}]})
 
 
-class Quiet(WSGIRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-def django_app():
-    django = pytest.importorskip("django")
-    from django.conf import settings
-    from django.core.wsgi import get_wsgi_application
-    from django.http import JsonResponse
-    from django.urls import path
-
-    if not settings.configured:
-        settings.configure(ALLOWED_HOSTS=["*"], SECRET_KEY="x", USE_TZ=True)
-    urls = tuple(
-        path(f"{i}", lambda request, result=result: JsonResponse(result))
-        for i, result in enumerate(RESULTS)
-    )
-    settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urls})
-    django.setup()
-    return get_wsgi_application()
-
-
-def flask_app():
-    flask = pytest.importorskip("flask")
-    app = flask.Flask("answers")
-    app.get("/<int:number>")(lambda number: flask.jsonify(RESULTS[number]))
-    app.get("/returned/<int:number>", endpoint="returned")(lambda number: RESULTS[number])
-    return app
-
-
-@pytest.mark.parametrize(
-    ("make", "prefix"),
-    [(django_app, ""), (flask_app, ""), (flask_app, "returned/")],
-    ids=["django", "flask jsonify", "flask, returned"],
-)
-async def test_a_result_is_an_answer_under_wsgi(make, prefix):
-    with make_server("127.0.0.1", 0, make(), handler_class=Quiet) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            for number, kind in enumerate(PLAIN):
-                address = f"http://127.0.0.1:{server.server_port}/{prefix}{number}"
-                assert await fetched(address) == PLAIN[kind]
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-# -- what a call gives -------------------------------------------------------------------
-
-
-async def test_a_result_of_a_call_has_the_headers_of_its_response(client, photo):
-    result = await client.detect(photo, "shape")
-
-    assert result.headers["content-type"] == result.headers["Content-Type"]
-    assert "headers" not in result
-    assert pickle.loads(pickle.dumps(result)).headers == result.headers
-
-
 # -- a notebook --------------------------------------------------------------------------
 
 
-async def test_a_notebook_shows_the_picture_with_what_was_found(client, photo):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["path", "name", "picture", "encoded"])
+async def test_a_notebook_shows_the_picture_with_what_was_found(client, photo, kind):
     with Image.open(photo) as picture:
         encoded = await client.encode_image(photo)
-        for image in (photo, str(photo), picture, encoded):
-            result = await client.detect(image, "shape")
-            expected = result.draw(image)
-            expected.thumbnail((800, 800))
-            with Image.open(io.BytesIO(result._repr_png_())) as shown:
-                assert shown.tobytes() == expected.tobytes()
-            assert result._repr_html_().startswith('<img src="data:image/png;base64,')
-            assert "<code>DetectResult(objects=[Region(" in result._repr_html_()
+        image = {"path": photo, "name": str(photo), "picture": picture, "encoded": encoded}[kind]
+        result = await client.detect(image, "shape")
+        expected = result.draw(image)
+        expected.thumbnail((800, 800))
+        with Image.open(io.BytesIO(result._repr_png_())) as shown:
+            assert shown.tobytes() == expected.tobytes()
+        html = result._repr_html_()
+        assert html.startswith('<img src="data:image/png;base64,')
+        assert "<code>DetectResult(objects=[Region(" in html
 
 
 @pytest.mark.parametrize("kind", ["picture", "bytes", "gone"])

@@ -51,6 +51,7 @@ async def test_connections_are_made_with_our_protocol_and_asyncio_shows_their_so
             assert hasattr(loop, name), f"asyncio has moved {name} of selector loops"
 
 
+@pytest.mark.slow
 def test_nothing_else_uses_private_names_of_other_libraries():
     """A private name is of ours where some module of ours defines or sets it."""
     package = Path(md.__file__).parent
@@ -78,6 +79,7 @@ def test_nothing_else_uses_private_names_of_other_libraries():
     assert foreign == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["anyio", "aiohttp", "asyncio"])
 def test_no_private_module_is_imported_but_where_its_reason_is_given(name):
     package = Path(md.__file__).parent

@@ -1,14 +1,17 @@
-"""The recipes for Gradio, Streamlit and NiceGUI, in their own servers and a real browser."""
+"""The recipes for web applications, in their own servers; and an `EventSource` in a browser."""
 
 import contextlib
+import os
 import shutil
 import socket
-import sys
 
+import aiohttp
 import anyio
+import backends
 import pytest
 from browsers import PATIENCE_MS, chromium
-from programs import RECIPES, needs, running
+from programs import RECIPES, needs
+from test_recipes import program
 
 import moondream_async as md
 
@@ -26,37 +29,44 @@ async def browser():
         yield browser
 
 
+def free_port():
+    """Return one that the system does not give to others while an application starts."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_768):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    pytest.fail("no port is free")
+
+
+# Gradio asks itself for its page, and ends when it has none within three seconds.
+IMPATIENT = "import gradio.networking; gradio.networking.url_ok = lambda url: True"
+
+
 @contextlib.asynccontextmanager
-async def opened(app, browser, simulator, folder):
-    """Serve a recipe; give a browser's page of it, with a file chosen."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command, arguments = [sys.executable], [str(port)]
-    if app == "streamlit":
-        command += ["-m", "streamlit", "run"]
-        arguments = ["--server.headless=true", f"--server.port={port}"]
+async def served(app, simulator, folder):
+    """Serve a recipe; give the port."""
+    port = free_port()
     environment = {
         "MOONDREAM_ENDPOINT": simulator.endpoint,
         "HOME": str(folder),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
     }
-    clean = ["env", "-u", "PYTEST_CURRENT_TEST"]  # NiceGUI looks at that
     recipe = shutil.copy(RECIPES / f"{app}_app.py", folder)
-    async with running(*clean, *command, recipe, *arguments, **environment):
-        while True:
+    command, kind = [recipe, port], "path"
+    if app == "streamlit":
+        command = ["streamlit", "run", "--server.headless=true", f"--server.port={port}", recipe]
+        kind = "module"
+    before = IMPATIENT if app == "gradio" else ""
+    async with program(*command, before=before, kind=kind, **environment) as process:
+        listening = False
+        while not listening:
+            if not process.runs:
+                pytest.fail(str(await process.end()))
             with contextlib.suppress(OSError):
                 async with await anyio.connect_tcp("127.0.0.1", port):
-                    break
+                    listening = True
             await anyio.sleep(0.05)  # nobody tells
-        page = await browser.new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        await page.goto(f"http://127.0.0.1:{port}")
-        chooser = page.locator("input[type=file]")
-        await chooser.wait_for(state="attached")
-        await chooser.set_input_files(md.SAMPLE_IMAGE)
-        yield page
-        await page.close()
+        yield port
 
 
 async def see(page, text):
@@ -84,23 +94,95 @@ async def test_app_shows_the_answer_while_it_is_written_and_who_leaves_ends_the_
     held = simulator.script.caption(["A red", " circle."], hold_after=1)
     simulator.script.caption(["word "] * 10_000)
     simulator.rate = 20
-    async with opened(app, browser, simulator, tmp_path) as page:
+    async with served(app, simulator, tmp_path) as port:
+        page = await browser.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        await page.goto(f"http://127.0.0.1:{port}")
+        chooser = page.locator("input[type=file]")
+        await chooser.wait_for(state="attached")
+        await chooser.set_input_files(md.SAMPLE_IMAGE)
         await see(page, "A red")
         held.release()
         await see(page, "A red circle.")
         other = shutil.copy(md.SAMPLE_IMAGE, tmp_path / "other.jpg")
-        await page.locator("input[type=file]").set_input_files(other)
+        await chooser.set_input_files(other)
         await see(page, "word word")
         await end(page)
         await simulator.wait_until(lambda: simulator.requests[1].disconnected)
+        await page.close()
 
 
 @needs("gradio")
-async def test_gradio_shows_the_answer_as_it_is_written_and_its_stop_button_ends_it(
-    browser, simulator, tmp_path
+async def test_gradio_gives_the_answer_as_it_is_written_and_its_stop_button_ends_it(
+    simulator, tmp_path, photo
 ):
+    """Without its page, which alone would take a browser ten seconds of a processor."""
     simulator.script.caption(["A red", " circle."], hold_after=1)
-    async with opened("gradio", browser, simulator, tmp_path) as page:
-        await see(page, "A red")
-        await page.get_by_role("button", name="Stop").click()
-        await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+    async with (
+        served("gradio", simulator, tmp_path) as port,
+        aiohttp.ClientSession(f"http://127.0.0.1:{port}/gradio_api/") as page,
+    ):
+
+        async def ask(method, path, **options):
+            async with page.request(method, path, **options) as response:
+                assert response.status == 200, await response.text()
+                return await response.json()
+
+        events = (await ask("GET", "/config"))["dependencies"]
+        [number] = [each["id"] for each in events if each["api_name"] == "describe"]
+        [stop_button] = [each for each in events if each["cancels"]]
+        assert stop_button["targets"][0][1] == "click"
+        assert stop_button["cancels"] == [number]
+        with photo.open("rb") as file:
+            [path] = await ask("POST", "upload", data={"files": file})
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        call = {"session_hash": "a-page", "fn_index": number}
+        event = await ask("POST", "queue/join", json=call | {"data": [picture]})
+        async with page.get("queue/data", params={"session_hash": "a-page"}) as response:
+            async for line in response.content:
+                if b"A red" in line:
+                    break
+            await ask("POST", "cancel", json=call | event)
+            await simulator.wait_until(lambda: simulator.requests[0].disconnected)
+
+
+# -- a stream of events -------------------------------------------------------------------
+
+LISTEN = """question => new Promise(resolve => {
+    const seen = [];
+    const source = window.source = new EventSource("/ask?question=" + question);
+    const note = name => event => {
+        seen.push([name, event.data ? JSON.parse(event.data) : null]);
+        if (name === "done" || name === "error") { source.close(); resolve(seen); }
+    };
+    source.onopen = () => { seen.push("open"); if (question === "nothing") resolve(seen); };
+    for (const name of ["chunk", "done", "error"]) source.addEventListener(name, note(name));
+})"""
+
+
+async def test_an_event_source_reads_it_and_its_tab_ends_it_by_closing(
+    browser, simulator, tmp_path, monkeypatch, photo
+):
+    shutil.copy(photo, tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOONDREAM_ENDPOINT", simulator.endpoint)
+    script = simulator.script
+    async with backends.running(backends.fastapi, backends.uvicorn) as address:
+        tab = await browser.new_page()
+        await tab.goto(f"{address}/docs-that-are-not-there")
+
+        script.query(["A red", " circle."])
+        opened, *chunks, (last, done) = await tab.evaluate(LISTEN, "whole")
+        assert opened == "open"
+        assert chunks == [["chunk", {"chunk": "A red"}], ["chunk", {"chunk": " circle."}]]
+        assert last == "done"
+        assert done["request_id"]
+
+        script.query(["A red", " circle."], fault="drop=1")
+        *_, (last, data) = await tab.evaluate(LISTEN, "broken")
+        assert (last, data["error"]["type"]) == ("error", "StreamInterruptedError")
+
+        script.query(["A red"], hold_after=0)
+        assert await tab.evaluate(LISTEN, "nothing") == ["open"]  # though nothing has been said
+        await tab.close()
+        await simulator.wait_until(lambda: simulator.requests[2].disconnected)
