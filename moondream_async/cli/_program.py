@@ -134,7 +134,8 @@ def _logging() -> Iterator[None]:
     """Write the package's log lines to stderr, each of them one line."""
     logger = logging.getLogger("moondream_async")
     handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    handler.format = lambda record: one_line(plain.format(record))  # type: ignore[method-assign]
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -143,11 +144,6 @@ def _logging() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
 
 
 def _complain(message: str) -> None:

@@ -6,7 +6,8 @@ the next run fetches their results, and nothing is paid for twice.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 MOST_PICTURES = 20_000  # a batch; the server takes 100,000, and 2 GB
 MOST_BYTES = 1_000_000_000  # of pictures, before base64
 
-_Good = tuple[Pending, "EncodedImage"]
+_Readable = tuple[Pending, "EncodedImage"]
 
 
 class _Named(msgspec.Struct):
@@ -44,14 +45,6 @@ class Sent(msgspec.Struct):
     batch: str
     pictures: list[tuple[_Named, Contents | None]]
 
-    def pendings(self, asked: Mapping[str, Any]) -> Iterator[Pending]:
-        """Yield the pictures; `asked` is for those of an old record, which does not say it."""
-        for named, contents in self.pictures:
-            found = Found(path_of(named.path), path_of(named.below), named.row)
-            pending = Pending(found, named.asked or asked)
-            pending.contents, pending.tries = contents, 1
-            yield pending
-
 
 async def ask_by_batch(job: Job) -> None:
     """Fetch the batches of earlier runs, send the other pictures, and fetch those batches.
@@ -64,35 +57,41 @@ async def ask_by_batch(job: Job) -> None:
     record = Path(f"{job.journal.path}.batches")
     waiting = _recorded(record)
     await _fetch_all(job, record, waiting)
-    items = job.items()
-    while (first := await _next_good(job, items)) is not None:
-        pictures: list[tuple[_Named, Contents | None]] = []
-        batch = await job.client.batches.create(_requests(job, first, items, pictures))
-        waiting.append(Sent(batch.id, pictures))
-        _record(record, waiting)
-        note(f"Batch {batch.id} has {len(pictures):,} pictures. Ctrl-C leaves it; run again then.")
+    async with contextlib.aclosing(_readable(job)) as readable:
+        async for first in readable:
+            pictures: list[tuple[_Named, Contents | None]] = []
+            batch = await job.client.batches.create(_requests(job, first, readable, pictures))
+            waiting.append(Sent(batch.id, pictures))
+            _record(record, waiting)
+            count = f"{len(pictures):,} pictures"
+            note(f"Batch {batch.id} has {count}. Ctrl-C leaves it; run again then.")
     await _fetch_all(job, record, waiting)
 
 
-async def _fetch_all(job: Job, record: Path, waiting: list[Sent]) -> None:
-    while waiting:
-        await _fetch(job, waiting[0])
-        del waiting[0]
-        _record(record, waiting)
+async def _readable(job: Job) -> AsyncGenerator[_Readable, None]:
+    """Yield the pictures that can be sent; an unreadable one gets its error line."""
+    async with contextlib.aclosing(job.items()) as items:
+        async for pending in items:
+            try:
+                image = await job.client.encode_image(cast("Any", pending))
+            except ImageError as error:
+                job.keep(pending, error)
+            else:
+                yield pending, image
 
 
 async def _requests(
     job: Job,
-    first: _Good,
-    items: AsyncIterator[Pending],
+    first: _Readable,
+    others: AsyncIterator[_Readable],
     pictures: list[tuple[_Named, Contents | None]],
 ) -> AsyncGenerator[BatchRequest, None]:
     """Yield the requests of one batch, and add their pictures to `pictures`."""
     make: Any = getattr(BatchRequest, job.questions.skill)
     size = 0
-    good: _Good | None = first
-    while good is not None:
-        pending, image = good
+    readable: _Readable | None = first
+    while readable is not None:
+        pending, image = readable
         found, asked = pending.found, dict(pending.asked)
         arguments = {name: asked[name] for name in job.questions.arguments}
         yield make(image, id=len(pictures), **arguments)
@@ -101,17 +100,14 @@ async def _requests(
         size += len(image.data)
         if len(pictures) == MOST_PICTURES or size >= MOST_BYTES:
             return
-        good = await _next_good(job, items)
+        readable = await anext(others, None)
 
 
-async def _next_good(job: Job, items: AsyncIterator[Pending]) -> _Good | None:
-    """Return the next picture that can be sent; unreadable ones before it get their error line."""
-    async for pending in items:
-        try:
-            return pending, await job.client.encode_image(cast("Any", pending))
-        except ImageError as error:
-            job.keep(pending, error)
-    return None
+async def _fetch_all(job: Job, record: Path, waiting: list[Sent]) -> None:
+    while waiting:
+        await _fetch(job, waiting[0])
+        del waiting[0]
+        _record(record, waiting)
 
 
 async def _fetch(job: Job, sent: Sent) -> None:
@@ -125,17 +121,20 @@ async def _fetch(job: Job, sent: Sent) -> None:
         note(f"Batch {batch.id}: {batch.status}, {progress.completed:,} of {progress.total:,}")
 
     # A run that was ended here has already written some of the results.
-    left: dict[int | None, Pending] = {
-        place: pending
-        for place, pending in enumerate(sent.pendings(job.questions.general))
-        if not job.journal.has(pending.found, pending.asked)
-    }
+    left: dict[int | None, Pending] = {}
+    for place, (named, contents) in enumerate(sent.pictures):
+        found = Found(path_of(named.path), path_of(named.below), named.row)
+        # The record of an older version does not say what was asked.
+        pending = Pending(found, named.asked or job.questions.general)
+        pending.contents, pending.tries = contents, 1
+        if not job.journal.has(found, pending.asked):
+            left[place] = pending
     failure = "the batch has no result for it"
     try:
         batch = await job.client.batches.wait(sent.batch, on_poll=show)
         async for line in job.client.batches.results(batch):
-            if (pending := left.pop(_place(line), None)) is not None:
-                job.keep(pending, _outcome(line), usage=line.usage)
+            if (answered := left.pop(_place(line), None)) is not None:
+                job.keep(answered, _outcome(line), usage=line.usage)
     except APIStatusError as error:
         if not _is_lasting(error):
             raise
@@ -148,14 +147,10 @@ async def _fetch(job: Job, sent: Sent) -> None:
 
 def _place(line: BatchResult) -> int | None:
     """Return the index of the request that a line answers: its id, else the line's index."""
-    identity = line.id
-    if isinstance(identity, str) and identity.isascii() and identity.isdigit():
-        return int(identity[:20])
-    if isinstance(identity, float) and identity.is_integer():
-        return int(identity)
-    if isinstance(identity, int) and not isinstance(identity, bool):
-        return identity
-    return line.line_index
+    try:
+        return msgspec.convert(line.id, int, strict=False)
+    except msgspec.ValidationError:
+        return line.line_index
 
 
 def _is_lasting(error: APIStatusError) -> bool:

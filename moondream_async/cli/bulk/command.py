@@ -167,12 +167,14 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         rows = check_columns(texts, paths, lists)
     except RequestError as error:
         raise UsageError(str(error), context) from None
-    form, one_text = wanted.form, skill in ("caption", "query") and not asks
+    form = wanted.form
+    one_video = videos and len(paths) == 1 and not lists
+    one_text = skill in ("caption", "query") and not asks
     one_class = skill == "detect" and "{" not in arguments["object"]
     for wrong, why in (
         (
-            form in ("vtt", "srt") and not (videos and len(paths) == 1 and not lists and one_text),
-            f"'-o .{form}' is for '--skill caption' or query, and one video",
+            form in (".vtt", ".srt") and not (one_video and one_text),
+            f"'-o {form}' is for '--skill caption' or query, and one video",
         ),
         (videos and by_batch, "'--via batch-api' takes no videos"),
         (
@@ -183,7 +185,7 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
             form == "folder" and not (one_text or one_class),
             "a folder takes one answer, or one class: '-o' must be a file",
         ),
-        (form == "coco" and skill != "detect", "'-o .coco.json' is for '--skill detect'"),
+        (form == ".coco.json" and skill != "detect", "'-o .coco.json' is for '--skill detect'"),
     ):
         if wrong:
             raise UsageError(why, context)

@@ -20,18 +20,6 @@ from .lines import BOX, Records, encode, text_of, whole
 from .shards import check_shards, is_shard_of, shard_name, write_shards
 from .sources import needs, picture_of
 
-ENDINGS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".jsonl.gz": "jsonl.gz",
-    ".csv": "csv",
-    ".csv.gz": "csv.gz",
-    ".parquet": "parquet",
-    ".coco.json": "coco",
-    ".vtt": "vtt",
-    ".srt": "srt",
-    ".tar": "shards",
-}
 COLUMNS = (
     *("path", "skill", "question", "object", "caption", "answer", "reasoning_text", "outline"),
     *("objects", "points", "error", "error_type", "request_id", "finish_reason"),
@@ -59,11 +47,11 @@ class Output(NamedTuple):
             return cls(path, "stdout")
         if path.endswith(("/", os.sep)) or Path(path).is_dir():
             return cls(path, "folder")
-        for ending in sorted(ENDINGS, key=len, reverse=True):
+        for ending in sorted(WRITERS, key=len, reverse=True):
             if path.lower().endswith(ending):
-                return cls(path, ENDINGS[ending])
+                return cls(path, ending)
         raise RequestError(
-            f"'-o {path}': its name must end in {', '.join(ENDINGS)}, or in / for a folder of "
+            f"'-o {path}': its name must end in {', '.join(WRITERS)}, or in / for a folder of "
             "texts or boxes; or be - for stdout"
         )
 
@@ -72,14 +60,14 @@ class Output(NamedTuple):
         """The path of the file of lines, from which the other forms are made."""
         if self.form == "folder":
             return os.path.join(self.path, ".moondream.jsonl")  # noqa: PTH118 - a string stays one
-        return self.path if self.form == "jsonl" else f"{self.path}.jsonl"
+        return f"{self.path}.jsonl" if WRITERS.get(self.form) else self.path
 
     def owns(self, path: str) -> bool:
         """Tell whether a run with this output writes a file."""
         path, own, journal = map(os.path.abspath, (path, self.path, self.journal))
         if self.form == "folder":
             return path.startswith(own + os.sep) and path.endswith((".txt", "data.yaml"))
-        if self.form == "shards" and is_shard_of(path, own):
+        if self.form == ".tar" and is_shard_of(path, own):
             return True
         return path in (own, journal, f"{journal}.batches")
 
@@ -90,12 +78,12 @@ class Output(NamedTuple):
             RequestError: An extra is missing, or the file was not made by a run.
         """
         name = self.path
-        if self.form == "parquet":
+        if self.form == ".parquet":
             _pyarrow()
-        elif self.form == "shards":
+        elif self.form == ".tar":
             check_shards()
             name = shard_name(self.path, 0)
-        if overwrite or self.form not in WRITERS:
+        if overwrite or WRITERS.get(self.form) is None:
             return
         if Path(name).exists() and not Path(self.journal).exists():
             raise RequestError(
@@ -293,14 +281,19 @@ def _clock(seconds: float, point: str) -> str:
     return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{milliseconds:03}"
 
 
-WRITERS: dict[str, Callable[[Records, str], None]] = {
-    "parquet": _write_parquet,
-    "csv": _write_csv,
-    "csv.gz": _write_csv,
-    "jsonl.gz": _write_lines,
-    "coco": _write_coco,
-    "vtt": _write_subtitles,
-    "srt": _write_subtitles,
-    "shards": write_shards,
+WRITERS: dict[str, Callable[[Records, str], None] | None] = {
+    ".jsonl": None,
+    ".ndjson": None,
+    ".jsonl.gz": _write_lines,
+    ".csv": _write_csv,
+    ".csv.gz": _write_csv,
+    ".parquet": _write_parquet,
+    ".coco.json": _write_coco,
+    ".vtt": _write_subtitles,
+    ".srt": _write_subtitles,
+    ".tar": write_shards,
 }
-"""What makes a file of a form, which is replaced only once the new one is whole."""
+"""What makes a file with such an end; the old file goes only once the new one is whole.
+
+None is for the journal itself.
+"""

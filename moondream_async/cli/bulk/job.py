@@ -45,16 +45,7 @@ _NAMED = 5  # files or endings that a line of the summary names
 class Job:
     """One run of the command.
 
-    Args:
-        client: Closed at the end of the run.
-        questions: What is asked about each picture.
-        output: Where the answers go.
-        paths: The command's arguments.
-        lists: Files with paths in them.
-        report: Where the page of pictures and answers goes.
-        overwrite: Whether texts that no run has written are replaced.
-        limit: The most pictures that are asked about.
-        which: The options of `Search`.
+    The client is closed at its end. Options that it does not know are for `Search`.
     """
 
     def __init__(
@@ -68,7 +59,7 @@ class Job:
         report: str | None,
         overwrite: bool,
         limit: int | None,
-        **which: Any,
+        **options: Any,
     ) -> None:
         self.client = client
         self.questions = questions
@@ -86,7 +77,7 @@ class Job:
         self._texts = (
             TextFolder(output.path, labels=self._labels, overwrite=overwrite) if folder else None
         )
-        self._search = Search(paths, lists, self._found_fault, is_own=self._is_own, **which)
+        self._search = Search(paths, lists, self._found_fault, is_own=self._is_own, **options)
         self._seen: set[int] | None = set() if self._search.may_repeat else None  # hashes
         self._said: set[str] = set()
         self._faults = 0  # arguments that gave no pictures
@@ -122,7 +113,7 @@ class Job:
                 self.journal.compact()
             if not self.interrupted:
                 await self._finish()
-        for line in (self.progress.summary(), *self.progress.failures()):
+        for line in self.progress.summary():
             note(line)
         self._note_other_files()
 

@@ -42,13 +42,10 @@ _READ_BYTES = 1 << 20
 
 
 class Journal:
-    """The journal's file, open and locked.
+    """The journal's file, open and locked; it is made where it is missing.
 
     Args:
-        path: The file; it is made where it is missing.
-        asked: The skill and its arguments, as they stand in lines.
         complain: Called with a sentence about what the file system lacks; the run goes on.
-        on_line: Called with each line that is written.
         varying: The arguments that differ from picture to picture.
         with_texts: Whether `wrote` will be called; it takes memory for each picture.
 

@@ -115,31 +115,25 @@ class Progress:
         parts = [f"{self.done:,}{of}", f"{rate:.1f}/s"]
         if self.total is not None and rate and self.total > self.done:
             parts.append(f"{clock((self.total - self.done) / rate)} left")
-        parts += [f"{self.failed:,} failed{self._why()}", self._spent()]
-        return ", ".join(parts)
+        failed = f"{self.failed:,} failed"
+        for why, count in self.reasons.most_common(1):
+            failed += f" ({count:,}: {why[:60]})"
+        return ", ".join([*parts, failed, self._spent()])
 
-    def summary(self) -> str:
-        """Return the result of the run in a line."""
+    def summary(self) -> list[str]:
+        """Return the result of the run in a line, and the commonest reasons of failures."""
         seconds = time.monotonic() - self._began
         parts = [f"{self.answered:,} answered", f"{self.failed:,} failed"]
         if self.skipped:
             parts.append(f"{self.skipped:,} done before")
         rate = (self.answered + self.failed) / seconds if seconds else 0.0
         parts += [self._spent(), f"{clock(seconds)} ({rate:.1f}/s)"]
-        return ", ".join(parts)
-
-    def failures(self) -> list[str]:
-        """Return the reasons of failures, a line each, the commonest first."""
+        lines = [", ".join(parts)]
         commonest = self.reasons.most_common(_REASONS)
-        lines = [f"{count:,} failed: {why}" for why, count in commonest]
-        more = len(self.reasons) - _REASONS
-        return [*lines, f"... and for {more:,} other reasons"] if more > 0 else lines
-
-    def _why(self) -> str:
-        if not self.reasons:
-            return ""
-        ((why, count),) = self.reasons.most_common(1)
-        return f" ({count:,}: {why[:60]})"
+        lines += [f"{count:,} failed: {why}" for why, count in commonest]
+        if (more := len(self.reasons) - _REASONS) > 0:
+            lines.append(f"... and for {more:,} other reasons")
+        return lines
 
     def _spent(self) -> str:
         """Return the tokens, and the dollars where the server is the cloud."""

@@ -31,15 +31,10 @@ _TAKEN |= {"request_id", "finish_reason", "input_tokens", "output_tokens"}
 
 
 class Questions:
-    """A skill and its arguments.
+    """A skill and its arguments, or several questions in place of one.
 
-    Args:
-        skill: The skill.
-        arguments: Its arguments; ``{column}`` in a question or an object stands for the
-            value in the picture's row.
-        asks: Several questions by their names, in place of one.
-        model: The model; None for the server's.
-        rows: Whether there may be pictures with rows.
+    ``{column}`` in a question or an object stands for the value in the picture's row; with
+    `rows` false, no picture has a row.
     """
 
     def __init__(
@@ -127,10 +122,7 @@ def check_columns(texts: Mapping[str, Any], paths: Sequence[str], lists: Sequenc
 class Pending:
     """A picture whose questions are not all answered: a file that the client reads.
 
-    Args:
-        found: The picture.
-        asked: The skill and its arguments, as they stand in the picture's line.
-        answers: Answers of an earlier run, by the names of the questions.
+    It is `asked` what its line will say; an earlier run may have got some of the answers.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import bz2
 import contextlib
 import gzip
 import lzma
+import os
 import shutil
 import tarfile
 import tempfile
@@ -19,7 +20,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from moondream_async._images import can_prepare
@@ -99,8 +99,7 @@ def read_remote(address: str) -> bytes:
     member, of_tar, archive = address.removeprefix("tar://").partition("::")
     try:
         if of_tar and address.startswith("tar://"):
-            with _one_at_a_time:
-                data = _tar(archive, _version(archive)).read(member)
+            data = _read_member(archive, member)
         else:
             with open_remote(address) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
@@ -130,48 +129,42 @@ def open_remote(address: str) -> Iterator[BinaryIO]:
         yield file
 
 
-class _Tar:
-    """A tar file whose members are read in any order; fsspec would search all of it for each.
-
-    A compressed file, or one on another machine, is first copied to a temporary file.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._file: Any
-        unpack = _UNPACK.get(name.lower().rpartition(".")[2])
-        if unpack is None and "://" not in name:
-            self._file = open(name, "rb")  # noqa: PTH123, SIM115 - the next line closes it
-            weakref.finalize(self, self._file.close)
-        else:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - likewise
-            weakref.finalize(self, self._file.close)
-            with (
-                open_remote(name) if "://" in name else open(name, "rb") as packed,  # noqa: PTH123
-                unpack(packed) if unpack else packed as source,
-            ):
-                shutil.copyfileobj(source, self._file)
-            self._file.seek(0)
-        self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - the file is closed
-        self._members = {each.name: each for each in self._tar}
-
-    def read(self, name: str) -> bytes:
-        """Return a member's bytes, one more than the limit if there are too many."""
-        member = self._members.get(name)
+def _read_member(archive: str, name: str) -> bytes:
+    """Return a member's bytes, one more than the limit if there are too many."""
+    version = 0 if "://" in archive else os.stat(archive).st_mtime_ns  # noqa: PTH116 - a string
+    with _one_at_a_time:
+        tar, members = _tar(archive, version)
+        member = members.get(name)
         if member is None or not member.isreg():
             raise FileNotFoundError("there is no such file in the archive")
-        return cast("BinaryIO", self._tar.extractfile(member)).read(MAX_FILE_BYTES + 1)
+        return cast("BinaryIO", tar.extractfile(member)).read(MAX_FILE_BYTES + 1)
 
 
 _one_at_a_time = threading.Lock()  # threads would move each other's position in the file
 
 
 @lru_cache(maxsize=2)
-def _tar(name: str, _version: int) -> _Tar:
-    return _Tar(name)
+def _tar(name: str, _version: int) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
+    """Return a tar file and its members by name; fsspec would search all of it for each.
 
-
-def _version(name: str) -> int:
-    return 0 if "://" in name else Path(name).stat().st_mtime_ns
+    A compressed file, or one on another machine, is first copied to a temporary file.
+    """
+    unpack = _UNPACK.get(name.lower().rpartition(".")[2])
+    copied = unpack is not None or "://" in name
+    with contextlib.ExitStack() as stack:
+        file: Any = tempfile.TemporaryFile() if copied else open(name, "rb")  # noqa: PTH123, SIM115
+        stack.enter_context(file)
+        if copied:
+            with (
+                open_remote(name) if "://" in name else open(name, "rb") as packed,  # noqa: PTH123
+                unpack(packed) if unpack else packed as source,
+            ):
+                shutil.copyfileobj(source, file)
+            file.seek(0)
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - its file is closed
+        members = {each.name: each for each in tar}
+        weakref.finalize(tar, stack.pop_all().close)
+    return tar, members
 
 
 def _open(address: str) -> tuple[Any, str]:

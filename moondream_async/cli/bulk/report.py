@@ -63,7 +63,8 @@ def write_report(records: Records, path: str) -> None:
             file.write(text.encode("utf-8", "replace"))
 
         write(_HEAD)
-        write(f"<h1>{_text(': '.join(str(each) for each in what if each) or 'No pictures')}</h1>\n")
+        title = ": ".join(str(each) for each in what if each) or "No pictures"
+        write(f"<h1>{html.escape(title)}</h1>\n")
         left = f"; {len(shown):,} of them are shown" if len(shown) < total else ""
         write(f"<p>{total - failed:,} answered, {failed:,} failed{left}.</p><br>\n<main>\n")
         for record in shown:
@@ -93,8 +94,8 @@ def _figure(record: dict[str, Any]) -> str:
     return (
         f'<figure{" class=error" if error else ""}><div class="picture">'
         f"{picture or 'no picture'}</div><figcaption>"
-        f'<p class="path">{_text(record["path"])}</p>'
-        f'<p class="said">{_text(_said(record))}</p></figcaption></figure>\n'
+        f'<p class="path">{html.escape(record["path"])}</p>'
+        f'<p class="said">{html.escape(_said(record))}</p></figcaption></figure>\n'
     )
 
 
@@ -111,13 +112,12 @@ def _said(record: dict[str, Any]) -> str:
 
 def _marks(record: dict[str, Any]) -> Iterator[str]:
     """Yield boxes and points as SVG, in 0-1 of the picture."""
-    for box in record.get("objects") or ():
-        x, y = float(box["x_min"]), float(box["y_min"])
-        width, height = float(box["x_max"]) - x, float(box["y_max"]) - y
+    for box in record.get("objects", ()):
+        x, y = box["x_min"], box["y_min"]
+        width, height = box["x_max"] - x, box["y_max"] - y
         yield f'<rect x="{x:.4f}" y="{y:.4f}" width="{width:.4f}" height="{height:.4f}"/>'
-    for point in record.get("points") or ():
-        x, y = float(point["x"]), float(point["y"])
-        yield f'<ellipse cx="{x:.4f}" cy="{y:.4f}" rx="0.02" ry="0.02"/>'
+    for point in record.get("points", ()):
+        yield f'<ellipse cx="{point["x"]:.4f}" cy="{point["y"]:.4f}" rx="0.02" ry="0.02"/>'
 
 
 def _thumbnail(record: dict[str, Any]) -> str | None:
@@ -136,7 +136,3 @@ def _thumbnail(record: dict[str, Any]) -> str | None:
     except MoondreamError:
         return None
     return f"data:{small.media_type};base64,{base64.b64encode(small.data).decode()}"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

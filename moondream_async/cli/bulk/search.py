@@ -49,9 +49,7 @@ class Search:
         complain: Called with a sentence about an argument that can't be read, or gives no
             pictures. The search goes on.
         include: Patterns; a file's name, or its path in its folder, must match one of them.
-        exclude: Patterns that a file must not match.
         column: A table's column of pictures, or the end of a shard's pictures' names.
-        every: Seconds between two frames of a video; None is for all of them.
         is_own: Tells whether this run writes a file; `left_out` does not count such files.
     """
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from tarfile import EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, Self, cast
 
 import msgspec
 
@@ -184,40 +184,28 @@ def write_shards(records: Records, pattern: str) -> None:
     Each picture is read again; pictures that failed, or have changed since, are left out.
     """
     check_shards()
+    from webdataset.writer import TarWriter  # noqa: PLC0415 - an extra
+
     samples = _samples(records)
-    first, several = next(samples, None), _NUMBER.search(pattern) is not None
+    sample, several = next(samples, None), _NUMBER.search(pattern) is not None
     for number in count():
         name = shard_name(pattern, number)
-        if number and (first is None or not several):
+        if number and sample is None:
             break
-        with replacing(name) as file:
-            first = _write(file, first, samples, limited=several)
+        written = size = 0
+        # Without a time in the shard: the same records make the same file.
+        with (
+            replacing(name) as file,
+            TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer,
+        ):
+            while sample and not (several and (written >= _SAMPLES or size >= _BYTES)):
+                size += writer.write(sample)
+                written += 1
+                sample = next(samples, None)
     while several and os.path.exists(name):  # noqa: PTH110 - a shard of a longer run before
         os.unlink(name)  # noqa: PTH108 - likewise
         number += 1
         name = shard_name(pattern, number)
-
-
-def _write(
-    file: BinaryIO,
-    first: dict[str, Any] | None,
-    samples: Iterator[dict[str, Any]],
-    *,
-    limited: bool,
-) -> dict[str, Any] | None:
-    """Fill a shard; return the first sample of the next shard."""
-    from webdataset.writer import TarWriter  # noqa: PLC0415 - an extra
-
-    written = size = 0
-    # Without a time in the shard: the same records make the same file.
-    with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer:
-        while first is not None:
-            if limited and (written >= _SAMPLES or size >= _BYTES):
-                break
-            size += writer.write(first)
-            written += 1
-            first = next(samples, None)
-    return first
 
 
 def _samples(records: Records) -> Iterator[dict[str, Any]]:

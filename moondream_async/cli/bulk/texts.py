@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from moondream_async.cli._files import replacing
@@ -48,10 +50,8 @@ class TextFolder:
         path = self.path(found)
         if self._owners.setdefault(hash(path), hash(found.path)) != hash(found.path):
             raise RequestError(f"{found.name!r}: {path} is the text of another picture")
-        try:
+        with _blamed(found):
             return self._look(found, path, journal)
-        except OSError as error:
-            raise self._own_failure(found, error) from error
 
     def path(self, found: Found) -> Path:
         """Return the path of a picture's text; RequestError where it leads out of the folder."""
@@ -68,14 +68,12 @@ class TextFolder:
             OSError: The disk is full or failing.
         """
         path = self.path(found)
-        try:
+        with _blamed(found):
             if self._look(found, path, journal) is None:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, sync=False) as file:  # the journal has the answer, too
                 file.write((text + "\n" if text else "").encode())
-        except OSError as error:
-            raise self._own_failure(found, error) from error
 
     def _look(self, found: Found, path: Path, journal: Journal) -> bool | None:
         """Tell whether a run's text is there; None where the text is a user's."""
@@ -94,11 +92,17 @@ class TextFolder:
         self.kept[path] = None
         return None
 
-    @staticmethod
-    def _own_failure(found: Found, error: OSError) -> Exception:
-        if error.errno in _OWN_FAULT:
-            return RequestError(f"{found.name!r}: its text can't be written: {error.strerror}")
-        return error
+
+@contextlib.contextmanager
+def _blamed(found: Found) -> Iterator[None]:
+    """Turn an OSError into a RequestError where the name of a picture's text is the reason."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OWN_FAULT:
+            raise
+        why = f"{found.name!r}: its text can't be written: {error.strerror}"
+        raise RequestError(why) from error
 
 
 def write_classes(folder: str, names: list[str]) -> None:
