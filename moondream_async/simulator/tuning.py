@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from typing import Annotated, Literal
 
 import msgspec
@@ -90,21 +91,15 @@ class _TrainStep(msgspec.Struct, frozen=True):
     groups: list[_Group]
 
 
-class _Finetune(msgspec.Struct):
-    body: Body
-    """As the API sends it."""
-    step: int = 0
-    checkpoints: dict[str, Body | None] = {}
-    """By step; None is a checkpoint that was deleted."""
-
-
 class Tuning:
     """The finetunes of one server."""
 
     def __init__(self, dialect: Dialect, storage: Storage) -> None:
         self._path = f"{dialect.prefix}/tuning"
         self._storage = storage
-        self._finetunes: dict[str, _Finetune] = {}
+        self._finetunes: dict[str, Body] = {}  # as the API sends them
+        self._steps: Counter[str] = Counter()
+        self._saved: dict[tuple[str, str], Body | None] = {}  # by finetune and step; None: deleted
         self._created = 0
 
     def routes(self) -> list[Route]:
@@ -113,7 +108,7 @@ class Tuning:
         endpoints: tuple[tuple[str, str, Endpoint], ...] = (
             ("POST", every, self._create),
             ("GET", every, self._list),
-            ("GET", one, lambda received: {"finetune": self._find(received).body}),
+            ("GET", one, lambda received: {"finetune": self._find(received)}),
             ("DELETE", one, self._delete),
             ("POST", "rollouts", self._roll_out),
             ("POST", "train_step", self._train),
@@ -126,23 +121,20 @@ class Tuning:
         return [Route(method, f"{self._path}/{path}", do) for method, path, do in endpoints]
 
     def _create(self, received: ReceivedRequest) -> Body:
-        wanted = msgspec.structs.asdict(read_typed(received.body, _Create))
-        for finetune_id, finetune in self._finetunes.items():
-            name, rank = finetune.body["name"], finetune.body["rank"]
-            if name == wanted["name"] and rank != wanted["rank"]:
-                raise RefusedError(f"Finetune {name!r} exists with rank {rank}", status=409)
-            if name == wanted["name"]:
-                return {"finetune_id": finetune_id}
-        made = self._make("finetune_id", **wanted)
-        self._finetunes[made["finetune_id"]] = _Finetune(made)
+        wanted = read_typed(received.body, _Create)
+        named = [each for each in self._finetunes.values() if each["name"] == wanted.name]
+        made = named[0] if named else self._make("finetune_id", name=wanted.name, rank=wanted.rank)
+        if made["rank"] != wanted.rank:
+            message = f"Finetune {wanted.name!r} exists with rank {made['rank']}"
+            raise RefusedError(message, status=409)
+        self._finetunes[made["finetune_id"]] = made
         return {"finetune_id": made["finetune_id"]}
 
     def _list(self, received: ReceivedRequest) -> Body:
-        finetunes = [finetune.body for finetune in self._finetunes.values()]
-        return take_page("finetunes", finetunes, received.query, default=20)
+        return take_page("finetunes", [*self._finetunes.values()], received.query, default=20)
 
     def _delete(self, received: ReceivedRequest) -> Body:
-        del self._finetunes[self._find(received).body["finetune_id"]]
+        del self._finetunes[self._find(received)["finetune_id"]]
         return {"ok": True}
 
     async def _roll_out(self, received: ReceivedRequest) -> Body:
@@ -177,37 +169,39 @@ class Tuning:
         finetune = self._find(received)
         rewards = [reward for group in groups for reward in group.rewards]
         tuned = any(group.mode == "sft" for group in groups)
-        finetune.step += 1
-        finetune.body["updated_at_ms"] = _now_ms()
+        self._steps[finetune["finetune_id"]] += 1
+        step = self._steps[finetune["finetune_id"]]
+        finetune["updated_at_ms"] = _now_ms()
         return {
-            "step": finetune.step,
+            "step": step,
             "applied": True,
             "kl": 0.01 if rewards else None,
             "router_kl": 0.001 if rewards else None,
             "grad_norm": 1.0,
             "reward_mean": statistics.mean(rewards) if rewards else None,
             "reward_std": statistics.pstdev(rewards) if rewards else None,
-            "sft_loss": 1 / finetune.step if tuned else None,
+            "sft_loss": 1 / step if tuned else None,
         }
 
     def _list_checkpoints(self, received: ReceivedRequest) -> Body:
-        saved = [each for each in self._find(received).checkpoints.values() if each]
+        finetune_id = self._find(received)["finetune_id"]
+        saved = [each for (of, _), each in self._saved.items() if each and of == finetune_id]
         return take_page("checkpoints", saved, received.query)
 
     def _save_checkpoint(self, received: ReceivedRequest) -> Body:
-        finetune = self._find(received)
-        step = finetune.step
+        finetune_id = self._find(received)["finetune_id"]
+        step = self._steps[finetune_id]
         if step == 0:
             raise RefusedError("No checkpoint is available before a step", status=404)
-        saved = finetune.checkpoints.get(str(step)) or self._make(
-            "checkpoint_id", finetune_id=finetune.body["finetune_id"], step=step
-        )
-        finetune.checkpoints[str(step)] = saved
+        saved = self._saved.get((finetune_id, str(step)))
+        if saved is None:
+            saved = self._make("checkpoint_id", finetune_id=finetune_id, step=step)
+            self._saved[finetune_id, str(step)] = saved
         return {"ok": True, "checkpoint": saved}
 
     def _delete_checkpoint(self, received: ReceivedRequest) -> Body:
-        self._find_checkpoint(received)
-        self._find(received).checkpoints[received.params["step"]] = None
+        checkpoint = self._find_checkpoint(received)
+        self._saved[checkpoint["finetune_id"], str(checkpoint["step"])] = None
         return {"ok": True}
 
     def _download_checkpoint(self, received: ReceivedRequest) -> Body:
@@ -222,7 +216,7 @@ class Tuning:
         now = _now_ms()
         return {kind: make_id(self._created), "created_at_ms": now, "updated_at_ms": now, **fields}
 
-    def _find(self, received: ReceivedRequest) -> _Finetune:
+    def _find(self, received: ReceivedRequest) -> Body:
         """Return the finetune that a request names, in its path or in its body."""
         finetune_id = received.params.get("id") or received.body["finetune_id"]
         if finetune_id not in self._finetunes:
@@ -230,10 +224,10 @@ class Tuning:
         return self._finetunes[finetune_id]
 
     def _find_checkpoint(self, received: ReceivedRequest) -> Body:
-        checkpoints, step = self._find(received).checkpoints, received.params["step"]
-        if step not in checkpoints:
+        key = self._find(received)["finetune_id"], received.params["step"]
+        if key not in self._saved:
             raise RefusedError("No such checkpoint", status=404)
-        checkpoint = checkpoints[step]
+        checkpoint = self._saved[key]
         if checkpoint is None:
             raise RefusedError("The checkpoint was deleted", status=410)
         return checkpoint
