@@ -169,12 +169,11 @@ def full_backlog():
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
 
 
-@both
-async def test_connection_that_is_not_made_is_out_of_time(full_backlog, stream):
+async def test_connection_that_is_not_made_is_out_of_time(full_backlog):
     timeout = md.Timeout(connect=0.05)
     async with md.MoondreamClient(endpoint=full_backlog, timeout=timeout, max_retries=0) as client:
         with pytest.raises(md.APITimeoutError, match=r"Timeout\.connect") as caught:
-            await call(client, stream)
+            await client.caption(IMAGE)
         assert caught.value.phase == "connect"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -111,10 +112,15 @@ async def test_session_of_the_caller_is_used_and_not_closed(simulator, photo):
         async with md.MoondreamClient(endpoint=simulator.endpoint, session=session) as client:
             await client.caption(photo)
             await (await client.caption(photo, stream=True)).text()
+        client = md.MoondreamClient(endpoint=simulator.endpoint, session=session)
+        await client.caption(photo)
+        del client  # it has nothing of its own to close
+        gc.collect()
+        await asyncio.sleep(0)
         assert not session.closed
         async with session.get(simulator.origin) as response:
             assert response.status == 404
-    assert [request.headers["X-Mine"] for request in simulator.requests] == ["yes"] * 3
+    assert [request.headers["X-Mine"] for request in simulator.requests] == ["yes"] * 4
     assert simulator.connections.accepted == 1
 
 

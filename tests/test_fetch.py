@@ -1,11 +1,9 @@
 """Pictures fetched from the web, and what is refused."""
 
-import contextlib
 import re
 
-import anyio
 import pytest
-from aiohttp import web
+from raw_server import CHUNKED, RawServer, head, in_chunks, whole
 
 import moondream_async as md
 from moondream_async._transport.addresses import is_near, is_near_host, is_public, parse, shown
@@ -13,48 +11,30 @@ from moondream_async._transport.addresses import is_near, is_near_host, is_publi
 HERE = ["127.0.0.1/32"]
 
 
-@contextlib.asynccontextmanager
-async def site(*, host="127.0.0.1", **routes):
-    """A web site on loopback; gives its address and the requests it got."""
-    requests = []
+def site(*, host="127.0.0.1", **pages):
+    """A web site on loopback, of answers and of what plays them."""
 
-    async def answer(request):
-        requests.append(request)
-        return await routes[request.path.strip("/")](request)
+    async def play(peer):
+        while True:
+            page = pages[(await peer.request()).target.strip("/")]
+            await (peer.send(page) if isinstance(page, bytes) else page(peer))
 
-    app = web.Application()
-    app.router.add_get("/{path:.*}", answer)
-    runner = web.AppRunner(app, handler_cancellation=True)
-    await runner.setup()
-    server = web.TCPSite(runner, host, 0)
-    await server.start()
-    port = server._server.sockets[0].getsockname()[1]
-    try:
-        yield f"http://{host}:{port}", requests
-    finally:
-        await runner.cleanup()
+    return RawServer(play, host=host)
 
 
-def gives(**response):
-    async def answer(request):
-        return web.Response(**response)
-
-    return answer
-
-
-def picture(photo):
-    return gives(body=photo.read_bytes(), content_type="image/jpeg")
+PICTURE = whole(md.SAMPLE_IMAGE.read_bytes(), kind="image/jpeg")
 
 
 def redirect(target):
-    return gives(status=302, headers={"Location": target})
+    return whole(b"", f"Location: {target}", status="302 Found")
 
 
-async def test_a_picture_is_fetched_and_prepared(photo, client):
-    async with site(photo=picture(photo)) as (address, requests):
-        image = await md.fetch_image(f"{address}/photo", allow=HERE)
+async def test_a_picture_is_fetched_and_prepared(client):
+    async with site(photo=PICTURE) as web:
+        image = await md.fetch_image(f"{web.origin}/photo", allow=HERE)
+        (request,) = web.requests
     assert (image.media_type, image.width, image.height) == ("image/jpeg", 640, 480)
-    assert "moondream" in requests[0].headers["User-Agent"]
+    assert "moondream" in request.headers["user-agent"]
     assert "JPEG picture" in (await client.caption(image)).caption
 
 
@@ -70,82 +50,79 @@ LOOPBACK = [
 
 
 @pytest.mark.parametrize("host", LOOPBACK, ids=ascii)
-async def test_addresses_inside_are_refused_before_anything_is_sent(host, photo):
-    async with site(photo=picture(photo)) as (inside, requests):
+async def test_addresses_inside_are_refused_before_anything_is_sent(host):
+    async with site(photo=PICTURE) as inside:
         with pytest.raises(md.MoondreamError) as caught:
-            await md.fetch_image(f"http://{host}:{inside.rpartition(':')[2]}/photo")
-    assert requests == []
+            await md.fetch_image(f"http://{host}:{inside.port}/photo")
+        assert inside.requests == []
     if host != "localhost.":  # which not every system knows
         assert re.search("not on the public internet|no valid address", str(caught.value))
 
 
-async def test_addresses_inside_are_refused_after_a_redirect(photo):
-    async with site(photo=picture(photo)) as (inside, requests):
+async def test_addresses_inside_are_refused_after_a_redirect():
+    async with site(photo=PICTURE) as inside:
         for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]"):
-            target = f"http://{host}:{inside.rpartition(':')[2]}/photo"
-            async with site(away=redirect(target), host="127.0.0.9") as (allowed, _):
+            target = f"http://{host}:{inside.port}/photo"
+            async with site(away=redirect(target), host="127.0.0.9") as allowed:
                 with pytest.raises(md.MoondreamError, match="not on the public internet"):
-                    await md.fetch_image(f"{allowed}/away", allow=["127.0.0.9/32"])
-    assert requests == []
+                    await md.fetch_image(f"{allowed.origin}/away", allow=["127.0.0.9/32"])
+        assert inside.requests == []
 
 
-async def test_a_redirect_is_followed_and_relative_ones_too(photo):
-    async with site(photo=picture(photo), away=redirect("/photo")) as (address, requests):
-        image = await md.fetch_image(f"{address}/away", allow=HERE[0])  # one, as a string
+async def test_a_redirect_is_followed_and_relative_ones_too():
+    async with site(photo=PICTURE, away=redirect("/photo")) as web:
+        image = await md.fetch_image(f"{web.origin}/away", allow=HERE[0])  # one, as a string
+        assert [request.target for request in web.requests] == ["/away", "/photo"]
     assert image.width == 640
-    assert [request.path for request in requests] == ["/away", "/photo"]
 
 
 async def test_redirects_in_circles_end():
-    async with site(round=redirect("/round")) as (address, requests):
+    async with site(round=redirect("/round")) as web:
         with pytest.raises(md.ImageError, match="redirects more than 5 times"):
-            await md.fetch_image(f"{address}/round", allow=HERE)
-    assert len(requests) == 6
+            await md.fetch_image(f"{web.origin}/round", allow=HERE)
+        assert len(web.requests) == 6
 
 
 async def test_more_than_max_bytes_is_not_read(photo):
-    async def endless(request):
-        response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})
-        await response.prepare(request)
-        with contextlib.suppress(ConnectionError):
-            while True:
-                await response.write(b"\xff" * 65536)
-        return response
+    async def endless(peer):
+        await peer.send(head("Content-Type: image/jpeg", CHUNKED))
+        while True:
+            await peer.send(in_chunks(b"\xff" * 65536, end=False))
 
     size = photo.stat().st_size
-    async with site(endless=endless, photo=picture(photo)) as (address, _):
+    async with site(endless=endless, photo=PICTURE) as web:
         with pytest.raises(md.ImageError, match="larger than 1000000 bytes"):
-            await md.fetch_image(f"{address}/endless", allow=HERE, max_bytes=1_000_000)
+            await md.fetch_image(f"{web.origin}/endless", allow=HERE, max_bytes=1_000_000)
         with pytest.raises(md.ImageError, match=f"larger than {size - 1} bytes"):
-            await md.fetch_image(f"{address}/photo", allow=HERE, max_bytes=size - 1)
-        image = await md.fetch_image(f"{address}/photo", allow=HERE, max_bytes=size)
+            await md.fetch_image(f"{web.origin}/photo", allow=HERE, max_bytes=size - 1)
+        image = await md.fetch_image(f"{web.origin}/photo", allow=HERE, max_bytes=size)
     assert image.width == 640
 
 
-@pytest.mark.parametrize(
-    ("response", "reason"),
-    [
-        pytest.param(gives(text="<p>", content_type="text/html"), "text/html", id="html"),
-        pytest.param(gives(status=404), "status 404", id="missing"),
-        pytest.param(gives(status=300), "status 300", id="several"),
-        pytest.param(gives(status=302), "status 302", id="moved to nowhere"),
-        pytest.param(redirect("http://[::1"), "is no valid address", id="moved to no address"),
-        pytest.param(
-            gives(text="<p>", content_type="text/html", headers={"Location": "/it"}),
-            "text/html",
-            id="an address, and no redirect",
-        ),
-        pytest.param(
-            gives(body=b"no picture", content_type="image/jpeg"),
-            "not a picture|no picture|can't be",
-            id="garbage",
-        ),
-    ],
-)
-async def test_what_is_no_picture_is_refused(response, reason):
-    async with site(it=response) as (address, _):
+async def test_a_silent_site_runs_into_the_timeout():
+    async with site(silent=lambda peer: peer.until_gone()) as web:
+        with pytest.raises(md.APITimeoutError) as caught:
+            await md.fetch_image(f"{web.origin}/silent", allow=HERE, timeout=0.2)
+    assert caught.value.phase == "total"
+
+
+NO_PICTURES = {
+    "html": (whole(b"<p>", kind="text/html"), "text/html"),
+    "missing": (whole(b"", status="404 No"), "status 404"),
+    "several": (whole(b"", status="300 Several"), "status 300"),
+    "moved-to-nowhere": (whole(b"", status="302 Found"), "status 302"),
+    "moved-to-no-address": (redirect("http://[::1"), "is no valid address"),
+    "no-redirect": (whole(b"<p>", "Location: /it", kind="text/html"), "text/html"),
+    "garbage": (whole(b"no picture", kind="image/jpeg"), "not a picture|no picture|can't be"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+async def test_what_is_no_picture_is_refused(name):
+    response, reason = NO_PICTURES[name]
+    async with site(it=response) as web:
         with pytest.raises(md.ImageError, match=reason):
-            await md.fetch_image(f"{address}/it", allow=HERE)
+            await md.fetch_image(f"{web.origin}/it", allow=HERE)
 
 
 ODD = {
@@ -162,16 +139,6 @@ async def test_odd_addresses_are_refused_and_their_passwords_not_shown(url):
         await md.fetch_image(url)
     assert "word" not in f"{caught.value} {caught.value.__cause__!r}"
     assert "rd" not in str(caught.value)[:12]
-
-
-async def test_a_silent_site_runs_into_the_timeout():
-    async def silent(request):
-        await anyio.sleep_forever()
-
-    async with site(silent=silent) as (address, _):
-        with pytest.raises(md.APITimeoutError) as caught:
-            await md.fetch_image(f"{address}/silent", allow=HERE, timeout=0.2)
-    assert caught.value.phase == "total"
 
 
 @pytest.mark.parametrize("allow", ["127.0.0.0/33", ["1"], 5, [None]], ids=repr)

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from canned import IMAGE
+from canned import IMAGE, played
 from raw_server import (
     ANSWER,
     DONE,
@@ -15,8 +15,8 @@ from raw_server import (
     TEXT,
     WORDS,
     RawServer,
-    answer_all,
     in_chunks,
+    stall,
     whole,
 )
 
@@ -50,19 +50,15 @@ async def in_a_child(act, when_stopped=None, new_loop=asyncio.new_event_loop):
     loop = asyncio.get_running_loop()
     _, status = await loop.run_in_executor(None, os.waitpid, child, os.WUNTRACED)
     if os.WIFSTOPPED(status):
-        await when_stopped()
-        os.kill(child, signal.SIGCONT)
-        await loop.run_in_executor(None, os.waitpid, child, 0)
+        try:
+            await when_stopped()
+        finally:
+            os.kill(child, signal.SIGCONT)
+            await loop.run_in_executor(None, os.waitpid, child, 0)
     try:
         return os.read(reading, 10_000).decode()
     finally:
         os.close(reading)
-
-
-async def half_a_stream(peer):
-    await peer.request()
-    await peer.send(STREAM_HEAD + in_chunks(EVENTS[0], end=False))
-    await peer.next_byte()  # never: it waits until the client has gone
 
 
 @pytest.mark.parametrize("what", ["use", "read", "close", "drop", "nothing"])
@@ -110,32 +106,22 @@ async def test_child_leaves_the_streams_of_its_parent_alone(what):
 
 
 async def test_stream_that_the_parent_closes_ends_for_the_server_though_a_child_lives():
-    async with (
-        RawServer(half_a_stream) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
+    async with played(stall) as (server, client):
         stream = await client.caption(IMAGE, stream=True)
         await anext(stream)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if not child:
-            os.read(reading, 1)  # live on until the parent says so
-            os._exit(0)
-        try:
+
+        async def stop():
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        async def close():
             await stream.aclose()
             await server.until_idle()
-        finally:
-            os.write(writing, b"x")
-            os.close(reading)
-            os.close(writing)
-            os.waitpid(child, 0)  # noqa: ASYNC222 - it ends at once
+
+        assert await in_a_child(stop, close) == "None"
 
 
 async def test_child_prepares_pictures_in_threads_of_its_own(photo):
-    async with (
-        RawServer(answer_all) as server,
-        md.MoondreamClient(endpoint=server.endpoint) as client,
-    ):
+    async with md.MoondreamClient(endpoint="http://127.0.0.1:9/v1") as client:
         await client.encode_image(photo)
 
         async def act():

@@ -121,27 +121,52 @@ def test_whatever_happens_places_go_to_those_who_wait_in_their_order(total, step
     asyncio.run(run())
 
 
+class Photo(io.BytesIO):
+    """Notes who reads it, and may have to wait."""
+
+    def __init__(self, read, go_on=None):
+        super().__init__(SAMPLE_IMAGE.read_bytes())
+        self._read = read
+        self._go_on = go_on
+
+    def read(self, size=-1):
+        self._read.append((self, threading.current_thread()))
+        if self._go_on:
+            self._go_on.wait()
+        return super().read(size)
+
+
 async def test_no_more_than_four_pictures_are_prepared_at_once():
     """Each may hold a decoded copy, whatever is asked for at once."""
-    at_work, go_on = [], threading.Event()
-
-    class Photo(io.BytesIO):
-        def read(self, size=-1):
-            at_work.append(threading.current_thread())
-            go_on.wait()
-            return super().read(size)
-
+    read, go_on = [], threading.Event()
     async with md.MoondreamClient(endpoint="http://127.0.0.1:9/v1") as client:
-        photos = [Photo(SAMPLE_IMAGE.read_bytes()) for _ in range(9)]
+        photos = [Photo(read, go_on) for _ in range(9)]
         calls = [asyncio.ensure_future(client.encode_image(each)) for each in photos]
-        while len(at_work) < 4:
+        while len(read) < 4:
             await asyncio.sleep(0)
         await rounds()
-        threads = {each for each in threading.enumerate() if each.name == at_work[0].name}
-        assert threads == {*at_work}
-        assert len(threads) == 4
+        at_work = {thread for _, thread in read}
+        assert at_work == {each for each in threading.enumerate() if each.name == read[0][1].name}
+        assert len(at_work) == 4
         go_on.set()
         assert {image.width for image in await asyncio.gather(*calls)} == {640}
+
+
+async def test_no_more_than_eight_pictures_are_ready_before_their_turn():
+    """Of calls that wait for one connection, most wait without a picture in memory."""
+    read = []
+    async with (
+        RawServer(lambda peer: peer.until_gone()) as server,
+        md.MoondreamClient(endpoint=server.endpoint, max_connections=1) as client,
+        anyio.create_task_group() as calls,
+    ):
+        for _ in range(20):
+            calls.start_soon(client.caption, Photo(read))
+        while len({photo for photo, _ in read}) < 9:  # one that is being asked about, and those
+            await asyncio.sleep(0)
+        await rounds(1000)
+        assert len({photo for photo, _ in read}) == 9
+        calls.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("has_thread", [False, True])
@@ -166,26 +191,3 @@ async def test_without_another_thread_a_picture_fails_or_waits_for_those_there_a
     if has_thread:
         assert (await first, await second) == (True, "2")
     assert await workers.submit(str, 4) == "4"
-
-
-async def test_no_more_than_eight_pictures_are_ready_before_their_turn():
-    """Of calls that wait for one connection, most wait without a picture in memory."""
-    read = []
-
-    class Photo(io.BytesIO):
-        def read(self, size=-1):
-            read.append(self)
-            return super().read(size)
-
-    async with (
-        RawServer(lambda peer: peer.until_gone()) as server,
-        md.MoondreamClient(endpoint=server.endpoint, max_connections=1) as client,
-        anyio.create_task_group() as calls,
-    ):
-        for _ in range(20):
-            calls.start_soon(client.caption, Photo(SAMPLE_IMAGE.read_bytes()))
-        while len({*read}) < 9:  # one that is being asked about, and those
-            await asyncio.sleep(0)
-        await rounds(1000)
-        assert len({*read}) == 9
-        calls.cancel_scope.cancel()

@@ -12,11 +12,10 @@ import sys
 import threading
 from functools import partial
 
-import aiohttp
 import anyio
 import pytest
 from canned import IMAGE, client_of, rounds
-from raw_server import TEXT, answer_all, tls
+from raw_server import TEXT, answer_all
 from remote_server import answer_then_stall, serving
 
 import moondream_async as md
@@ -347,38 +346,6 @@ def test_place_in_line_of_a_loop_that_is_gone_goes_to_the_next(server):
         await client.aclose()
 
     asyncio.run(work())
-
-
-def test_session_of_the_caller_outlives_the_client_in_its_loop(server):
-    async def work():
-        async with aiohttp.ClientSession() as session:
-            for _ in range(2):
-                async with client_of(server, session=session) as client:
-                    await call_both_ways(client)
-            client = client_of(server, session=session)
-            await call_both_ways(client)
-            del client  # it has nothing of its own to close
-            gc.collect()
-            await asyncio.sleep(0)
-            assert not session.closed
-
-    asyncio.run(work())
-    server.wait_until_idle()
-    assert len(server.server.peers) == 1
-
-
-def test_client_calls_over_tls_on_one_connection_in_uvloop_too():
-    uvloop = pytest.importorskip("uvloop", reason="needs: python -m pip install '.[loops]'")
-    served, trusted = tls()
-
-    async def work():
-        async with client_of(server, ssl_context=trusted) as client:
-            await call_both_ways(client)
-
-    with serving(answer_all, ssl_context=served) as server:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(work())
-        assert len(server.server.peers) == 1
 
 
 # -- loops that are not asyncio's own -------------------------------------------------

@@ -349,7 +349,7 @@ def as_rich_shows(caught):
         frames = frames.tb_next
     shown = io.StringIO()
     Console(file=shown, width=300).print(
-        Traceback.from_exception(caught.type, caught.value, frames, show_locals=True)
+        Traceback.from_exception(caught.type, caught.value, frames, extra_lines=0, show_locals=True)
     )
     return shown.getvalue()
 
