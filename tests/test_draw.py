@@ -466,21 +466,3 @@ def test_missing_extra_is_named_where_it_is_needed(sheet, monkeypatch):
         with pytest.raises(ImportError, match=re.escape("pip install 'moondream-async[draw]'")):
             call(sheet)
     assert detected(BOX).draw(sheet) != sheet
-
-
-# -- real answers ---------------------------------------------------------------------
-
-
-async def test_answers_of_a_server_are_drawn_over_its_picture(client, photo):
-    before = as_pillow(photo)
-    box = (await client.detect(photo, "red circle")).draw(photo)
-    dot = (await client.point(photo, "red circle")).draw(photo)
-    area = (await client.segment(photo, "red circle")).draw(photo)
-    thoughts = (await client.query(photo, "What is red?", reasoning=True)).draw(photo)
-    assert box.getpixel((60, 260)) == FIRST
-    assert box.getpixel((140, 260)) == before.getpixel((140, 260))
-    assert dot.getpixel((140, 260)) == FIRST
-    assert area.getpixel((140, 260)) not in (FIRST, before.getpixel((140, 260)))
-    assert changed(before, area)[:2] == pytest.approx((60, 180), abs=8)
-    assert changed(before, area)[2:] == pytest.approx((220, 340), abs=8)
-    assert thoughts.getpixel((140, 260)) == SECOND
