@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import aiohttp
@@ -20,58 +21,21 @@ pytest.importorskip("uvicorn", reason="needs: python -m pip install '.[foreign]'
 pytestmark = pytest.mark.slow
 
 NGINX = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
-ADDRESS = re.compile(r"running on (http://[\d.:]+)")
+ADDRESS = re.compile(r"running on (http://[\d.:]+|unix)")
 BROWSERS_AT_ONCE = 20
-
-
-class Backend:
-    """The recipe, in a process of its own.
-
-    Attributes:
-        address: Where it is.
-        log: The lines of its log, so far.
-    """
-
-    def __init__(self, process):
-        self.process = process
-        self.log = []
-        self.address = None
-        self.started = asyncio.Event()
-
-    async def read_log(self):
-        async for line in self.process.stderr:
-            self.log.append(line.decode().rstrip())
-            found = ADDRESS.search(self.log[-1]) or re.search(r"running on (unix)", self.log[-1])
-            if found:
-                self.address = found[1]
-                self.started.set()
-        self.started.set()
-
-    async def stop(self):
-        """Tell it to stop, as a deployment does; return its exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        return await self.process.wait()
 
 
 @contextlib.asynccontextmanager
 async def serving(simulator, *options):
-    process = await asyncio.create_subprocess_exec(
+    """Run the recipe in a process of its own; give the process, and its address."""
+    async with running(
         *(sys.executable, "-W", "error", "-m", "uvicorn", "production:app"),
-        *("--app-dir", str(RECIPES), "--no-access-log", *map(str, options)),
-        stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"MOONDREAM_ENDPOINT": simulator.endpoint},
-    )
-    backend = Backend(process)
-    reading = asyncio.create_task(backend.read_log())
-    try:
-        await backend.started.wait()
-        assert backend.address, backend.log
-        yield backend
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        await reading
+        *("--app-dir", RECIPES, "--no-access-log", *options),
+        stderr=subprocess.STDOUT,
+        MOONDREAM_ENDPOINT=simulator.endpoint,
+    ) as backend:
+        await backend.until(ADDRESS.search)
+        yield backend, ADDRESS.search(backend.said)[1]
 
 
 @pytest.fixture
@@ -82,7 +46,7 @@ async def backend(simulator):
 
 @pytest.fixture
 async def browser(backend):
-    async with aiohttp.ClientSession(backend.address) as browser:
+    async with aiohttp.ClientSession(backend[1]) as browser:
         yield browser
 
 
@@ -105,23 +69,23 @@ async def test_browsers_are_told_the_end_when_the_backend_is_stopped(backend, si
         for _ in range(BROWSERS_AT_ONCE)
     ]
     reading = asyncio.Semaphore(0)
-    async with aiohttp.ClientSession(backend.address) as browser:
+    program, address = backend
+    async with aiohttp.ClientSession(address) as browser:
         ends = [
             asyncio.create_task(ends_of(browser, photo, reading)) for _ in range(BROWSERS_AT_ONCE)
         ]
         for _ in range(BROWSERS_AT_ONCE):
             await reading.acquire()
-        stopping = asyncio.create_task(backend.stop())
-        while not any("Shutting down" in line for line in backend.log):
-            await asyncio.sleep(0.01)  # nobody tells
+        os.kill(program.pid, signal.SIGTERM)  # as a deployment does
+        await program.until("Shutting down")
         for answer in held[:completed]:
             answer.release()
         names = await asyncio.gather(*ends)
-        status = await stopping
+        status, log, _ = await program.end()
 
     assert sorted(names) == ["done"] * completed + ["error"] * (BROWSERS_AT_ONCE - completed)
     assert status == -signal.SIGTERM  # which uvicorn raises again when it is done
-    assert [line for line in backend.log if not line.startswith("INFO")] == []
+    assert [line for line in log.splitlines() if not line.startswith("INFO")] == []
 
 
 async def test_each_failure_has_a_status_of_the_backends_own_and_sockets_give_pieces(
@@ -223,7 +187,7 @@ async def test_page_reads_the_answer_to_its_post_while_it_is_written(backend, si
     held = simulator.script.caption(["A red", " circle."], hold_after=1)
     async with chromium() as browser:
         page = await browser.new_page()
-        await page.goto(backend.address)
+        await page.goto(backend[1])
         await page.set_input_files("input", photo)
         await page.get_by_text("A red", exact=True).wait_for()
         held.release()
