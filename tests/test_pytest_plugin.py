@@ -113,14 +113,20 @@ def test_nothing_is_left_of_the_server_when_it_is_left():
 
 
 @pytest.mark.usefixtures("silence")
-def test_leaving_ends_who_waits_in_another_thread_and_leaves_no_task():
+@pytest.mark.parametrize("way", ["wait_until", "until"])
+def test_leaving_ends_who_waits_in_another_thread_and_leaves_no_task(way):
     before = set(threading.enumerate())
     asked = threading.Event()  # set by the condition, which is never true
+
+    def wait():
+        waited = getattr(simulator, way)(asked.set, timeout=60)
+        return waited and asyncio.run(waited)
+
     with concurrent.futures.ThreadPoolExecutor() as pool:
         with SimulatorThread() as simulator:
-            waiting = pool.submit(simulator.wait_until, asked.set, timeout=60)
+            waiting = pool.submit(wait)
             asked.wait()
-        with pytest.raises(concurrent.futures.CancelledError):
+        with pytest.raises(RuntimeError, match="was left"):
             waiting.result()
     assert set(threading.enumerate()) <= before
 

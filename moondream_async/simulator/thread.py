@@ -87,7 +87,8 @@ class SimulatorThread:
         Raises:
             TimeoutError: The condition wasn't true within `timeout` seconds.
             RuntimeError: An event loop runs in this thread: blocking would stop the loop,
-                and all that could make the condition true; see `until`.
+                and all that could make the condition true; see `until`. Or the simulator
+                was left meanwhile.
         """
         if _runs_a_loop():
             raise RuntimeError("wait_until would hold up this event loop; use `await ...until()`")
@@ -103,6 +104,7 @@ class SimulatorThread:
 
         Raises:
             TimeoutError: The condition wasn't true within `timeout` seconds.
+            RuntimeError: The simulator was left meanwhile.
         """
         with anyio.move_on_after(timeout) as limit:
             await asyncio.wrap_future(self._wait(condition))
@@ -110,7 +112,14 @@ class SimulatorThread:
             raise self._waited_too_long(timeout)
 
     def _wait(self, condition: Callable[[], bool]) -> concurrent.futures.Future[None]:
-        return self._portal.start_task_soon(self._simulator.wait_until, condition)
+        return self._portal.start_task_soon(self._wait_here, condition)
+
+    async def _wait_here(self, condition: Callable[[], bool]) -> None:
+        try:
+            await self._simulator.wait_until(condition)
+        except asyncio.CancelledError:
+            # By the caller, who is no longer there to see this, or since the thread ends.
+            raise RuntimeError("the simulator was left while this waited for it") from None
 
     def _waited_too_long(self, timeout: float) -> TimeoutError:
         return TimeoutError(f"not so within {timeout} seconds; received: {self.requests}")
