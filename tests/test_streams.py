@@ -302,18 +302,6 @@ RESULTS = {
         [{"chunk": TEXT}, {"chunk": "", "completed": True, "path": "/v1/caption"}],
         {"caption": TEXT},
     ),
-    "segment": (
-        SegmentStream,
-        "segment",
-        [{"type": "path_delta", "chunk": "M 0"}, {"type": "final", "path": "M 1 1 Z"}],
-        {"path": "M 1 1 Z"},
-    ),
-    "segment that could not be read": (
-        SegmentStream,
-        "segment",
-        [{"chunk": "M 0 0 ?"}, {"type": "final", "path": "", "parse_error": "odd"}],
-        {"path": "", "parse_error": "odd"},
-    ),
     "chat": (
         ChatStream,
         "chat",
