@@ -5,6 +5,7 @@ The time is the test's own wherever it is asked for, so that it is known to the 
 
 import asyncio
 import collections
+import contextlib
 import gc
 import random
 import threading
@@ -36,11 +37,6 @@ from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST,
 pytestmark = pytest.mark.own_time
 
 TINY = 1e-6  # seconds: what is lost in adding up floats
-
-
-def timers():
-    """The timers of the running loop that may still go off."""
-    return [each for each in asyncio.get_running_loop()._scheduled if not each.cancelled()]
 
 
 # -- the pace -------------------------------------------------------------------------
@@ -89,6 +85,9 @@ async def test_each_goes_as_soon_as_the_pace_allows_whoever_is_cancelled(clock, 
 
 
 async def test_a_thousand_that_wait_have_one_timer(clock):
+    def timers():
+        return [each for each in asyncio.get_running_loop()._scheduled if not each.cancelled()]
+
     limiter = RateLimiter(2)
     await limiter.wait()
     tasks = [asyncio.ensure_future(limiter.wait()) for _ in range(1000)]
@@ -118,65 +117,50 @@ async def test_who_is_cancelled_while_being_called_forward_makes_way(clock):
 # -- more than one loop ---------------------------------------------------------------
 
 
-class Elsewhere:
-    """A loop in a thread of its own; left without ending what runs in it."""
+@contextlib.contextmanager
+def left_in_another_loop(coroutine):
+    """Begin it in the loop of another thread, until it waits; at the end, that loop is closed."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
 
-    def __init__(self):
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
+    async def begin():
+        task = loop.create_task(coroutine)
+        task._log_destroy_pending = False  # that it is left behind is what is tested
+        await rounds()
+        return task
 
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc_info):
-        self.stop()
-
-    def begin(self, coroutine):
-        """Start it; return once it has to wait."""
-
-        async def begin():
-            task = self.loop.create_task(coroutine)
-            task._log_destroy_pending = False  # that it is left behind is what is tested
-            await rounds()
-            return task
-
-        return asyncio.run_coroutine_threadsafe(begin(), self.loop).result()
-
-    def stop(self):
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join()
-            self.loop.close()
+    thread.start()
+    try:
+        yield asyncio.run_coroutine_threadsafe(begin(), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
-def run(coroutine):
-    """Run in a loop of the usual kind, on the usual clock."""
-    return asyncio.run(coroutine)
-
-
-@pytest.mark.parametrize("place", ["front", "middle"])
-@pytest.mark.parametrize("collected", [False, True])
-def test_waiter_whose_loop_is_closed_does_not_block_those_behind(place, collected):
+@pytest.mark.parametrize("case", ["front", "middle", "collected"])
+def test_waiter_whose_loop_is_closed_does_not_block_those_behind(case):
     limiter = RateLimiter(20)
+
+    def begin():
+        return asyncio.ensure_future(limiter.wait())
 
     async def after():
         await limiter.wait()
-        here = [asyncio.ensure_future(limiter.wait()) for _ in range(place == "middle")]
+        here = [begin()] if case == "middle" else []
         await rounds()
-        with Elsewhere() as elsewhere:
-            elsewhere.begin(limiter.wait())
-            here += [asyncio.ensure_future(limiter.wait()) for _ in range(2)]
+        with left_in_another_loop(limiter.wait()) as left:
+            here += [begin(), begin()]
             await rounds()
-        if collected:
-            del elsewhere
+        if case == "collected":
+            del left
             gc.collect()
         else:
-            here.append(asyncio.ensure_future(limiter.wait()))
+            here.append(begin())
         await asyncio.gather(*here)
         assert not limiter._queue
 
-    run(after())
+    asyncio.run(after())
 
 
 def test_places_for_those_whose_loop_is_closed_go_to_the_next():
@@ -184,18 +168,17 @@ def test_places_for_those_whose_loop_is_closed_go_to_the_next():
 
     async def after():
         await slots.acquire()
-        with Elsewhere() as elsewhere:
-            left = elsewhere.begin(slots.acquire())
+        with left_in_another_loop(slots.acquire()) as left:
             here = asyncio.ensure_future(slots.acquire())
             await rounds()
         slots.release()
         await here
         slots.release()
-        del left, elsewhere
+        del left
         gc.collect()  # which closes the coroutine that was left, and frees nothing twice
         assert (slots.taken, slots.waiting) == (0, 0)
 
-    run(after())
+    asyncio.run(after())
 
 
 def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
@@ -215,7 +198,7 @@ def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
 
 def in_threads(main):
     """Run it four times, with a number, each in a thread and a loop of its own."""
-    threads = [threading.Thread(target=run, args=(main(number),)) for number in range(4)]
+    threads = [threading.Thread(target=asyncio.run, args=(main(number),)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
