@@ -1,73 +1,17 @@
-"""What the tests of the command line share; its fixtures are there without an import.
+"""What the tests of the command ``bulk`` share; its fixtures are there without an import."""
 
-A command runs in this process, against a simulator in a thread. Only a test about signals,
-terminals and closed streams runs a program in a process of its own: see `programs`.
-"""
-
-import contextlib
 import csv
 import gzip
 import html.parser
 import io
 import json
-import os
 import subprocess
-import threading
 from collections import Counter
 from functools import cache
 
 import anyio
 import pytest
 from programs import running
-
-import moondream_async as md
-from moondream_async.cli import main
-
-
-@pytest.fixture
-def command(moondream_simulator, tmp_path, monkeypatch, capsys):
-    """Runs the command line in a folder of its own; gives its status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    # Between two looks at a batch: a server that goes on with each look needs no time.
-    monkeypatch.setitem(md.Batches.wait.__kwdefaults__, "interval", 0.01)
-
-    def run(*args, stdin=b"", **environment):
-        with monkeypatch.context() as patch, on_stdin(stdin) as file:
-            patch.setattr("sys.stdin", file)
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            status = main([*map(str, args)])
-        return (status, *capsys.readouterr())
-
-    return run
-
-
-@contextlib.contextmanager
-def on_stdin(data):
-    """Give a command something to read, at most what a pipe holds."""
-    before, (ours, its) = os.dup(0), os.pipe()
-    os.write(its, data)
-    os.close(its)
-    os.dup2(ours, 0)
-    os.close(ours)
-    try:
-        with open(0, encoding="utf-8", closefd=False) as file:
-            yield file
-    finally:
-        os.dup2(before, 0)
-        os.close(before)
-
-
-@contextlib.contextmanager
-def meanwhile(act):
-    """Do something in a thread while the command runs."""
-    thread = threading.Thread(target=act)
-    thread.start()
-    yield
-    thread.join()
-
-
-# -- bulk ------------------------------------------------------------------------------
 
 ASKED = {"skill": "caption", "length": "normal"}
 

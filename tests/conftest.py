@@ -1,6 +1,5 @@
 """What tests share: a simulator, a client of it, a picture, and a look at what is left behind."""
 
-import functools
 import gc
 import logging
 import os
@@ -12,7 +11,6 @@ import forked
 import pytest
 from hypothesis import settings
 from own_clock import OwnClock
-from programs import run
 
 import moondream_async as md
 from moondream_async.simulator import SAMPLE_IMAGE, Simulator
@@ -24,7 +22,11 @@ settings.register_profile("fast", max_examples=15, deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("gate")
 
-pytest_plugins = ["bulk_runs", "examples"]  # the docstrings stand outside of this folder
+pytest_plugins = [
+    "commands",
+    "bulk_runs",
+    "examples",
+]  # the docstrings stand outside of this folder
 
 # Keeps Ray on loopback. It is read when Ray is imported, by whichever test is the first.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -117,12 +119,6 @@ async def simulator(dialect):
 async def client(simulator):
     async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
         yield client
-
-
-@pytest.fixture
-def cli(simulator):
-    """Runs the command line, which asks the simulator."""
-    return functools.partial(run, MOONDREAM_ENDPOINT=simulator.endpoint)
 
 
 @pytest.fixture

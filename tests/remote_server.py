@@ -3,6 +3,8 @@
 from contextlib import contextmanager
 
 import anyio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from anyio.from_thread import start_blocking_portal
 from raw_server import EVENTS, STREAM_HEAD, RawServer, in_chunks
 
@@ -48,3 +50,19 @@ def serving(play, **options):
         portal.wrap_async_context_manager(RawServer(play, **options)) as server,
     ):
         yield Remote(portal, server)
+
+
+@contextmanager
+def serving_pages(*routes):
+    """Serve aiohttp's routes in another thread; gives the address without a path."""
+
+    async def make():
+        app = web.Application()
+        app.add_routes(routes)
+        return TestServer(app)
+
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(portal.call(make)) as server,
+    ):
+        yield str(server.make_url("")).rstrip("/")

@@ -14,12 +14,12 @@ from bulk_runs import (
     interrupt,
     kill,
     make_pictures,
-    meanwhile,
     paths_of,
     picture,
     records,
     rows_of,
 )
+from commands import meanwhile
 
 from moondream_async.simulator import Simulator, SimulatorThread
 

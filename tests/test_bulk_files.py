@@ -16,7 +16,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from anyio.from_thread import start_blocking_portal
-from bulk_runs import ASKED, Page, make_pictures, meanwhile, picture, records, rows_of
+from bulk_runs import ASKED, Page, make_pictures, picture, records, rows_of
+from commands import meanwhile
 from PIL import Image
 from programs import PROGRAM
 from raw_server import whole

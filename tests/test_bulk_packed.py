@@ -7,7 +7,8 @@ import signal
 import tarfile
 
 import pytest
-from bulk_runs import Page, kill, meanwhile, picture, records
+from bulk_runs import Page, kill, picture, records
+from commands import meanwhile
 
 pytest.importorskip("webdataset", reason="the extra webdataset is not installed")
 pytest.importorskip("av", reason="the extra video is not installed")

@@ -13,7 +13,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from anyio.from_thread import start_blocking_portal
-from bulk_runs import Page, make_pictures, meanwhile, paths_of, picture, records
+from bulk_runs import Page, make_pictures, paths_of, picture, records
+from commands import meanwhile
 
 pytestmark = pytest.mark.slow  # on one Python version
 
@@ -196,6 +197,14 @@ def test_a_table_gives_pictures_and_its_columns_go_into_questions(
     asked = [each.body["question"] for each in moondream_simulator.requests]
     expected = ["How wide is it?"] * 6 + [f"Is it a {number} cat?" for number in range(6)]
     assert sorted(asked) == sorted(expected)
+
+
+def test_a_table_in_an_old_encoding_loses_no_row(bulk, photos, tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"path,kind\nphotos/00000.jpg,caf\xe9\n")
+    for said in ("1 answered, 0 failed", "1 done before"):
+        assert said in bulk("in.csv", "-o", "o.csv")
+    (line,) = records(tmp_path / "o.csv.jsonl")
+    assert line["row"] == {"kind": "caf\ufffd"}
 
 
 @pytest.mark.parametrize("source", ["photos", "in.csv"])

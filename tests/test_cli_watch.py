@@ -4,12 +4,11 @@ import json
 import re
 from functools import partial
 
-import anyio.to_thread
 import pytest
 from programs import running
-from raw_server import RawServer, head
+from raw_server import head
+from remote_server import serving
 
-from moondream_async.cli import main
 from moondream_async.simulator import SAMPLE_IMAGE
 
 pytest.importorskip("av", reason="the extra video is not installed")
@@ -25,34 +24,29 @@ def clip(tmp_path):
 
 
 @pytest.fixture
-def watch(simulator, capsys):
-    """Run the command in a thread; return its exit status, stdout and stderr."""
-
-    async def run(*args, endpoint=simulator.endpoint):
-        command = ["watch", *map(str, args), "--endpoint", endpoint]
-        status = await anyio.to_thread.run_sync(partial(main, command))
-        return (status, *capsys.readouterr())
-
-    return run
+def watch(command):
+    return partial(command, "watch")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "key"),
-    [
-        ([], "caption"),
-        (["--skill", "query", "--question", "How wide is it?"], "answer"),
-        (["--skill", "detect", "--object", "red"], "objects"),
-        (["--skill", "point", "--object", "red"], "points"),
-        (["--skill", "segment", "--object", "red"], "path"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-async def test_each_answer_is_a_line_with_its_time_and_age(watch, clip, arguments, key):
-    status, said, errors = await watch(clip, *arguments)
+def test_each_answer_is_a_line_with_its_time_and_age(watch, clip):
+    status, said, errors = watch(clip)
     assert (status, errors) == (0, "")
     assert said
     assert all(map(LINE.fullmatch, said.splitlines()))
-    status, said, errors = await watch(clip, *arguments, "--json")
+
+
+SKILLS = {
+    "caption": [],
+    "answer": ["--skill", "query", "--question", "How wide is it?"],
+    "objects": ["--skill", "detect", "--object", "red"],
+    "points": ["--skill", "point", "--object", "red"],
+    "path": ["--skill", "segment", "--object", "red"],
+}
+
+
+@pytest.mark.parametrize("key", SKILLS)
+def test_json_has_the_frame_and_the_answer_of_each_skill(watch, clip, key):
+    status, said, errors = watch(clip, *SKILLS[key], "--json")
     assert (status, errors) == (0, "")
     for each in map(json.loads, said.splitlines()):
         assert list(each)[:5] == ["index", "time", "taken_at", "age", "skipped"]
@@ -70,25 +64,25 @@ async def test_each_answer_is_a_line_with_its_time_and_age(watch, clip, argument
     ],
     ids=["caption", "query", "detect"],
 )
-async def test_an_empty_text_is_called_so_and_only_objects_are_not_found(
-    watch, simulator, clip, arguments, said
+def test_an_empty_text_is_called_so_and_only_objects_are_not_found(
+    watch, moondream_simulator, clip, arguments, said
 ):
-    simulator.script.caption("", times=None)
-    simulator.script.query("", times=None)
-    simulator.script.detect([], times=None)
-    status, lines, errors = await watch(clip, "--every", "1m", *arguments)
+    moondream_simulator.script.caption("", times=None)
+    moondream_simulator.script.query("", times=None)
+    moondream_simulator.script.detect([], times=None)
+    status, lines, errors = watch(clip, "--every", "1m", *arguments)
     assert (status, errors) == (0, "")
     assert lines.rstrip().endswith(f"old: {said}")
 
 
-async def test_frames_are_as_far_apart_as_is_asked_for(watch, clip):
-    _, said, _ = await watch(clip, "--every", "200ms", "--json", "--in-flight", "2")
+def test_frames_are_as_far_apart_as_is_asked_for(watch, clip):
+    _, said, _ = watch(clip, "--every", "200ms", "--json", "--in-flight", "2")
     asked = [json.loads(line)["time"] for line in said.splitlines()]
     # On a busy machine a frame may be superseded, but never the last one.
     assert asked in (times(clip)[::6], times(clip)[6::6])
 
 
-async def test_a_network_camera_is_watched(watch):
+def test_a_network_camera_is_watched(watch):
     photo = SAMPLE_IMAGE.read_bytes()
 
     async def play(peer):
@@ -96,8 +90,8 @@ async def test_a_network_camera_is_watched(watch):
         await peer.send(head("Content-Type: multipart/x-mixed-replace; boundary=f"))
         await peer.send(b"--f\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(photo), photo))
 
-    async with RawServer(play) as server:
-        status, said, errors = await watch(server.origin)
+    with serving(play) as server:
+        status, said, errors = watch(server.endpoint.removesuffix("/v1"))
     assert (status, errors) == (0, "")
     assert LINE.fullmatch(said.strip())
 
@@ -119,38 +113,38 @@ async def test_a_network_camera_is_watched(watch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-async def test_what_cannot_be_watched_is_one_line_and_nothing_is_asked(
-    watch, simulator, clip, arguments, said_of_it
+def test_what_cannot_be_watched_is_one_line_and_nothing_is_asked(
+    watch, moondream_simulator, clip, arguments, said_of_it
 ):
     (clip.parent / "no.mp4").write_bytes(b"no video")
     given = [each.format(folder=clip.parent, clip=clip) for each in arguments]
-    status, said, errors = await watch(*given)
+    status, said, errors = watch(*given)
     assert (status, said) == (said_of_it[0], "")
     assert said_of_it[1] in errors
     assert errors.count("\n") == 1
-    assert simulator.requests == []
+    assert moondream_simulator.requests == []
 
 
-async def test_a_missing_extra_is_told_before_anything_is_asked(
-    watch, simulator, clip, monkeypatch
+def test_a_missing_extra_is_told_before_anything_is_asked(
+    watch, moondream_simulator, clip, monkeypatch
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    status, said, errors = await watch(clip)
+    status, said, errors = watch(clip)
     assert (status, said) == (1, "")
     assert "pip install 'moondream-async[video]'" in errors
-    assert simulator.requests == []
+    assert moondream_simulator.requests == []
 
 
-async def test_no_server_is_told_once_and_in_the_words_of_the_command_line(watch, clip):
-    status, said, errors = await watch(clip, endpoint="http://127.0.0.1:9/v1")
+def test_no_server_is_told_once_and_in_the_words_of_the_command_line(watch, clip, nobody):
+    status, said, errors = watch(clip, "--endpoint", nobody)
     assert (status, said) == (1, "")
     assert "Is the server running?" in errors
     assert errors.count("\n") == 1
 
 
-async def test_frames_that_failed_are_told_and_the_next_is_asked_about(watch, clip, simulator):
-    simulator.faults.append("status=500")
-    status, said, errors = await watch(clip, "--json")
+def test_frames_that_failed_are_told_and_the_next_is_asked_about(watch, clip, moondream_simulator):
+    moondream_simulator.faults.append("status=500")
+    status, said, errors = watch(clip, "--json")
     assert (status, errors) == (0, "")
     first, *_, last = map(json.loads, said.splitlines())
     assert first["error"]["type"] == "ServerError"
@@ -158,7 +152,7 @@ async def test_frames_that_failed_are_told_and_the_next_is_asked_about(watch, cl
 
 
 async def test_ctrl_c_ends_it(tmp_path, simulator):
-    long = make_clip(tmp_path / "long.mp4", count=300, rate=5)
+    long = make_clip(tmp_path / "long.mp4", count=60, rate=1)
     command = ("moondream-async", "watch", long, "--skill", "detect", "--object", "red")
     async with running(*command, MOONDREAM_ENDPOINT=simulator.endpoint) as program:
         await program.until("s old")
