@@ -6,7 +6,6 @@ exact. `test_clock.py` says what counts as progress in a stream.
 
 import asyncio
 import contextlib
-import itertools
 import socket
 import types
 from operator import methodcaller
@@ -63,6 +62,13 @@ async def hang(peer):
     await peer.until_gone()
 
 
+BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
+
+
+async def uploading(client):
+    await client.caption(BIG_IMAGE)
+
+
 async def plainly(client):
     await client.caption(IMAGE)
 
@@ -95,33 +101,32 @@ async def test_the_wait_for_a_place_is_limited(clock, phase):
 
 
 JSON_HEAD = head("Content-Type: application/json", "Content-Length: 1000")
+HALF = JSON_HEAD + b'{"caption": "'
 BEGINNINGS = {  # of answers, and what comes once a second from then on
     "half a head": (STREAM_HEAD[:20], b""),
     "informational": (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
     "JSON": (JSON_HEAD, b" "),
-    "half a JSON": (JSON_HEAD + b'{"caption": "', b"x"),
+    "half a JSON": (HALF, b"x"),
     "text that may be JSON": (head("Content-Type: text/plain"), b" "),
 }
 
 
-def beginning(name):
+def playing(*steps, more=None):
+    """Take a request, send bytes and wait seconds; then send `more` once a second, if any."""
+
     async def play(peer):
         await peer.request()
-        start, more = BEGINNINGS[name]
-        await peer.send(start)
-        while True:
+        for step in steps:
+            await (peer.send(step) if isinstance(step, bytes) else asyncio.sleep(step))
+        while more is not None:
             await asyncio.sleep(1)
             await peer.send(more)
+        await listen(peer)
 
     return play
 
 
-async def refuse_once(peer):
-    await peer.request()
-    await asyncio.sleep(2)
-    await peer.send(head("Content-Length: 0", "Retry-After: 3", status="503 Busy"))
-    await listen(peer)
-
+BUSY = head("Content-Length: 0", "Retry-After: 3", status="503 Busy")
 
 # The call, what the server plays, the client's options, the limits, and how many requests are
 # sent: a model that is slow once is slow twice.
@@ -133,17 +138,12 @@ RUN_OUT = {
     "answer, in total": (plainly, listen, {"max_retries": 3}, {"total": SECONDS}, 1),
     "answer, first_event first": (plainly, listen, {}, {"first_event": 4, "total": 9}, 1),
     "stream, total first": (streaming, listen, {}, {"first_event": 9, "total": 4}, 1),
-    "two tries and the wait": (streaming, refuse_once, {"max_retries": 1}, {"total": 30.5}, 2),
+    "two tries and the wait": (streaming, playing(2, BUSY), {"max_retries": 1}, {"total": 30.5}, 2),
     **{
-        f"{name}, {call.__name__}": (
-            call,
-            beginning(name),
-            {"max_retries": 3},
-            {"first_event": 30.5},
-            1,
-        )
-        for name, call in [*itertools.product(BEGINNINGS, [streaming]), ("half a JSON", plainly)]
+        name: (streaming, playing(start, more=more), {"max_retries": 3}, {"first_event": 30.5}, 1)
+        for name, (start, more) in BEGINNINGS.items()
     },
+    "half an answer": (plainly, playing(HALF, more=b"x"), {}, {"first_event": 30.5}, 1),
     **{
         f"answer, {name}": (methodcaller(name), listen, {}, {"first_event": 5}, 1)
         for name in ("models", "health", "server_stats")
@@ -177,9 +177,6 @@ async def test_connect_begins_anew_with_each_try(clock):
         assert clock.now - started == pytest.approx(4 * 5 + sum(delays))
 
 
-BIG_IMAGE = md.EncodedImage(b"\xff\xd8" + bytes(3_000_000), "image/jpeg", 8, 8)
-
-
 @contextlib.asynccontextmanager
 async def slow_line(play):
     """A server whose system takes in but little ahead of what is read."""
@@ -200,7 +197,7 @@ async def test_first_event_does_not_count_an_upload_that_moves(clock):
         await peer.send(whole(ANSWER))
 
     async with slow_line(play) as server, client_of(server, timeout=only(first_event=60)) as client:
-        await client.caption(BIG_IMAGE)
+        await uploading(client)
 
 
 async def test_upload_that_stands_still_is_a_time_out_that_says_so(clock):
@@ -211,46 +208,39 @@ async def test_upload_that_stands_still_is_a_time_out_that_says_so(clock):
     async with slow_line(play) as server, client_of(server, timeout=only(first_event=60)) as client:
         started = clock.now
         with pytest.raises(md.APITimeoutError, match="upload stood still") as caught:
-            await client.caption(BIG_IMAGE)
+            await uploading(client)
         assert caught.value.phase == "first_event"
         assert clock.now - started < 10 * 60
 
 
 async def test_server_that_is_silent_after_a_large_upload_has_not_begun_its_answer(clock):
-    async def play(peer):
-        await peer.request()
-        await peer.until_gone()
-
-    async with RawServer(play) as server, client_of(server, timeout=only(first_event=60)) as client:
+    async with played(listen, timeout=only(first_event=60)) as (_, client):
         with pytest.raises(md.APITimeoutError, match="answer did not begin within 60 seconds"):
-            await client.caption(BIG_IMAGE)
+            await uploading(client)
 
 
-async def test_error_whose_body_has_no_end_is_read_no_further_than_it_is_of_use(clock):
-    async def play(peer):
-        await peer.request()
-        await peer.send(head("Content-Length: 9000000", status="400 Bad Request"), b"x" * 200_000)
-        await peer.until_gone()
+NO_END = head("Content-Length: 9000000", status="400 Bad Request") + b"x" * 200_000
+SHORT_OF_9 = head("Content-Length: 9", status="500 No")
+ERRORS = {
+    "as much as is of use": (NO_END, {}, md.BadRequestError, 0),
+    "as long as the answer": (SHORT_OF_9, {"first_event": 0.5}, md.ServerError, 0.5),
+    "two seconds": (SHORT_OF_9, {"first_event": 60}, md.ServerError, 2),
+    "not beyond the total": (BUSY, {"total": 2.5}, md.ServerError, 0),
+}
 
-    async with RawServer(play) as server, client_of(server) as client:
+
+@pytest.mark.parametrize(("sent", "limits", "cls", "seconds"), ERRORS.values(), ids=ERRORS)
+async def test_an_error_takes_no_longer_than_it_is_worth(clock, sent, limits, cls, seconds):
+    retries = 3 if sent is BUSY else 0
+    async with played(playing(sent), timeout=only(**limits), max_retries=retries) as (
+        server,
+        client,
+    ):
         started = clock.now
-        with pytest.raises(md.BadRequestError):
-            await client.caption(IMAGE)
-        assert clock.now - started < 1
-
-
-@pytest.mark.parametrize(("limit", "waited"), [(0.5, 0.5), (60, 2)], ids=["as the answer", "2 s"])
-async def test_the_body_of_an_error_is_not_waited_for_longer_than(clock, limit, waited):
-    async def play(peer):
-        await peer.request()
-        await peer.send(head("Content-Length: 9", status="500 No"))
-        await peer.until_gone()
-
-    async with played(play, timeout=md.Timeout(first_event=limit)) as (_, client):
-        started = clock.now
-        with pytest.raises(md.ServerError):
-            await client.caption(IMAGE)
-        assert clock.now - started == pytest.approx(waited, abs=0.1)
+        with pytest.raises(cls):
+            await plainly(client)
+        assert clock.now - started == pytest.approx(seconds, abs=0.1)
+        assert len(server.requests) == 1
 
 
 async def test_total_of_a_picture_in_a_run_counts_from_when_it_may_start(clock):
@@ -278,14 +268,8 @@ def test_end_of_a_loop_does_not_wait_for_a_client_that_it_closes(clock):
 
 
 async def test_first_event_does_not_count_the_time_in_which_nobody_waits(clock):
-    async def play(peer):
-        await peer.request()
-        await asyncio.sleep(20)
-        await peer.send(STREAM_HEAD)
-        await peer.until_gone()
-
     async with (
-        played(play, timeout=only(first_event=30)) as (_, client),
+        played(playing(20, STREAM_HEAD), timeout=only(first_event=30)) as (_, client),
         client.caption(IMAGE, stream=True) as stream,
     ):
         await asyncio.sleep(DAY)
@@ -301,19 +285,6 @@ async def test_total_counts_the_wait_for_the_pace(clock):
         await plainly(client)
         with running_out(clock, "total", 7.5):
             await plainly(client)
-        assert len(server.requests) == 1
-
-
-async def test_retry_that_would_come_too_late_for_total_is_not_waited_for(clock):
-    async def play(peer):
-        await peer.request()
-        await peer.send(head("Content-Length: 0", "Retry-After: 30", status="503 Busy"))
-
-    async with played(play, timeout=only(total=20), max_retries=3) as (server, client):
-        started = clock.now
-        with pytest.raises(md.ServerError):
-            await plainly(client)
-        assert clock.now - started < 1
         assert len(server.requests) == 1
 
 
@@ -335,12 +306,7 @@ async def test_total_ends_a_stream_that_was_lost_and_is_asked_for_again(clock):
 
 
 async def test_without_limits_a_call_waits_for_ever(clock):
-    async def play(peer):
-        await peer.request()
-        await asyncio.sleep(DAY)
-        await peer.send(whole(ANSWER))
-
-    async with RawServer(play) as server, client_of(server, timeout=only()) as client:
+    async with played(playing(DAY, whole(ANSWER)), timeout=only()) as (_, client):
         await plainly(client)
 
 
