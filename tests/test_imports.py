@@ -67,11 +67,9 @@ class Import(NamedTuple):
     line: int
     target: str
     """In full, as ``moondream_async.types.Point`` or ``aiohttp.web``."""
-    name: str
-    """What is taken from it, or "" where that is the whole."""
     for_types: bool
     """Whether it stands in an ``if TYPE_CHECKING:``."""
-    at_once: bool = True
+    at_once: bool
     """Whether it is done as the module is loaded, and not in a function's time."""
 
     @property
@@ -81,11 +79,10 @@ class Import(NamedTuple):
 
     @property
     def room(self):
-        """The room that it reaches into; None outside the package."""
-        parts = self.target.split(".")
-        if parts[0] != PACKAGE.name:
-            return None
-        return parts[1] if len(parts) > 1 else "__init__"
+        """The room that it reaches into, "__init__" for the surface; None outside the package."""
+        package, _, rest = self.target.partition(".")
+        room = rest.partition(".")[0]
+        return None if package != PACKAGE.name else room if room in ROOMS else "__init__"
 
 
 def sources():
@@ -96,33 +93,38 @@ def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def module_name(path):
+    parts = (PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports_of(path):
     """Every import of a file, wherever in it it stands."""
     file = path.relative_to(PACKAGE)
     package = (PACKAGE.name, *file.parts[:-1])  # of this module, or that it is
 
-    def walk(node, *, for_types, at_once=True):
+    def walk(node, *, for_types, at_once):
         at_once = at_once and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        only_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                for statement in child.body:
-                    yield from walk(ast.Module([statement], []), for_types=True, at_once=at_once)
-                for statement in child.orelse:
-                    rest = ast.Module([statement], [])
-                    yield from walk(rest, for_types=for_types, at_once=at_once)
-            elif isinstance(child, ast.Import):
-                for alias in child.names:
-                    yield Import(str(file), child.lineno, alias.name, "", for_types, at_once)
+            within = for_types or (only_types and child in node.body)
+            names = []
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
             elif isinstance(child, ast.ImportFrom):
                 base = package[: len(package) + 1 - child.level] if child.level else ()
-                for alias in child.names:
-                    names = [*base, *(child.module or "").split("."), alias.name]
-                    target = ".".join(filter(None, names))
-                    yield Import(str(file), child.lineno, target, alias.name, for_types, at_once)
-            else:
-                yield from walk(child, for_types=for_types, at_once=at_once)
+                module = [*base, *filter(None, [child.module])]
+                names = [".".join([*module, alias.name]) for alias in child.names]
+            for name in names:
+                yield Import(str(file), child.lineno, name, within, at_once)
+            yield from walk(child, for_types=within, at_once=at_once)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), for_types=False)
+    yield from walk(tree_of(path), for_types=False, at_once=True)
 
 
 @functools.cache
@@ -130,31 +132,16 @@ def imports():
     return [each for path in sources() for each in imports_of(path)]
 
 
-def public_room(each):
-    """The room of an import; what is imported from the package itself is the surface."""
-    return each.room if each.room in ROOMS else "__init__"
+def test_imports_run_one_way_but_for_the_exceptions():
+    assert {room_of(path) for path in sources()} <= set(ROOMS)  # every room has its place
 
-
-def test_every_room_has_its_place():
-    assert {room_of(path) for path in sources()} <= set(ROOMS)
-
-
-def test_imports_run_one_way():
     against = [
         each
         for each in imports()
-        if each.room is not None
-        and public_room(each) != each.importer
-        and (each.importer, public_room(each)) not in EXCEPTIONS
-        and ROOMS.index(public_room(each)) > ROOMS.index(each.importer)
+        if each.room and ROOMS.index(each.room) > ROOMS.index(each.importer)
     ]
 
-    assert against == []
-
-
-def module_name(path):
-    parts = (PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)
-    return ".".join(parts).removesuffix(".__init__")
+    assert {(each.importer, each.room) for each in against} == EXCEPTIONS, against
 
 
 def loaded_first(each, names):
@@ -177,58 +164,36 @@ def test_no_module_waits_for_itself_so_that_each_can_be_the_first():
     assert set(TopologicalSorter(graph).static_order()) == names  # or a CycleError, with its circle
 
 
-def test_every_exception_is_needed():
-    assert {(each.importer, public_room(each)) for each in imports()} >= EXCEPTIONS
-
-
 def test_no_module_imports_from_the_package_as_a_whole_from_inside():
     """It would work only when all of it has been loaded."""
     outside = {"__main__", "cli", "simulator", "integrations", "web"}
 
-    inside = [each for each in imports() if each.room and each.importer not in outside]
-
-    assert [each for each in inside if public_room(each) == "__init__"] == []
+    assert {each.importer for each in imports() if each.room == "__init__"} <= outside
 
 
-def test_the_pure_rooms_know_no_loop_no_clock_and_no_chance():
+def test_the_pure_rooms_know_no_loop_no_clock_no_date_and_no_chance():
     forbidden = {
         "aiohttp", "anyio", "asyncio", "concurrent", "http", "multiprocessing", "random", "secrets",
         "select", "selectors", "socket", "ssl", "subprocess", "time", "urllib3", "uuid", "yarl",
     }  # fmt: skip
-
-    found = [
-        each
-        for each in imports()
-        if each.importer in PURE and not each.for_types and each.target.split(".")[0] in forbidden
-    ]
-
-    assert found == []
-
-
-def test_the_pure_rooms_do_not_ask_for_the_date():
+    pure = [each for each in imports() if each.importer in PURE and not each.for_types]
     asked = [
         (path.name, node.lineno)
         for path in sources()
         if room_of(path) in PURE
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and node.attr in ("now", "utcnow", "today")
     ]
 
+    assert [each for each in pure if each.target.split(".")[0] in forbidden] == []
     assert asked == []
 
 
 def test_the_transport_alone_imports_the_client_of_aiohttp():
-    importers = {
-        each.importer
-        for each in imports()
-        if each.target.split(".")[0] == "aiohttp" and not each.for_types
-    }
-    of_servers = {
-        each.target
-        for each in imports()
-        if each.importer in ("simulator", "web") and each.target.startswith("aiohttp")
-    }
+    of_aiohttp = [each for each in imports() if each.target.split(".")[0] == "aiohttp"]
+    of_servers = {each.target for each in of_aiohttp if each.importer in ("simulator", "web")}
 
+    importers = {each.importer for each in of_aiohttp if not each.for_types}
     assert importers == {"_transport", "simulator", "web"}
     assert of_servers <= {"aiohttp.hdrs", "aiohttp.web"}
 
@@ -242,6 +207,34 @@ def test_the_simulator_shares_nothing_with_the_client_but_its_types():
 
 def test_nothing_imports_an_integration():
     assert {each.importer for each in imports() if each.room == "integrations"} <= {"integrations"}
+
+
+# -- private names of others ---------------------------------------------------------------
+
+
+def test_private_names_and_modules_of_other_libraries_are_used_in_one_place():
+    """A private name is of ours where some module of ours defines or sets it."""
+    ours = {"_fields", "_asdict", "_replace", "_getframe"}  # these are public
+    used = set()
+    for path in sources():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                ours.add(node.name)
+            elif isinstance(node, ast.Name):
+                ours.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                    ours.add(node.attr)
+                if node.attr.startswith("_") and not node.attr.startswith("__"):
+                    used.add((path.relative_to(PACKAGE).as_posix(), node.attr))
+    private = {
+        (each.file, each.target)
+        for each in imports()
+        if each.target.startswith(("anyio._", "aiohttp._", "asyncio._"))
+    }
+
+    foreign = {(file, name) for file, name in used if name not in ours} | private
+    assert {file for file, _ in foreign} <= {"_transport/private.py"}, foreign
 
 
 # -- what is loaded when -------------------------------------------------------------------
