@@ -91,21 +91,6 @@ def test_what_a_run_would_take_is_told_and_nothing_asked(
 # -- what fails ---------------------------------------------------------------------
 
 
-def test_a_picture_that_fails_is_a_line_and_is_tried_again(bulk, photos, tmp_path):
-    (photos / "00000.jpg").write_bytes(picture()[:20])
-    (photos / "empty.png").write_bytes(b"")
-    said = bulk("photos", "missing.jpg", *OUT, status=1)
-    assert "19 answered, 3 failed" in said
-    failed = [line for line in records(tmp_path / "out.jsonl") if "error" in line]
-    assert paths_of(failed) == ["missing.jpg", "photos/00000.jpg", "photos/empty.png"]
-    assert all(line["error"]["type"] == "ImageError" for line in failed)
-    (photos / "00000.jpg").write_bytes(picture())
-    said = bulk("photos", "missing.jpg", *OUT, status=1)
-    assert "1 answered, 2 failed, 19 done before" in said
-    lines = records(tmp_path / "out.jsonl")
-    assert len(lines) == len(set(paths_of(lines))) == 22
-
-
 def test_a_server_that_fails_and_refuses_costs_no_picture(
     bulk, moondream_simulator, photos, tmp_path
 ):

@@ -70,7 +70,8 @@ BAD = [
 @pytest.mark.parametrize(
     ("way", "arguments", "reason"),
     [
-        *[(way, *bad) for way in (ray, datasets) for bad in BAD],
+        *[(ray, *bad) for bad in BAD],
+        *[(datasets, *bad) for bad in BAD[::7]],  # by the same table
         (ray, {"actors": 0}, "actors"),
         (ray, {"batch_size": 0}, "batch_size"),
         (datasets, {"num_proc": 0}, "num_proc"),
@@ -95,22 +96,17 @@ async def test_no_key_for_the_cloud_is_told_before_anything_is_read(ask):
         await ask([{"image": "gone.jpg"}])
 
 
-FORMS = {
-    "a path": str,
-    "a file's bytes": lambda photo: photo.read_bytes(),
-    "bytes as Hugging Face stores them": lambda photo: {"bytes": photo.read_bytes(), "path": None},
-    "a path as Hugging Face stores it": lambda photo: {"bytes": None, "path": str(photo)},
-}
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-async def test_pictures_are_read_in_any_form(ask, here, client, photo, form):
-    (row,) = await ask([{"image": form(photo)}], **here)
+async def test_pictures_are_read_in_any_form(ask, here, client, photo):
+    """Paths and bytes, plain and as Hugging Face stores them."""
+    data = photo.read_bytes()
+    forms = [str(photo), data, {"bytes": data, "path": None}, {"bytes": None, "path": str(photo)}]
     expected = await client.caption(photo)
-    assert row["caption"] == expected.caption
-    assert row["finish_reason"] == expected.finish_reason
-    assert row["request_id"]
-    assert row["error_type"] is row["error_message"] is None
+    for form in forms:
+        (row,) = await ask([{"image": form}], **here)
+        assert row["caption"] == expected.caption
+        assert row["finish_reason"] == expected.finish_reason
+        assert row["request_id"]
+        assert row["error_type"] is row["error_message"] is None
 
 
 async def test_what_fails_is_an_error_in_its_row(ask, here, simulator, photo):
@@ -137,13 +133,13 @@ async def test_questions_are_read_from_a_column(ask, here, client, photo):
     assert [row["md_error_type"] for row in rows] == [None, None, "RequestError"]
 
 
-@pytest.mark.parametrize(("skill", "column"), [("detect", "objects"), ("point", "points")])
-async def test_places_are_plain_data(ask, here, client, photo, *, skill, column):
-    rows = [{"image": str(photo)}, {"image": "gone.jpg"}]
-    rows = await ask(rows, skill, object="shape", **here)
-    expected = await getattr(client, skill)(photo, "shape")
-    assert rows[0][column] == [dict(place) for place in expected[column]] != []
-    assert not rows[1][column]
+async def test_places_are_plain_data(ask, here, client, photo):
+    for skill, column in (("detect", "objects"), ("point", "points")):
+        rows = [{"image": str(photo)}, {"image": "gone.jpg"}]
+        rows = await ask(rows, skill, object="shape", **here)
+        expected = await getattr(client, skill)(photo, "shape")
+        assert rows[0][column] == [dict(place) for place in expected[column]] != []
+        assert not rows[1][column]
 
 
 async def test_after_a_refused_key_nothing_more_is_sent(ask, photo):
