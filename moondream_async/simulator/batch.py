@@ -15,7 +15,6 @@ from typing import Annotated
 import msgspec
 
 from .dialects import MODELS, Dialect
-from .pixels import in_thread
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Body, Route
@@ -104,7 +103,7 @@ class Batches:
         batch_id = received.params["id"]
         if batch_id not in self._batches:
             raise RefusedError("No such batch", status=404)
-        return in_thread(self._advance, batch_id)
+        return received.find(self._advance, batch_id)
 
     def _advance(self, batch_id: str) -> Body:
         with self._working:  # the thread of a request whose client has left goes on

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from . import answers
 from .dialects import Dialect
-from .pixels import in_thread, look
+from .pixels import look
 from .received import ReceivedRequest
 from .steps import Answer, Body, Event, Route, Steps, say, split_words
 from .validation import RefusedError, Temperature, TopP, read_typed
@@ -97,9 +97,7 @@ class Chat:
 
     async def _complete(self, received: ReceivedRequest) -> Body | Steps:
         body = read_typed(received.body, _ChatBody)
-        answer = received.scripted.answer if received.scripted else None
-        if answer is None:
-            answer = await in_thread(_measure, body)
+        answer: Answer = await received.find(_measure, body)
         self._answered += 1
         head = {
             "id": f"chatcmpl-{self._answered:08x}",

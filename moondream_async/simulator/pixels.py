@@ -12,21 +12,11 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple
 
-import anyio.to_thread
 import msgspec
-from anyio.lowlevel import RunVar
 from PIL import Image, ImageFilter, ImageStat
 
 from .validation import RefusedError, decode_image
-
-_Args = TypeVarTuple("_Args")
-_T = TypeVar("_T")
-
-_AT_ONCE = 4  # pictures that are looked at: each may take half a gigabyte
-_limiter: RunVar[anyio.CapacityLimiter] = RunVar("_limiter")  # one for each event loop
 
 GRID = 160
 
@@ -75,16 +65,6 @@ _UNREADABLE = (
 
 Place = tuple[float, float]
 """X and y, 0-1."""
-
-
-async def in_thread(look: Callable[[*_Args], _T], *args: *_Args) -> _T:
-    """Call a function that looks at pictures, in one of a few threads that nothing else takes."""
-    try:
-        limiter = _limiter.get()
-    except LookupError:
-        limiter = anyio.CapacityLimiter(_AT_ONCE)
-        _limiter.set(limiter)
-    return await anyio.to_thread.run_sync(look, *args, limiter=limiter)
 
 
 class Area(msgspec.Struct, frozen=True):

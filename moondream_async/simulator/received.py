@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import anyio.to_thread
+
 from .faults import Fault
 from .validation import decode_image
 
@@ -42,7 +45,9 @@ class ReceivedRequest:
         disconnected: Whether the client went away before the answer was whole.
     """
 
-    def __init__(self, request: web.Request, connection: int) -> None:
+    def __init__(
+        self, request: web.Request, connection: int, limiter: anyio.CapacityLimiter
+    ) -> None:
         self.method = request.method
         self.path = request.path
         self.origin = f"{request.scheme}://{request.host}"  # of the header Host, unchecked
@@ -62,6 +67,7 @@ class ReceivedRequest:
         self.ended_at: float | None = None
         self.seconds = 0.0
         self.disconnected = False
+        self._limiter = limiter
         self._began = time.monotonic()
 
     def __repr__(self) -> str:
@@ -74,6 +80,15 @@ class ReceivedRequest:
         self.ended_at = time.monotonic()
         self.seconds = self.ended_at - self._began
         self.ended.set()
+
+    async def find(self, look: Callable[..., Any], *args: Any) -> Any:
+        """Return the scripted answer, or what a function finds that looks at pictures.
+
+        The function is called in one of a few threads that nothing else takes.
+        """
+        if self.scripted is not None and self.scripted.answer is not None:
+            return self.scripted.answer
+        return await anyio.to_thread.run_sync(look, *args, limiter=self._limiter)
 
     @property
     def images(self) -> list[bytes]:

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import msgspec
 from aiohttp import hdrs, web
 
@@ -130,6 +131,7 @@ class Simulator:
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
+        self._limiter = anyio.CapacityLimiter(4)  # a picture may take half a gigabyte
         self._answering: set[asyncio.Task[Any] | None] = set()
         routes = self._routes()
         for route in routes:
@@ -243,7 +245,8 @@ class Simulator:
 
     async def _receive(self, route: Route, request: web.Request) -> web.StreamResponse:
         """Remember a request, answer it, and notice when its client goes away."""
-        received = ReceivedRequest(request, self.connections.number(request.protocol))
+        connection = self.connections.number(request.protocol)
+        received = ReceivedRequest(request, connection, self._limiter)
         self.requests.append(received)
         del self.requests[: max(0, len(self.requests) - self._keep)]
         self._notify()

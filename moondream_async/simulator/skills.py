@@ -11,7 +11,7 @@ import msgspec
 
 from . import answers
 from .dialects import MODELS, Dialect
-from .pixels import Area, Picture, in_thread, look
+from .pixels import Area, Picture, look
 from .received import ReceivedRequest
 from .steps import Answer, Body, Route, Steps, say, split_words
 from .validation import BodyT, CaptionBody, ObjectBody, QueryBody, RefusedError, read_body
@@ -117,9 +117,7 @@ class Endpoints:
         stream = received.stream and skill.streams
         if stream and getattr(body, "reasoning", False) and not dialect.streams_reasoning:
             raise RefusedError("Streaming is not supported when reasoning is enabled")
-        answer = received.scripted.answer if received.scripted else None
-        if answer is None:
-            answer = await in_thread(skill.answer, body)
+        answer: Answer = await received.find(skill.answer, body)
         self._answered += 1
         answer = msgspec.structs.replace(
             answer, number=self._answered, received=started, ready=time.perf_counter()

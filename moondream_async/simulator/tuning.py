@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 import msgspec
 
 from .dialects import Dialect
-from .pixels import in_thread
 from .received import ReceivedRequest
 from .skills import SKILLS
 from .steps import Answer, Body, Endpoint, Route
@@ -144,7 +143,7 @@ class Tuning:
         if name not in _SKILLS:
             raise RefusedError(f"skill must be one of {', '.join(_SKILLS)}", param="request.skill")
         request = read_body(body.request, SKILLS[name].body, needs_image=name != "query")
-        answer = await in_thread(SKILLS[name].answer, request)
+        answer = await received.find(SKILLS[name].answer, request)
         # At temperature 0 a model says the same each time.
         varies = not request.settings or request.settings.temperature != 0
         outputs = [_worsen(answer, number * varies) for number in range(body.num_rollouts)]
