@@ -128,8 +128,6 @@ async def test_the_newest_frame_is_asked_about_next_and_no_other_is_encoded(
         await asked(simulator, 2)
         held[1].release()
         assert await reader.until(2) == [0, 9]
-        camera.end()
-        await reader.end()
     first, second = reader.results
     assert (first.skipped, second.skipped) == (0, 8)
     assert (watch.frames, watch.skipped, watch.dropped) == (10, 8, 0)
@@ -142,16 +140,11 @@ async def test_the_newest_frame_is_asked_about_next_and_no_other_is_encoded(
 
 async def test_every_result_tells_its_frame_and_its_age(client, camera):
     async with client.watch(camera) as watch:
-        reader = Reader(watch)
-        for number in range(3):
-            await camera.show(number)
-            await reader.until(number + 1)
-        camera.end()
-        await reader.end()
-    assert all(isinstance(each, WatchResult) and each.ok for each in reader.results)
-    assert [each.frame.index for each in reader.results] == [0, 1, 2]
-    assert all(0 < each.age < 60 for each in reader.results)
-    taken = [each.taken_at for each in reader.results]
+        results = [await result_of(watch, camera, number) for number in range(3)]
+    assert all(isinstance(each, WatchResult) and each.ok for each in results)
+    assert [each.frame.index for each in results] == [0, 1, 2]
+    assert all(0 < each.age < 60 for each in results)
+    taken = [each.taken_at for each in results]
     assert taken == sorted(taken)
 
 
@@ -184,8 +177,6 @@ async def test_a_frame_is_chosen_only_when_its_call_has_a_connection_slot(simula
             assert camera.looked_at == set()
             await stream.text()
             assert await reader.until(1) == [5]
-            camera.end()
-            await reader.end()
     assert camera.looked_at == {5}
     assert (watch.frames, watch.skipped, reader.results[0].skipped) == (6, 5, 5)
     assert len(simulator.requests) == 2
@@ -236,8 +227,6 @@ async def test_results_come_in_order_and_those_that_come_too_late_are_dropped(
         await simulator.wait_until(simulator.requests[0].ended.is_set)
         held[2].release()
         assert await reader.until(2) == [1, 2]
-        camera.end()
-        await reader.end()
     assert [each.skipped for each in reader.results] == [1, 0]
     assert (watch.skipped, watch.dropped) == (0, 1)
 
@@ -264,8 +253,6 @@ async def test_a_new_frame_cancels_the_oldest_with_supersede(simulator, client, 
         await asked(simulator, 2)
         held[1].release()
         assert await reader.until(1) == [1]
-        camera.end()
-        await reader.end()
     assert (watch.skipped, watch.dropped) == (1, 0)
 
 
@@ -329,13 +316,11 @@ class BlockingCamera:
 async def test_frames_that_block_are_read_in_a_thread_of_their_own(client):
     camera = BlockingCamera()
     async with client.watch(camera) as watch:
-        reader = Reader(watch)
         for number in range(3):
             camera.frames.put(Picture(number))
-            await reader.until(number + 1)
+            assert (await anext(watch)).skipped == 0
         camera.frames.put(None)
-        await reader.end()
-    assert [each.skipped for each in reader.results] == [0, 0, 0]
+        assert await anext(watch, None) is None
     assert camera.threads.isdisjoint({threading.current_thread()})
 
 
@@ -378,14 +363,7 @@ async def test_an_iterable_that_is_always_ready_is_no_busy_loop(simulator, clien
 async def test_a_failure_is_a_result_and_the_next_frame_is_asked_about(simulator, client, camera):
     simulator.script.caption(fault="status=503,retry_after=0")
     async with client.watch(camera) as watch:
-        reader = Reader(watch)
-        await camera.show(0)
-        await reader.until(1)
-        await camera.show(1)
-        await reader.until(2)
-        camera.end()
-        await reader.end()
-    failed, good = reader.results
+        failed, good = [await result_of(watch, camera, number) for number in range(2)]
     assert isinstance(failed.error, md.ServerError)
     assert (failed.ok, failed.result, failed.index) == (False, None, 0)
     assert failed.error.__traceback__ is None
