@@ -39,9 +39,9 @@ CALLS = {
 
 
 async def test_streams_are_read_as_documented(photo):
-    answers = [(WIRE / f"{name}.sse").read_bytes() for name, *_ in STREAMS]
+    answers = [(WIRE / f"{name}.sse").read_bytes() for name in STREAMS]
     async with canned(*(STREAM_HEAD + in_chunks(data) for data in answers)) as (client, _):
-        for name, whole, beside in STREAMS:
+        for name, (whole, beside) in STREAMS.items():
             stream = await CALLS[skill_of(name)](client, photo)
             assert await stream.text() == whole
             assert stream.completed
