@@ -336,26 +336,56 @@ def wide(low, high, mode):
     return grey(low, high).convert("I").convert(mode)
 
 
+def grey_row(*samples):
+    return Image.frombytes("L", (len(samples), 1), bytes(samples))
+
+
+def white_left_of(colour, size):
+    picture = Image.new("L" if isinstance(colour, int) else "RGB", size, colour)
+    picture.paste("white", (0, 0, size[0] // 2, size[1]))
+    return picture
+
+
+def raw_png(size, depth, colour, row, key):
+    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    data = zlib.compress((b"\0" + row) * size[1])
+    chunks = [(b"IHDR", head), (b"tRNS", key), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def raw_tiff(bits, photometric, samples):
+    """A TIFF of one row of grey samples, written as they are."""
+    tags = [(256, 4, 2), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
+    tags += [(273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(samples))]
+    ifd = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(samples))
+    return head + samples + struct.pack("<H", len(tags)) + ifd + bytes(4)
+
+
+PNG_XMP = b"XML:com.adobe.xmp\0"
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+HEX = exif(6).tobytes().hex().encode()
+RAW = b"\nexif\n    90\n" + b"\n".join(HEX[at : at + 72] for at in range(0, len(HEX), 72))
+TURNED = PHOTO.transpose(Image.Transpose.ROTATE_270)
+TO_LAB = ImageCms.buildTransform(
+    ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+)
 RAMP = grey(0, 255).convert("L")
-FLAT = Image.new("F", (8, 8), 1e30)
-SHOWN = {  # a picture, what it looks like, and the most that may differ
-    **{
-        mode: (DRAWING.convert(mode), DRAWING, tolerance)
-        for mode, tolerance in {
-            "RGB": 0,
-            "RGBA": 0,
-            "RGBX": 0,
-            "CMYK": 1,
-            "YCbCr": 2,
-            "HSV": 8,
-        }.items()
-    },
-    **{mode: (DRAWING.convert(mode), DRAWING.convert(mode), 0) for mode in ("L", "1")},
+LOOKS = {  # a picture, what it looks like, and the most that may differ
+    "RGB": (DRAWING, DRAWING, 0),
+    "RGBA": (DRAWING.convert("RGBA"), DRAWING, 0),
+    "RGBa": (DRAWING.convert("RGBA").convert("RGBa"), DRAWING, 0),
+    "RGBX": (DRAWING.convert("RGBX"), DRAWING, 0),
+    "CMYK": (DRAWING.convert("CMYK"), DRAWING, 1),
+    "YCbCr": (DRAWING.convert("YCbCr"), DRAWING, 2),
+    "HSV": (DRAWING.convert("HSV"), DRAWING, 8),
+    "LAB": (TO_LAB.apply(DRAWING), DRAWING, 23),
+    "L": (DRAWING.convert("L"), DRAWING.convert("L"), 0),
+    "1": (DRAWING.convert("1"), DRAWING.convert("1"), 0),
     "LA": (DRAWING.convert("LA"), DRAWING.convert("L"), 0),
     "La": (DRAWING.convert("LA").convert("La"), DRAWING.convert("L"), 0),
     "P": (DRAWING.quantize(8), DRAWING, 0),
     "PA": (DRAWING.quantize(8).convert("PA"), DRAWING, 0),
-    "RGBa": (DRAWING.convert("RGBA").convert("RGBa"), DRAWING, 0),
     "I;16": (wide(0, 65535, "I;16"), RAMP, 1),
     "I;16B": (wide(0, 65535, "I;16B"), RAMP, 1),
     "I-8-bits": (wide(0, 255, "I"), RAMP, 1),
@@ -364,24 +394,45 @@ SHOWN = {  # a picture, what it looks like, and the most that may differ
     "F-8-bits": (grey(0, 255), RAMP, 1),
     "F-fractions": (grey(0, 1), RAMP, 1),
     "F-stretched": (grey(-1, 1), RAMP, 2),
-    "F-flat": (FLAT, Image.new("L", (8, 8), 0), 0),
+    "F-flat": (Image.new("F", (8, 8), 1e30), Image.new("L", (8, 8), 0), 0),
+    # A TIFF of any depth; in the last two, white is 0.
+    "tiff-12-bits": (raw_tiff(12, 1, b"\xff\xf8\x00"), grey_row(255, 128), 0),
+    "tiff-16-bits": (raw_tiff(16, 1, b"\xff\xff\x80\x80"), grey_row(255, 128), 0),
+    "tiff-16-white": (raw_tiff(16, 0, b"\xff\xff\x7f\x7f"), grey_row(0, 128), 0),
+    "tiff-8-white": (raw_tiff(8, 0, b"\xff\x7f"), grey_row(0, 128), 0),
+    # Only the colour that stands for nothing is white.
+    "key-1": (raw_png((16, 4), 1, 0, b"\xff\0", b"\0\1"), white_left_of(0, (16, 4)), 0),
+    "key-2": (raw_png((8, 4), 2, 0, b"\x55\xaa", b"\0\1"), white_left_of(170, (8, 4)), 0),
+    "key-4": (raw_png((4, 4), 4, 0, b"\x11\xee", b"\0\1"), white_left_of(238, (4, 4)), 0),
+    "key-8": (raw_png((2, 4), 8, 0, b"\x07\x80", b"\0\7"), white_left_of(128, (2, 4)), 0),
+    "key-16": (raw_png((2, 4), 16, 0, b"\7\7\x80\x80", b"\7\7"), white_left_of(128, (2, 4)), 0),
+    "key-16-rgb": (
+        raw_png((2, 4), 16, 2, b"\1\2\3\4\5\6" + b"\x80\0" * 3, b"\1\2\3\4\5\6"),
+        white_left_of((128,) * 3, (2, 4)),
+        0,
+    ),
+    # The orientation may stand elsewhere.
+    "xmp-jpeg": (in_jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)), TURNED, 47),
+    "xmp-png": (in_png(chunk(b"iTXt", PNG_XMP + b"\0\0\0\0" + XMP)), TURNED, 47),
+    "xmp-packed": (in_png(chunk(b"iTXt", PNG_XMP + b"\1\0\0\0" + zlib.compress(XMP))), TURNED, 47),
+    "xmp-webp": (save(PHOTO, "WEBP", xmp=XMP), TURNED, 47),
+    "xmp-tiff": (save(PHOTO, "TIFF", tiffinfo={700: XMP}), TURNED, 47),
+    "exif-as-text": (in_png(chunk(b"tEXt", b"Raw profile type APP1\0" + RAW)), TURNED, 47),
+    "exif-packed": (
+        in_png(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW))),
+        TURNED,
+        47,
+    ),
 }
 
 
-def test_mode_arrives_as_it_looks():
-    for name, (picture, expected, tolerance) in SHOWN.items():
-        before = picture.tobytes(), picture.mode, picture.size, dict(picture.info)
-        result = opened(encode_image(picture))
+def test_picture_arrives_as_it_looks():
+    for name, (given, expected, tolerance) in LOOKS.items():
+        before = given.copy() if isinstance(given, Image.Image) else given
+        result = opened(encode_image(given))
         assert result.mode in ("L", "RGB", "1")
         assert difference(result, expected) <= tolerance, name
-        assert (picture.tobytes(), picture.mode, picture.size, dict(picture.info)) == before
-
-
-def test_lab_arrives_as_it_looks():
-    to_lab = ImageCms.buildTransform(
-        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
-    )
-    assert difference(opened(encode_image(to_lab.apply(DRAWING))), DRAWING) < 24
+        assert given == before  # with its mode, size and info
 
 
 def test_pixels_that_are_not_numbers_are_refused():
@@ -433,47 +484,6 @@ def test_transparency_is_laid_on_white():
         assert result.getpixel((3, 20)) != (255, 255, 255), picture.mode
     half = opened(encode_image(Image.new("RGBA", (16, 16), (0, 0, 0, 51))))
     assert half.getpixel((5, 5)) == (204, 204, 204)
-
-
-def raw_png(size, depth, colour, row, key):
-    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
-    data = zlib.compress((b"\0" + row) * size[1])
-    chunks = [(b"IHDR", head), (b"tRNS", key), (b"IDAT", data), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
-
-
-def test_only_the_colour_that_stands_for_nothing_is_white():
-    for data, there in (
-        (raw_png((16, 4), 1, 0, b"\xff\0", b"\0\1"), 0),
-        (raw_png((8, 4), 2, 0, b"\x55\xaa", b"\0\1"), 170),
-        (raw_png((4, 4), 4, 0, b"\x11\xee", b"\0\1"), 238),
-        (raw_png((2, 4), 8, 0, b"\x07\x80", b"\0\7"), 128),
-        (raw_png((2, 4), 16, 0, b"\7\7\x80\x80", b"\7\7"), 128),
-        (raw_png((2, 4), 16, 2, b"\1\2\3\4\5\6" + b"\x80\0" * 3, b"\1\2\3\4\5\6"), (128,) * 3),
-    ):
-        picture = opened(encode_image(data))
-        assert picture.getpixel((0, 1)) in (255, (255, 255, 255))
-        assert picture.getpixel((picture.width - 1, 1)) == there
-
-
-def raw_tiff(bits, photometric, samples):
-    """A TIFF of one row of grey samples, written as they are."""
-    tags = [(256, 4, 2), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
-    tags += [(273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(samples))]
-    ifd = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    head = b"II*\0" + struct.pack("<I", 8 + len(samples))
-    return head + samples + struct.pack("<H", len(tags)) + ifd + bytes(4)
-
-
-def test_tiff_of_any_depth_arrives_as_it_looks():
-    for data, expected in (
-        (raw_tiff(12, 1, b"\xff\xf8\x00"), (255, 128)),
-        (raw_tiff(16, 1, b"\xff\xff\x80\x80"), (255, 128)),
-        (raw_tiff(16, 0, b"\xff\xff\x7f\x7f"), (0, 128)),  # where white is 0
-        (raw_tiff(8, 0, b"\xff\x7f"), (0, 128)),
-    ):
-        picture = opened(encode_image(data))
-        assert (picture.getpixel((0, 0)), picture.getpixel((1, 0))) == expected
 
 
 def test_first_frame_that_is_smaller_than_its_gif_has_nothing_around_it():
@@ -561,25 +571,6 @@ def test_orientation_is_read_however_it_is_written():
             ifd = struct.pack(order + "IHHHI", 8, 1, 0x0112, kind, 1) + value
             result = encode_image(in_jpeg(segment(0xE1, b"Exif\0\0" + head + ifd)))
             assert (result.width, result.height) == (64, 96), (order, kind)
-
-
-XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-HEX = exif(6).tobytes().hex().encode()
-RAW = b"\nexif\n    90\n" + b"\n".join(HEX[at : at + 72] for at in range(0, len(HEX), 72))
-
-
-def test_orientation_that_stands_elsewhere_is_kept():
-    for name, data in {
-        "jpeg": in_jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)),
-        "png": in_png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
-        "png-packed": in_png(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP))),
-        "webp": save(PHOTO, "WEBP", xmp=XMP),
-        "tiff": save(PHOTO, "TIFF", tiffinfo={700: XMP}),
-        "raw-packed": in_png(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW))),
-        "raw": in_png(chunk(b"tEXt", b"Raw profile type APP1\0" + RAW)),
-    }.items():
-        picture = opened(encode_image(data))
-        assert difference(picture, PHOTO.transpose(Image.Transpose.ROTATE_270)) < 48, name
 
 
 def test_exif_is_believed_before_xmp_and_an_orientation_that_means_nothing_is_passed_over():
