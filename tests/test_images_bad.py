@@ -79,6 +79,7 @@ NO_PICTURES = [
     (CLOSED_FILE, "can't be read"),
     (RELEASED_VIEW, "can't be read"),
     (Image.new("RGB", (0, 9)), "no pixels"),
+    (b"\xff\xd8\xff\xd9", "a JPEG without a picture in it"),
     (png_head(0, 8, 2), "no pixels"),
     (jpeg_of(0, 8), "no pixels"),
 ]
