@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
@@ -27,15 +28,6 @@ UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 typer exports only one of its subclasses; the class itself is click's in some versions of
 typer, and typer's own in others.
 """
-
-OWN = {
-    "caption": "length",
-    "query": "question",
-    "detect": "object",
-    "point": "object",
-    "segment": "object",
-}
-"""The argument of a skill that says what is asked; all but ``length`` have to be given."""
 
 
 def check_positive(value: float | None) -> float | None:
@@ -77,9 +69,6 @@ Endpoint = Annotated[
         help="The server's address, with its /v1. [default: MOONDREAM_ENDPOINT, "
         "else Moondream Cloud]",
     ),
-]
-Model = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The model. [default: the server's]")
 ]
 Timeout = Annotated[
     float | None,
@@ -143,8 +132,9 @@ def expand(command: Callable[..., object]) -> Callable[..., None]:
     for each in signature.parameters.values():
         for group in getattr(each.annotation, "__metadata__", ()):
             if isinstance(group, Group):
-                own = inspect.signature(group.gather, eval_str=True).parameters.values()
-                groups[each.name] = group, list(own)
+                gathered = inspect.signature(group.gather, eval_str=True).parameters.values()
+                own = [option.replace(kind=option.KEYWORD_ONLY) for option in gathered]
+                groups[each.name] = group, own
                 options += own
         if each.name not in groups:
             options.append(each)
@@ -225,7 +215,7 @@ def check_asked(
     context: typer.Context, skill: str, arguments: Mapping[str, Any], *, needed: bool = True
 ) -> None:
     """Refuse another skill's arguments and, where it is `needed`, a lack of the skill's own."""
-    own = OWN[skill]
+    own = {"caption": "length", "query": "question"}.get(skill, "object")
     for name in arguments:
         if name != own and not (name == "reasoning" and skill == "query"):
             raise UsageError(f"'--{name}' is not for '--skill {skill}'", context)
@@ -233,12 +223,15 @@ def check_asked(
         raise UsageError(f"'--skill {skill}' needs '--{own}'", context)
 
 
-class Server(NamedTuple):
+@dataclass(frozen=True)
+class Server:
     """The server that the user's options name, and the limit on its answers."""
 
-    endpoint: str | None
-    model: str | None
-    timeout: float | None
+    endpoint: Endpoint = None
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model. [default: the server's]")
+    ] = None
+    timeout: Timeout = None
 
     def client(self, **others: Any) -> MoondreamClient:
         """Return a client; its key comes from the environment.
@@ -258,18 +251,14 @@ def _report_retry(event: CallEvent) -> None:
     note(f"Trying again in {event.delay or 0:.1f} s: {event.error}")
 
 
-def _server(*, endpoint: Endpoint = None, model: Model = None, timeout: Timeout = None) -> Server:
-    return Server(endpoint, model, timeout)
-
-
 def _server_alone(*, endpoint: Endpoint = None, timeout: Timeout = None) -> Server:
-    return Server(endpoint, None, timeout)
+    return Server(endpoint, timeout=timeout)
 
 
 Settings = Annotated[types.Settings | None, Group(_settings)]
 """How the model writes; None where the user leaves it to the server."""
 Asked = Annotated[tuple[str, dict[str, Any]], Group(_asked)]
 """A skill, and the arguments that were given for it."""
-OfModel = Annotated[Server, Group(_server)]
+OfModel = Annotated[Server, Group(Server)]
 Client = Annotated[MoondreamClient, Group(_server_alone)]
 """For asynchronous commands that need no model."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import typer
@@ -26,6 +26,9 @@ from moondream_async.results import (
     StreamEvent,
     UnknownEvent,
 )
+
+if TYPE_CHECKING:
+    from ._picture import Wrapper
 
 # Control characters, and characters that change the direction in which a line is read.
 _DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
@@ -95,20 +98,21 @@ def coordinates(place: Region | Point) -> str:
     return " ".join(f"{getattr(place, name):.4f}" for name in names)
 
 
-async def print_pieces(stream: Stream) -> int:
-    """Print a stream's pieces as they arrive; return how many there were.
+async def print_pieces(stream: Stream, wrapper: Wrapper | None = None) -> int:
+    """Print a stream's pieces as they arrive, wrapped or as they are; return how many there were.
 
     The last line is ended also where the stream fails or is cancelled.
     """
     count = 0
-    text = ""
+    piece = ""
     try:
         async for piece in stream.chunk:
-            text = piece
-            print_text(piece, end="")
+            print_text(piece if wrapper is None else wrapper.feed(piece), end="")
             count += 1
     finally:
-        if text and not text.endswith("\n"):
+        if wrapper is not None:
+            print_text(wrapper.end())
+        elif piece and not piece.endswith("\n"):
             typer.echo()
     return count
 

@@ -6,11 +6,8 @@ import io
 import shutil
 from typing import TYPE_CHECKING
 
-from ._output import print_text
-
 if TYPE_CHECKING:
     from moondream_async import EncodedImage
-    from moondream_async._stream.stream import Stream
 
 _BESIDES = 9  # lines of text around the picture
 _WIDEST = 72  # columns; lines longer than that are hard to read
@@ -96,16 +93,3 @@ class Wrapper:
         word = word if self._at else word.lstrip()
         self._at += cell_len(word)
         return word
-
-
-async def print_wrapped(stream: Stream) -> int:
-    """Print a stream's pieces as they arrive, wrapped at words; return how many there were."""
-    wrapper = Wrapper(width())
-    count = 0
-    try:
-        async for piece in stream.chunk:
-            print_text(wrapper.feed(piece), end="")
-            count += 1
-    finally:
-        print_text(wrapper.end())
-    return count

@@ -7,6 +7,7 @@ import os
 import sys
 import webbrowser
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +17,7 @@ from moondream_async.types import SAMPLE_IMAGE, EncodedImage
 from . import _options as options
 from ._options import UsageError
 from ._output import note, print_pieces, print_text
-from ._picture import print_wrapped, show_picture
+from ._picture import Wrapper, show_picture, width
 from ._session import listening, read_image, run
 from ._words import own_name
 
@@ -94,7 +95,7 @@ async def _opened(server: options.Server, rate: float | None) -> AsyncIterator[M
     async with contextlib.AsyncExitStack() as stack:
         if rate is not None:
             simulator = await stack.enter_async_context(Simulator(rate=rate))
-            server = server._replace(endpoint=simulator.endpoint)
+            server = replace(server, endpoint=simulator.endpoint)
         yield await stack.enter_async_context(server.client())
 
 
@@ -116,7 +117,7 @@ async def _demo(
         if on_terminal:
             show_picture(prepared)
         async with client.caption(prepared, stream=True) as stream:
-            pieces = await (print_wrapped(stream) if on_terminal else print_pieces(stream))
+            pieces = await print_pieces(stream, Wrapper(width()) if on_terminal else None)
     note("")
     first = "" if stream.ttft is None else f", the first after {stream.ttft:.2f} seconds"
     note(f"Request {stream.request_id or 'without an id'}: {pieces} pieces{first}")

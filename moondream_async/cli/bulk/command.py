@@ -153,7 +153,7 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     from .containers import is_video  # noqa: PLC0415 - likewise
     from .exports import Output  # noqa: PLC0415 - likewise
     from .job import Job  # noqa: PLC0415 - likewise
-    from .questions import Questions, check_columns  # noqa: PLC0415 - likewise
+    from .questions import Questions, find_column, may_have_rows  # noqa: PLC0415 - likewise
     from .remote import allow_networks  # noqa: PLC0415 - likewise
     from .report import check_report  # noqa: PLC0415 - likewise
     from .shards import check_shards, is_shard  # noqa: PLC0415 - likewise
@@ -163,11 +163,11 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
     try:
         allow_networks(allow_network or ())
         wanted = Output.of(output)
-        texts = {f"ask {name}": text for name, text in asks.items()} | arguments
-        rows = check_columns(texts, paths, lists)
     except RequestError as error:
         raise UsageError(str(error), context) from None
-    form = wanted.form
+    rows, form = may_have_rows(paths, lists), wanted.form
+    texts = [*asks.values(), *map(str, arguments.values())]
+    column_asked = None if rows else find_column(texts)
     one_video = videos and len(paths) == 1 and not lists
     one_text = skill in ("caption", "query") and not asks
     one_class = skill == "detect" and "{" not in arguments["object"]
@@ -184,6 +184,10 @@ def bulk(  # noqa: C901, PLR0912, PLR0915 - each option is checked once, and her
         (
             form == "folder" and not (one_text or one_class),
             "a folder takes one answer, or one class: '-o' must be a file",
+        ),
+        (
+            column_asked is not None,
+            f"{column_asked} stands for a table's column, and there is no table in PATHS",
         ),
         (form == ".coco.json" and skill != "detect", "'-o .coco.json' is for '--skill detect'"),
     ):

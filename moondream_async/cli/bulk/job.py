@@ -18,7 +18,7 @@ import msgspec
 
 from moondream_async.bulk import BulkItem
 from moondream_async.cli._output import note, print_json
-from moondream_async.errors import APIConnectionError, MoondreamError, RequestError
+from moondream_async.errors import APIConnectionError, ImageError, MoondreamError, RequestError
 
 from .by_batch import ask_by_batch
 from .exports import WRITERS, Output
@@ -214,10 +214,12 @@ class Job:
                 return
             async with contextlib.aclosing(prepared(self.client, pendings)) as pictures:
                 async for pending, image in pictures:
-                    if isinstance(image, MoondreamError):
-                        self.keep(pending, image)
+                    try:
+                        items = pending.items(await image)
+                    except ImageError as error:
+                        self.keep(pending, error)
                         continue
-                    for item in pending.items(image):
+                    for item in items:
                         yield item
 
     def _check_reachable(self, error: MoondreamError | None) -> None:
@@ -331,15 +333,13 @@ class Job:
     def _interruptible(self) -> Iterator[None]:
         """Let the first Ctrl-C finish what is under way, and the second stop at once."""
         loop = asyncio.get_running_loop()
-        try:
+        with contextlib.suppress(NotImplementedError, ValueError):  # Windows: Ctrl-C cancels all
             loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        except (NotImplementedError, ValueError):  # Windows; then Ctrl-C cancels all
-            yield
-            return
         try:
             yield
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
+            with contextlib.suppress(NotImplementedError):
+                loop.remove_signal_handler(signal.SIGINT)
 
     def _interrupt(self) -> None:
         if self.interrupted:

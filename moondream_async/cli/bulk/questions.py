@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from glob import has_magic
 from typing import TYPE_CHECKING, Any
 
 from moondream_async._images import can_prepare
 from moondream_async.bulk import BulkItem, BulkResult
-from moondream_async.errors import ImageError, RequestError
+from moondream_async.errors import RequestError
 
 from .containers import is_table
 from .lines import ASKED, Outcome, fields_of
@@ -89,31 +89,20 @@ class Questions:
         return {name: value for name, value in asked.items() if value is not None}
 
 
-def check_columns(texts: Mapping[str, Any], paths: Sequence[str], lists: Sequence[str]) -> bool:
-    """Tell whether there may be pictures with rows; refuse ``{column}`` where there are none.
-
-    Args:
-        texts: What the options give, by their names.
-        paths: Tables and shards have rows, and a pattern or stdin may name such.
-        lists: So may files with paths in them.
-
-    Raises:
-        RequestError: A text has a column, and nothing that is named has rows.
-    """
-    if lists or any(
+def may_have_rows(paths: Sequence[str], lists: Sequence[str]) -> bool:
+    """Tell whether a table or a shard is named, or may be: by a list, or by a pattern."""
+    return bool(lists) or any(
         each == "-"
         or is_table(each)
         or is_shard(each)
         or (has_magic(each) and not can_prepare(each))
         for each in paths
-    ):
-        return True
-    for option, text in texts.items():
-        if column := _MUST_BE_COLUMN.search(str(text)):
-            raise RequestError(
-                f"'--{option}': {column[0]} stands for a table's column, and PATHS has no table"
-            )
-    return False
+    )
+
+
+def find_column(texts: Sequence[str]) -> str | None:
+    """Return the first ``{column}`` in questions or objects; other braces are text."""
+    return next((found[0] for text in texts if (found := _MUST_BE_COLUMN.search(text))), None)
 
 
 # -- a picture that is being asked about -----------------------------------------------------------
@@ -179,27 +168,18 @@ class Pending:
 
 async def prepared(
     client: MoondreamClient, pendings: AsyncIterator[Pending]
-) -> AsyncGenerator[tuple[Pending, EncodedImage | ImageError], None]:
+) -> AsyncGenerator[tuple[Pending, Awaitable[EncodedImage]], None]:
     """Prepare each picture once for all its questions, and some of the next ones ahead."""
-    ahead: deque[tuple[Pending, asyncio.Task[EncodedImage | ImageError]]] = deque()
+    ahead: deque[tuple[Pending, asyncio.Task[EncodedImage]]] = deque()
     try:
         async for pending in pendings:
-            task = asyncio.ensure_future(_prepare(client, pending))
-            ahead.append((pending, task))
-            if len(ahead) >= _AHEAD:
-                first, task = ahead.popleft()
-                yield first, await task
+            image = client.encode_image(pending)  # type: ignore[arg-type]
+            ahead.append((pending, asyncio.ensure_future(image)))
+            if len(ahead) == _AHEAD:
+                yield ahead.popleft()
         while ahead:
-            first, task = ahead.popleft()
-            yield first, await task
+            yield ahead.popleft()
     finally:
         for _, task in ahead:
             task.cancel()
         await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
-
-
-async def _prepare(client: MoondreamClient, pending: Pending) -> EncodedImage | ImageError:
-    try:
-        return await client.encode_image(pending)  # type: ignore[arg-type]
-    except ImageError as error:
-        return error
