@@ -26,9 +26,10 @@ def end() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_called = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119 - pathlib loads slowly
-if (
-    _called.removesuffix(".exe") == "moondream-async"
-    or (_called == "-m" and "moondream_async" in sys.orig_argv)
-) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+_name = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119 - pathlib loads slowly
+if _name == "-m" and "-m" in sys.orig_argv:  # and not python -um
+    _name = sys.orig_argv[sys.orig_argv.index("-m") + 1].replace("_", "-")
+if _name.removesuffix(".exe") == "moondream-async" and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored
+):
     signal.signal(signal.SIGINT, _leave)
