@@ -66,28 +66,36 @@ def sent_picture(simulator):
 
 def read(answer):
     """Read an answer of the official client, streamed or not, to its end."""
-    return answer if isinstance(answer, str) else "".join(answer)
+    return answer if isinstance(answer, (str, dict)) else "".join(answer)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("dialect", DIALECTS)
-async def test_official_client_reads_captions_and_answers_as_we_do(
-    theirs, client, simulator, picture, stream
+async def test_official_client_reads_answers_and_finds_places_as_we_do(
+    theirs, client, simulator, picture
 ):
-    def caption():
-        return read(theirs.caption(picture, length="short", stream=stream)["caption"])
+    for stream in (False, True):
+        said = await in_thread(
+            lambda stream=stream: read(theirs.caption(picture, "short", stream)["caption"])
+        )
+        assert simulator.requests[-1].stream is stream
+        same = sent_picture(simulator)
+        assert said == (await client.caption(same, length="short")).caption
+        said = await in_thread(
+            lambda stream=stream: read(theirs.query(picture, QUESTION, stream)["answer"])
+        )
+        assert said == (await client.query(same, QUESTION)).answer
 
-    def query():
-        return read(theirs.query(picture, QUESTION, stream=stream)["answer"])
+    found = await in_thread(theirs.detect, picture, "shape", settings={"max_objects": 2})
+    ours = await client.detect(same, "shape", settings={"max_objects": 2})
+    assert found["objects"] == [dict(box) for box in ours["objects"]]
+    assert len(found["objects"]) == 2
+    found = await in_thread(theirs.point, picture, "shape", spatial_refs=[[0.2, 0.5]])
+    ours = await client.point(same, "shape", spatial_refs=[[0.2, 0.5]])
+    assert found["points"] == [dict(point) for point in ours["points"]]
+    assert found["points"]
 
-    said = await in_thread(caption)
-    assert simulator.requests[-1].stream is stream
-    same = sent_picture(simulator)
-    assert said == (await client.caption(same, length="short")).caption
-    assert await in_thread(query) == (await client.query(same, QUESTION)).answer
 
-
-async def test_official_client_gets_reasoning_and_settings_through(
+async def test_official_client_gets_reasoning_and_settings_through_and_needs_no_picture(
     official, simulator, client, picture
 ):
     theirs = official.vl(endpoint=simulator.endpoint, model=MODEL)
@@ -100,23 +108,8 @@ async def test_official_client_gets_reasoning_and_settings_through(
     their_request, our_request = (request.body for request in simulator.requests)
     assert their_request == our_request
 
-
-async def test_official_client_asks_without_a_picture(theirs, client):
     said = await in_thread(theirs.query, question=QUESTION)
     assert said == {"answer": (await client.query(question=QUESTION)).answer}
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-async def test_official_client_finds_the_same_places(theirs, client, simulator, picture):
-    found = await in_thread(theirs.detect, picture, "shape", settings={"max_objects": 2})
-    same = sent_picture(simulator)
-    ours = await client.detect(same, "shape", settings={"max_objects": 2})
-    assert found["objects"] == [dict(box) for box in ours["objects"]]
-    assert len(found["objects"]) == 2
-    found = await in_thread(theirs.point, picture, "shape", spatial_refs=[[0.2, 0.5]])
-    ours = await client.point(same, "shape", spatial_refs=[[0.2, 0.5]])
-    assert found["points"] == [dict(point) for point in ours["points"]]
-    assert found["points"]
 
 
 @pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
@@ -142,21 +135,16 @@ async def test_official_client_outlines_the_same_object(theirs, client, simulato
 async def test_official_client_chats(theirs, client, simulator, messages, stream):
     messages = [{"role": "system", "content": "Be brief."}, *messages]
     options = {"settings": SETTINGS, "reasoning": False, "stream": stream}
-    answer = await in_thread(lambda: _read_chat(theirs.chat(messages, **options)))
+    answer = await in_thread(theirs.chat, messages, **options)
+    said = await in_thread(read, answer["message"])
     ours = await client.chat(messages, settings=SETTINGS, reasoning=False)
-    assert answer["message"] == (
-        ours.message.content if stream else {"role": "assistant", "content": ours.message.content}
-    )
+    words = ours.message.content
+    assert said == (words if stream else {"role": "assistant", "content": words})
     assert answer.get("finish_reason") == (None if stream else ours.finish_reason)
-    assert "red" in ours.message.content
+    assert "red" in words
     their_request, our_request = (dict(request.body) for request in simulator.requests)
     del their_request["stream"], our_request["stream"]
     assert their_request == our_request
-
-
-def _read_chat(answer):
-    message = answer["message"]
-    return answer if isinstance(message, dict) else {"message": "".join(message)}
 
 
 async def test_official_client_shows_its_key_where_we_do(official, picture):
@@ -204,46 +192,40 @@ async def test_official_client_tunes(official, simulator, picture):
         again.delete()
         return rolled["rewards"], step, steps
 
-    rewards, step, steps = await in_thread(tune)
-    assert rewards == [1.0, 1.0]
-    assert steps == [step] == [1]
+    assert await in_thread(tune) == ([1.0, 1.0], 1, [1])
 
 
 # -- openai ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-async def openai_client(simulator):
+async def test_openai_client_chats_lists_models_and_understands_a_refusal(
+    client, simulator, messages
+):
     openai = pytest.importorskip("openai", reason="needs the extra foreign")
+    asked = {"model": MODEL, "messages": messages, "extra_body": {"reasoning": True}}
     async with openai.AsyncOpenAI(
         base_url=simulator.endpoint, api_key="a-key", max_retries=0
-    ) as client:
-        yield client
+    ) as openai_client:
+        theirs = await openai_client.chat.completions.create(**asked)
+        stream = await openai_client.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
+        async with stream:
+            chunks = [chunk async for chunk in stream]
+        models = [model.id async for model in openai_client.models.list()]
+        simulator.faults.append("status=429")
+        with pytest.raises(openai.RateLimitError) as refused:
+            await openai_client.chat.completions.create(**asked)
 
-
-async def test_openai_client_chats(openai_client, client, messages):
-    theirs = await openai_client.chat.completions.create(
-        model=MODEL, messages=messages, extra_body={"reasoning": True}
-    )
     ours = await client.chat(messages, reasoning=True)
     assert theirs.object == "chat.completion"
-    assert theirs.choices[0].message.role == ours.message.role == "assistant"
-    assert theirs.choices[0].message.content == ours.message.content
-    assert theirs.choices[0].message.model_extra["reasoning"] == ours.reasoning.text
-    assert theirs.choices[0].finish_reason == ours.finish_reason == "stop"
+    [choice] = theirs.choices
+    assert choice.message.role == ours.message.role == "assistant"
+    assert choice.message.content == ours.message.content
+    assert choice.message.model_extra["reasoning"] == ours.reasoning.text
+    assert choice.finish_reason == ours.finish_reason == "stop"
     assert theirs.usage.to_dict() == dict(ours.usage)
 
-
-async def test_openai_client_chats_in_a_stream(openai_client, client, messages):
-    stream = await openai_client.chat.completions.create(
-        model=MODEL,
-        messages=messages,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"reasoning": True},
-    )
-    async with stream:
-        chunks = [chunk async for chunk in stream]
     async with client.chat(messages, stream=True, reasoning=True) as ours:
         text = await ours.text()
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
@@ -253,23 +235,9 @@ async def test_openai_client_chats_in_a_stream(openai_client, client, messages):
     assert chunks[-2].choices[0].finish_reason == ours.finish_reason == "stop"
     assert chunks[-1].usage.to_dict() == dict(ours.usage)
 
-
-async def test_openai_client_lists_the_same_models(openai_client, client):
-    theirs = [model.id async for model in openai_client.models.list()]
-    assert theirs == [model.id for model in await client.models()]
-
-
-async def test_openai_client_understands_a_refusal(openai_client, client, simulator, messages):
-    import openai
-
-    simulator.faults.extend(["status=429", "status=400"])
-    with pytest.raises(openai.RateLimitError) as theirs:
-        await openai_client.chat.completions.create(model=MODEL, messages=messages)
-    with pytest.raises(md.BadRequestError) as ours:
-        await client.chat(messages)
-    assert theirs.value.type == "rate_limit_exceeded"
-    assert ours.value.type == "invalid_request"
-    assert theirs.value.body["message"] == "Simulated error 429"
+    assert models == [model.id for model in await client.models()]
+    assert refused.value.type == "rate_limit_exceeded"
+    assert refused.value.body["message"] == "Simulated error 429"
 
 
 # -- Moondream Station ----------------------------------------------------------------
@@ -298,7 +266,7 @@ async def image(guest, photo):
     return await guest.encode_image(photo)
 
 
-async def test_station_captions(guest, image):
+async def test_station_captions_answers_and_thinks_in_plain_answers_only(guest, image):
     text = f"A short “résumé” of {len(image.data)} bytes."
     plain = await guest.caption(image, length="short")
     stream = await guest.caption(image, length="short", stream=True)
@@ -308,24 +276,15 @@ async def test_station_captions(guest, image):
     assert plain.metrics["tokens"] == stream.metrics["tokens"] == 6
     assert plain.raw == {"caption": text, "_stats": plain.metrics}
 
-
-async def test_station_answers(guest, image):
-    text = f"Why? I see {len(image.data)} bytes."
-    plain = await guest.query(image, "Why?")
-    stream = await guest.query(image, "Why?", stream=True)
-    assert plain.answer == await stream.text() == text
-    assert plain.reasoning is stream.reasoning is None
-    assert stream.completed
-
-
-async def test_station_thinks_in_plain_answers_only(guest, image):
-    plain = await guest.query(image, "Why?", reasoning=True)
-    assert plain.reasoning == md.Reasoning(
+    thought = md.Reasoning(
         "I count bytes.", [md.Grounding(start_idx=8, end_idx=13, points=[[0.5, 0.5]])]
     )
-    stream = await guest.query(image, "Why?", reasoning=True, stream=True)
-    assert await stream.text() == plain.answer
-    assert stream.reasoning is None
+    for reasoning in (None, thought):
+        options = {"reasoning": reasoning is not None}
+        plain = await guest.query(image, "Why?", **options)
+        stream = await guest.query(image, "Why?", **options, stream=True)
+        assert plain.answer == await stream.text() == f"Why? I see {len(image.data)} bytes."
+        assert (plain.reasoning, stream.reasoning, stream.completed) == (reasoning, None, True)
 
 
 async def test_station_finds(guest, image):
@@ -338,16 +297,11 @@ async def test_station_finds(guest, image):
     assert (await guest.point(image, "stork")).points == []
 
 
-async def test_station_that_answers_whole_where_a_stream_was_asked_for(guest, image):
-    stream = await guest.query(image, "Whole.", stream=True)
-    assert [piece async for piece in stream] == [f"Whole. I see {len(image.data)} bytes."]
-    assert stream.completed
-
-
-async def test_station_that_says_nothing_in_a_stream_has_completed_it(guest):
-    stream = await guest.query(question="Say nothing.", stream=True)
-    assert await stream.text() == ""
-    assert stream.completed
+async def test_station_that_answers_whole_or_says_nothing_in_a_stream_has_completed_it(guest):
+    for question, pieces in (("Whole.", ["Whole. I see 0 bytes."]), ("Say nothing.", [])):
+        stream = await guest.query(question=question, stream=True)
+        assert [piece async for piece in stream] == pieces
+        assert stream.completed
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
@@ -368,12 +322,11 @@ async def test_station_failure_within_a_stream_is_an_interruption(guest):
 
 
 async def test_station_lacks_outlines_and_chat(guest, image):
-    with pytest.raises(md.NotFoundError, match="Function 'segment' not available"):
-        await guest.segment(image, "heron")
-    with pytest.raises(md.NotFoundError, match="Function 'segment' not available"):
-        await guest.segment(image, "heron", stream=True)
-    with pytest.raises(md.NotFoundError, match="Function 'chat' not available"):
-        await guest.chat([{"role": "user", "content": "Hello."}])
+    hello = [{"role": "user", "content": "Hello."}]
+    for name, asked in {"segment": (image, "heron"), "chat": (hello,)}.items():
+        for stream in (False, True):
+            with pytest.raises(md.NotFoundError, match=f"Function '{name}' not available"):
+                await getattr(guest, name)(*asked, stream=stream)
 
 
 async def test_station_whose_queue_is_full_is_asked_again(station, image):

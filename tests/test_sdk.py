@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 
 import pytest
+from PIL import Image
 
 import moondream_async as md
 
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.skipif(
 )
 PHOTON = "runs models in this process, and this package is a client of servers"
 NOT_HERE = {"photon_models": PHOTON, "__version__": "each has its own"}
-SAME = {"caption", "query", "detect", "point", "segment", "chat", "encode_image"}
+SKILLS = {"caption", "query", "detect", "point", "segment", "chat"}
+SAME = SKILLS | {"encode_image"}
 CLOSING = {"close": "aclose", "__enter__": "__aenter__", "__exit__": "__aexit__"}
 KEYS = {  # of its TypedDicts -> our types
     "Region": md.Region,
@@ -90,18 +92,16 @@ def test_vl_takes_the_sdks_arguments_in_its_order(sdk):
     assert (ours["local"], ours["model"]) == (theirs["local"], theirs["model"])
 
 
-@pytest.mark.parametrize("name", sorted(SAME - {"encode_image"}))
-def test_calls_take_the_sdks_arguments_in_its_order(sdk, name):
-    theirs = parameters(getattr(sdk.cloud_vl.CloudVL, name))
-    ours = parameters(getattr(md.MoondreamClient, name))
+def test_calls_take_the_sdks_arguments_in_its_order(sdk):
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-    assert [name for name, (kind, _) in ours.items() if kind is positional] == list(theirs)
-    for argument, (kind, default) in theirs.items():
-        if (name, argument) == ("query", "reasoning"):
-            assert (default, ours[argument][1]) == (False, None)  # None leaves it to the server
-        else:
-            assert ours[argument] == (kind, default)
+    for call in SKILLS:
+        theirs = parameters(getattr(sdk.cloud_vl.CloudVL, call))
+        ours = parameters(getattr(md.MoondreamClient, call))
+        assert [name for name, (kind, _) in ours.items() if kind is positional] == list(theirs)
+        if call == "query":
+            assert (theirs["reasoning"][1], ours["reasoning"][1]) == (False, None)
+            del theirs["reasoning"]  # None leaves it to the server
+        assert {name: ours[name] for name in theirs} == theirs
 
 
 def test_the_client_has_every_method_of_the_sdks(sdk):
@@ -147,47 +147,37 @@ def test_an_encoded_picture_has_its_url_as_the_sdks(sdk):
 # -- the calls of the official pages, with await added -----------------------------------
 
 
-async def test_quickstart(simulator, photo):
-    model = md.vl(endpoint=simulator.endpoint, api_key="key")
-    image = md_open(photo)
+async def test_quickstart_skills_and_streaming(simulator, photo):
+    async with md.vl(endpoint=simulator.endpoint, api_key="key") as model:
+        with Image.open(photo) as image:
+            encoded = await model.encode_image(image)
+        assert encoded.image_url.startswith("data:image/")
+        assert (await model.caption(encoded, "short", False, {"max_tokens": 50}))["caption"]
+        refs = [[0.5, 0.5], [0.1, 0.1, 0.9, 0.9]]
+        assert (await model.query(photo, "What is here?", False, None, False, refs))["answer"]
+        assert (await model.detect(photo, "shape"))["objects"][0]["x_min"] >= 0
+        assert (await model.point(photo, "shape", None, refs[:1]))["points"][0]["x"] >= 0
+        outline = await model.segment(photo, "shape", refs[:1])
+        assert {"path", "bbox"} <= outline.keys()
+        asked = await model.query(photo, "How many?", reasoning=True)
+        assert asked["reasoning"]["text"] is not None
+        for grounding in asked["reasoning"]["grounding"]:
+            assert grounding["start_idx"] <= grounding["end_idx"]
+        hello = [{"role": "user", "content": "Hello"}]
+        turn = await model.chat(hello, False, {"max_tokens": 20})
+        assert turn["message"]["content"]
+        assert turn["finish_reason"]
 
-    assert (await model.caption(image))["caption"]
-    assert (await model.query(image, "What is in this picture?"))["answer"]
-    assert (await model.detect(image, "shape"))["objects"][0]["x_min"] >= 0
-    assert (await model.point(image, "shape"))["points"][0]["x"] >= 0
-    encoded = await model.encode_image(image)
-    assert encoded.image_url.startswith("data:image/")
-    assert (await model.caption(encoded, "short", False, {"max_tokens": 50}))["caption"]
-    await model.aclose()
-
-
-async def test_skills(client, photo):
-    asked = await client.query(photo, "How many?", reasoning=True)
-    assert asked["reasoning"]["text"] is not None
-    for grounding in asked["reasoning"]["grounding"]:
-        assert grounding["start_idx"] <= grounding["end_idx"]
-    refs = [[0.5, 0.5], [0.1, 0.1, 0.9, 0.9]]
-    assert (await client.query(photo, "What is here?", False, None, False, refs))["answer"]
-    assert "points" in await client.point(photo, "shape", None, refs[:1])
-    outline = await client.segment(photo, "shape", refs[:1])
-    assert {"path", "bbox"} <= outline.keys()
-    turn = await client.chat([{"role": "user", "content": "Hello"}], False, {"max_tokens": 20})
-    assert turn["message"]["content"]
-    assert turn["finish_reason"]
-
-
-async def test_streaming(client, photo):
-    for result, key in (
-        (await client.caption(photo, stream=True), "caption"),
-        (await client.query(photo, "What is here?", True), "answer"),
-    ):
-        assert "".join([chunk async for chunk in result[key]])
-    updates = [update async for update in await client.segment(photo, "shape", None, True)]
-    assert "bbox" in updates[0]
-    assert updates[-1]["completed"] is True
-    assert updates[-1]["path"]
-    turn = await client.chat([{"role": "user", "content": "Hello"}], stream=True)
-    assert "".join([chunk async for chunk in turn.chunk])
+        for result, key in (
+            (await model.caption(photo, stream=True), "caption"),
+            (await model.query(photo, "What is here?", True), "answer"),
+            (await model.chat(hello, stream=True), "chunk"),
+        ):
+            assert "".join([chunk async for chunk in result[key]])
+        updates = [update async for update in await model.segment(photo, "shape", None, True)]
+        assert "bbox" in updates[0]
+        assert updates[-1]["completed"] is True
+        assert updates[-1]["path"]
 
 
 async def test_running_locally(simulator, photo):
@@ -246,17 +236,9 @@ async def test_a_question_alone_says_the_way_out(client):
         await client.query("How many?")
 
 
-@pytest.mark.parametrize("name", sorted(SAME - {"encode_image"}))
-def test_calls_are_of_one_kind_and_say_what_they_return(name):
-    method = getattr(md.MoondreamClient, name)
-
-    assert name.capitalize() + "Result" in str(inspect.signature(method).return_annotation)
-    if hasattr(inspect, "markcoroutinefunction"):
-        assert inspect.iscoroutinefunction(method)
-
-
-def md_open(path):
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.copy()
+def test_calls_are_of_one_kind_and_say_what_they_return():
+    for name in SKILLS:
+        method = getattr(md.MoondreamClient, name)
+        assert name.capitalize() + "Result" in str(inspect.signature(method).return_annotation)
+        if hasattr(inspect, "markcoroutinefunction"):
+            assert inspect.iscoroutinefunction(method)
