@@ -26,8 +26,6 @@ import ssl
 import struct
 from typing import NamedTuple
 
-import trustme
-
 MAX_HEAD_BYTES = 64 * 1024
 
 
@@ -216,6 +214,8 @@ class RawServer:
 @functools.cache
 def tls(host="127.0.0.1", until=None):
     """Return the context of a server at this host, and that of a client that trusts it."""
+    import trustme
+
     authority = trustme.CA()
     served, trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert(host, not_after=until).configure_cert(served)

@@ -61,14 +61,6 @@ async def test_picture_goes_into_a_chat_in_any_form(simulator, client, photo, pa
     assert second[1:] == [as_text]
 
 
-async def test_pictures_of_a_turn_keep_their_order(client, photo):
-    blue = Image.new("RGB", (32, 32), "blue")
-    result = await client.chat([{"role": "user", "content": ["What colour?", photo, blue]}])
-    first, second = result.message.content.split("Picture 2: ")
-    assert "red" in first
-    assert "blue (100%)" in second
-
-
 async def test_answer_goes_back_into_the_conversation_as_it_is(simulator, client, photo):
     messages = [{"role": "user", "content": [photo, "What is this?"]}]
     first = await client.chat(messages, reasoning=True)
