@@ -126,7 +126,8 @@ def test_a_picture_that_is_removed_before_its_turn_is_told(
     held = moondream_simulator.script.caption("A cat.", hold_after=0)
 
     def remove():
-        moondream_simulator.wait_until(lambda: len(moondream_simulator.requests) == 1)
+        requests = moondream_simulator.requests
+        moondream_simulator.wait_until(lambda: len(requests) == 1, timeout=60)
         for path in photos.rglob("*.jpg"):
             path.unlink()
         held.release()
@@ -311,14 +312,15 @@ def test_a_second_ctrl_c_or_the_end_of_the_grace_drops_the_requests(
             program.interrupt()
 
     assert bulk_until("photos", *OUT, "--grace", grace, when=4, end=end) == 130
-    simulator.wait_until(lambda: all(each.disconnected for each in simulator.requests))
+    simulator.wait_until(lambda: all(each.disconnected for each in simulator.requests), timeout=60)
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
 def test_ctrl_c_ends_waiting_for_paths_on_stdin(moondream_simulator, bulk_until, photos, tmp_path):
     async def end(program):
         await program.tell(photos / "00000.jpg")
-        await moondream_simulator.until(lambda: len(moondream_simulator.requests) == 1)
+        requests = moondream_simulator.requests
+        await moondream_simulator.until(lambda: len(requests) == 1, timeout=60)
         program.interrupt()
 
     assert bulk_until("-", *OUT, when=0, end=end) == 130

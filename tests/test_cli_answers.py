@@ -223,6 +223,14 @@ def test_chat_from_a_pipe_ends_at_the_first_error(command, moondream_simulator):
     assert len(moondream_simulator.requests) == 1
 
 
+def test_chat_takes_text_alone(command, moondream_simulator):
+    status, output, errors = command("chat", stdin=b"\xff\n")
+    assert (status, output) == (1, "")
+    assert is_one_line(errors)
+    assert "What stdin gives is no text: " in errors
+    assert moondream_simulator.requests == []
+
+
 # -- batches ------------------------------------------------------------------------------
 
 
