@@ -103,30 +103,29 @@ SQUARES = draw(
 LARGE_RED = {"x_min": 0.5, "y_min": 0.5, "x_max": 0.9, "y_max": 0.9}
 SMALL_RED = {"x_min": 0.1, "y_min": 0.1, "x_max": 0.3, "y_max": 0.3}
 BLUE = {"x_min": 0.6, "y_min": 0.1, "x_max": 0.8, "y_max": 0.3}
-RED_SQUARE = {"image_url": SQUARES, "object": "red square"}
 
 
 def near(box):
     return pytest.approx(box, abs=0.015)
 
 
-@pytest.mark.parametrize(
-    ("object", "more", "boxes"),
-    [
-        ("red square", {}, [LARGE_RED, SMALL_RED]),
-        ("red square", {"settings": {"max_objects": 1}}, [LARGE_RED]),
-        ("red square", {"spatial_refs": [[0.2, 0.2]]}, [SMALL_RED]),
-        ("shapes", {}, [LARGE_RED, SMALL_RED, BLUE]),
-        ("green square", {}, []),
-        ("person", {}, []),
-        ("white wall", {}, [{"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]),
-    ],
-    ids=str,
-)
-async def test_detect_boxes_the_areas_of_what_is_named(object, more, boxes):
-    answer = (await ask("/detect", {"image_url": SQUARES, "object": object, **more})).json
-    assert answer["objects"] == [near(box) for box in boxes]
-    assert answer.keys() == {"objects", "request_id", "finish_reason", "metrics"}
+FOUND = [
+    ("red square", {}, [LARGE_RED, SMALL_RED]),
+    ("red square", {"settings": {"max_objects": 1}}, [LARGE_RED]),
+    ("red square", {"spatial_refs": [[0.2, 0.2]]}, [SMALL_RED]),
+    ("shapes", {}, [LARGE_RED, SMALL_RED, BLUE]),
+    ("green square", {}, []),
+    ("person", {}, []),
+    ("white wall", {}, [{"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]),
+]
+
+
+async def test_detect_boxes_the_areas_of_what_is_named(simulator):
+    for object, more, boxes in FOUND:
+        body = {"image_url": SQUARES, "object": object, **more}
+        answer = (await post(simulator, "/detect", body)).json
+        assert answer["objects"] == [near(box) for box in boxes]
+        assert answer.keys() == {"objects", "request_id", "finish_reason", "metrics"}
 
 
 @pytest.mark.parametrize("dialect", ["cloud", "kestrel"])
