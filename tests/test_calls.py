@@ -1,7 +1,6 @@
 """What is tried again, over real sockets, and how deep a call is."""
 
 import asyncio
-import contextlib
 import socket
 import traceback
 from pathlib import Path
@@ -150,31 +149,6 @@ async def test_server_that_was_not_there_is_called_again(stream):
             await refused.wait()
             async with RawServer(answer, sock=sock):
                 assert await calling == TEXT
-
-
-# -- out of time; `test_deadlines.py` has all limits, in a time of its own ---------------
-
-
-@pytest.fixture
-def full_backlog():
-    """A listening socket that takes no more connections: the next one hangs."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(5):
-            filler = stack.enter_context(socket.socket())
-            filler.settimeout(0)
-            filler.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-
-
-async def test_connection_that_is_not_made_is_out_of_time(full_backlog):
-    timeout = md.Timeout(connect=0.05)
-    async with md.MoondreamClient(endpoint=full_backlog, timeout=timeout, max_retries=0) as client:
-        with pytest.raises(md.APITimeoutError, match=r"Timeout\.connect") as caught:
-            await client.caption(IMAGE)
-        assert caught.value.phase == "connect"
 
 
 # -- how deep a call is ----------------------------------------------------------------

@@ -392,14 +392,15 @@ def redirect(status, location, *, times=1):
     ("status", "location"),
     [(301, "/v2/caption"), (302, "v2/caption?x=1"), (307, "{origin}/v2"), (308, "/v2")],
 )
-async def test_redirect_within_the_origin_is_followed_with_method_and_body(status, location):
-    async with RawServer(None) as server, client_of(server) as client:
+async def test_redirect_within_the_origin_is_followed_with_method_body_and_key(status, location):
+    async with RawServer(None) as server, client_of(server, api_key="a-key") as client:
         server._play = redirect(status, location.format(origin=server.origin))
         assert (await client.caption(IMAGE)).caption == TEXT
         first, second = server.requests
         assert (second.method, second.body) == ("POST", first.body)
         assert second.target != first.target
-        assert second.headers["content-length"] == first.headers["content-length"]
+        for name in ("content-length", "x-moondream-auth"):
+            assert second.headers[name] == first.headers[name]
 
 
 @pytest.mark.parametrize(
