@@ -5,7 +5,6 @@ The time is the test's own wherever it is asked for, so that it is known to the 
 
 import asyncio
 import collections
-import contextlib
 import gc
 import random
 import threading
@@ -30,7 +29,6 @@ from raw_server import (
 )
 
 import moondream_async as md
-from moondream_async._call import limits
 from moondream_async._call.limits import RateLimiter, Semaphore
 from moondream_async._call.retry import BUDGET, LONGEST_RETRY_AFTER, RETRY_COST, Budget, CallRetries
 
@@ -117,66 +115,38 @@ async def test_who_is_cancelled_while_being_called_forward_makes_way(clock):
 # -- more than one loop ---------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def left_in_another_loop(coroutine):
-    """Begin it in the loop of another thread, until it waits; at the end, that loop is closed."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-
-    async def begin():
-        task = loop.create_task(coroutine)
-        task._log_destroy_pending = False  # that it is left behind is what is tested
-        await rounds()
-        return task
-
-    thread.start()
-    try:
-        yield asyncio.run_coroutine_threadsafe(begin(), loop).result()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 @pytest.mark.parametrize("case", ["front", "middle", "collected"])
 def test_waiter_whose_loop_is_closed_does_not_block_those_behind(case):
+    """`test_loops.py` says so of a place in line for a connection."""
     limiter = RateLimiter(20)
 
     def begin():
         return asyncio.ensure_future(limiter.wait())
 
+    async def begin_elsewhere():
+        task = begin()
+        task._log_destroy_pending = False  # that it is left behind is what is tested
+        await rounds()
+        if case != "collected":
+            kept.append(task)
+
+    kept = []
+
     async def after():
         await limiter.wait()
         here = [begin()] if case == "middle" else []
         await rounds()
-        with left_in_another_loop(limiter.wait()) as left:
-            here += [begin(), begin()]
-            await rounds()
+        elsewhere = asyncio.new_event_loop()
+        await asyncio.to_thread(elsewhere.run_until_complete, begin_elsewhere())
+        here += [begin(), begin()]
+        await rounds()
+        elsewhere.close()
         if case == "collected":
-            del left
             gc.collect()
         else:
             here.append(begin())
         await asyncio.gather(*here)
         assert not limiter._queue
-
-    asyncio.run(after())
-
-
-def test_places_for_those_whose_loop_is_closed_go_to_the_next():
-    slots = Semaphore(1)
-
-    async def after():
-        await slots.acquire()
-        with left_in_another_loop(slots.acquire()) as left:
-            here = asyncio.ensure_future(slots.acquire())
-            await rounds()
-        slots.release()
-        await here
-        slots.release()
-        del left
-        gc.collect()  # which closes the coroutine that was left, and frees nothing twice
-        assert (slots.taken, slots.waiting) == (0, 0)
 
     asyncio.run(after())
 
@@ -262,20 +232,6 @@ def test_threads_share_places_whoever_is_cancelled():
     in_threads(lambda seed: cancel_some(seed, 40, use))
     assert max(most) == 3
     assert (slots.taken, slots.waiting) == (0, 0)
-
-
-async def test_place_given_back_while_one_is_about_to_wait_is_taken(monkeypatch):
-    slots = Semaphore(1)
-    await slots.acquire()
-
-    class Waiter(limits._Waiter):
-        def __init__(self):
-            super().__init__()
-            slots.release()  # as another thread does, or the collector
-
-    monkeypatch.setattr(limits, "_Waiter", Waiter)
-    assert await slots.acquire() is False
-    assert (slots.taken, slots.waiting) == (1, 0)
 
 
 # -- the pace of a client --------------------------------------------------------------
