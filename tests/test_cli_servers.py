@@ -47,6 +47,16 @@ def test_demo_asks_the_given_server_about_the_given_picture(command, moondream_s
     assert len(moondream_simulator.requests) == 1
 
 
+def test_demo_names_a_picture_of_the_web_by_its_address(command, monkeypatch):
+    async def fetch(address):
+        return md.EncodedImage(md.SAMPLE_IMAGE.read_bytes(), "image/jpeg", 640, 480)
+
+    monkeypatch.setattr("moondream_async.cli._session.fetch_image", fetch)
+    status, _, errors = command("demo", "https://a.example/b.jpg", "--rate", "0")
+    assert status == 0
+    assert "Picture: https://a.example/b.jpg\n" in errors
+
+
 async def test_demo_shows_the_picture_and_wraps_the_answer_at_words():
     async with running_in_terminal("moondream-async", "demo", "--rate", "0") as program:
         status, said, _ = await program.end()

@@ -84,7 +84,8 @@ def demo(
     if web:
         run(_serve_page(opened, picture, server.model, port, simulated=simulated, opens=opens))
     else:
-        run(_demo(opened, picture, simulated=simulated))
+        source = picture if isinstance(picture, str) else image
+        run(_demo(opened, picture, source, simulated=simulated))
 
 
 @contextlib.asynccontextmanager
@@ -102,16 +103,15 @@ async def _opened(server: options.Server, rate: float | None) -> AsyncIterator[M
 async def _demo(
     server: contextlib.AbstractAsyncContextManager[MoondreamClient],
     image: str | bytes | EncodedImage | None,
+    source: str | None,
     *,
     simulated: bool,
 ) -> None:
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
     async with server as client:
         _name_server(client, simulated=simulated)
-        if image is None:
-            note("Picture: the sample that comes along, md.SAMPLE_IMAGE in Python")
-        else:
-            note(f"Picture: {image if isinstance(image, str) else 'from stdin'}")
+        source = source or "the sample that comes along, md.SAMPLE_IMAGE in Python"
+        note(f"Picture: {'from stdin' if source == '-' else source}")
         note("")
         prepared = await client.encode_image(SAMPLE_IMAGE if image is None else image)
         if on_terminal:
