@@ -11,10 +11,9 @@ import zipfile
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
-from anyio.from_thread import start_blocking_portal
 from bulk_runs import Page, make_pictures, paths_of, picture, records
 from commands import meanwhile
+from remote_server import serving_pages
 
 pytestmark = pytest.mark.slow  # on one Python version
 
@@ -64,39 +63,34 @@ def test_a_path_is_made_simple_without_leading_elsewhere(bulk, tmp_path):
     assert paths_of(records(tmp_path / "o.jsonl")) == sorted(SIMPLEST.values())
 
 
-def listed(kind):
-    """Two paths as people and programs write them, and what they mean."""
-    first, second = f"{kind}.jpg", f"é {kind}.jpg"
-    lines, on_windows = f"{first}\n{second}\n", f"{first}\r\n\r\n{second}\r\n"
-    data = {
-        "plain": lines.encode(),
-        "crlf": on_windows.encode(),
-        "bom": lines.encode("utf-8-sig"),
-        "utf-16": on_windows.encode("utf-16"),
-        "utf-16-be": b"\xfe\xff" + lines.encode("utf-16-be"),
-        "nul": f"{first}\0{second}\0".encode(),
-        "nul, no end": f"{first}\0{second}".encode(),
-        "no end": lines.encode()[:-1],
-    }
-    return data[kind], [first, second]
-
-
-LISTS = ["plain", "crlf", "bom", "utf-16", "utf-16-be", "nul", "nul, no end", "no end"]
+LISTS = [  # the ends of lines, with or without the last one, and the encoding
+    ("\n", True, "utf-8"),
+    ("\n", False, "utf-8"),
+    ("\r\n", True, "utf-8"),
+    ("\n", True, "utf-8-sig"),
+    ("\r\n", True, "utf-16"),
+    ("\0", True, "utf-8"),
+    ("\0", False, "utf-8"),
+]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_a_list_is_read_as_people_and_programs_write_it(bulk, tmp_path, monkeypatch, size):
     """Whole to be counted, and in pieces of any size to be asked about, as from a pipe."""
-    expected, arguments = [], []
-    for kind in LISTS:
-        data, paths = listed(kind)
-        (tmp_path / kind).write_bytes(data)
+    lists = {f"{number}.txt": each for number, each in enumerate(LISTS)}
+    expected = []
+    for name, (end, has_last, encoding) in lists.items():
+        paths = [f"{name}.jpg", f"é {name}.jpg"]
+        text = end.join(paths) + end * has_last
+        (tmp_path / name).write_bytes(text.encode(encoding))
         expected += paths
-        arguments += ["--from-file", kind]
+    big_endian = b"\xfe\xff" + "a.jpg\n\né.jpg\n".encode("utf-16-be")  # with a blank line
+    (tmp_path / "big.txt").write_bytes(big_endian)
     read = os.read
     monkeypatch.setattr(os, "read", lambda file, most: read(file, min(most, size)))
-    bulk(*arguments, *OUT, status=1)  # there are no such files
-    assert paths_of(records(tmp_path / "o.jsonl")) == sorted(expected)
+    # There are no such files.
+    bulk(*(f"--from-file={each}" for each in [*lists, "big.txt"]), *OUT, status=1)
+    assert paths_of(records(tmp_path / "o.jsonl")) == sorted([*expected, "a.jpg", "é.jpg"])
 
 
 def test_a_list_that_is_none_is_refused_before_it_fills_the_memory(bulk, tmp_path):
@@ -238,42 +232,28 @@ def test_a_row_without_a_picture_fails_alone(moondream_simulator, bulk, photos, 
 # -- addresses ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def web_folder(photos):
-    async def serving():
-        application = web.Application()
-        application.router.add_static("/photos", photos)
-        return TestServer(application)
-
-    with start_blocking_portal() as portal:
-        server = portal.call(serving)
-        with portal.wrap_async_context_manager(server):
-            yield str(server.make_url("/photos"))
-
-
 @pytest.mark.parametrize("way", ["zip", "member", "http", "table of http"])
-def test_pictures_elsewhere_are_read_when_their_turn_comes(
-    bulk, photos, tmp_path, *, web_folder, way
-):
+def test_pictures_elsewhere_are_read_when_their_turn_comes(bulk, photos, tmp_path, way):
     pytest.importorskip("fsspec")
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         for path in photos.rglob("*.jpg"):
             archive.write(path, path.relative_to(photos))
         archive.writestr("notes.txt", "none")
-    address = f"{web_folder}/00000.jpg"
-    source, count = {
-        "zip": ("p.zip", 20),
-        "member": (f"zip://below/00001.jpg::{tmp_path}/p.zip", 1),
-        "http": (address, 1),
-        "table of http": ("in.csv", 1),
-    }[way]
-    write_table(tmp_path / "in.csv", [{"url": address}])
-    allowed = ("--allow-network", "127.0.0.0/8") if "http" in way else ()
-    if allowed:  # whoever wrote the table is not let into this network
-        assert "is not on the public internet" in bulk(source, *OUT, status=1)
-    for said in (f"{count} answered, 0 failed", f"{count} done before"):
-        assert said in bulk(source, *OUT, *allowed)
-    bulk(source, "-o", "texts/", *allowed)
+    with serving_pages(web.static("/photos", photos)) as origin:
+        address = f"{origin}/photos/00000.jpg"
+        source, count = {
+            "zip": ("p.zip", 20),
+            "member": (f"zip://below/00001.jpg::{tmp_path}/p.zip", 1),
+            "http": (address, 1),
+            "table of http": ("in.csv", 1),
+        }[way]
+        write_table(tmp_path / "in.csv", [{"url": address}])
+        allowed = ("--allow-network", "127.0.0.0/8") if "http" in way else ()
+        if allowed:  # whoever wrote the table is not let into this network
+            assert "is not on the public internet" in bulk(source, *OUT, status=1)
+        for said in (f"{count} answered, 0 failed", f"{count} done before"):
+            assert said in bulk(source, *OUT, *allowed)
+        bulk(source, "-o", "texts/", *allowed)
     assert len(list((tmp_path / "texts").rglob("*.txt"))) == count
 
 

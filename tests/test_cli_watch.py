@@ -14,6 +14,8 @@ from moondream_async.simulator import SAMPLE_IMAGE
 pytest.importorskip("av", reason="the extra video is not installed")
 from pictures_moving import make_clip, times
 
+pytestmark = pytest.mark.slow  # on one Python version
+
 LINE = re.compile(r"\d+\.\d{3} s, \d+\.\d\d s old: \S.*")
 
 
