@@ -101,7 +101,7 @@ def explained_aliases():
     return found
 
 
-def test_every_name_is_explained():
+def test_every_name_and_every_public_method_and_property_is_explained():
     aliases = explained_aliases()
     values = {name: getattr(md, name) for name in md.__all__ if name != "__version__"}
     with_docstrings = {
@@ -111,6 +111,7 @@ def test_every_name_is_explained():
     }
 
     assert values.keys() - with_docstrings <= aliases
+    assert [name for name, method in methods() if not inspect.getdoc(method)] == []
 
 
 def methods(*, inherited=True):
@@ -128,10 +129,6 @@ def methods(*, inherited=True):
                 known = isinstance(value, (types.FunctionType, property, classmethod))
                 if known and not attribute.startswith("_"):
                     yield f"{name}.{attribute}", value
-
-
-def test_every_public_method_and_property_is_explained():
-    assert [name for name, method in methods() if not inspect.getdoc(method)] == []
 
 
 def test_every_skill_says_what_it_raises_and_what_cancelling_does():

@@ -37,8 +37,20 @@ def free_port():
     pytest.fail("no port is free")
 
 
-# Gradio asks itself for its page, and ends when it has none within three seconds.
-IMPATIENT = "import gradio.networking; gradio.networking.url_ok = lambda url: True"
+# At each start Gradio writes a stub of each of its components, which takes seconds of a processor;
+# and it asks itself for its page, and ends when it has none within three seconds.
+GRADIO = """
+import inspect
+getfile = inspect.getfile
+def of_others(value):
+    if getattr(value, "__module__", "").startswith("gradio."):
+        raise OSError
+    return getfile(value)
+inspect.getfile = of_others
+import gradio.networking
+inspect.getfile = getfile
+gradio.networking.url_ok = lambda url: True
+"""
 
 
 @contextlib.asynccontextmanager
@@ -56,7 +68,7 @@ async def served(app, simulator, folder):
     if app == "streamlit":
         command = ["streamlit", "run", "--server.headless=true", f"--server.port={port}", recipe]
         kind = "module"
-    before = IMPATIENT if app == "gradio" else ""
+    before = GRADIO if app == "gradio" else ""
     async with program(*command, before=before, kind=kind, **environment) as process:
         listening = False
         while not listening:
