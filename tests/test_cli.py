@@ -57,6 +57,7 @@ async def test_help_and_wrong_usage_load_neither_aiohttp_nor_pillow():
     assert done.stdout.decode().splitlines()[-1] == "loaded []"
 
 
+@pytest.mark.slow
 def test_without_arguments_it_prints_its_help_and_when_asked_its_version(command):
     status, output, errors = command()
     assert (status, errors) == (0, "")
@@ -65,6 +66,7 @@ def test_without_arguments_it_prints_its_help_and_when_asked_its_version(command
     assert command("--version") == (0, f"moondream-async {md.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_a_shell_can_complete_what_is_typed(command, capsys):
     typed = {"COMP_WORDS": "moondream-async det", "COMP_CWORD": "1"}
     with pytest.raises(SystemExit) as ended:
@@ -140,6 +142,7 @@ def test_wrong_usage_is_one_line_however_narrow_the_terminal(args, hint, capsys,
     assert "--help" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("called", "on_path", "typed"),
     [
@@ -235,6 +238,7 @@ def test_an_error_of_the_server_is_one_line(command, moondream_simulator, photo,
     assert hint in errors
 
 
+@pytest.mark.slow
 def test_no_key_is_ever_shown(command, photo):
     with SimulatorThread(Simulator(api_key="right")) as simulator:
         keys = {"MOONDREAM_ENDPOINT": simulator.endpoint, "MOONDREAM_API_KEY": "wr0ng-key"}
@@ -244,6 +248,7 @@ def test_no_key_is_ever_shown(command, photo):
     assert "wr0ng-key" not in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "hinted"), [("", True), ("/api", True), ("/v1", False), ("/v1/", False)]
 )
@@ -256,6 +261,7 @@ async def test_a_404_without_v1_asks_whether_it_was_meant(path, hinted, photo):
         assert (f"did you mean {server.origin}{path}/v1?" in str(caught.value)) == hinted
 
 
+@pytest.mark.slow
 def test_verbose_writes_a_line_for_what_the_client_does_wherever_it_stands(command, photo):
     for args in (
         ["-v", "caption", photo],
