@@ -1,8 +1,5 @@
 """Asyncio-first streaming client for the Moondream vision API."""
 
-from . import _early  # noqa: F401 - before all that takes time to load
-
-# isort: split
 from typing import TYPE_CHECKING, Any
 
 from ._client import MoondreamClient, photon, vl

@@ -58,7 +58,7 @@ def test_everything_that_is_imported_is_a_name_of_the_surface_which_has_no_logic
     imported = [
         alias.asname or alias.name
         for node in [*statements, *lazy.body]
-        if isinstance(node, ast.ImportFrom) and node.module not in ("typing", None)
+        if isinstance(node, ast.ImportFrom) and node.module != "typing"
         for alias in node.names
     ]
 

@@ -23,7 +23,6 @@ PACKAGE = Path(moondream_async.__file__).parent
 
 # Each imports of those before it only, as DESIGN.md draws them. A new room takes its place here.
 ROOMS = [
-    "_early",
     "_version",
     "errors",
     "_checks",

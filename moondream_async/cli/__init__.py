@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from moondream_async import _early
-
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line with `args`, else the process's own; return the exit status.
@@ -28,7 +26,6 @@ def main(args: Sequence[str] | None = None) -> int:
             return 1
         from ._program import run  # noqa: PLC0415 - needs the extra
 
-        _early.end()
         return run(sys.argv[1:] if args is None else args)
     except KeyboardInterrupt:
         if sys.stderr is not None and sys.stderr.isatty():
