@@ -116,8 +116,7 @@ def parse(data):
 # -- what arrives ------------------------------------------------------------------------
 
 
-@on_each
-async def test_text_events_errors_and_heartbeats_arrive_over_one_client(place):
+async def answers_arrive_over_one_client(place):
     """Whose end is for the end of the fixture to see."""
     async with place.get("/text", "answer") as response:
         assert response.content_type == "text/plain"
@@ -197,13 +196,13 @@ MOMENTS = [
 
 
 @on_each
-async def test_when_a_browser_goes_away_its_request_ends_at_once(
+async def test_answers_arrive_and_when_a_browser_goes_away_its_request_ends_at_once(
     place, server, request, disconnect_report
 ):
     """And before that, a slow one slows the API."""
-    paths = ["/text", "/ask"][
-        :: 1 if server is backends.uvicorn else -1
-    ] * 2  # each with each moment
+    await answers_arrive_over_one_client(place)
+
+    paths = ["/text", "/ask"][:: 1 if server is backends.uvicorn else -1] * 2  # each at each moment
     with no_cycles():  # no framework's exception may keep the stream until it is collected
         for path, ask in zip(paths, MOMENTS, strict=True):
             response = await ask(place, path)
