@@ -48,7 +48,7 @@ TESTS = (  # noqa: SIM905 - shorter so
     " streams leaving clock streams_again passing observing otel interruptible everywhere closing"
     " arrival limits pace calls deadlines client skills faults hostile foreign fuzz errors"
     " transport proxies fetch loops races fork types bulk runs batch tuning work"
-    ""
+    " owner batch_results loops_end"
 ).split()
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=fast"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded before the forks

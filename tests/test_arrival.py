@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+import moondream_async as md
+
 DRAWING = Image.new("RGB", (48, 32), (250, 250, 250))
 DRAWING.paste((200, 30, 30), (4, 4, 20, 28))
 DRAWING.paste((30, 60, 200), (24, 10, 44, 20))
@@ -53,6 +55,19 @@ async def test_a_prepared_picture_arrives_as_it_was_prepared(client, simulator):
     for _ in range(2):
         await client.caption(image)
         assert arrived(simulator)[1] == image.data
+
+
+@pytest.mark.parametrize("max_pixels", [48 * 32, 48 * 32 - 1])
+async def test_no_picture_has_more_pixels_than_its_client_allows(
+    max_pixels, client, simulator, tmp_path
+):
+    pictures = [await client.encode_image(DRAWING), *(kind(tmp_path) for kind in KINDS.values())]
+    async with md.MoondreamClient(endpoint=simulator.endpoint, max_pixels=max_pixels) as sparing:
+        for picture in pictures:
+            await sparing.caption(picture)
+            width, height = arrived(simulator)[0].size
+            assert (width * height == 48 * 32) == (max_pixels == 48 * 32)
+            assert width * height <= max_pixels
 
 
 async def test_a_picture_arrives_upright_and_without_its_metadata(client, simulator):

@@ -162,12 +162,17 @@ async def test_calls_that_are_no_skill_have_spans_without_ids(telemetry):
     assert "gen_ai.operation.name" not in telemetry.span.attributes
 
 
-async def test_content_is_captured_only_when_asked_for(simulator, telemetry, photo):
-    async with md.MoondreamClient(endpoint=simulator.endpoint) as client:
-        instrument(client, capture_content=True, **telemetry.providers)
-        plain = await client.query(photo, "How many people?")
-        said = await (await client.caption(photo, stream=True)).text()
-    span, streamed = telemetry.spans
+async def test_content_is_captured_only_when_asked_for(simulator, client, telemetry, photo):
+    """`client` is instrumented, and was not asked to."""
+    await client.query(photo, "How many people?")
+    await (await client.caption(photo, stream=True)).text()
+    assert not [name for span in telemetry.spans for name in span.attributes if "messages" in name]
+
+    async with md.MoondreamClient(endpoint=simulator.endpoint) as other:
+        instrument(other, capture_content=True, **telemetry.providers)
+        plain = await other.query(photo, "How many people?")
+        said = await (await other.caption(photo, stream=True)).text()
+    *_, span, streamed = telemetry.spans
     [answer] = json.loads(streamed.attributes["gen_ai.output.messages"])
     assert answer["parts"][0]["content"] == said
     [asked] = json.loads(span.attributes["gen_ai.input.messages"])

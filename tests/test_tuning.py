@@ -172,6 +172,13 @@ async def test_finetunes_are_listed_over_all_pages_oldest_first(client, simulato
     assert len(simulator.requests) == 3
 
 
+async def test_a_list_ends_where_the_server_names_no_further_page():
+    ends = [{}, {"next_cursor": ""}, {"next_cursor": 7}, {"next_cursor": "c", "has_more": False}]
+    for end in ends:
+        async with tuning_of(replying({"finetunes": [INFO], **end})) as tuning:
+            assert [each.finetune_id async for each in tuning.list(limit=100)] == ["01HX"], end
+
+
 async def test_pages_that_go_round_in_circles_end_with_an_error():
     page = {"finetunes": [INFO], "next_cursor": "c", "has_more": True}
     async with tuning_of(replying(page)) as tuning:
