@@ -162,6 +162,10 @@ REFUSED = [
     (2, "{kind} stands for", "photos", *OUT, "--dry-run", "--ask", "a=A {kind}?"),
     (2, "{a-b} stands for", "photos", *OUT, "--skill", "point", "--object", "{a-b}"),
     (1, "no table gives it a", "--from-file", "a.txt", *OUT, *QUERY, "--question", "A {kind}?"),
+    *(
+        (1, f"'--ask {name}=...'", "photos", *OUT, "--ask", f"{name}=What is there?")
+        for name in ("time", "objects", "points", "file")
+    ),
     (1, "is damaged", "photos", "-o", "damaged.jsonl", "--via", "batch-api"),
     (2, "'-o .vtt' is for", "clip.mp4", "-o", "out.vtt", *DETECT),
     (2, "'-o .srt' is for", "clip.mp4", "photo.jpg", "-o", "out.srt"),

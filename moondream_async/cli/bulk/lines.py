@@ -160,7 +160,7 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     for name in ("input_tokens", "output_tokens", "tries"):
         number = _valid(said.get(name), _Count)
         tidied[name] = None if number is None else int(number)
-    numbers = {"seconds", "time"} & (tidied.keys() - answers)
+    numbers = {"seconds", "time"} & tidied.keys()
     return {**tidied, **{name: _valid(tidied[name], _Number) for name in numbers}}
 
 

@@ -26,8 +26,9 @@ _COLUMN = re.compile(r"\{([^{}]+)\}")
 _MUST_BE_COLUMN = re.compile(r"\{[^\W\d][\w.-]*\}")
 """Braces that are no text, as ``{"a": 1}`` is; other braces are text where no column fits."""
 _FILLED = ("question", "object")
-_TAKEN = {*ASKED, "path", "row", "error", "error_type", "file", "metrics", "tries", "seconds"}
-_TAKEN |= {"request_id", "finish_reason", "input_tokens", "output_tokens"}
+_TAKEN = {*ASKED, "path", "row", "time", "file", "tries", "seconds", "metrics", "objects", "points"}
+_TAKEN |= {"error", "error_type", "request_id", "finish_reason", "input_tokens", "output_tokens"}
+"""The keys of a line that no answer may have: their values say something else."""
 
 
 class Questions:
@@ -52,7 +53,9 @@ class Questions:
         self._model = model
         for name in self.asks:
             if name in _TAKEN:
-                raise RequestError(f"'--ask {name}=...': lines say something else by that name")
+                raise RequestError(
+                    f"'--ask {name}=...': lines say something else by that name: choose another"
+                )
         filled = [self.arguments.get(name, "") for name in _FILLED] + list(self.asks.values())
         self._varies = rows and any(map(_COLUMN.search, filled))
         self.varying = [name for name in _FILLED if self._differs(self.arguments.get(name, ""))]
