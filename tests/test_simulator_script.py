@@ -49,6 +49,37 @@ async def test_any_text_arrives_as_it_is(client, simulator):
             assert await answer.text() == text
 
 
+HALVES = {
+    "a \ud83d cat": "a \ufffd cat",
+    "\udc08": "\ufffd",
+    ("a \ud83d", "\udc08"): "a \N{CAT}",  # each event has half of the character
+}
+
+
+@in_every_dialect
+async def test_half_a_character_is_sent_as_json_escapes_it(client, simulator):
+    for text, expected in HALVES.items():
+        simulator.script.caption(text, times=2)
+        assert (await client.caption(SAMPLE_IMAGE)).caption == expected
+        async with client.caption(SAMPLE_IMAGE, stream=True) as answer:
+            assert await answer.text() == expected
+
+
+async def test_half_a_character_may_be_in_all_that_is_scripted(client, simulator):
+    half, sent = "\ud83d", "\ufffd"
+    simulator.script.query(half, reasoning=half, finish_reason=half)
+    simulator.script.segment(half, BOX)
+    simulator.script.chat(half, reasoning=half, times=2)
+    answer = await client.query(SAMPLE_IMAGE, "What is it?", reasoning=True)
+    assert (answer.answer, answer.finish_reason) == (sent, sent)
+    assert answer.reasoning == md.Reasoning(sent)
+    assert (await client.segment(SAMPLE_IMAGE, "cat")).path == sent
+    question = [{"role": "user", "content": "What is it?"}]
+    assert (await client.chat(question)).message.content == sent
+    async with client.chat(question, stream=True) as stream:
+        assert await stream.text() == sent
+
+
 @in_every_dialect
 async def test_boxes_and_points_are_found_however_they_are_written(simulator):
     simulator.script.detect([md.Region(0.1, 0.2, 0.5, 0.6), (0.1, 0.2, 0.5, 0.6), BOX])

@@ -89,7 +89,9 @@ class Dialect:
 
     def encode_text(self, data: str, *, tokens: int = 0, last: bool = False) -> Event:
         """Return one server-sent event with this line of data."""
-        return Event(f"data: {data}{self._event_end}".encode(), tokens=tokens, last=last)
+        # Half a surrogate pair, for which UTF-8 has no bytes, is escaped as JSON does it.
+        line = f"data: {data}{self._event_end}".encode("utf-8", "backslashreplace")
+        return Event(line, tokens=tokens, last=last)
 
 
 class Cloud(Dialect):

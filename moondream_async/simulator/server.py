@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import socket
 import ssl
 import struct
@@ -27,7 +28,7 @@ from .noise import logger
 from .received import Connections, ReceivedRequest
 from .script import Script
 from .skills import Endpoints
-from .steps import Auth, Event, HangUp, Hold, Reply, Route, Step, Steps, Wait
+from .steps import Auth, Body, Event, HangUp, Hold, Reply, Route, Step, Steps, Wait
 from .storage import Storage
 from .tuning import Tuning
 from .validation import RefusedError
@@ -375,7 +376,7 @@ class Simulator:
         if body is None:
             body = self.dialect.error(reply.status, f"Simulated error {reply.status}").body
         if isinstance(body, dict):
-            body, content_type = msgspec.json.encode(body), "application/json"
+            body, content_type = _encode(body), "application/json"
         headers = {hdrs.CONTENT_TYPE: content_type} | reply.headers
         response = web.Response(status=reply.status, body=body, headers=headers)
         received.status = reply.status
@@ -426,6 +427,13 @@ class Simulator:
             await asyncio.sleep(step.seconds)
         elif isinstance(step, Wait):
             await asyncio.Event().wait()  # until the client goes away
+
+
+def _encode(body: Body) -> bytes:
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:  # half a surrogate pair, for which UTF-8 has no bytes
+        return json.dumps(body).encode()
 
 
 async def _merge(request: web.Request, data: bytes) -> dict[str, Any]:
