@@ -141,6 +141,10 @@ def test_fault_with_times_always_strikes_every_request():
         ("cut_inside=0", "fault cut_inside is written cut_inside=N"),
         ("cut=1" + "0" * 20, "fault cut is written cut=N"),
         ("slow_start=nan", "fault slow_start is written slow_start=SECONDS"),
+        ("redirect=/a\nb", "fault redirect is written redirect=URL"),
+        ("redirect=/\ud83d", "fault redirect is written redirect=URL"),
+        ("status=503,retry_after=1\r2", "fault retry_after is written retry_after=VALUE"),
+        ("status=503,retry_after=\ud83d", "fault retry_after is written retry_after=VALUE"),
     ],
 )
 def test_text_that_is_no_fault_is_refused_clearly(text, message):

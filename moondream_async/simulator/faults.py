@@ -19,6 +19,7 @@ from .steps import Event, HangUp, Queue, Reply, Step, Steps, Wait
 _Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 _Number = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 _Seconds = Annotated[float, Meta(ge=0)]
+_Header = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]  # a header's value
 
 
 class Effect(msgspec.Struct, frozen=True):
@@ -125,7 +126,7 @@ EFFECTS: dict[str, Effect] = {
     "html": Instead("[CODE]", "answers with a gateway's HTML page", _html, _Count, 502),
     "reject": Instead("", "answers that the queue is full, with status 200", lambda _: _REJECTED),
     "redirect": Instead(
-        "URL", "redirects there with status 307, or to CODE:URL with another", _redirect, str
+        "URL", "redirects there with status 307, or to CODE:URL with another", _redirect, _Header
     ),
     "slow_start": Before("SECONDS", "waits before it answers at all", Wait, _Seconds),
     "hang_up": Before(
@@ -201,6 +202,8 @@ class Fault(msgspec.Struct, frozen=True):
             effect = EFFECTS.get(name)
             if name == "times":
                 options[name] = None if value == "always" else _read(name, "=N", _Number, value)
+            elif name == "retry_after":
+                options[name] = _read(name, "=VALUE", _Header, value)
             elif name in OPTIONS:
                 options[name] = value
             elif effect is None:
