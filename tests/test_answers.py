@@ -217,9 +217,10 @@ def test_models_are_listed_by_every_server():
 
 def test_stations_numbers_are_read_and_kept():
     running = {"workers": 1, "queue_size": 0, "default_timeout": 30.0, "status": "running"}
+    stopped = {"status": "stopped", "requests_processed": 3}
     for raw, known in (
         ({**running, "new": 5}, running),
-        ({"status": "stopped", "mine": [1]}, {"status": "stopped"}),
+        ({**stopped, "mine": [1]}, stopped),
         ({"workers": "many"}, {}),
     ):
         stats = read_stats(raw)

@@ -164,6 +164,21 @@ async def test_the_limit_that_runs_out_ends_the_call_and_is_named(clock, row):
         assert len(server.requests) == sent
 
 
+async def test_connect_limits_the_wait_for_a_machine_that_takes_no_connection(clock):
+    with contextlib.ExitStack() as stack:
+        listener, *others = [stack.enter_context(socket.socket()) for _ in range(6)]
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for each in others:  # until there is room for no more
+            each.setblocking(False)
+            each.connect_ex(listener.getsockname())
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        limit = only(connect=SECONDS)
+        async with md.MoondreamClient(endpoint=endpoint, timeout=limit, max_retries=0) as client:
+            with running_out(clock, "connect", SECONDS):
+                await plainly(client)
+
+
 async def test_connect_begins_anew_with_each_try(clock):
     delays = []
     hooks = md.Hooks(retry=lambda event: delays.append(event.delay))

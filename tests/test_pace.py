@@ -151,19 +151,39 @@ def test_waiter_whose_loop_is_closed_does_not_block_those_behind(case):
     asyncio.run(after())
 
 
-def test_place_given_to_a_loop_that_closes_before_it_hears_of_it_is_not_lost():
+@pytest.mark.parametrize("closed_first", [False, True])
+def test_place_given_to_a_loop_that_never_hears_of_it_is_free_again_and_only_once(closed_first):
     slots = Semaphore(1)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(slots.acquire())
     task = loop.create_task(slots.acquire())
     task._log_destroy_pending = False
     loop.run_until_complete(rounds())
+    if closed_first:
+        loop.close()
     slots.release()  # it is told so, but never runs again
     loop.close()
-    assert slots.taken == 1
+    assert slots.taken == (not closed_first)
     del task, loop
     gc.collect()
     assert (slots.taken, slots.waiting) == (0, 0)
+
+
+class Freed(Semaphore):
+    """Where none is free, the collector gives one back in the midst of the bookkeeping."""
+
+    def try_acquire(self):
+        with self._lock:
+            if super().try_acquire():
+                return True
+            self.release()
+            return False
+
+
+async def test_place_that_the_collector_gives_back_while_one_is_taken_is_taken():
+    slots = Freed(1)
+    assert [await slots.acquire() for _ in range(3)] == [False] * 3  # nobody has to wait
+    assert (slots.taken, slots.waiting) == (1, 0)
 
 
 def in_threads(main):

@@ -6,6 +6,7 @@ No sockets: a `Source` is told what arrives, and when. Time is the tests' own.
 import asyncio
 import copy
 import pickle
+from collections.abc import Iterable
 
 import anyio
 import pytest
@@ -84,6 +85,14 @@ async def test_there_are_no_other_keys():
             with pytest.raises(KeyError) as caught:
                 stream[key]
             assert caught.value.args == (key,)
+
+
+async def test_a_stream_is_no_sequence_though_it_has_keys():
+    """Or else `list` and Django, which ask for items first, would read it as one."""
+    async with answered(DONE) as stream:
+        with pytest.raises(TypeError, match="not iterable"):
+            iter(stream)
+        assert not isinstance(stream, Iterable)
 
 
 async def test_empty_pieces_are_not_handed_out():
