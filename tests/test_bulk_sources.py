@@ -193,10 +193,11 @@ def test_a_table_gives_pictures_and_its_columns_go_into_questions(
     assert sorted(asked) == sorted(expected)
 
 
-def test_a_table_in_an_old_encoding_loses_no_row(bulk, photos, tmp_path):
+@pytest.mark.parametrize("via", ["requests", "batch-api"])
+def test_a_table_in_an_old_encoding_loses_no_row(bulk, photos, tmp_path, via):
     (tmp_path / "in.csv").write_bytes(b"path,kind\nphotos/00000.jpg,caf\xe9\n")
     for said in ("1 answered, 0 failed", "1 done before"):
-        assert said in bulk("in.csv", "-o", "o.csv")
+        assert said in bulk("in.csv", "-o", "o.csv", "--via", via)
     (line,) = records(tmp_path / "o.csv.jsonl")
     assert line["row"] == {"kind": "caf\ufffd"}
 

@@ -18,6 +18,7 @@ from moondream_async.cli._files import replacing
 from moondream_async.cli._output import note
 from moondream_async.errors import APIStatusError, ImageError, RequestError
 
+from .lines import encode
 from .questions import Pending
 from .sources import Contents, Found, name_of, path_of
 
@@ -185,6 +186,6 @@ def _recorded(record: Path) -> list[Sent]:
 def _record(record: Path, waiting: list[Sent]) -> None:
     if waiting:
         with replacing(record) as file:
-            file.write(msgspec.json.encode(waiting))
+            file.write(encode(waiting))
     elif record.exists():
         record.unlink()
