@@ -202,6 +202,26 @@ def test_a_table_in_an_old_encoding_loses_no_row(bulk, photos, tmp_path, via):
     assert line["row"] == {"kind": "caf\ufffd"}
 
 
+@pytest.mark.parametrize("via", ["requests", "batch-api"])
+def test_times_to_the_nanosecond_as_pandas_writes_them_lose_no_row(bulk, photos, tmp_path, via):
+    pyarrow = pytest.importorskip("pyarrow")
+    day = 86_400_000_000_000
+    columns = {
+        "path": pyarrow.array(["photos/00000.jpg"]),
+        "at": pyarrow.array([day + 1], pyarrow.timestamp("ns")),
+        "here": pyarrow.array([day + 1], pyarrow.timestamp("ns", "UTC")),
+        "for": pyarrow.array([1_500_000_001], pyarrow.duration("ns")),
+        "each": pyarrow.array([[1, 2]]),
+    }
+    table = str(tmp_path / "in.parquet")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), table)
+    for said in ("1 answered, 0 failed", "1 done before"):
+        assert said in bulk("in.parquet", *OUT, "--via", via)
+    (line,) = records(tmp_path / "o.jsonl")
+    times = {"at": "1970-01-02T00:00:00", "here": "1970-01-02T00:00:00Z", "for": "PT1.5S"}
+    assert line["row"] == {**times, "each": [1, 2]}
+
+
 @pytest.mark.parametrize("source", ["photos", "in.csv"])
 def test_braces_that_name_no_column_are_text(moondream_simulator, bulk, photos, tmp_path, source):
     rows = [{"path": name} for name in names_below(photos, tmp_path)]

@@ -73,11 +73,18 @@ def encode_json(value: Any) -> bytes:
 
 
 def json_text(value: Any) -> str:
-    """Return a value as JSON; halves of surrogate pairs stay in it as they are."""
+    """Return a value as JSON; halves of surrogate pairs stay in it as they are.
+
+    What JSON has no form for, as a table may hold it, is a text.
+
+    >>> json_text({"at": 1j})
+    '{"at":"1j"}'
+    """
     try:
-        return msgspec.json.encode(value).decode()
+        return msgspec.json.encode(value, enc_hook=str).decode()
     except UnicodeEncodeError:  # half a surrogate pair
-        return json.dumps(msgspec.to_builtins(value), ensure_ascii=False, separators=(",", ":"))
+        plain = msgspec.to_builtins(value, enc_hook=str)
+        return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
 
 
 def print_json(value: Any) -> None:
