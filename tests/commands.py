@@ -53,8 +53,12 @@ def on_stdin(data):
 
 @contextlib.contextmanager
 def meanwhile(act):
-    """Do something in a thread while a command runs."""
-    thread = threading.Thread(target=act)
+    """Do something in a thread while a command runs.
+
+    A command that fails may leave the thread at a pipe: it must not hold up the end.
+    """
+    thread = threading.Thread(target=act, daemon=True)
     thread.start()
     yield
-    thread.join()
+    thread.join(60)
+    assert not thread.is_alive()

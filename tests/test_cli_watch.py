@@ -57,22 +57,23 @@ def test_json_has_the_frame_and_the_answer_of_each_skill(watch, clip, key):
     assert each["index"] == 11  # the last frame is always asked about
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "The answer is empty."),
-        (["--skill", "query", "--question", "A?"], "The answer is empty."),
-        (["--skill", "detect", "--object", "red"], "nothing found"),
-    ],
-    ids=["caption", "query", "detect"],
-)
-def test_an_empty_text_is_called_so_and_only_objects_are_not_found(
-    watch, moondream_simulator, clip, arguments, said
+TEXTS = {  # what is scripted, and what the line says of it
+    "caption": ("", "The answer is empty."),
+    "answer": ("", "The answer is empty."),
+    "objects": ([], "nothing found"),
+    "points": ([(0.5, 0.25), (1, 0)], "0.5000 0.2500; 1.0000 0.0000"),
+    "path": ("M 0 0 L 1 1 Z", "M 0 0 L 1 1 Z"),
+}
+
+
+@pytest.mark.parametrize("key", TEXTS)
+def test_a_line_has_places_or_a_text_and_an_empty_one_is_called_so(
+    watch, moondream_simulator, clip, key
 ):
-    moondream_simulator.script.caption("", times=None)
-    moondream_simulator.script.query("", times=None)
-    moondream_simulator.script.detect([], times=None)
-    status, lines, errors = watch(clip, "--every", "1m", *arguments)
+    scripted, said = TEXTS[key]
+    skill = SKILLS[key][1] if SKILLS[key] else "caption"
+    getattr(moondream_simulator.script, skill)(scripted, times=None)
+    status, lines, errors = watch(clip, "--every", "1m", *SKILLS[key])
     assert (status, errors) == (0, "")
     assert lines.rstrip().endswith(f"old: {said}")
 

@@ -76,9 +76,13 @@ def test_users_own_key_and_endpoint_are_out_of_reach(environment, moondream_simu
     assert "MOONDREAM_API_KEY" not in os.environ
 
 
-@pytest.mark.moondream_simulator("cloud", api_key="right")
-def test_marker_sets_the_server_up_and_its_key_is_asked_for(moondream_simulator, monkeypatch):
-    assert repr(moondream_simulator).startswith("<SimulatorThread cloud: http://127.0.0.1:")
+@pytest.mark.moondream_simulator("kestrel")
+def test_marker_names_the_dialect(moondream_simulator):
+    assert repr(moondream_simulator).startswith("<SimulatorThread kestrel: http://127.0.0.1:")
+
+
+@pytest.mark.moondream_simulator(api_key="right")
+def test_key_of_the_marker_is_asked_for(moondream_simulator, monkeypatch):
     assert os.environ["MOONDREAM_API_KEY"] == "right"
     assert "JPEG picture" in ask()
     monkeypatch.setenv("MOONDREAM_API_KEY", "wrong")

@@ -377,13 +377,14 @@ class Simulator:
             body = self.dialect.error(reply.status, f"Simulated error {reply.status}").body
         if isinstance(body, dict):
             body, content_type = _encode(body), "application/json"
+        data = body.encode() if isinstance(body, str) else body or b""
         headers = {hdrs.CONTENT_TYPE: content_type} | reply.headers
-        response = web.Response(status=reply.status, body=body, headers=headers)
+        response = web.Response(status=reply.status, body=data, headers=headers)
         received.status = reply.status
         received.stream = False
         await response.prepare(request)
         await response.write_eof()
-        received.bytes_sent = response.body_length
+        received.bytes_sent = len(data)  # aiohttp's `body_length` has the headers, too
         return response
 
     async def _stream(
