@@ -202,6 +202,77 @@ def test_a_table_in_an_old_encoding_loses_no_row(bulk, photos, tmp_path, via):
     assert line["row"] == {"kind": "caf\ufffd"}
 
 
+NOT_UTF8 = {  # tables, and why a row is not asked about
+    "in.csv": (b"path,kind\n%b,cat\n%b,caf\xe9\n", "row 2 has no UTF-8 in column 'kind'"),
+    "in.tsv": (b"path\tkind\n%b\tcat\n%b\tcaf\xe9\n", "row 2 has no UTF-8 in column 'kind'"),
+    "in.jsonl": (
+        b'{"path": "%b", "kind": "cat"}\n{"path": "%b", "kind": "half \\ud83d"}\n',
+        "row 2 has no UTF-8 in column 'kind'",
+    ),
+    "head.csv": (
+        b"path,k\xefnd\n%b,cat\n%b,cat\n",
+        "no column 'kind', and its header is not UTF-8",
+    ),
+    "path.jsonl": (
+        b'{"path": "%b", "kind": "cat"}\n{"path": "\\ud83d%b", "kind": "cat"}\n',
+        "row 2 names no picture in path",
+    ),
+}
+
+
+@pytest.mark.parametrize("table", NOT_UTF8)
+def test_a_row_that_is_not_utf8_fails_alone_and_is_named(
+    moondream_simulator, bulk, photos, tmp_path, table
+):
+    text, why = NOT_UTF8[table]
+    (tmp_path / table).write_bytes(text % (b"photos/00000.jpg", b"photos/00002.jpg"))
+    bulk(table, *OUT, *ASKS, "--report", "o.html", status=1)
+    failed = [line["error"]["message"] for line in records(tmp_path / "o.jsonl") if "error" in line]
+    assert why in failed[-1]
+    assert "codec" not in failed[-1]
+    assert len(failed) == (2 if table == "head.csv" else 1)
+    assert len(moondream_simulator.requests) == 2 * (2 - len(failed))
+
+
+def test_bytes_in_a_parquet_table_are_text_where_they_are_utf8(
+    moondream_simulator, bulk, photos, tmp_path
+):
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [{"path": "photos/00000.jpg", "kind": "caf\xe9".encode()}]
+    rows.append({"path": "photos/00002.jpg", "kind": b"caf\xe9"})
+    write_table(tmp_path / "in.parquet", rows)
+    bulk("in.parquet", *OUT, "--ask", "kind=Is it a {kind}?", status=1)
+    assert [each.body["question"] for each in moondream_simulator.requests] == ["Is it a caf\xe9?"]
+    (failed,) = [line for line in records(tmp_path / "o.jsonl") if "error" in line]
+    assert "in.parquet: row 2 has no UTF-8 in column 'kind'" in failed["error"]["message"]
+
+    kind = pyarrow.array([b"cat", b"caf\xe9"], pyarrow.binary())
+    kind = pyarrow.Array.from_buffers(pyarrow.string(), 2, kind.buffers())
+    columns = {"path": ["photos/00000.jpg", "photos/00002.jpg"], "kind": kind}
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table(columns), str(tmp_path / "bad.parquet")
+    )
+    said = bulk("bad.parquet", *OUT, status=1)
+    assert "bad.parquet: column 'kind' can't be read after row 0: 'utf-8' codec" in said
+
+
+UNREADABLE = {
+    "in.jsonl": (b'{"path": "a.jpg"}\n{"path": "caf\xe9.jpg"}\n', "line 2: it is not UTF-8: save"),
+    "cut.jsonl": (b'{"path": "a.jpg"}\n{"path": ', "line 2: no JSON object"),
+    "list.jsonl": (b"[]\n", "line 1: no JSON object"),
+    "in.csv": ("path\na.jpg\n".encode("utf-16"), "and its header is not UTF-8: save it as UTF-8"),
+}
+
+
+@pytest.mark.parametrize("table", UNREADABLE)
+def test_a_table_that_cannot_be_read_is_told_with_its_line(bulk, tmp_path, table):
+    text, why = UNREADABLE[table]
+    (tmp_path / table).write_bytes(text)
+    said = bulk(table, *OUT, status=1)
+    assert table in said
+    assert why in said
+
+
 @pytest.mark.parametrize("via", ["requests", "batch-api"])
 def test_times_to_the_nanosecond_as_pandas_writes_them_lose_no_row(bulk, photos, tmp_path, via):
     pyarrow = pytest.importorskip("pyarrow")

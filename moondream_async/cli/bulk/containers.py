@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from moondream_async.errors import RequestError
 from moondream_async.frames import check_video, decode_video
 
+from .lines import decode, whole
 from .sources import Contents, Found, needs, simplest
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -58,19 +57,34 @@ def find_in_table(name: str, column: str | None) -> Iterator[Found]:
             has = ", ".join(map(str, row))
             raise RequestError(
                 f"{name} has no column {column or ' or '.join(_NAMES[:3])} (row {number}), "
-                f"but {has}: name the one with the pictures by '--column'"
+                f"but {has}: name the one with the pictures by '--column'{odd_header(row)}"
             )
+        place = f"{name}: row {number}"
         path = row.get(column)
         rest = {key: value for key, value in row.items() if key != column}
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not _can_be_path(path):
             own = f"{name}#row={number}"
-            fault = f"{name}: row {number} names no picture in {column}"
+            fault = f"{place} names no picture in {column}"
             yield Found(own, os.path.basename(own), rest, fault=fault)
             continue
         beside = os.path.join(os.path.dirname(name), path)
         known = "://" in path or os.path.lexists(path)
         here = beside if not known and os.path.lexists(beside) else path
-        yield Found(here if "://" in here else simplest(here), path, rest)
+        yield Found(here if "://" in here else simplest(here), path, rest, place)
+
+
+def odd_header(row: Row) -> str:
+    """Return a hint for a row that lacks a column, where the table's header is not UTF-8."""
+    if all(whole(name) == name for name in row):
+        return ""
+    return ", and its header is not UTF-8: save it as UTF-8"
+
+
+def _can_be_path(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text))
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def _csv(name: str) -> Iterator[Row]:
@@ -89,31 +103,51 @@ def _json_lines(name: str) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                yield msgspec.json.decode(line.removeprefix(b"\xef\xbb\xbf"), type=dict[str, Any])
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                yield decode(line.removeprefix(b"\xef\xbb\xbf"))
+            except UnicodeDecodeError as error:
+                why = f"{name}, line {number}: it is not UTF-8: save it as UTF-8"
+                raise RequestError(why) from error
+            except ValueError as error:
                 raise RequestError(f"{name}, line {number}: no JSON object: {error}") from error
 
 
 def _parquet(name: str) -> Iterator[Row]:
     pq = needs("pyarrow.parquet", "Parquet needs pyarrow", "parquet")
-    import pyarrow as pa  # noqa: PLC0415 - an extra, and slow to load
+    from pyarrow import ArrowInvalid  # noqa: PLC0415 - an extra, and slow to load
 
-    def in_microseconds(column: Any) -> Any:
-        """Return times as Python has them, also where pandas has written finer ones."""
-        if pa.types.is_timestamp(column.type):
-            return column.cast(pa.timestamp("us", column.type.tz), safe=False)
-        if pa.types.is_duration(column.type):
-            return column.cast(pa.duration("us"), safe=False)
-        return column
-
+    read = 0
     try:
         with pq.ParquetFile(name) as file:
             for batch in file.iter_batches(batch_size=1000):
-                columns = [in_microseconds(column).to_pylist() for column in batch.columns]
+                names = batch.schema.names
+                columns = [
+                    _values(column, f"{name}: column {each!r} can't be read after row {read}")
+                    for each, column in zip(names, batch.columns, strict=True)
+                ]
                 for values in zip(*columns, strict=True):
-                    yield dict(zip(batch.schema.names, values, strict=True))
-    except pa.ArrowInvalid as error:
+                    yield dict(zip(names, values, strict=True))
+                read += batch.num_rows
+    except ArrowInvalid as error:
         raise RequestError(f"{name} is no Parquet file: {error}") from error
+
+
+def _values(column: Any, failure: str) -> list[Any]:
+    """Return a column's values; times are in microseconds, also where pandas wrote finer ones.
+
+    Raises:
+        RequestError: A text is not UTF-8, or a time is too far away.
+    """
+    import pyarrow as pa  # noqa: PLC0415 - an extra, and slow to load
+
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
+    elif pa.types.is_duration(column.type):
+        column = column.cast(pa.duration("us"), safe=False)
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise RequestError(f"{failure}: {error}") from error
+    return values
 
 
 def is_video(name: str) -> bool:

@@ -13,8 +13,8 @@ from moondream_async._images import can_prepare
 from moondream_async.bulk import BulkItem, BulkResult
 from moondream_async.errors import RequestError
 
-from .containers import is_table
-from .lines import ASKED, Outcome, fields_of
+from .containers import is_table, odd_header
+from .lines import ASKED, Outcome, fields_of, whole
 from .shards import is_shard
 from .sources import Contents, Found, read
 
@@ -71,11 +71,11 @@ class Questions:
 
         def value(match: re.Match[str]) -> str:
             if match[1] in row:
-                return str(row[match[1]])
+                return _text(row[match[1]], found, match[1])
             if not _MUST_BE_COLUMN.fullmatch(match[0]):
                 return match[0]
             lack = "no table gives it a" if found.row is None else "its row has no"
-            raise RequestError(f"{found.name!r}: {lack} column {match[1]!r}")
+            raise RequestError(f"{found.name!r}: {lack} column {match[1]!r}{odd_header(row)}")
 
         return self._fill(lambda text: _COLUMN.sub(value, text))
 
@@ -90,6 +90,15 @@ class Questions:
         if self.asks:
             asked["asks"] = {name: fill(text) for name, text in self.asks.items()}
         return {name: value for name, value in asked.items() if value is not None}
+
+
+def _text(value: Any, found: Found, column: str) -> str:
+    """Return a value of a row for a question; RequestError where it can't be sent."""
+    text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+    if whole(text) != text:
+        where = found.place or repr(found.name)
+        raise RequestError(f"{where} has no UTF-8 in column {column!r}: save it as UTF-8")
+    return text
 
 
 def may_have_rows(paths: Sequence[str], lists: Sequence[str]) -> bool:

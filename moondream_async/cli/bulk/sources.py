@@ -32,6 +32,9 @@ class Found(msgspec.Struct, frozen=True):
     row: dict[str, Any] | None = None
     """The other columns of its row, where a table names the picture."""
 
+    place: str = ""
+    """The table and the number of its row, where a table names the picture."""
+
     time: float | None = None
     """The timestamp of a video's frame, in seconds."""
 
