@@ -397,6 +397,18 @@ async def test_list_goes_through_all_pages_newest_first(client, simulator, one):
     assert len(simulator.requests) == 3
 
 
+async def test_half_a_surrogate_pair_is_refused_as_anything_else_that_is_wrong(client, photo):
+    half = "\ud83d"
+    for request in (BatchRequest.query(photo, half), BatchRequest.caption(photo, id=half)):
+        with refused("can't be sent as JSON"):
+            await client.batches.create([request])
+    for kind in (client.batches, client.tuning):
+        with pytest.raises(md.NotFoundError):
+            await kind.get(half)
+        with pytest.raises(md.APIStatusError):
+            _ = [each async for each in kind.list(cursor=half)]
+
+
 # -- uploads --------------------------------------------------------------------------
 
 

@@ -54,7 +54,8 @@ async def read_page(caller: Caller, path: str, *, limit: int, cursor: str | None
     """
     check_count("limit", limit, most=_MAX_LIMIT)
     query = {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}
-    request = Request(None, f"{path}?{urlencode(query)}", method="GET")
+    encoded = urlencode(query, errors="surrogatepass")
+    request = Request(None, f"{path}?{encoded}", method="GET")
     return await caller.call(request).json()
 
 

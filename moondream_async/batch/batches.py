@@ -359,4 +359,4 @@ def _id_of(batch: Batch | str) -> str:
 
 
 def _quoted_id(batch: Batch | str) -> str:
-    return quote(_id_of(batch), safe="")
+    return quote(_id_of(batch), safe="", errors="surrogatepass")

@@ -189,12 +189,19 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         return f"BatchRequest(skill={self.skill!r}, id={self.id!r}, fields={self.fields!r})"
 
     def line(self, images: Sequence[EncodedImage]) -> bytes:
-        """Return the line and its line break, with the pictures as base64."""
+        """Return the line and its line break, with the pictures as base64.
+
+        Raises:
+            RequestError: A text can't be encoded.
+        """
         named = {} if self.id is None else {"id": self.id}
         data = [image.data for image in images]
         pictures = {"images": data} if self.several else {"image": data[0]}
         fields = {**named, "skill": self.skill, **self.fields, **pictures}
-        return msgspec.json.Encoder().encode_lines([fields])
+        try:
+            return msgspec.json.Encoder().encode_lines([fields])
+        except UnicodeEncodeError as error:  # half a surrogate pair
+            raise RequestError(f"The request can't be sent as JSON: {error}") from error
 
 
 class Tally:

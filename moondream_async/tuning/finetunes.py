@@ -342,7 +342,8 @@ def _read_checkpoint(raw: Any, finetune: Finetune | str) -> Checkpoint:
 
 
 def _path(finetune: Finetune | str) -> str:
-    return f"/tuning/finetunes/{quote(_id_of(finetune), safe='')}"
+    quoted = quote(_id_of(finetune), safe="", errors="surrogatepass")
+    return f"/tuning/finetunes/{quoted}"
 
 
 def _checkpoint_path(finetune: Finetune | str, step: int) -> str:
