@@ -216,7 +216,7 @@ def tests_of(source: str, line: int, seen: dict[str, list[int]]) -> list[int]:
     holders = [
         node
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0)
+        if isinstance(node, ast.stmt) and _first_line(node) <= line <= (node.end_lineno or 0)
     ]
     holder = max(holders, key=lambda node: (node.lineno, -(node.end_lineno or 0)))
     if seen.get(str(holder.lineno)):
@@ -229,6 +229,11 @@ def tests_of(source: str, line: int, seen: dict[str, list[int]]) -> list[int]:
         lines = [n for n, text in enumerate(source.splitlines(), 1) if word.search(text)]
     found = [test for number in lines for test in seen.get(str(number), [])]
     return list(dict.fromkeys(found)) or list({test for tests in seen.values() for test in tests})
+
+
+def _first_line(node: ast.stmt) -> int:
+    """The line where a statement begins, with its decorators."""
+    return min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
 
 
 def function_at(source: str, line: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import moondream_async as md
+from moondream_async._protocol import decoding
 from moondream_async._protocol.answers import (
     decode_json,
     decode_reasoning,
@@ -412,6 +413,21 @@ SHAPES = [
     b'{"caption": "", "reasoning": {"grounding": [%s]}}',
     b'{"choices": [%s]}',
 ]
+
+
+BODIES = {  # with so much of what is limited
+    50_000: lambda most: b'{"a": [' + b"[]," * (most - 2) + b"[]]}",
+    1024 * 1024: lambda most: b'{"text": "not data", "a": [' + b" " * (most - 2) + b"]}",
+    100_000: lambda most: b'{"a": [' + b'"",' * (most - 2) + b'""]}',
+    64: lambda most: b'{"a": ' + b"[" * (most - 1) + b"]" * (most - 1) + b"}",
+}
+
+
+def test_a_body_may_be_as_large_as_its_limits_and_no_larger():
+    for most, body in BODIES.items():
+        assert decoding.decode(body(most))
+        with pytest.raises(ValueError, match=f"{most}"):
+            decoding.decode(body(most + 1))
 
 
 def test_nesting_is_never_too_deep_to_say_so():
