@@ -259,6 +259,21 @@ async def test_no_more_are_open_than_was_said(simulator, connections, concurrenc
     assert 1 < most <= 5
 
 
+async def test_a_run_that_never_asks_for_all_it_may_keeps_its_limit(client):
+    read = anyio.Semaphore(1)
+
+    async def one_by_one():
+        for number in range(40):
+            await read.acquire()
+            yield picture(number)
+
+    run = client.bulk(one_by_one())
+    limit = run.limit
+    async for _ in run:
+        read.release()
+    assert run.limit == limit
+
+
 # -- its end ------------------------------------------------------------------------
 
 

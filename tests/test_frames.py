@@ -114,7 +114,8 @@ def test_an_argument_that_cannot_be_right_is_refused(arguments):
 PICTURES = [b"\xff\xd8\xff" + bytes([number]) * (5 + number) for number in range(4)]
 STREAMS = {
     "lengths": b"".join(
-        b"--f\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(each), each) for each in PICTURES
+        b"--f\r\nContent-Length: %d\r\nX-Timestamp: 7\r\n\r\n%b\r\n" % (len(each), each)
+        for each in PICTURES
     ),
     "no lengths": b"".join(b"--f\r\nA: b\r\n\r\n%b\r\n" % each for each in PICTURES) + b"--f--",
     "bare line ends": b"".join(b"--f\nA: b\n\n%b\n" % each for each in PICTURES) + b"--f\n",
