@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import itertools
+import os
 import socket
 import sys
 import tracemalloc
@@ -502,3 +503,11 @@ async def test_stream_over_tls_that_is_cut_raises(reset):
 async def test_ssl_context_serves_a_session_of_the_caller_too():
     async with aiohttp.ClientSession() as session, over_tls(answer_all, session=session) as (_, it):
         assert (await it.caption(IMAGE)).caption == TEXT
+
+
+async def test_an_address_where_nobody_listens_is_named_with_the_systems_reason(nobody):
+    async with md.MoondreamClient(endpoint=nobody, max_retries=0) as client:
+        with pytest.raises(md.APIConnectionError) as caught:
+            await client.caption(IMAGE)
+    where, reason = nobody.removesuffix("/v1"), os.strerror(errno.ECONNREFUSED)
+    assert str(caught.value) == f"Could not connect to {where}: {reason}"
