@@ -145,6 +145,8 @@ def test_in_a_cgi_script_no_header_of_a_browser_names_the_proxy():
     proxies = proxies_of_environment(given)
     assert proxies.for_url(URL("http://example.com")) is None
     assert proxies.for_url(URL("https://example.com")).url.port == 2
+    proxies = proxies_of_environment({**given, "ALL_PROXY": "proxy:3"})
+    assert proxies.for_url(URL("http://example.com")).url.port == 3
 
 
 def test_a_proxy_of_the_environment_that_is_not_spoken_is_told_when_it_is_needed(monkeypatch):
