@@ -258,7 +258,7 @@ def test_bytes_in_a_parquet_table_are_text_where_they_are_utf8(
 
 UNREADABLE = {
     "in.jsonl": (b'{"path": "a.jpg"}\n{"path": "caf\xe9.jpg"}\n', "line 2: it is not UTF-8: save"),
-    "cut.jsonl": (b'{"path": "a.jpg"}\n{"path": ', "line 2: no JSON object"),
+    "cut.jsonl": (b'{"path": "a.jpg"}\n{"path": ', "line 2, column 10: no JSON object: Expecting"),
     "list.jsonl": (b"[]\n", "line 1: no JSON object"),
     "in.csv": ("path\na.jpg\n".encode("utf-16"), "and its header is not UTF-8: save it as UTF-8"),
 }
@@ -271,6 +271,24 @@ def test_a_table_that_cannot_be_read_is_told_with_its_line(bulk, tmp_path, table
     said = bulk(table, *OUT, status=1)
     assert table in said
     assert why in said
+
+
+@pytest.mark.parametrize("asked", [(), ASKS, ("--via", "batch-api")], ids=["", "asks", "batch"])
+def test_a_line_that_is_no_json_costs_no_answer_that_came(
+    moondream_simulator, bulk, tmp_path, asked
+):
+    names = names_below(make_pictures(tmp_path / "photos", 70), tmp_path)
+    rows = [json.dumps({"path": name, "kind": "cat"}) for name in names]
+    table = tmp_path / "in.jsonl"
+    table.write_text("\n".join([*rows, "{oops"]))
+    assert "in.jsonl, line 71, column 2: no JSON object" in bulk("in.jsonl", *OUT, *asked, status=1)
+    asked_before = [each for each in moondream_simulator.requests if each.method == "POST"]
+    lines = records(tmp_path / "o.jsonl")
+    assert len(asked_before) == len(lines) * (2 if asked == ASKS else 1)
+    table.write_text("\n".join(rows))
+    done = f"{70 - len(lines)} answered, 0 failed"
+    assert done in bulk("in.jsonl", *OUT, *asked)
+    assert len(records(tmp_path / "o.jsonl")) == 70
 
 
 @pytest.mark.parametrize("via", ["requests", "batch-api"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -106,6 +107,9 @@ def _json_lines(name: str) -> Iterator[Row]:
                 yield decode(line.removeprefix(b"\xef\xbb\xbf"))
             except UnicodeDecodeError as error:
                 why = f"{name}, line {number}: it is not UTF-8: save it as UTF-8"
+                raise RequestError(why) from error
+            except json.JSONDecodeError as error:  # which counts lines within this one
+                why = f"{name}, line {number}, column {error.colno}: no JSON object: {error.msg}"
                 raise RequestError(why) from error
             except ValueError as error:
                 raise RequestError(f"{name}, line {number}: no JSON object: {error}") from error
