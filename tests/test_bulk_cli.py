@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow  # on one Python version
 OUT = ("-o", "out.jsonl")
 QUERY = ("--skill", "query")
 DETECT = ("--skill", "detect", "--object", "red")
+BY_BATCH = ("--via", "batch-api")
 
 # -- what comes out -----------------------------------------------------------------
 
@@ -47,6 +48,7 @@ def test_a_folder_gives_a_line_for_each_picture(bulk, photos, tmp_path):
 ASKED = [
     ("answer", *QUERY, "--question", "How wide is it?"),
     ("answer", *QUERY, "--question", "How bright is it?"),
+    ("reasoning_text", *QUERY, "--question", "How large is it?", "--reasoning"),
     ("objects", *DETECT),
     ("points", "--skill", "point", "--object", "red"),
     ("outline", "--skill", "segment", "--object", "red"),
@@ -167,6 +169,13 @@ REFUSED = [
         for name in ("time", "objects", "points", "file")
     ),
     (1, "is damaged", "photos", "-o", "damaged.jsonl", "--via", "batch-api"),
+    (1, "no JSON object", "mine.jsonl", *OUT),
+    (1, "is no Parquet file", "mine.parquet", *OUT),
+    (2, "it must be NAME=QUESTION", "photos", *OUT, "--ask", "a"),
+    (2, "each name once", "photos", *OUT, "--ask", "a=A?", "--ask", "a=B?"),
+    (2, "'--ask' is for query by requests", "photos", *OUT, "--ask", "a=A?", *DETECT[:2]),
+    (2, "takes no '--skill segment'", "photos", *OUT, *BY_BATCH, "--skill", "segment", *DETECT[2:]),
+    (1, "detect takes no settings", "photos", *OUT, *BY_BATCH, *DETECT, "--top-p", "0.5"),
     (2, "'-o .vtt' is for", "clip.mp4", "-o", "out.vtt", *DETECT),
     (2, "'-o .srt' is for", "clip.mp4", "photo.jpg", "-o", "out.srt"),
     (2, "takes no videos", "clip.mp4", *OUT, "--via", "batch-api"),
@@ -269,12 +278,16 @@ def test_only_what_changed_or_is_new_is_asked_again(bulk, moondream_simulator, p
 
 def test_only_questions_that_failed_are_asked_again(bulk, moondream_simulator, photos, tmp_path):
     arguments = ("photos", "-o", "o.jsonl", "--ask", "a=How wide?", "--ask", "b=How high?")
+    (photos / "00000.jpg").write_bytes(b"")
     moondream_simulator.faults.extend(["status=400"] * 5)
     assert "failed: BadRequestError" in bulk(*arguments, status=1)
-    failed = sum("error" in line for line in records(tmp_path / "o.jsonl"))
+    kinds = [line["error"]["type"] for line in records(tmp_path / "o.jsonl") if "error" in line]
+    assert kinds.count("ImageError") == 1
+    failed = len(kinds)
+    (photos / "00000.jpg").write_bytes(picture())
     moondream_simulator.requests.clear()
     assert f"{failed} answered, 0 failed, {20 - failed} done before" in bulk(*arguments)
-    assert len(moondream_simulator.requests) == 5
+    assert len(moondream_simulator.requests) == 5 + 2
     lines = records(tmp_path / "o.jsonl")
     assert len(lines) == 20
     assert all(line["a"] and line["b"] for line in lines)

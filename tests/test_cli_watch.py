@@ -154,6 +154,14 @@ def test_frames_that_failed_are_told_and_the_next_is_asked_about(watch, clip, mo
     assert last["caption"]
 
 
+def test_a_watch_without_any_answer_fails_and_tells_why(watch, clip, moondream_simulator):
+    moondream_simulator.faults.append("status=500,times=always")
+    status, said, errors = watch(clip, "--every", "1m")
+    assert (status, said) == (1, "")
+    assert errors.startswith("0.000 s: ")
+    assert "Simulated error 500" in errors
+
+
 async def test_ctrl_c_ends_it(tmp_path, simulator):
     long = make_clip(tmp_path / "long.mp4", count=60, rate=1)
     command = ("moondream-async", "watch", long, "--skill", "detect", "--object", "red")
