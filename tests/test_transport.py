@@ -430,6 +430,13 @@ async def test_redirect_that_cannot_be_followed_is_an_error(status, location, me
             await client.caption(IMAGE, stream=True)
 
 
+async def test_redirect_to_a_get_is_followed_by_no_other_method():
+    async with played(redirect(303, "/v1/elsewhere", times=100)) as (server, client):
+        with pytest.raises(md.APIStatusError, match="a DELETE to a GET"):
+            await client.tuning.delete("01HX")
+        assert len(server.requests) == 1
+
+
 # -- TLS ------------------------------------------------------------------------------
 
 

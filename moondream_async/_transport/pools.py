@@ -470,7 +470,7 @@ def _follow(
         )
     if response.status == 303 and method != hdrs.METH_GET:
         raise _status_error(
-            "The server redirects a POST to a GET, which would lose the request", response
+            f"The server redirects a {method} to a GET, which would lose the request", response
         )
     return target
 
