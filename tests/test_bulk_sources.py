@@ -193,6 +193,27 @@ def test_a_table_gives_pictures_and_its_columns_go_into_questions(
     assert sorted(asked) == sorted(expected)
 
 
+@pytest.mark.parametrize("output", ["o.csv", "o.parquet"])
+def test_a_tables_columns_stay_what_they_are_whatever_they_are_called(
+    bulk, photos, tmp_path, output
+):
+    theirs = {name: f"their {name}" for name in ("length", "metrics", "file", "row", "model")}
+    ours = {name: f"their {name}" for name in ("time", "size", "answer")}
+    row = {"path": "photos/00000.jpg", **theirs, **ours}
+    write_table(tmp_path / "in.csv", [row])
+    bulk("in.csv", "-o", output)
+    if output == "o.csv":
+        with (tmp_path / output).open(newline="") as file:
+            (written,) = csv.DictReader(file)
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        (written,) = parquet.read_table(tmp_path / output).to_pylist()
+    expected = theirs | {f"row.{name}": value for name, value in ours.items()}
+    assert {name: value for name, value in written.items() if "their" in str(value)} == expected
+    assert written["caption"]
+    assert int(written["size"]) == (photos / "00000.jpg").stat().st_size
+
+
 @pytest.mark.parametrize("via", ["requests", "batch-api"])
 def test_a_table_in_an_old_encoding_loses_no_row(bulk, photos, tmp_path, via):
     (tmp_path / "in.csv").write_bytes(b"path,kind\nphotos/00000.jpg,caf\xe9\n")

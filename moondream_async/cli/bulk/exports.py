@@ -171,7 +171,7 @@ def _columns(records: Records) -> list[str]:
 
 
 def _own_name(name: str, named: Container[str]) -> str:
-    return f"row.{name}" if name in COLUMNS or name in named else name
+    return f"row.{name}" if name in (*COLUMNS, "time") or name in named else name
 
 
 def _row(record: dict[str, Any], columns: list[str]) -> dict[str, Any]:
@@ -182,13 +182,13 @@ def _row(record: dict[str, Any], columns: list[str]) -> dict[str, Any]:
         for name, value in record.get("row", {}).items()
     }
     row = {
-        **of_table,
-        **record,
+        **{name: record.get(name) for name in (*COLUMNS, "time")},
         "error": error.get("message"),
         "error_type": error.get("type"),
         "size": file.get("size"),
         "sha256": file.get("sha256"),
         **{name: record.get(name) for name in asks},
+        **of_table,
     }
     return {name: row.get(name) for name in columns}
 
