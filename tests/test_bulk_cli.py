@@ -293,6 +293,18 @@ def test_only_questions_that_failed_are_asked_again(bulk, moondream_simulator, p
     assert all(line["a"] and line["b"] for line in lines)
 
 
+def test_answers_about_a_picture_that_changed_are_asked_for_again(
+    bulk, moondream_simulator, tmp_path
+):
+    photos = make_pictures(tmp_path / "photos", 1)
+    asked = ("photos", *OUT, "--ask", "a=How wide?", "--ask", "b=How high?", "--concurrency", 1)
+    moondream_simulator.faults.extend(["slow_start=0", "status=400"])  # the second one fails
+    bulk(*asked, status=1)
+    (photos / "00000.jpg").write_bytes(picture(9))
+    bulk(*asked)
+    assert len(moondream_simulator.requests) == 2 + 2
+
+
 def test_a_limit_stops_after_so_many_and_the_next_run_goes_on(bulk, photos, tmp_path):
     for done in (0, 8, 16):
         assert f"{min(8, 20 - done)} answered" in bulk("photos", *OUT, "--limit", 8)
