@@ -238,6 +238,7 @@ CALLS = {
     "empty page": ("list", [0], "limit"),
     "large page": ("list", [101], "limit"),
     "no id": ("get", [""], "id"),
+    "a number as id": ("wait", [7], "id"),
 }
 OPTION = {"create": ("requests", "part_bytes"), "list": ("limit",)}
 

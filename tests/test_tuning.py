@@ -61,10 +61,10 @@ def test_what_cannot_be_right_is_refused_when_it_is_made(make, message):
         make()
 
 
-OF_NOTHING = [({"finetune": ""}, "finetune")]
+OF_NOTHING = [({"finetune": ""}, "finetune"), ({"finetune": 7}, "finetune")]
 SFT = [{"mode": "sft"}]
 ASKED = {  # what is given to each method, beside what it needs
-    "create": [({"name": ""}, "name"), ({"rank": 7}, "rank")],
+    "create": [({"name": ""}, "name"), ({"rank": 7}, "rank"), ({"rank": 8.0}, "rank")],
     "get": OF_NOTHING,
     "delete": OF_NOTHING,
     "rollouts": [
