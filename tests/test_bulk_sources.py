@@ -255,6 +255,20 @@ def test_a_row_that_is_not_utf8_fails_alone_and_is_named(
     assert len(moondream_simulator.requests) == 2 * (2 - len(failed))
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])  # CSV has no null
+def test_a_row_without_a_value_that_is_asked_about_fails_alone_and_unasked(
+    moondream_simulator, bulk, photos, tmp_path, ending
+):
+    rows = [{"path": name, "kind": "cat"} for name in names_below(photos, tmp_path)[:3]]
+    rows[1]["kind"] = None
+    write_table(tmp_path / f"in.{ending}", rows)
+    said = bulk(f"in.{ending}", *OUT, "--ask", "kind=Is it a {kind}?", status=1)
+    assert "2 answered, 1 failed" in said
+    (failed,) = [line for line in records(tmp_path / "o.jsonl") if "error" in line]
+    assert f"in.{ending}: row 2 has nothing in column 'kind'" in failed["error"]["message"]
+    assert len(moondream_simulator.requests) == 2
+
+
 def test_bytes_in_a_parquet_table_are_text_where_they_are_utf8(
     moondream_simulator, bulk, photos, tmp_path
 ):
@@ -351,7 +365,7 @@ def test_a_row_without_a_picture_fails_alone(moondream_simulator, bulk, photos, 
     table, bad = f"in.{ending}", len(rows) - 3
     write_table(tmp_path / table, rows)
     for done in (f"3 answered, {bad} failed", f"0 answered, {bad} failed, 3 done before"):
-        said = bulk(table, *OUT, "--report", "o.html", *ASKS, status=1)
+        said = bulk(table, *OUT, "--report", "o.html", "--include", "*.jpg", *ASKS, status=1)
         assert done in said
         assert "names no picture in picture" in said
     failed = [line for line in records(tmp_path / "o.jsonl") if "error" in line]

@@ -94,9 +94,11 @@ class Questions:
 
 def _text(value: Any, found: Found, column: str) -> str:
     """Return a value of a row for a question; RequestError where it can't be sent."""
+    where = found.place or repr(found.name)
+    if value is None:
+        raise RequestError(f"{where} has nothing in column {column!r}")
     text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
     if whole(text) != text:
-        where = found.place or repr(found.name)
         raise RequestError(f"{where} has no UTF-8 in column {column!r}: save it as UTF-8")
     return text
 

@@ -147,6 +147,8 @@ class Search:
         def matches(pattern: str) -> bool:
             return fnmatch(found.below, pattern) or fnmatch(os.path.basename(found.path), pattern)
 
+        if found.fault is not None:  # a row without a picture is told, and not left out
+            return True
         included = not self._include or any(map(matches, self._include))
         return included and not any(map(matches, self._exclude))
 
