@@ -159,7 +159,8 @@ def test_a_connection_that_the_server_has_closed_is_told_from_other_faults():
 
 async def test_large_bytes_are_decoded_in_parts_between_which_other_tasks_run(monkeypatch):
     monkeypatch.setattr(bodies, "monotonic", partial(next, itertools.count(0, 0.003)))
-    loop, sent, read, turns = asyncio.get_running_loop(), [b"", bytes(100_000)], [], set()
+    loop, packet, read, turns = asyncio.get_running_loop(), bytearray(100_000), [], set()
+    sent = [b"", packet]
 
     async def readany():
         return sent.pop()
@@ -179,6 +180,8 @@ async def test_large_bytes_are_decoded_in_parts_between_which_other_tasks_run(mo
     assert b"".join(read) == bytes(100_000)
     assert max(map(len, read)) <= 8 * 1024
     assert turns == set(range(2, 14, 2))  # every 5 ms, at 3 ms for each look at the clock
+    assert pool.bodies
+    packet.clear()  # which a view of it would refuse: a body that waits holds no packet
 
 
 def connection(number, *, closing=False):

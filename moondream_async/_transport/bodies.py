@@ -118,7 +118,7 @@ class Body:
     def _cut(self, data: bytes | memoryview) -> bytes:
         """Return the first piece of `data`, and keep the rest without copying it."""
         view = memoryview(data)
-        self._unread = view[_PIECE_BYTES:]
+        self._unread = view[_PIECE_BYTES:] or b""  # an empty view would hold all of `data`
         return bytes(view[:_PIECE_BYTES])
 
     def _failed(self, error: BaseException) -> bytes:
