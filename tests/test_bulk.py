@@ -1,5 +1,6 @@
 """Many pictures through one client: what comes out, how fast it goes, and what is left behind."""
 
+import asyncio
 import heapq
 import io
 import math
@@ -119,6 +120,16 @@ async def test_what_is_done_and_read_is_held_no_more_while_the_run_goes_on(clien
             await anyio.lowlevel.checkpoint()
         await anyio.lowlevel.checkpoint()
         assert [ref for ref in held if ref() is not None] == []
+
+
+async def test_a_run_closed_before_it_began_ends_for_those_who_wait(client, photo):
+    run = client.bulk([photo])
+    waiting = [asyncio.ensure_future(anext(run)) for _ in range(2)]
+    await anyio.lowlevel.checkpoint()  # they wait now, and the task of the run is next
+    await run.aclose()
+    with anyio.fail_after(30):
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(each) for each in ended] == [StopAsyncIteration] * 2
 
 
 async def test_no_items_are_no_results(simulator, client):

@@ -192,6 +192,7 @@ class _Work:
         self.closed = True
         self._done.clear()
         self._out_of_order.clear()
+        self._ready.ring()  # `run` does not, if it is cancelled before it begins
 
     def stop(self) -> None:
         """Take no more items."""
