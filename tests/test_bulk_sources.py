@@ -402,6 +402,14 @@ def test_pictures_elsewhere_are_read_when_their_turn_comes(bulk, photos, tmp_pat
     assert len(list((tmp_path / "texts").rglob("*.txt"))) == count
 
 
+def test_a_file_that_is_no_zip_is_named_and_the_others_are_asked_about(bulk, photos, tmp_path):
+    pytest.importorskip("fsspec")
+    (tmp_path / "bad.zip").write_text("no")
+    said = bulk("bad.zip", photos / "00000.jpg", *OUT, status=1)
+    assert "Can't list bad.zip: File is not a zip file" in said
+    assert "1 answered" in said
+
+
 def test_a_file_system_of_fsspec_is_listed_folder_by_folder(command, bulk, tmp_path, memory):
     for number, name in enumerate(("a.jpg", "b/c.png", "b/notes.txt", "b/.hidden.jpg")):
         memory.pipe(f"/set/{name}", picture(number))

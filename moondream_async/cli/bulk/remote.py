@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import threading
 import weakref
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -179,6 +180,8 @@ def _open(address: str) -> tuple[Any, str]:
             f"{address.partition('://')[0]}:// needs fsspec, and a library for that kind: "
             f"pip install 'moondream-async[remote]' ({error})"
         ) from None
+    except zipfile.BadZipFile as error:
+        raise OSError(str(error)) from error
     return files, path
 
 
