@@ -217,7 +217,7 @@ class AnswerDecoder:
             return self._decode_lines(data)
         data = data.lstrip(b"\n")  # the rest of a blank line that two packets share
         template = self._template
-        if template is not None and data.count(b"\n") > 2:  # more than one event
+        if template is not None:
             texts = template.read(data)
             if texts is not None:
                 return self._block(texts, template.request_id, data)
