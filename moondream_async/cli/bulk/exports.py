@@ -25,6 +25,7 @@ COLUMNS = (
     *("objects", "points", "error", "error_type", "request_id", "finish_reason"),
     *("input_tokens", "output_tokens", "tries", "seconds", "size", "sha256"),
 )
+_OF_LINES = (*COLUMNS, "time")  # which only frames of videos have
 _ROWS = 5000  # held at a time
 _ANY_SIZE = 1 << 40  # bytes: COCO has the picture's own size, not the size that is sent
 _LAST = 2.0  # seconds that the only caption is shown
@@ -171,7 +172,7 @@ def _columns(records: Records) -> list[str]:
 
 
 def _own_name(name: str, named: Container[str]) -> str:
-    return f"row.{name}" if name in (*COLUMNS, "time") or name in named else name
+    return f"row.{name}" if name in _OF_LINES or name in named else name
 
 
 def _row(record: dict[str, Any], columns: list[str]) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _row(record: dict[str, Any], columns: list[str]) -> dict[str, Any]:
         for name, value in record.get("row", {}).items()
     }
     row = {
-        **{name: record.get(name) for name in (*COLUMNS, "time")},
+        **{name: record.get(name) for name in _OF_LINES},
         "error": error.get("message"),
         "error_type": error.get("type"),
         "size": file.get("size"),
